@@ -1,0 +1,6 @@
+"""The Lightning callbacks."""
+
+from sparse_lightning.callbacks.monitor import SparsityMonitor
+from sparse_lightning.callbacks.sparsity import SparsityCallback
+
+__all__ = ["SparsityCallback", "SparsityMonitor"]

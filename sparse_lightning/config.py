@@ -1,0 +1,288 @@
+"""The configuration: typed, validated with errors that name the key, and known to Hydra.
+
+`SparsityConfig` is what `SparsityCallback` is built from; `SparsityNode` is its form for Hydra's
+config store, registered when `sparse_lightning.configs` is imported (as `pkg://` does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA
+from sparse_lightning.distributions import DISTRIBUTIONS
+from sparse_lightning.patching import DEFAULT_EXCLUDE, INITS, check_choice, check_patterns
+from sparse_lightning.schedules import (
+    DENSITY_SCHEDULES,
+    DROP_FRACTION_SCHEDULES,
+    Timetable,
+    check_time,
+    is_fraction,
+    resolve_time,
+)
+from sparse_lightning.topology import check_block_size, check_density
+
+T = TypeVar("T")
+
+
+@dataclass
+class DensitySchedule:
+    """The model's density over time.
+
+    Attributes:
+        schedule: "constant" (at `initial`) or "cubic".
+        initial: density at `begin`, in (0, 1].
+        final: density from `until` on, in (0, 1].
+        begin, until: step (int >= 2), fraction of the training (float in (0, 1]) or 0.
+    """
+
+    schedule: str = "cubic"
+    initial: float = 1.0
+    final: float = 0.25
+    begin: int | float = 0
+    until: int | float = 0.5
+
+
+@dataclass
+class UpdateSchedule:
+    """When topology updates run: every `every_n_steps` optimizer steps, within begin..until."""
+
+    every_n_steps: int = 100
+    begin: int | float = 0
+    until: int | float = 0.75
+
+
+@dataclass
+class DropFractionSchedule:
+    """The share of a layer's blocks that an update exchanges, over update.begin..until.
+
+    Attributes:
+        schedule: "cosine" or "constant" (at `initial`).
+        initial, final: in [0, 1].
+    """
+
+    schedule: str = "cosine"
+    initial: float = 0.3
+    final: float = 0.0
+
+
+@dataclass
+class MonitorOptions:
+    """What is logged: scalars at every update; now and then, masks of `images` layers."""
+
+    every_n_updates: int = 10
+    images: int = 8
+
+
+@dataclass
+class SparsityConfig:
+    """Everything that `SparsityCallback` can be told; its docstring describes the fields.
+
+    Nested values may be given as dataclasses, as mappings of the same keys, or, for `density` and
+    `drop_fraction`, as a number that is held constant.
+
+    Raises:
+        ValueError, TypeError: naming the key, the rule and the value that broke it.
+
+    >>> SparsityConfig(density={"schedule": "cubic", "fnal": 0.1})
+    Traceback (most recent call last):
+    ...
+    ValueError: `density` has no key 'fnal' (did you mean 'final'?); accepted keys: 'schedule', \
+'initial', 'final', 'begin', 'until'.
+    """
+
+    block_size: int = 64
+    include: Any = ("*",)
+    exclude: Any = DEFAULT_EXCLUDE
+    density: Any = 0.25
+    distribution: str = "uniform"
+    update: Any = field(default_factory=UpdateSchedule)
+    drop_fraction: Any = field(default_factory=DropFractionSchedule)
+    drop: str = "magnitude"
+    grow: str = "gradient"
+    init: str = "random"
+    seed: int = 0
+    monitor: Any = field(default_factory=MonitorOptions)
+
+    def __post_init__(self) -> None:
+        self.density = _coerce(DensitySchedule, self.density, "density")
+        self.update = _coerce(UpdateSchedule, self.update, "update")
+        self.drop_fraction = _coerce(DropFractionSchedule, self.drop_fraction, "drop_fraction")
+        if self.monitor is not None:
+            self.monitor = _coerce(MonitorOptions, self.monitor, "monitor")
+
+        check_block_size(self.block_size)
+        check_patterns("include", self.include)
+        check_patterns("exclude", self.exclude)
+        self.include, self.exclude = tuple(self.include), tuple(self.exclude)
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        check_choice("drop", self.drop, DROP_CRITERIA)
+        check_choice("grow", self.grow, GROW_CRITERIA)
+        check_choice("init", self.init, INITS)
+        _check_int("seed", self.seed, 0)
+        self._check_density()
+        self._check_update()
+        self._check_drop_fraction()
+        if self.monitor is not None:
+            _check_int("monitor.every_n_updates", self.monitor.every_n_updates, 1)
+            _check_int("monitor.images", self.monitor.images, 0)
+
+    def _check_density(self) -> None:
+        check_choice("density.schedule", self.density.schedule, DENSITY_SCHEDULES)
+        check_density(self.density.initial, "density.initial")
+        check_density(self.density.final, "density.final")
+        check_time(self.density.begin, "density.begin")
+        check_time(self.density.until, "density.until")
+        _check_order("density", self.density.begin, self.density.until)
+
+    def _check_update(self) -> None:
+        _check_int("update.every_n_steps", self.update.every_n_steps, 1)
+        check_time(self.update.begin, "update.begin")
+        check_time(self.update.until, "update.until")
+        _check_order("update", self.update.begin, self.update.until)
+        if not self.density_is_constant and _same_kind(self.density.until, self.update.until):
+            _check_reaches(self.density.until, self.update.until)
+
+    def _check_drop_fraction(self) -> None:
+        check_choice("drop_fraction.schedule", self.drop_fraction.schedule, DROP_FRACTION_SCHEDULES)
+        for key in ("initial", "final"):
+            value = getattr(self.drop_fraction, key)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and 0 <= value <= 1):
+                raise ValueError(
+                    f"`drop_fraction.{key}` must be a number in [0, 1]; got {value!r}."
+                )
+
+    @property
+    def density_is_constant(self) -> bool:
+        """Whether the density never moves."""
+        return bool(self.density.schedule == "constant")
+
+    @property
+    def max_density(self) -> float:
+        """The highest density that the schedule reaches; it fixes the capacity of the layers."""
+        if self.density_is_constant:
+            return float(self.density.initial)
+        return float(max(self.density.initial, self.density.final))
+
+    def density_at(self, progress: float) -> float:
+        """Return the model's density at a progress in [0, 1] of the density schedule."""
+        schedule = DENSITY_SCHEDULES[self.density.schedule]
+        return schedule(progress, self.density.initial, self.density.final)
+
+    def drop_fraction_at(self, progress: float) -> float:
+        """Return the drop fraction at a progress in [0, 1] of the updates."""
+        schedule = DROP_FRACTION_SCHEDULES[self.drop_fraction.schedule]
+        return schedule(progress, self.drop_fraction.initial, self.drop_fraction.final)
+
+    def timetable(self, total_steps: int) -> Timetable:
+        """Resolve fractions to steps of a training of `total_steps` optimizer steps.
+
+        Raises:
+            ValueError: if the resolved steps are out of order.
+        """
+
+        def steps(time: int | float) -> int:
+            return resolve_time(time, total_steps)
+
+        table = Timetable(
+            every_n_steps=self.update.every_n_steps,
+            update_begin=steps(self.update.begin),
+            update_until=steps(self.update.until),
+            density_begin=steps(self.density.begin),
+            density_until=steps(self.density.until),
+        )
+        _check_order("update", table.update_begin, table.update_until)
+        if not self.density_is_constant:
+            _check_order("density", table.density_begin, table.density_until)
+            _check_reaches(table.density_until, table.update_until)
+        return table
+
+    @property
+    def has_fractions(self) -> bool:
+        """Whether a time is a fraction, so that the length of the training must be known."""
+        times = [self.update.begin, self.update.until]
+        if not self.density_is_constant:
+            times += [self.density.begin, self.density.until]
+        return any(is_fraction(time) for time in times)
+
+
+@dataclass
+class SparsityNode:
+    """`SparsityConfig` as a node of Hydra's config store; unknown keys and wrong types raise."""
+
+    _target_: str = "sparse_lightning.SparsityCallback"
+    block_size: int = 64
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=lambda: list(DEFAULT_EXCLUDE))
+    density: Any = 0.25  # a number or a mapping, which OmegaConf cannot express as a type
+    distribution: str = "uniform"
+    update: UpdateSchedule = field(default_factory=UpdateSchedule)
+    drop_fraction: Any = field(default_factory=DropFractionSchedule)
+    drop: str = "magnitude"
+    grow: str = "gradient"
+    init: str = "random"
+    seed: int = 0
+    monitor: MonitorOptions | None = field(default_factory=MonitorOptions)
+
+
+def register() -> None:
+    """Put the schema into Hydra's config store, as `callbacks/sparsity/schema`."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(
+        group="callbacks/sparsity", name="schema", node=SparsityNode, provider="sparse_lightning"
+    )
+
+
+def _coerce(cls: type[T], value: Any, argument: str) -> T:
+    """Build one of the nested dataclasses from itself, a mapping or a constant number."""
+    if isinstance(value, cls):
+        return dataclasses.replace(value)  # type: ignore[type-var]
+    accepted = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in accepted:
+                close = difflib.get_close_matches(str(key), accepted, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(
+                    f"`{argument}` has no key {key!r}{hint}; "
+                    f"accepted keys: {', '.join(map(repr, accepted))}."
+                )
+        return cls(**value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and "schedule" in accepted:
+        return cls(schedule="constant", initial=value, final=value)  # type: ignore[call-arg]
+    number = "a number or " if "schedule" in accepted else ""
+    raise TypeError(
+        f"`{argument}` must be {number}a mapping with the keys "
+        f"{', '.join(map(repr, accepted))}; got {value!r}."
+    )
+
+
+def _check_int(argument: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{argument}` must be an integer of at least {least}; got {value!r}.")
+
+
+def _same_kind(a: int | float, b: int | float) -> bool:
+    """Whether two times can be compared before the length of the training is known."""
+    return is_fraction(a) == is_fraction(b)
+
+
+def _check_order(argument: str, begin: int | float, until: int | float) -> None:
+    if until == 0 or (_same_kind(begin, until) and begin >= until):
+        raise ValueError(
+            f"`{argument}.begin` must be before `{argument}.until`; "
+            f"got begin={begin!r}, until={until!r}."
+        )
+
+
+def _check_reaches(density_until: int | float, update_until: int | float) -> None:
+    if density_until > update_until:
+        raise ValueError(
+            "`density.until` must not be after `update.until`, or the density would never arrive; "
+            f"got density.until={density_until!r}, update.until={update_until!r}."
+        )

@@ -1,0 +1,6 @@
+"""The block-sparse ops on PyTorch's dispatcher; the dispatcher is the backend switch."""
+
+from sparse_lightning.kernels import cpu, cuda, ops
+
+ops.implement("CPU", cpu)
+ops.implement("CUDA", cuda)

@@ -1,0 +1,333 @@
+"""`BlockSparseLinear`: a drop-in for `nn.Linear` that stores and computes only present blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_lightning.criteria import block_magnitudes
+from sparse_lightning.evolution import TopologyUpdate
+from sparse_lightning.kernels import ops
+from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class BlockSparseLinear(nn.Module):
+    """y = x W^T + bias, where only some blocks of W are present.
+
+    A new layer has uniformly random blocks; its values are drawn as `nn.Linear` draws them, for
+    the inputs that an output really has: uniform within sqrt(1 / (density * in_features)).
+
+    Attributes:
+        values: parameter `[capacity, block_size, block_size]`, the blocks by slot; each in W's own
+            `[out, in]` orientation. Empty slots hold zeros.
+        bias: parameter `[out_features]`, or None.
+        topology: `BlockTopology`, which block each slot holds. Part of the state dict.
+        armed: 0-dim bool tensor; while set, backward adds to `block_scores`.
+        block_scores: fp32 `[out_blocks, in_blocks]`, sums of the squared norms of each block of
+            the dense weight gradient, absent blocks too.
+        locked: True while an optimizer holds `values`; then a state dict of another capacity is
+            refused, since the optimizer's state could not follow.
+
+    Args:
+        in_features: size of each input, a multiple of `block_size`.
+        out_features: size of each output, a multiple of `block_size`.
+        bias: whether to add a bias.
+        block_size: 16, 32, 64 or 128.
+        density: present blocks / all blocks, in (0, 1].
+        topology: the present blocks, instead of `density` (its block size holds then).
+        device, dtype: as for `nn.Linear`; dtype fp64, fp32, bf16 or fp16.
+
+    Raises:
+        ValueError: for a size, density or dtype that is not offered.
+
+    >>> layer = BlockSparseLinear(1024, 256, block_size=32, density=0.1)
+    >>> layer.values.shape, layer(torch.zeros(8, 1024)).shape
+    (torch.Size([26, 32, 32]), torch.Size([8, 256]))
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block_size: int = 64,
+        density: float | None = None,
+        topology: BlockTopology | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if (density is None) == (topology is None):
+            raise ValueError("Exactly one of `density` and `topology` must be given.")
+        if topology is None:
+            topology = BlockTopology.random(out_features, in_features, block_size, density)
+        _check_fits(topology, out_features, in_features)
+        dtype = dtype or torch.get_default_dtype()
+        check_dtype(dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size = topology.block_size
+        self.locked = False
+        shape = (topology.capacity, self.block_size, self.block_size)
+        self.values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None,
+        )
+        # Not buffers: averaging callbacks average integer buffers, and DDP's broadcast of buffers
+        # would hide a rank whose topology has diverged.
+        self.topology = topology
+        self.armed = torch.zeros((), dtype=torch.bool)
+        self.block_scores = torch.zeros(topology.grid)
+        self._follow_device()
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        block_size: int = 64,
+        density: float | None = None,
+        topology: BlockTopology | None = None,
+    ) -> BlockSparseLinear:
+        """Build the layer from an `nn.Linear`, keeping its weights at the present blocks.
+
+        Args:
+            linear: not changed; its device, dtype and `requires_grad` are taken over.
+            block_size: 16, 32, 64 or 128.
+            density: how many of the blocks to keep: those of largest Frobenius norm.
+            topology: which blocks to keep, instead of `density`.
+        """
+        if (density is None) == (topology is None):
+            raise ValueError("Exactly one of `density` and `topology` must be given.")
+        weight = linear.weight.detach()
+        if topology is None:
+            assert density is not None
+            topology = largest_blocks(weight, block_size, density)
+        layer = cls.__new__(cls)
+        # On meta nothing is drawn, so the random state of the user's program stays as it was.
+        cls.__init__(
+            layer,
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            topology=topology,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        layer.values = nn.Parameter(topology.pack(weight), linear.weight.requires_grad)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        layer._follow_device()
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Draw values and bias anew, as in the class's description."""
+        if self.values.device.type == "meta":
+            return
+        bound = 1 / math.sqrt(self.in_features)
+        with torch.no_grad():
+            self.values.uniform_(-bound, bound).mul_(max(self.density, 1e-12) ** -0.5)
+            self.values.mul_((self.topology.coords[:, 0] >= 0).view(-1, 1, 1))
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[..., out_features]` for `x` of `[..., in_features]`, any strides."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"The input's last dimension must be in_features={self.in_features}; "
+                f"got shape {list(x.shape)}."
+            )
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
+        topology = self.topology
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            x, values = x.to(dtype), values.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if x.dtype != values.dtype:
+            raise TypeError(
+                f"The input must have the layer's dtype {values.dtype}; got {x.dtype}. "
+                "Convert one of them, or run under autocast."
+            )
+        y: Tensor = ops.block_linear(
+            x,
+            values,
+            bias,
+            topology.coords,
+            topology.row_offsets,
+            topology.row_entries,
+            topology.col_offsets,
+            topology.col_entries,
+            self.armed,
+            self.block_scores,
+        )
+        return y
+
+    @property
+    def density(self) -> float:
+        """Present blocks / all blocks."""
+        return self.topology.density
+
+    def dense_weight(self) -> Tensor:
+        """Return W as a new dense tensor `[out_features, in_features]`, without a gradient."""
+        return self.topology.unpack(self.values.detach())
+
+    def to_linear(self) -> nn.Linear:
+        """Return an `nn.Linear` of the same function, with zeros at absent blocks."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.dense_weight(), self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def magnitudes(self) -> Tensor:
+        """Return the Frobenius norm of each block, fp32 `[out_blocks, in_blocks]`; 0 if absent."""
+        return self.topology.scatter(block_magnitudes(self.values), fill=0.0)
+
+    @torch.no_grad()
+    def apply_update(self, update: TopologyUpdate) -> None:
+        """Make a topology update real: changed slots become zero, in value and in gradient."""
+        self.values[update.changed] = 0
+        if self.values.grad is not None:
+            self.values.grad[update.changed] = 0
+        self.topology.assign_(update.coords)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, block_size={self.block_size}, "
+            f"blocks={self.topology.n_blocks}/{self.topology.grid[0] * self.topology.grid[1]}"
+        )
+
+    def _follow_device(self) -> None:
+        """Bring the index tensors to the device of `values`; they stay where they are on meta."""
+        device = self.values.device
+        if device.type != "meta":
+            self.topology.to_(device)
+            self.armed, self.block_scores = self.armed.to(device), self.block_scores.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
+        # The function itself must not see the indices: `.double()` would make them floats, and
+        # `.to_empty()` would leave them undefined.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow_device()
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Return the topology, for the state dict; int32, of a length fixed by the capacity."""
+        return self.topology.to_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Accept what `_load_from_state_dict` has already put in place."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            self._load_topology(state_dict, prefix)
+        except (ValueError, RuntimeError) as error:
+            # Always raised by `load_state_dict`, also with strict=False.
+            error_msgs.append(f"{error} (layer '{prefix.rstrip('.')}')")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _load_topology(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take the topology and the capacity of a state dict, before its values are copied."""
+        state = state_dict.get(prefix + "_extra_state")
+        values = state_dict.get(prefix + "values")
+        weight = state_dict.pop(prefix + "weight", None)
+        if state is not None:
+            topology = BlockTopology.from_state(state)
+            _check_fits(topology, self.out_features, self.in_features)
+        elif values is not None:
+            raise ValueError(
+                "`values` must come with the topology they belong to; got no '_extra_state'. "
+                "Save with state_dict(), and keep every key of it."
+            )
+        else:
+            topology = self.topology
+        if values is None and weight is not None:
+            # A dense checkpoint can start a sparse run.
+            values = state_dict[prefix + "values"] = topology.pack(weight)
+            state_dict.setdefault(prefix + "_extra_state", topology.to_state())
+        expected = (topology.capacity, topology.block_size, topology.block_size)
+        if values is not None and values.shape != expected:
+            raise ValueError(
+                f"`values` must have shape {list(expected)} by the saved topology; "
+                f"got {list(values.shape)}. The checkpoint is damaged."
+            )
+        if state is not None:
+            self._adopt(topology)
+
+    def _adopt(self, topology: BlockTopology) -> None:
+        same_slots = (topology.capacity, topology.block_size) == (
+            self.topology.capacity,
+            self.topology.block_size,
+        )
+        if same_slots:
+            self.topology.assign_(topology.coords.to(self.topology.device))
+            return
+        if self.locked:
+            raise RuntimeError(
+                f"A layer in training must keep its capacity {self.topology.capacity} and block "
+                f"size {self.block_size}; the state dict has {topology.capacity} and "
+                f"{topology.block_size}. Load it before the optimizer is built."
+            )
+        self.topology, self.block_size = topology, topology.block_size
+        self.block_scores = torch.zeros(topology.grid, device=self.block_scores.device)
+        # The parameter object stays, so that ties and optimizers yet without state still hold it.
+        shape = (topology.capacity, topology.block_size, topology.block_size)
+        self.values.data = self.values.data.new_zeros(shape)
+        self.values.grad = None
+        self._follow_device()
+
+
+def largest_blocks(weight: Tensor, block_size: int, density: float) -> BlockTopology:
+    """Return the topology of the blocks of largest Frobenius norm of a dense weight."""
+    out_blocks, in_blocks = block_grid(weight.shape[0], weight.shape[1], block_size)
+    full = BlockTopology.from_mask(torch.ones(out_blocks, in_blocks, dtype=torch.bool), block_size)
+    # All blocks in row-major order, so that the stable sort gives ties to the lower index.
+    norms = block_magnitudes(full.pack(weight)).nan_to_num(-1.0, -1.0, -1.0)
+    n_blocks = count_blocks(density, norms.numel())
+    mask = torch.zeros(out_blocks * in_blocks, dtype=torch.bool)
+    mask[norms.argsort(descending=True, stable=True)[:n_blocks].cpu()] = True
+    return BlockTopology.from_mask(mask.view(out_blocks, in_blocks), block_size)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless the ops offer the dtype."""
+    if dtype not in _DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise ValueError(f"`dtype` must be one of {names}; got {dtype}. Convert the layer first.")
+
+
+def _check_fits(topology: BlockTopology, out_features: int, in_features: int) -> None:
+    if (topology.out_features, topology.in_features) != (out_features, in_features):
+        raise ValueError(
+            f"`topology` must be for a weight [{out_features}, {in_features}]; "
+            f"got one for [{topology.out_features}, {topology.in_features}]."
+        )

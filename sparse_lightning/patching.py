@@ -1,0 +1,346 @@
+"""`sparsify` and `densify`: put block-sparse layers where `nn.Linear`s stood, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from sparse_lightning.criteria import seeded_generator
+from sparse_lightning.distributions import DISTRIBUTIONS, Grid
+from sparse_lightning.linear import BlockSparseLinear, check_dtype, largest_blocks
+from sparse_lightning.topology import (
+    BlockTopology,
+    block_grid,
+    check_block_size,
+    check_density,
+)
+
+DEFAULT_EXCLUDE = ("head", "lm_head", "classifier")
+INITS = ("random", "magnitude")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One swapped layer: `shape` is (out_features, in_features); parameters include the bias."""
+
+    shape: tuple[int, int]
+    block_size: int
+    n_blocks: int
+    density: float
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What `sparsify` did: the swapped layers, and the linear layers it left with the reason."""
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """Present weights / all weights of the swapped layers together."""
+        present = sum(r.n_blocks * r.block_size**2 for r in self.layers.values())
+        return present / max(1, sum(r.shape[0] * r.shape[1] for r in self.layers.values()))
+
+    def __str__(self) -> str:
+        header = ("layer", "shape", "blocks", "density", "parameters", "before")
+        rows = [
+            (
+                name,
+                f"{r.shape[0]}x{r.shape[1]}",
+                f"{r.n_blocks} of {r.block_size}x{r.block_size}",
+                f"{r.density:.3f}",
+                f"{r.parameters_after:,}",
+                f"{r.parameters_before:,}",
+            )
+            for name, r in self.layers.items()
+        ]
+        before = sum(r.parameters_before for r in self.layers.values())
+        after = sum(r.parameters_after for r in self.layers.values())
+        rows.append(("total", "", "", f"{self.density:.3f}", f"{after:,}", f"{before:,}"))
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+        def line(row: Sequence[str]) -> str:
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            return "  ".join(cells).rstrip()
+
+        rule = "-" * len(line(header))
+        lines = ["Block-sparse layers", line(header), rule]
+        lines += [line(row) for row in rows[:-1]] + [rule, line(rows[-1])]
+        if self.skipped:
+            lines += ["", "Left dense"]
+            lines += [f"{name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def sparsify(
+    model: nn.Module,
+    *,
+    block_size: int = 64,
+    density: float = 0.25,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    distribution: str = "uniform",
+    init: str = "random",
+    seed: int = 0,
+    max_density: float | None = None,
+) -> SparsityReport:
+    """Replace a model's `nn.Linear`s by `BlockSparseLinear`s, in place.
+
+    Layers that already are block-sparse stay as they are. Call it before the optimizer is built.
+
+    Args:
+        model: changed in place.
+        block_size: 16, 32, 64 or 128.
+        density: present blocks / all blocks of the swapped layers, in (0, 1].
+        include: patterns of layers to swap. One without a dot matches the last part of a module's
+            name, one with a dot the whole name; `*` and `?` are wildcards, "re:..." is a regular
+            expression that must match the whole name. A layer named exactly must be swappable.
+        exclude: patterns of layers to leave alone, read the same way.
+        distribution: how the budget is shared: "uniform" or "erdos_renyi".
+        init: "random" keeps random blocks, scaled by density ** -0.5 so that the variance of the
+            output is as before; "magnitude" keeps the largest blocks, unscaled.
+        seed: of the random blocks; a layer's draw also depends on its name.
+        max_density: the highest density the model shall ever reach, which fixes the slots a layer
+            has; `density` if None.
+
+    Returns:
+        What was swapped, and what was left alone and why.
+
+    Raises:
+        ValueError: if no layer matched, a layer named exactly cannot be taken, or an argument is
+            out of range; the model is then unchanged.
+        RuntimeError: if the model's weights are already sharded.
+    """
+    check_block_size(block_size)
+    check_density(density)
+    max_density = max(density, max_density or density)
+    check_density(max_density, "max_density")
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    check_choice("init", init, INITS)
+
+    chosen, skipped = _select(model, block_size, include, exclude)
+    grids = [block_grid(m.out_features, m.in_features, block_size) for m in chosen.values()]
+    budgets = DISTRIBUTIONS[distribution](density, grids)
+    capacities = DISTRIBUTIONS[distribution](max_density, grids)
+    layers = {}
+    for (name, linear), n_blocks, capacity in zip(chosen.items(), budgets, capacities, strict=True):
+        topology, scale = _initial_topology(
+            linear, block_size, n_blocks, max(n_blocks, capacity), init, seed, name
+        )
+        layer = BlockSparseLinear.from_linear(linear, topology=topology)
+        with torch.no_grad():
+            layer.values.mul_(scale)
+        _replace(model, name, layer)
+        layers[name] = _report(layer)
+    for name, layer in sparse_layers(model):
+        layers.setdefault(name, _report(layer))
+    return SparsityReport(layers, skipped)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every `BlockSparseLinear` of a model by an equal `nn.Linear`, in place.
+
+    Returns:
+        The model; or, if it is itself a `BlockSparseLinear`, its `nn.Linear`.
+    """
+    if isinstance(model, BlockSparseLinear):
+        return model.to_linear()
+    for name, layer in list(sparse_layers(model)):
+        _replace(model, name, layer.to_linear())
+    return model
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
+    """Yield (name, layer) of every `BlockSparseLinear` in a model, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLinear):
+            yield name, module
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a pattern of `include` or `exclude` matches a module's name.
+
+    >>> matches("fc*", "blocks.0.fc1"), matches("blocks.*.fc1", "blocks.0.fc1")
+    (True, True)
+    >>> matches("blocks*", "blocks.0.fc1"), matches("re:.*fc[12]", "blocks.0.fc1")
+    (False, True)
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
+
+
+def check_patterns(argument: str, patterns: Sequence[str]) -> None:
+    """Raise unless every pattern is a string, and a valid regular expression after "re:"."""
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"`{argument}` must be a list of patterns; got {patterns!r}. Write ['{patterns}']."
+            if isinstance(patterns, str)
+            else f"`{argument}` must be a list of strings; got {patterns!r}."
+        )
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(
+                    f"`{argument}` must hold valid regular expressions after 're:'; "
+                    f"got {pattern!r}: {error}."
+                ) from None
+
+
+def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError unless a value is one of the names offered."""
+    if value not in list(choices):
+        offered = ", ".join(repr(name) for name in choices)
+        raise ValueError(f"`{argument}` must be one of {offered}; got {value!r}.")
+
+
+def _select(
+    model: nn.Module, block_size: int, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """Return the layers to swap, and a reason for every linear layer left alone."""
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
+    chosen: dict[str, nn.Linear] = {}
+    skipped: dict[str, str] = {}
+    names = [name for name, _ in model.named_modules()]
+    for pattern in include:
+        if not _is_exact(pattern) or "." not in pattern or pattern in names:
+            continue
+        raise ValueError(
+            f"`include` must name modules of the model; got {pattern!r}, which is none of them."
+        )
+    tied = _tied_weights(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if not any(matches(pattern, name) for pattern in include):
+            skipped[name] = "not included"
+        elif any(matches(pattern, name) for pattern in exclude):
+            skipped[name] = "excluded"
+        elif reason := _obstacle(module, block_size, tied):
+            if name in include:
+                raise ValueError(
+                    f"`include` must name layers that can be block-sparse; got '{name}': {reason}."
+                )
+            skipped[name] = reason
+        else:
+            chosen[name] = module
+    if not chosen and not any(True for _ in sparse_layers(model)):
+        found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            f"`include` must match at least one nn.Linear that can be block-sparse; got "
+            f"{list(include)} with exclude={list(exclude)}. "
+            f"The model's linear layers: {found or 'none'}. A pattern without a dot matches the "
+            "last part of a name, one with a dot the whole name."
+        )
+    return chosen, skipped
+
+
+def _is_exact(pattern: str) -> bool:
+    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
+
+
+def _obstacle(linear: nn.Linear, block_size: int, tied: set[int]) -> str | None:
+    """Return why a layer cannot be block-sparse, or None."""
+    if type(linear.weight).__name__ == "DTensor":
+        raise RuntimeError(
+            "The model must be sparsified before it is sharded; got a Linear whose weight is a "
+            "DTensor. Build it in __init__, or call sparsify in configure_model before "
+            "fully_shard."
+        )
+    if type(linear) is not nn.Linear:
+        return f"a subclass of nn.Linear ({type(linear).__name__})"
+    if parametrize.is_parametrized(linear):
+        return "it has parametrizations"
+    if any(getattr(linear, hooks) for hooks in _HOOKS):
+        return "it has hooks"
+    if "weight" not in linear._parameters:
+        return "its weight is not a parameter"
+    if id(linear.weight) in tied:
+        return "its weight is tied"
+    if linear.out_features % block_size or linear.in_features % block_size:
+        return (
+            f"{linear.out_features}x{linear.in_features} is not divisible by "
+            f"block_size={block_size}"
+        )
+    try:
+        check_dtype(linear.weight.dtype)
+    except ValueError:
+        return f"its dtype {linear.weight.dtype} is not supported"
+    return None
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that are reachable under more than one name."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
+def _initial_topology(
+    linear: nn.Linear,
+    block_size: int,
+    n_blocks: int,
+    capacity: int,
+    init: str,
+    seed: int,
+    name: str,
+) -> tuple[BlockTopology, float]:
+    """Return the first topology of a layer, and the factor for the values it keeps."""
+    grid: Grid = block_grid(linear.out_features, linear.in_features, block_size)
+    density = n_blocks / (grid[0] * grid[1])
+    if init == "magnitude" and linear.weight.device.type != "meta":
+        mask = largest_blocks(linear.weight.detach(), block_size, density).mask
+        return BlockTopology.from_mask(mask, block_size, capacity=capacity), 1.0
+    topology = BlockTopology.random(
+        linear.out_features,
+        linear.in_features,
+        block_size,
+        n_blocks=n_blocks,
+        capacity=capacity,
+        generator=seeded_generator(seed, 0, name),
+    )
+    return topology, density**-0.5
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _report(layer: BlockSparseLinear) -> LayerReport:
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    return LayerReport(
+        shape=(layer.out_features, layer.in_features),
+        block_size=layer.block_size,
+        n_blocks=layer.topology.n_blocks,
+        density=layer.density,
+        parameters_before=layer.out_features * layer.in_features + bias,
+        parameters_after=layer.topology.n_blocks * layer.block_size**2 + bias,
+    )

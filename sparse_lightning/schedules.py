@@ -1,0 +1,139 @@
+"""Values over steps: density and drop fraction as functions of progress, and times as steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+Schedule = Callable[[float, float, float], float]
+
+
+def constant(progress: float, initial: float, final: float) -> float:
+    """Return `initial` throughout.
+
+    >>> constant(0.5, 0.3, 0.0)
+    0.3
+    """
+    return initial
+
+
+def cubic(progress: float, initial: float, final: float) -> float:
+    """Move from `initial` to `final`, fast at first: final + (initial - final) (1 - progress)^3.
+
+    Source: Zhu & Gupta 2017, "To prune, or not to prune", eq. 1.
+
+    >>> cubic(0.0, 1.0, 0.2), cubic(0.5, 1.0, 0.2), cubic(1.0, 1.0, 0.2)
+    (1.0, 0.30000000000000004, 0.2)
+    """
+    return final + (initial - final) * (1 - progress) ** 3
+
+
+def cosine(progress: float, initial: float, final: float) -> float:
+    """Move from `initial` to `final` along half a cosine.
+
+    Source: Evci et al. 2020 (RigL), section 3, eq. for f_decay; Dettmers & Zettlemoyer 2019.
+
+    >>> cosine(0.0, 0.3, 0.0), round(cosine(0.5, 0.3, 0.0), 3), cosine(1.0, 0.3, 0.0)
+    (0.3, 0.15, 0.0)
+    """
+    return final + (initial - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+DENSITY_SCHEDULES: dict[str, Schedule] = {"constant": constant, "cubic": cubic}
+DROP_FRACTION_SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine}
+
+
+def progress(step: int, begin: int, until: int) -> float:
+    """Return how far `step` lies between `begin` and `until`, within [0, 1].
+
+    >>> progress(5, 10, 20), progress(15, 10, 20), progress(30, 10, 20)
+    (0.0, 0.5, 1.0)
+    """
+    if step >= until:
+        return 1.0
+    return max(0.0, (step - begin) / (until - begin))
+
+
+def check_time(time: int | float, argument: str) -> None:
+    """Raise ValueError unless `time` is a step or a fraction of the training.
+
+    An int >= 2, or an integral float above 1 (YAML's 1e3), is a step; a float in (0, 1] is a
+    fraction; 0 is both. The int 1 could be meant as either and raises.
+    """
+    if isinstance(time, bool) or not isinstance(time, (int, float)):
+        raise TypeError(
+            f"`{argument}` must be a step (int) or a fraction (float in (0, 1]); got {time!r}."
+        )
+    if isinstance(time, int) and time == 1:
+        raise ValueError(
+            f"`{argument}` must not be the int 1, which could be the first step or the whole "
+            "training; got 1. Write 1.0 or a step >= 2."
+        )
+    if not math.isfinite(time) or time < 0 or (time > 1 and time != int(time)):
+        raise ValueError(
+            f"`{argument}` must be a step (int >= 2), a fraction (float in (0, 1]) or 0; "
+            f"got {time!r}."
+        )
+
+
+def is_fraction(time: int | float) -> bool:
+    """Tell whether a checked time is a fraction of the training.
+
+    >>> is_fraction(0.5), is_fraction(1.0), is_fraction(1e3), is_fraction(0)
+    (True, True, False, False)
+    """
+    return isinstance(time, float) and 0 < time <= 1
+
+
+def resolve_time(time: int | float, total_steps: int) -> int:
+    """Turn a checked time into a step.
+
+    >>> resolve_time(0.75, 1000), resolve_time(200, 1000), resolve_time(1e3, 50)
+    (750, 200, 1000)
+    """
+    return round(time * total_steps) if is_fraction(time) else int(time)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """The resolved steps of a training: when density moves and when updates run.
+
+    All are optimizer steps. Updates run after `update_begin` + k * `every_n_steps` steps, never
+    before the first step, and at last after `update_until` steps, so that a density schedule
+    always arrives at its final value.
+    """
+
+    every_n_steps: int
+    update_begin: int
+    update_until: int
+    density_begin: int
+    density_until: int
+
+    def next_update(self, step: int) -> int | None:
+        """Return the first update after `step` steps; None if there is no further one.
+
+        >>> table = Timetable(100, 0, 250, 0, 200)
+        >>> table.next_update(0), table.next_update(100), table.next_update(200)
+        (100, 200, 250)
+        >>> table.next_update(250) is None
+        True
+        """
+        k = max(0, (step - self.update_begin) // self.every_n_steps + 1)
+        following = self.update_begin + k * self.every_n_steps
+        if following == 0:
+            following = self.every_n_steps
+        following = min(following, self.update_until)
+        return following if following > step else None
+
+    def density_progress(self, step: int) -> float:
+        """Return the progress of the density schedule after `step` steps, within [0, 1]."""
+        return progress(step, self.density_begin, self.density_until)
+
+    def update_progress(self, step: int) -> float:
+        """Return the progress of the drop fraction after `step` steps, within [0, 1]."""
+        return progress(step, self.update_begin, self.update_until)
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the fields as primitives, for a checkpoint."""
+        return asdict(self)

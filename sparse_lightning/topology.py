@@ -1,0 +1,366 @@
+"""`BlockTopology`: which blocks of a weight are present, and in which slot each is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+# The state vector is [format, block_size, out_blocks, in_blocks, capacity, row, col, row, ...].
+STATE_FORMAT = 1
+_STATE_HEADER = 5
+
+
+class BlockTopology:
+    """The present blocks of an `[out_features, in_features]` weight.
+
+    The weight is a grid of `block_size` x `block_size` blocks. A present block lives in a *slot* of
+    the `values` tensor `[capacity, block_size, block_size]`; `coords` says which block each slot
+    holds, and everything else is derived from it. All tensors keep their identity for the life of
+    the topology (`assign_` writes in place), so compiled graphs and CUDA graphs stay valid.
+
+    Attributes:
+        coords: int32 `[capacity, 2]`, (block row, block column) of each slot; (-1, -1) if empty.
+        row_offsets: int32 `[out_blocks + 1]`, where each block row begins in `row_entries`.
+        row_entries: int32 `[capacity, 2]`, the (block column, slot) of each block, by row and then
+            column; the empty slots follow at the end, as (-1, slot).
+        col_offsets: int32 `[in_blocks + 1]`, where each block column begins in `col_entries`.
+        col_entries: int32 `[capacity, 2]`, the (block row, slot) of each block, by column and then
+            row; the empty slots follow at the end, as (-1, slot).
+
+    Args:
+        coords: integer `[capacity, 2]`, as above; copied.
+        grid: (out_blocks, in_blocks).
+        block_size: 16, 32, 64 or 128.
+
+    Raises:
+        ValueError: if a coordinate lies outside the grid or appears twice, or for a block size
+            that is not offered.
+
+    >>> topology = BlockTopology.from_mask(torch.eye(2, dtype=torch.bool), block_size=16)
+    >>> topology
+    BlockTopology(32x32, block_size=16, n_blocks=2/4, capacity=2)
+    >>> topology.row_entries.tolist()
+    [[0, 0], [1, 1]]
+    """
+
+    def __init__(self, coords: Tensor, grid: tuple[int, int], block_size: int) -> None:
+        check_block_size(block_size)
+        if coords.dim() != 2 or coords.shape[1] != 2:
+            raise ValueError(
+                f"`coords` must have shape [capacity, 2]; got {list(coords.shape)}. "
+                "Give one (row, column) pair a slot, or use BlockTopology.from_mask."
+            )
+        if min(grid) < 1:
+            raise ValueError(f"`grid` must have at least one block each way; got {grid}.")
+        self.block_size = block_size
+        self.grid = (int(grid[0]), int(grid[1]))
+        capacity, device = coords.shape[0], coords.device
+        out_blocks, in_blocks = self.grid
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        self.coords = empty(capacity, 2)
+        self.row_offsets, self.row_entries = empty(out_blocks + 1), empty(capacity, 2)
+        self.col_offsets, self.col_entries = empty(in_blocks + 1), empty(capacity, 2)
+        self.assign_(coords)
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor, block_size: int, *, capacity: int | None = None
+    ) -> BlockTopology:
+        """Build the topology whose present blocks are those set in a block mask.
+
+        Args:
+            mask: bool `[out_features / block_size, in_features / block_size]`.
+            block_size: 16, 32, 64 or 128.
+            capacity: number of slots; the number of set blocks if None.
+
+        Raises:
+            TypeError: if `mask` is not bool.
+            ValueError: if `mask` is not 2-D or holds more blocks than `capacity`.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"`mask` must be a bool tensor; got {mask.dtype}. Use mask != 0.")
+        if mask.dim() != 2:
+            raise ValueError(f"`mask` must be 2-D [out_blocks, in_blocks]; got {list(mask.shape)}.")
+        present = mask.nonzero()
+        n_blocks = present.shape[0]
+        if capacity is None:
+            capacity = n_blocks
+        if n_blocks > capacity:
+            raise ValueError(
+                f"`capacity` must be at least the number of blocks; got {capacity} for "
+                f"{n_blocks} blocks. Raise it or drop blocks from the mask."
+            )
+        coords = torch.full((capacity, 2), -1, dtype=torch.int32, device=mask.device)
+        coords[:n_blocks] = present.to(torch.int32)
+        return cls(coords, (mask.shape[0], mask.shape[1]), block_size)
+
+    @classmethod
+    def random(
+        cls,
+        out_features: int,
+        in_features: int,
+        block_size: int,
+        density: float | None = None,
+        *,
+        n_blocks: int | None = None,
+        capacity: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> BlockTopology:
+        """Draw the present blocks uniformly, without replacement.
+
+        Args:
+            out_features: rows of the weight, a multiple of `block_size`.
+            in_features: columns of the weight, a multiple of `block_size`.
+            block_size: 16, 32, 64 or 128.
+            density: present blocks / all blocks, in (0, 1]; rounded to at least one block.
+            n_blocks: the exact number of blocks, instead of `density`.
+            capacity: number of slots; the number of blocks if None.
+            generator: source of randomness on the CPU; PyTorch's default one if None.
+
+        Raises:
+            ValueError: if the features are not divisible by the block size, or the density or
+                number of blocks is out of range.
+        """
+        grid = block_grid(out_features, in_features, block_size)
+        total = grid[0] * grid[1]
+        if (density is None) == (n_blocks is None):
+            raise ValueError("Exactly one of `density` and `n_blocks` must be given.")
+        if n_blocks is None:
+            assert density is not None
+            n_blocks = count_blocks(density, total)
+        if not 0 <= n_blocks <= total:
+            raise ValueError(f"`n_blocks` must be in 0..{total}; got {n_blocks}.")
+        mask = torch.zeros(total, dtype=torch.bool)
+        mask[torch.randperm(total, generator=generator)[:n_blocks]] = True
+        return cls.from_mask(mask.view(grid), block_size, capacity=capacity)
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> BlockTopology:
+        """Rebuild a topology from `to_state`'s int32 vector, on the CPU.
+
+        Raises:
+            ValueError: if the vector is not one that `to_state` wrote.
+        """
+        header = state[:_STATE_HEADER].tolist() if state.dim() == 1 else []
+        if len(header) < _STATE_HEADER or header[0] != STATE_FORMAT:
+            raise ValueError(
+                f"The saved topology must be of format {STATE_FORMAT}; got header {header}. "
+                "Load it with the version of sparse_lightning that wrote it."
+            )
+        _, block_size, out_blocks, in_blocks, capacity = header
+        coords = state[_STATE_HEADER:].cpu()
+        if coords.numel() != 2 * capacity:
+            raise ValueError(
+                f"The saved topology must hold {capacity} slots by its header; "
+                f"got {coords.numel() // 2}. The checkpoint is damaged."
+            )
+        return cls(coords.view(capacity, 2), (out_blocks, in_blocks), block_size)
+
+    def to_state(self) -> Tensor:
+        """Return the topology as one int32 vector whose length depends only on the capacity."""
+        header = torch.tensor(
+            [STATE_FORMAT, self.block_size, *self.grid, self.capacity],
+            dtype=torch.int32,
+            device=self.device,
+        )
+        return torch.cat([header, self.coords.flatten()])
+
+    def assign_(self, coords: Tensor) -> BlockTopology:
+        """Give the slots new coordinates, in place, and rebuild the indices.
+
+        Args:
+            coords: integer `[capacity, 2]`; (-1, -1) for an empty slot.
+
+        Raises:
+            ValueError: for another capacity, a coordinate outside the grid, or a block in two
+                slots; the topology is then as before.
+        """
+        if coords.shape != self.coords.shape:
+            raise ValueError(
+                f"`coords` must keep the capacity {self.capacity}; got {coords.shape[0]} slots."
+            )
+        out_blocks, in_blocks = self.grid
+        rows, cols = coords.to(torch.int64).unbind(1)
+        present = rows >= 0
+        inside = present & (rows < out_blocks) & (cols >= 0) & (cols < in_blocks)
+        empty = (rows == -1) & (cols == -1)
+        if not bool((inside | empty).all()):
+            slot = int((~(inside | empty)).nonzero()[0, 0])
+            raise ValueError(
+                f"`coords` must lie inside the {out_blocks}x{in_blocks} grid or be (-1, -1); "
+                f"got {tuple(coords[slot].tolist())} in slot {slot}."
+            )
+        # Empty slots sort behind every block; stable, so they stay in slot order.
+        last = out_blocks * in_blocks
+        by_row = torch.where(present, rows * in_blocks + cols, last)
+        by_col = torch.where(present, cols * out_blocks + rows, last)
+        sorted_keys, row_slots = by_row.sort(stable=True)
+        n_blocks = int(present.sum())
+        if bool((sorted_keys[1:n_blocks] == sorted_keys[: max(n_blocks - 1, 0)]).any()):
+            raise ValueError("`coords` must not hold a block twice; got a repeated (row, column).")
+        col_slots = by_col.argsort(stable=True)
+
+        self.coords.copy_(coords)
+        self.row_entries.copy_(torch.stack([cols[row_slots], row_slots], 1))
+        self.col_entries.copy_(torch.stack([rows[col_slots], col_slots], 1))
+        self.row_offsets.copy_(_offsets(rows[present], out_blocks))
+        self.col_offsets.copy_(_offsets(cols[present], in_blocks))
+        self.n_blocks = n_blocks
+        return self
+
+    def to_(self, device: torch.device) -> BlockTopology:
+        """Move every index tensor to `device`, in place (new storage when the device differs)."""
+        for name in ("coords", "row_offsets", "row_entries", "col_offsets", "col_entries"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Return the present blocks of a dense weight, by slot; zeros in empty slots.
+
+        Args:
+            weight: `[out_features, in_features]`, any dtype.
+
+        Returns:
+            `[capacity, block_size, block_size]` of the weight's dtype, on its device.
+        """
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"`weight` must have shape [{self.out_features}, {self.in_features}]; "
+                f"got {list(weight.shape)}."
+            )
+        rows, cols = self.coords.to(weight.device).long().unbind(1)
+        blocks = _as_blocks(weight, self.grid, self.block_size)[rows, cols]
+        return blocks * (rows >= 0).view(-1, 1, 1)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Return the dense weight that the blocks in `values` stand for; zeros elsewhere.
+
+        Args:
+            values: `[capacity, block_size, block_size]`, any dtype.
+
+        Returns:
+            `[out_features, in_features]` of the values' dtype, on their device.
+        """
+        weight = values.new_zeros(self.out_features, self.in_features)
+        coords = self.coords.to(values.device).long()
+        slots = (coords[:, 0] >= 0).nonzero().squeeze(1)
+        rows, cols = coords[slots].unbind(1)
+        _as_blocks(weight, self.grid, self.block_size)[rows, cols] = values[slots]
+        return weight
+
+    def scatter(self, slot_values: Tensor, fill: float) -> Tensor:
+        """Lay one number a slot out over the block grid.
+
+        Args:
+            slot_values: `[capacity]`.
+            fill: what absent blocks get.
+
+        Returns:
+            `[out_blocks, in_blocks]` of the same dtype.
+        """
+        out = slot_values.new_full(self.grid, fill)
+        rows, cols = self.coords.to(out.device).long().unbind(1)
+        present = rows >= 0
+        out[rows[present], cols[present]] = slot_values[present]
+        return out
+
+    @property
+    def mask(self) -> Tensor:
+        """The block mask: bool `[out_blocks, in_blocks]`, a new tensor."""
+        mask = torch.zeros(self.grid, dtype=torch.bool, device=self.device)
+        rows, cols = self.coords.long().unbind(1)
+        mask[rows[rows >= 0], cols[rows >= 0]] = True
+        return mask
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots, filled or empty."""
+        return self.coords.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Present blocks / all blocks."""
+        return self.n_blocks / (self.grid[0] * self.grid[1])
+
+    @property
+    def out_features(self) -> int:
+        return self.grid[0] * self.block_size
+
+    @property
+    def in_features(self) -> int:
+        return self.grid[1] * self.block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.coords.device
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockTopology({self.out_features}x{self.in_features}, "
+            f"block_size={self.block_size}, "
+            f"n_blocks={self.n_blocks}/{self.grid[0] * self.grid[1]}, capacity={self.capacity})"
+        )
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise ValueError unless the block size is one of `BLOCK_SIZES`."""
+    if block_size not in BLOCK_SIZES or isinstance(block_size, bool):
+        raise ValueError(f"`block_size` must be one of {BLOCK_SIZES}; got {block_size!r}.")
+
+
+def check_density(density: float, argument: str = "density") -> None:
+    """Raise ValueError unless the density is a number in (0, 1]."""
+    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    if not (is_number and 0 < density <= 1):
+        raise ValueError(
+            f"`{argument}` must be a number in (0, 1], the share of blocks that are present; "
+            f"got {density!r}."
+        )
+
+
+def block_grid(out_features: int, in_features: int, block_size: int) -> tuple[int, int]:
+    """Return (out_blocks, in_blocks) of a weight.
+
+    Raises:
+        ValueError: if a dimension is not a positive multiple of the block size.
+
+    >>> block_grid(64, 96, 32)
+    (2, 3)
+    """
+    check_block_size(block_size)
+    for name, size in (("out_features", out_features), ("in_features", in_features)):
+        if size < 1 or size % block_size:
+            raise ValueError(
+                f"`{name}` must be a positive multiple of block_size={block_size}; got {size}. "
+                "Pad the layer or choose a smaller block size."
+            )
+    return out_features // block_size, in_features // block_size
+
+
+def count_blocks(density: float, total: int) -> int:
+    """Return the number of blocks nearest to a density, but at least one.
+
+    >>> count_blocks(0.1, 256), count_blocks(0.001, 16)
+    (26, 1)
+    """
+    check_density(density)
+    return max(1, round(density * total))
+
+
+def _offsets(indices: Tensor, n: int) -> Tensor:
+    """Return `[0, cumulative counts of the indices 0..n-1]`."""
+    offsets = torch.zeros(n + 1, dtype=torch.int64, device=indices.device)
+    offsets[1:] = torch.bincount(indices, minlength=n).cumsum(0)
+    return offsets
+
+
+def _as_blocks(weight: Tensor, grid: tuple[int, int], block_size: int) -> Tensor:
+    """View a `[out, in]` weight as `[out_blocks, in_blocks, block_size, block_size]`."""
+    rows: Tensor = weight.unflatten(0, (grid[0], block_size))
+    blocks: Tensor = rows.unflatten(2, (grid[1], block_size))
+    return blocks.transpose(1, 2)
