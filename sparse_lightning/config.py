@@ -218,10 +218,11 @@ class SparsityNode:
     block_size: int = 64
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=lambda: list(DEFAULT_EXCLUDE))
-    density: Any = 0.25  # a number or a mapping, which OmegaConf cannot express as a type
+    # A number or a mapping, which OmegaConf cannot express as a type.
+    density: Any = 0.25
     distribution: str = "uniform"
     update: UpdateSchedule = field(default_factory=UpdateSchedule)
-    drop_fraction: Any = field(default_factory=DropFractionSchedule)
+    drop_fraction: Any = field(default_factory=lambda: dataclasses.asdict(DropFractionSchedule()))
     drop: str = "magnitude"
     grow: str = "gradient"
     init: str = "random"

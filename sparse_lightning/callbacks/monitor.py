@@ -136,8 +136,12 @@ def _wandb_media(name: str, layer: BlockSparseLinear, step: int) -> dict[str, An
 
     caption = f"{name}, step {step}, density {layer.density:.3f}"
     media: dict[str, Any] = {f"mask/{name}": wandb.Image(mask_image(layer), caption=caption)}
-    for side, counts in _occupancy(layer).items():
-        media[f"{side}_occupancy/{name}"] = wandb.Histogram(counts.tolist())
+    for (side, counts), most in zip(
+        _occupancy(layer).items(), reversed(layer.topology.grid), strict=True
+    ):
+        # One bin for each possible count, as long as they can be told apart.
+        histogram = np.histogram(counts, bins=min(most + 1, 64), range=(-0.5, most + 0.5))
+        media[f"{side}_occupancy/{name}"] = wandb.Histogram(np_histogram=histogram)
     return media
 
 

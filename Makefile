@@ -1,0 +1,100 @@
+# Needs make, git and a Python >= 3.10 with pip and venv; everything else goes into .venv.
+
+# The first of these that is recent enough, else what `python3` is; `make setup PYTHON=/path/to/python` overrides.
+PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# The newest major CUDA version the driver can run, from nvidia-smi's header; empty without a driver.
+CUDA = $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9][0-9]*\).*/\1/p')
+CUDA_EXTRA = $(addprefix $(comma)cuda,$(filter 12 13,$(CUDA)))
+comma := ,
+
+# Written after a complete installation, so an interrupted one is repeated. Training needs less than the checks.
+RUNTIME := $(VENV)/.installed-runtime
+DEV := $(VENV)/.installed-dev
+install = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:  # the stages of `test` report in order
+
+.PHONY: help
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# -- setting up ---------------------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(DEV)  ## Create .venv with all that users, examples and checks need
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	echo "error: '$(PYTHON)' must be Python 3.10 or newer. Choose one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	echo "error: '$(PYTHON)' cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(install) --editable '.[examples$(CUDA_EXTRA)]'
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(install) --editable '.[dev$(CUDA_EXTRA)]'
+	@touch $(RUNTIME) $@
+
+# -- using --------------------------------------------------------------------------------------------------
+
+.PHONY: train
+train: $(RUNTIME)  ## Run the example training, e.g. make train ARGS="trainer.max_steps=100"
+	$(BIN)/python examples/train.py $(ARGS)
+
+# -- checking -----------------------------------------------------------------------------------------------
+
+heading = @printf '\n== %s\n' "$(1)"
+
+.PHONY: test
+test: format-check lint types unit  ## Run every check: formatting, lint, types, tests, the documentation's examples
+
+.PHONY: format-check
+format-check: $(DEV)
+	$(call heading,Formatting)
+	$(BIN)/ruff format --check
+
+.PHONY: lint
+lint: $(DEV)  ## Lint
+	$(call heading,Lint)
+	$(BIN)/ruff check
+
+.PHONY: types
+types: $(DEV)  ## Check the types
+	$(call heading,Types)
+	$(BIN)/mypy
+
+.PHONY: unit
+unit: $(DEV)  ## Run the tests and doctests, e.g. make unit ARGS="-k topology"
+	$(call heading,Tests and the documentation's examples)
+	$(BIN)/pytest $(ARGS)
+
+.PHONY: gpu-test
+gpu-test: $(DEV)  ## Run only the tests that need a CUDA GPU
+	$(call heading,GPU tests)
+	$(BIN)/pytest -m gpu $(ARGS)
+
+.PHONY: fmt
+fmt: $(DEV)  ## Format, and fix what lint can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# -- packaging ----------------------------------------------------------------------------------------------
+
+.PHONY: wheel
+wheel: $(DEV)  ## Build the source archive and, from it, the wheel into dist/
+	$(BIN)/python -m build
+
+.PHONY: clean
+clean:  ## Remove caches and build products; keeps .venv and the outputs of runs
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

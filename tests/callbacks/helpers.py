@@ -1,0 +1,69 @@
+"""A small model whose batch depends on the step alone, and a quiet trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Classifier(L.LightningModule):
+    """An MLP of two swappable layers and a dense head.
+
+    Its input is drawn from the number of the batch, so that a resumed run sees what an
+    uninterrupted one sees, wherever in an epoch it was cut.
+    """
+
+    def __init__(self, lr: float = 1e-2, optimizer: type = torch.optim.AdamW) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
+        self.head = nn.Linear(64, 4)
+        self.lr, self.optimizer = lr, optimizer
+        self.losses: list[float] = []
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(16, 64, generator=generator)
+        return x, (x[:, :4] * 3).argmax(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))
+
+    def loss(self, number: int) -> Tensor:
+        x, y = self.batch(number)
+        return nn.functional.cross_entropy(self(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loops = self.trainer.fit_loop.epoch_loop
+        loss = self.loss(loops.total_batch_idx)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(10_000 + batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters(), lr=self.lr)
+
+
+def loader(batches: int = 8) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.zeros(batches, 1)), batch_size=1)
+
+
+def trainer(*callbacks: L.Callback, root: Path | None = None, **kwargs: Any) -> L.Trainer:
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "callbacks": list(callbacks),
+        "default_root_dir": root,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "logger": False,
+        "max_steps": 24,
+    }
+    return L.Trainer(**{**options, **kwargs})

@@ -1,0 +1,83 @@
+"""Two gloo ranks that were not seeded alike end with the same blocks and values."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_lightning import SparsityCallback
+from tests.callbacks.helpers import Classifier, loader, trainer
+
+
+class Unseeded(Classifier):
+    """Differs from rank to rank in its first weights and in its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.manual_seed(100 + self.rank)
+        for module in (self.net[0], self.net[2], self.head):
+            module.reset_parameters()
+
+    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().batch(1000 * self.rank + number)
+
+
+@pytest.mark.parametrize("init", ["random", "magnitude"])
+@pytest.mark.parametrize("density", ["constant", "falling"])
+def test_ranks_end_identical(init: str, density: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, __file__, str(tmp_path), init, density],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=240,
+    )
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys()
+    for key in ranks[0]:
+        assert torch.equal(ranks[0][key], ranks[1][key]), key
+    moved = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert moved[0] == moved[1] and sum(moved[0]) > 0
+
+
+class Grown(L.Callback):
+    """Counts the grown blocks of every update; stands after SparsityCallback."""
+
+    def __init__(self, sparsity: SparsityCallback) -> None:
+        self.sparsity = sparsity
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        last = self.sparsity.last_update
+        if last is not None and last.step == trainer.global_step:
+            self.counts.append(sum(len(update.grown) for update in last.layers.values()))
+
+
+def main(out: Path, init: str, density: str) -> None:
+    falling = {"schedule": "cubic", "initial": 0.75, "final": 0.25, "until": 0.5}
+    sparsity = SparsityCallback(
+        block_size=16,
+        density=0.25 if density == "constant" else falling,
+        update={"every_n_steps": 4},
+        init=init,
+    )
+    grown = Grown(sparsity)
+    fitting = trainer(sparsity, grown, root=out, strategy="ddp", devices=2)
+    model = Unseeded()
+    fitting.fit(model, loader(16))
+    torch.save(model.state_dict(), out / f"{fitting.global_rank}.pt")
+    (out / f"{fitting.global_rank}.json").write_text(json.dumps(grown.counts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,134 @@
+"""A killed run, resumed, ends as the uninterrupted one: bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from sparse_lightning import SparsityCallback
+from tests.callbacks.helpers import Classifier, loader, trainer
+
+STEPS = 24
+EVERY = 5  # so updates run after 5, 10, 15 and 18 steps
+
+
+def sparsity() -> SparsityCallback:
+    return SparsityCallback(
+        block_size=16,
+        density={"schedule": "cubic", "initial": 0.75, "final": 0.25, "until": 0.7},
+        update={"every_n_steps": EVERY},
+    )
+
+
+def run(root: Path, ckpt_path: Path | None = None, *extra: L.Callback, **kwargs: Any) -> Any:
+    """Train to the end, with a checkpoint after every step, and return the trainer."""
+    checkpoint = ModelCheckpoint(
+        root, filename="{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False
+    )
+    callbacks = [sparsity(), *extra, checkpoint]
+    fitting = trainer(
+        *callbacks, root=root, enable_checkpointing=True, **{"max_steps": STEPS, **kwargs}
+    )
+    fitting.fit(Classifier(), loader(), ckpt_path=ckpt_path)
+    return fitting
+
+
+def final(root: Path) -> dict[str, Any]:
+    checkpoint = torch.load(root / f"{STEPS}.ckpt", weights_only=True)
+    callbacks = {k: v for k, v in checkpoint["callbacks"].items() if "Sparsity" in k}
+    return {
+        "state_dict": checkpoint["state_dict"],
+        "optimizer": checkpoint["optimizer_states"][0]["state"],
+        "callbacks": callbacks,
+    }
+
+
+def assert_identical(a: Any, b: Any, path: str = "") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("whole")
+    run(root)
+    return root
+
+
+def test_checkpoint_holds_tensors_and_primitives_only(uninterrupted: Path) -> None:
+    checkpoint = torch.load(uninterrupted / "5.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["SparsityCallback"]
+    assert (state["step"], state["n_updates"], state["next_update"]) == (5, 1, 10)
+    assert any(pending.any() for pending in state["pending"].values()), "no first step yet"
+
+
+# 3: between updates; 4: an update comes next; 5: just after one; 18: after the last.
+@pytest.mark.parametrize("cut", [3, 4, 5, 6, 10, 18, 21])
+def test_resume_is_bit_exact(cut: int, uninterrupted: Path, tmp_path: Path) -> None:
+    run(tmp_path, uninterrupted / f"{cut}.ckpt")
+    assert_identical(final(tmp_path), final(uninterrupted))
+
+
+def test_resume_under_an_average_is_bit_exact(tmp_path: Path) -> None:
+    run(tmp_path / "whole", None, EMAWeightAveraging(decay=0.9))
+    run(tmp_path / "cut", tmp_path / "whole" / "10.ckpt", EMAWeightAveraging(decay=0.9))
+    assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+def test_resume_under_accumulation_is_bit_exact(tmp_path: Path) -> None:
+    run(tmp_path / "whole", accumulate_grad_batches=2)
+    run(tmp_path / "cut", tmp_path / "whole" / "10.ckpt", accumulate_grad_batches=2)
+    assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+def test_a_longer_training_moves_no_density(uninterrupted: Path, tmp_path: Path) -> None:
+    fitting = run(tmp_path, uninterrupted / "10.ckpt", max_steps=2 * STEPS)
+    callback = next(c for c in fitting.callbacks if isinstance(c, SparsityCallback))
+    assert callback.timetable is not None
+    assert callback.timetable.update_until == 18, "0.75 of the first 24 steps"
+    assert callback.last_update is not None and callback.last_update.step == 18
+
+
+@pytest.mark.parametrize("victim", [5, 8])
+def test_a_killed_process_resumes(victim: int, uninterrupted: Path, tmp_path: Path) -> None:
+    """SIGKILL right after step `victim`'s topology update or step; the last checkpoint is older."""
+    process = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), str(victim)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+        capture_output=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    last = max(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem))
+    assert int(last.stem) == victim - 1
+    run(tmp_path, last)
+    assert_identical(final(tmp_path), final(uninterrupted))
+
+
+class Kill(L.Callback):
+    """Stands between SparsityCallback and the checkpoint: what it cuts was not saved."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), None, Kill())

@@ -1,0 +1,30 @@
+"""What every test gets: the same random numbers each time, and one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # The tensors are small: threads that wait for one another on busy cores take ten times longer.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN (integers: the largest), so an element never written is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all(), "PyTorch no longer fills uninitialised memory"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,106 @@
+"""The wheel, and the editable install, carry all that the package needs at run time."""
+
+import importlib.resources
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Run where neither the tree nor its working directory is in reach; prints where things were found.
+PROBE = """
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import hydra
+import sparse_lightning
+
+package = Path(sparse_lightning.__file__).parent
+configs = files("sparse_lightning.configs")
+with hydra.initialize_config_module("sparse_lightning.configs", version_base="1.3"):
+    config = hydra.compose(overrides=["+callbacks=sparsity"])
+
+assert (package / "py.typed").is_file()
+assert sparse_lightning.__version__ == version("sparse-lightning")
+assert config.callbacks.sparsity._target_ == "sparse_lightning.SparsityCallback", config
+print(package)
+print(configs)
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """The command's standard output; a failure shows what it printed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def shipped_files(root: Path) -> set[str]:
+    """What belongs in the wheel: modules, kernels, configs and the marker of the two folders."""
+    folders = {"sparse_lightning": "sparse_lightning", "configs": "sparse_lightning/configs"}
+    return {
+        f"{shipped_as}/{path.relative_to(root / folder).as_posix()}"
+        for folder, shipped_as in folders.items()
+        for path in (root / folder).rglob("*")
+        if path.suffix in {".py", ".cu", ".cuh", ".yaml"} or path.name == "py.typed"
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built by way of the source archive, and from a copy: a stale build/ would leak into it."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("sparse_lightning", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # Without isolation, so that building needs no network.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source, cwd=dist)
+    (built,) = dist.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name for name in names if ".dist-info/" not in name} == shipped_files(ROOT)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_works_away_from_the_tree(wheel: Path, tmp_path: Path) -> None:
+    target, empty = tmp_path / "target", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    run(*pip, "--no-deps", "--no-index", "--target", target, wheel, cwd=empty)
+    # PYTHONPATH comes before the editable install's finder; the paths show that it was used.
+    path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
+    found = run(sys.executable, "-c", PROBE, cwd=empty, PYTHONPATH=path)
+    package, configs = found.splitlines()[-2:]
+    assert Path(package) == target / "sparse_lightning"
+    assert Path(configs) == target / "sparse_lightning" / "configs"
+
+
+def test_the_editable_install_works_away_from_the_tree(tmp_path: Path) -> None:
+    found = run(sys.executable, "-c", PROBE, cwd=tmp_path)
+    package, configs = found.splitlines()[-2:]
+    assert Path(package) == ROOT / "sparse_lightning"
+    assert Path(configs) == ROOT / "configs"
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "cubic", "static"])
+def test_every_variant_is_a_resource_here_too(name: str) -> None:
+    configs = importlib.resources.files("sparse_lightning.configs")
+    assert configs.joinpath("callbacks", "sparsity", f"{name}.yaml").is_file()
