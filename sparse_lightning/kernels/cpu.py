@@ -2,42 +2,49 @@
 
 Three ways to multiply, chosen by `choose` from shape, dtype and density:
 
-- accumulate: one GEMM a block, straight from a view of the input into a view of the output.
-  Nothing is copied, but every block re-reads its output, so it needs an fp32 or fp64 output
-  (a bf16 one would round after every block) and enough tokens to pay for the calls.
-- gather: one GEMM a block row, after copying the inputs of its blocks side by side.
+- by block: one GEMM a block, added to its output block. Nothing is copied but the input, once,
+  into blocks of columns: as strided columns every row of a block would lie on a page of its own,
+  and a quarter of the time goes to address translation. Needs enough tokens to pay for the calls.
+- by row: one GEMM a block row, after copying the inputs of its blocks side by side. For few
+  tokens, and for outputs in half precision, which adding block by block would round each time.
 - densify: one dense GEMM, where so many blocks are present that skipping the others cannot pay.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 # Fewer tokens than this do not pay for one call a block (measured; the optimum is flat).
-_MIN_TOKENS_TO_ACCUMULATE = 256
+_MIN_TOKENS_BY_BLOCK = 256
 # The block norms of the dense gradient are taken a band of block rows at a time, of this size.
 _NORMS_BAND_BYTES = 4 << 20
 
 
-def choose(tokens: int, block_size: int, density: float, dtype: torch.dtype) -> str:
-    """Return "accumulate", "gather" or "densify" for one product.
+def choose(tokens: int, block_size: int, density: float, accumulates_in: torch.dtype) -> str:
+    """Return "by block", "by row" or "densify" for one product.
 
     A small block costs more than its share of the dense product (measured on x86 with MKL at
     1024x1024x1024): about 1 + 32 / block_size times.
 
+    Args:
+        tokens: rows of the input.
+        block_size: 16, 32, 64 or 128.
+        density: present blocks / all blocks.
+        accumulates_in: dtype in which products of several blocks would be added up.
+
     >>> choose(1024, 32, 0.25, torch.float32), choose(1024, 32, 0.25, torch.bfloat16)
-    ('accumulate', 'gather')
+    ('by block', 'by row')
     >>> choose(1024, 16, 0.5, torch.float32), choose(1024, 64, 0.5, torch.float32)
-    ('densify', 'accumulate')
+    ('densify', 'by block')
     """
     if density * (1 + 32 / block_size) > 1:
         return "densify"
-    if tokens < _MIN_TOKENS_TO_ACCUMULATE or dtype not in (torch.float32, torch.float64):
-        return "gather"
-    return "accumulate"
+    is_exact = accumulates_in in (torch.float32, torch.float64)
+    return "by block" if is_exact and tokens >= _MIN_TOKENS_BY_BLOCK else "by row"
 
 
 def block_linear(
@@ -53,26 +60,27 @@ def block_linear(
     scores: Tensor,
 ) -> Tensor:
     """Return x W^T + bias; see `ops` for shapes."""
-    y = _multiply(x, values, row_offsets, row_entries, col_offsets.shape[0] - 1, transposed=True)
-    return y if bias is None else y.add_(bias)
+    in_blocks = col_offsets.shape[0] - 1
+    return _multiply(x, values, bias, row_offsets, row_entries, in_blocks, transposed=True)
 
 
 def block_linear_dx(dy: Tensor, values: Tensor, col_offsets: Tensor, col_entries: Tensor) -> Tensor:
     """Return dy W; see `ops` for shapes."""
     in_blocks = dy.shape[-1] // values.shape[1]
-    return _multiply(dy, values, col_offsets, col_entries, in_blocks, transposed=False)
+    return _multiply(dy, values, None, col_offsets, col_entries, in_blocks, transposed=False)
 
 
 def _multiply(
     x: Tensor,
     values: Tensor,
+    bias: Tensor | None,
     offsets: Tensor,
     entries: Tensor,
     in_blocks: int,
     *,
     transposed: bool,
 ) -> Tensor:
-    """Return, for each output block o, the sum over its entries (i, slot) of x[i] @ block[slot].
+    """Return bias + the sum over each output block's entries (i, slot) of x[i] @ block[slot].
 
     `transposed` multiplies by the blocks' transposes: the forward does, dX does not.
     """
@@ -83,6 +91,7 @@ def _multiply(
     n_blocks = bounds[-1]
     index, slots = entries[:n_blocks].long().unbind(1)
     blocks = values.transpose(1, 2) if transposed else values
+    shape = (*x.shape[:-1], n_out * block_size)
 
     method = choose(tokens.shape[0], block_size, n_blocks / max(1, n_out * in_blocks), values.dtype)
     if method == "densify":
@@ -90,35 +99,61 @@ def _multiply(
         outputs = torch.repeat_interleave(offsets.diff())
         weight.transpose(1, 2)[index, outputs] = blocks[slots]
         out = tokens @ weight.view(in_blocks * block_size, -1)
-    elif method == "gather":
-        out = _gather(tokens, blocks[slots], bounds, index)
+        return (out if bias is None else out.add_(bias)).view(shape)
+
+    out = tokens.new_empty(tokens.shape[0], n_out * block_size)
+    targets = _begun(out, bias, block_size)
+    if method == "by row":
+        _add_by_row(targets, tokens, blocks[slots], bounds, index)
     else:
-        out = _accumulate(tokens, blocks, bounds, index.tolist(), slots.tolist())
-    return out.view(*x.shape[:-1], n_out * block_size)
+        _add_by_block(targets, tokens, blocks, bounds, index.tolist(), slots.tolist())
+    return out.view(shape)
 
 
-def _accumulate(
-    tokens: Tensor, blocks: Tensor, bounds: list[int], index: list[int], slots: list[int]
-) -> Tensor:
-    block_size = blocks.shape[1]
-    out = tokens.new_zeros(tokens.shape[0], (len(bounds) - 1) * block_size)
-    inputs, by_slot = tokens.split(block_size, 1), blocks.unbind(0)
+def _begun(out: Tensor, bias: Tensor | None, block_size: int) -> Iterator[Tensor]:
+    """Yield each output block set to its bias, just before it is used: then the cache holds it."""
     for o, target in enumerate(out.split(block_size, 1)):
+        if bias is None:
+            target.zero_()
+        else:
+            target.copy_(bias[o * block_size : (o + 1) * block_size])
+        yield target
+
+
+def _add_by_block(
+    targets: Iterator[Tensor],
+    tokens: Tensor,
+    blocks: Tensor,
+    bounds: list[int],
+    index: list[int],
+    slots: list[int],
+) -> None:
+    inputs, by_slot = _columns(tokens, blocks.shape[1]), blocks.unbind(0)
+    for o, target in enumerate(targets):
         for e in range(bounds[o], bounds[o + 1]):
             target.addmm_(inputs[index[e]], by_slot[slots[e]])
-    return out
 
 
-def _gather(tokens: Tensor, sorted_blocks: Tensor, bounds: list[int], index: Tensor) -> Tensor:
+def _add_by_row(
+    targets: Iterator[Tensor],
+    tokens: Tensor,
+    sorted_blocks: Tensor,
+    bounds: list[int],
+    index: Tensor,
+) -> None:
     block_size = sorted_blocks.shape[1]
-    out = tokens.new_zeros(tokens.shape[0], (len(bounds) - 1) * block_size)
     stacked = sorted_blocks.reshape(-1, block_size)
     gathered = _Gather(tokens, bounds, index, block_size)
-    for o, target in enumerate(out.split(block_size, 1)):
+    for o, target in enumerate(targets):
         begin, end = bounds[o], bounds[o + 1]
         if begin < end:
-            torch.mm(gathered[o], stacked[begin * block_size : end * block_size], out=target)
-    return out
+            target.addmm_(gathered[o], stacked[begin * block_size : end * block_size])
+
+
+def _columns(tokens: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """Return each block of columns, contiguous: `[tokens, block_size]`."""
+    blocks: Tensor = tokens.unflatten(1, (-1, block_size))
+    return blocks.transpose(0, 1).contiguous().unbind(0)
 
 
 class _Gather:
@@ -158,19 +193,25 @@ def block_linear_dw(
     cols, slots = row_entries[:n_blocks].long().unbind(1)
     out = x.new_zeros(coords.shape[0], block_size, block_size)
     density = n_blocks / max(1, out_blocks * in_blocks)
-    if choose(x.shape[0], block_size, density, x.dtype) == "densify":
+    # Each block is one product over all tokens: nothing is added up in its dtype.
+    method = choose(x.shape[0], block_size, density, torch.float32)
+    rows = torch.repeat_interleave(row_offsets.diff())
+    if method == "densify":
         dense = (dy.T @ x).view(out_blocks, block_size, in_blocks, block_size).transpose(1, 2)
-        rows = torch.repeat_interleave(row_offsets.diff())
         out[slots] = dense[rows, cols]
-        return out
-    # Sorted by row, each block transposed: the product of a block row is then one plain slice.
-    product = x.new_empty(n_blocks * block_size, block_size)
-    gathered = _Gather(x, bounds, cols, block_size)
-    for row, dy_row in enumerate(dy.split(block_size, 1)):
-        begin, end = bounds[row] * block_size, bounds[row + 1] * block_size
-        if begin < end:
-            torch.mm(gathered[row].T, dy_row, out=product[begin:end])
-    out[slots] = product.view(n_blocks, block_size, block_size).transpose(1, 2)
+    elif method == "by row":
+        # Sorted by row, each block transposed: the product of a block row is then a plain slice.
+        product = x.new_empty(n_blocks * block_size, block_size)
+        gathered = _Gather(x, bounds, cols, block_size)
+        for row, dy_row in enumerate(dy.split(block_size, 1)):
+            begin, end = bounds[row] * block_size, bounds[row + 1] * block_size
+            if begin < end:
+                torch.mm(gathered[row].T, dy_row, out=product[begin:end])
+        out[slots] = product.view(n_blocks, block_size, block_size).transpose(1, 2)
+    else:
+        lefts, rights, by_slot = _columns(dy, block_size), _columns(x, block_size), out.unbind(0)
+        for row, col, slot in zip(rows.tolist(), cols.tolist(), slots.tolist(), strict=True):
+            torch.mm(lefts[row].T, rights[col], out=by_slot[slot])
     return out
 
 
