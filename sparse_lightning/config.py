@@ -33,17 +33,20 @@ class DensitySchedule:
     """The model's density over time.
 
     Attributes:
-        schedule: "constant" (at `initial`) or "cubic".
-        initial: density at `begin`, in (0, 1].
-        final: density from `until` on, in (0, 1].
+        schedule: "cubic", or "constant", which takes either of the next two.
+        initial: density at `begin`, in (0, 1]; 1.0 if not given.
+        final: density from `until` on, in (0, 1]; 0.25 if not given.
         begin, until: step (int >= 2), fraction of the training (float in (0, 1]) or 0.
     """
 
     schedule: str = "cubic"
-    initial: float = 1.0
-    final: float = 0.25
+    initial: float | None = None
+    final: float | None = None
     begin: int | float = 0
     until: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        _fill_in(self, "density", initial=1.0, final=0.25)
 
 
 @dataclass
@@ -60,13 +63,17 @@ class DropFractionSchedule:
     """The share of a layer's blocks that an update exchanges, over update.begin..until.
 
     Attributes:
-        schedule: "cosine" or "constant" (at `initial`).
-        initial, final: in [0, 1].
+        schedule: "cosine", or "constant", which takes either of the next two.
+        initial: in [0, 1]; 0.3 if not given.
+        final: in [0, 1]; 0.0 if not given.
     """
 
     schedule: str = "cosine"
-    initial: float = 0.3
-    final: float = 0.0
+    initial: float | None = None
+    final: float | None = None
+
+    def __post_init__(self) -> None:
+        _fill_in(self, "drop_fraction", initial=0.3, final=0.0)
 
 
 @dataclass
@@ -165,7 +172,7 @@ class SparsityConfig:
     def max_density(self) -> float:
         """The highest density that the schedule reaches; it fixes the capacity of the layers."""
         if self.density_is_constant:
-            return float(self.density.initial)
+            return float(self.density.final)
         return float(max(self.density.initial, self.density.final))
 
     def density_at(self, progress: float) -> float:
@@ -185,21 +192,19 @@ class SparsityConfig:
             ValueError: if the resolved steps are out of order.
         """
 
-        def steps(time: int | float) -> int:
-            return resolve_time(time, total_steps)
-
-        table = Timetable(
+        update_begin, update_until = _resolve("update", self.update, total_steps)
+        if self.density_is_constant:
+            density_begin, density_until = update_begin, update_until
+        else:
+            density_begin, density_until = _resolve("density", self.density, total_steps)
+            _check_reaches(density_until, update_until)
+        return Timetable(
             every_n_steps=self.update.every_n_steps,
-            update_begin=steps(self.update.begin),
-            update_until=steps(self.update.until),
-            density_begin=steps(self.density.begin),
-            density_until=steps(self.density.until),
+            update_begin=update_begin,
+            update_until=update_until,
+            density_begin=density_begin,
+            density_until=density_until,
         )
-        _check_order("update", table.update_begin, table.update_until)
-        if not self.density_is_constant:
-            _check_order("density", table.density_begin, table.density_until)
-            _check_reaches(table.density_until, table.update_until)
-        return table
 
     @property
     def has_fractions(self) -> bool:
@@ -263,6 +268,23 @@ def _coerce(cls: type[T], value: Any, argument: str) -> T:
     )
 
 
+def _fill_in(
+    span: DensitySchedule | DropFractionSchedule, argument: str, *, initial: float, final: float
+) -> None:
+    """Put in what was not given; a constant schedule has one value, given as either."""
+    if span.schedule == "constant":
+        given = [value for value in (span.initial, span.final) if value is not None] or [final]
+        if given[0] != given[-1]:
+            raise ValueError(
+                f"`{argument}` must have one value under the constant schedule; got "
+                f"initial={span.initial!r}, final={span.final!r}. Give one of them."
+            )
+        span.initial = span.final = given[0]
+        return
+    span.initial = initial if span.initial is None else span.initial
+    span.final = final if span.final is None else span.final
+
+
 def _check_int(argument: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{argument}` must be an integer of at least {least}; got {value!r}.")
@@ -279,6 +301,18 @@ def _check_order(argument: str, begin: int | float, until: int | float) -> None:
             f"`{argument}.begin` must be before `{argument}.until`; "
             f"got begin={begin!r}, until={until!r}."
         )
+
+
+def _resolve(
+    argument: str, span: UpdateSchedule | DensitySchedule, total_steps: int
+) -> tuple[int, int]:
+    """Resolve begin and until to steps, in order."""
+    begin, until = resolve_time(span.begin, total_steps), resolve_time(span.until, total_steps)
+    if span.begin == 0 or _same_kind(span.begin, span.until):
+        # In order as written; in a very short training they may round to the same step.
+        until = max(until, begin + 1)
+    _check_order(argument, begin, until)
+    return begin, until
 
 
 def _check_reaches(density_until: int | float, update_until: int | float) -> None:

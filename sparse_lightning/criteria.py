@@ -66,8 +66,9 @@ def block_magnitudes(values: Tensor) -> Tensor:
     >>> block_magnitudes(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]))
     tensor([5.])
     """
-    norms: Tensor = torch.linalg.vector_norm(values.detach(), dim=(1, 2), dtype=torch.float32)
-    return norms
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(values.detach(), dim=(1, 2), dtype=dtype)
+    return norms.float()
 
 
 def seeded_generator(seed: int, step: int, layer: str) -> torch.Generator:

@@ -46,6 +46,8 @@ def erdos_renyi(density: float, grids: Sequence[Grid]) -> list[int]:
     >>> erdos_renyi(0.25, [(4, 4), (16, 16)])
     [14, 54]
     """
+    if not grids:
+        return []
     weights = [rows + cols for rows, cols in grids]
     caps = [rows * cols for rows, cols in grids]
     total = max(count_blocks(density, sum(caps)), len(grids))

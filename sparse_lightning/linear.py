@@ -259,7 +259,7 @@ class BlockSparseLinear(nn.Module):
         """Take the topology and the capacity of a state dict, before its values are copied."""
         state = state_dict.get(prefix + "_extra_state")
         values = state_dict.get(prefix + "values")
-        weight = state_dict.pop(prefix + "weight", None)
+        weight = state_dict.pop(prefix + "weight", None) if values is None else None
         if state is not None:
             topology = BlockTopology.from_state(state)
             _check_fits(topology, self.out_features, self.in_features)
@@ -270,7 +270,7 @@ class BlockSparseLinear(nn.Module):
             )
         else:
             topology = self.topology
-        if values is None and weight is not None:
+        if weight is not None:
             # A dense checkpoint can start a sparse run.
             values = state_dict[prefix + "values"] = topology.pack(weight)
             state_dict.setdefault(prefix + "_extra_state", topology.to_state())

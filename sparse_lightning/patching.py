@@ -182,12 +182,10 @@ def matches(pattern: str, name: str) -> bool:
 
 def check_patterns(argument: str, patterns: Sequence[str]) -> None:
     """Raise unless every pattern is a string, and a valid regular expression after "re:"."""
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"`{argument}` must be a list of patterns; got {patterns!r}. Write ['{patterns}']."
-            if isinstance(patterns, str)
-            else f"`{argument}` must be a list of strings; got {patterns!r}."
-        )
+    is_list = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
+        remedy = f" Write [{patterns!r}]." if isinstance(patterns, str) else ""
+        raise TypeError(f"`{argument}` must be a list of patterns; got {patterns!r}.{remedy}")
     for pattern in patterns:
         if pattern.startswith("re:"):
             try:

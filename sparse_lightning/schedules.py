@@ -10,12 +10,12 @@ Schedule = Callable[[float, float, float], float]
 
 
 def constant(progress: float, initial: float, final: float) -> float:
-    """Return `initial` throughout.
+    """Return `final` throughout: the value that every schedule ends at.
 
-    >>> constant(0.5, 0.3, 0.0)
-    0.3
+    >>> constant(0.0, 1.0, 0.25)
+    0.25
     """
-    return initial
+    return final
 
 
 def cubic(progress: float, initial: float, final: float) -> float:
@@ -133,6 +133,15 @@ class Timetable:
     def update_progress(self, step: int) -> float:
         """Return the progress of the drop fraction after `step` steps, within [0, 1]."""
         return progress(step, self.update_begin, self.update_until)
+
+    def __str__(self) -> str:
+        text = (
+            f"topology updates every {self.every_n_steps} steps, "
+            f"from step {self.update_begin} to {self.update_until}"
+        )
+        if (self.density_begin, self.density_until) != (self.update_begin, self.update_until):
+            text += f"; density moves from step {self.density_begin} to {self.density_until}"
+        return text
 
     def as_dict(self) -> dict[str, int]:
         """Return the fields as primitives, for a checkpoint."""

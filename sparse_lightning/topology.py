@@ -235,7 +235,7 @@ class BlockTopology:
             )
         rows, cols = self.coords.to(weight.device).long().unbind(1)
         blocks = _as_blocks(weight, self.grid, self.block_size)[rows, cols]
-        return blocks * (rows >= 0).view(-1, 1, 1)
+        return blocks.masked_fill((rows < 0).view(-1, 1, 1), 0)
 
     def unpack(self, values: Tensor) -> Tensor:
         """Return the dense weight that the blocks in `values` stand for; zeros elsewhere.
@@ -309,7 +309,7 @@ class BlockTopology:
 
 def check_block_size(block_size: int) -> None:
     """Raise ValueError unless the block size is one of `BLOCK_SIZES`."""
-    if block_size not in BLOCK_SIZES or isinstance(block_size, bool):
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"`block_size` must be one of {BLOCK_SIZES}; got {block_size!r}.")
 
 

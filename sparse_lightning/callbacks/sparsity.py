@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -111,14 +111,19 @@ class SparsityCallback(Callback):
         )
         self.monitor = None if self.config.monitor is None else SparsityMonitor(self.config.monitor)
         self.report: SparsityReport | None = None
+        # Of Lightning's steps and scale, as last seen.
+        self._global_step = 0
+        self._grad_scale: float | None = None
+        self._begin_anew({})
+
+    def _begin_anew(self, layers: dict[str, BlockSparseLinear]) -> None:
+        """Forget an earlier training: these layers are at their beginning."""
+        self._layers = layers
         self.last_update: ModelUpdate | None = None
         self.timetable: Timetable | None = None
-        self._layers: dict[str, BlockSparseLinear] = {}
         self._step = 0
         self._n_updates = 0
         self._next_update: int | None = None
-        self._global_step = 0
-        self._grad_scale: float | None = None
         # Slots that were grown and have not seen a gradient yet, by layer.
         self._pending: dict[str, Tensor] = {}
 
@@ -159,16 +164,19 @@ class SparsityCallback(Callback):
             seed=config.seed,
             max_density=config.max_density,
         )
-        self._layers = {
-            name: layer for name, layer in sparse_layers(pl_module) if self._manages(name)
-        }
-        swapped = [layer for layer in self._layers.values() if id(layer) not in known]
+        layers = {name: layer for name, layer in sparse_layers(pl_module) if self._manages(name)}
+        if [*map(id, layers.values())] != [*map(id, self._layers.values())]:
+            self._begin_anew(layers)
+        for layer in layers.values():
+            layer.locked = False
+        swapped = [layer for layer in layers.values() if id(layer) not in known]
         if trainer.world_size > 1:
             for layer in self._layers.values():
                 self._follow_rank_zero(trainer, layer)
         if swapped:
             self.report = report
-            rank_zero_print(trainer, str(report))
+            if trainer.is_global_zero:
+                print(report)
 
     def _manages(self, name: str) -> bool:
         return any(matches(p, name) for p in self.config.include) and not any(
@@ -214,11 +222,12 @@ class SparsityCallback(Callback):
             if layer.values.requires_grad:
                 self._check_optimizer(name, layer, optimizers)
             layer.locked = True
+        self._check_capacities()
         self._check_ranks(trainer)
         if self.timetable is None:
             self.timetable = self._resolve_times(trainer)
             self._next_update = self.timetable.next_update(self._step)
-        rank_zero_info(f"Block-sparse training, in optimizer steps: {self.timetable}")
+        rank_zero_info(f"Block-sparse training: {self.timetable}.")
         self._global_step = trainer.global_step
         self._grad_scale = _grad_scale(trainer)
 
@@ -253,6 +262,21 @@ class SparsityCallback(Callback):
                     f"{list(layer.values.shape)}; got {list(tensor.shape)} (layer '{name}'). "
                     "The checkpoint's model and optimizer do not belong together."
                 )
+
+    def _check_capacities(self) -> None:
+        budgets = self._budgets(self.config.max_density)
+        for name, layer in self._layers.items():
+            if budgets[name] > layer.topology.capacity:
+                raise ValueError(
+                    f"`density` must leave every layer within its capacity; got a budget of "
+                    f"{budgets[name]} blocks for {layer.topology.capacity} slots (layer "
+                    f"'{name}'). Build the layer at a higher density, or exclude it."
+                )
+
+    def _budgets(self, density: float) -> dict[str, int]:
+        grids = [layer.topology.grid for layer in self._layers.values()]
+        budgets = DISTRIBUTIONS[self.config.distribution](density, grids)
+        return dict(zip(self._layers, budgets, strict=True))
 
     def _check_ranks(self, trainer: pl.Trainer) -> None:
         if trainer.world_size == 1:
@@ -346,12 +370,11 @@ class SparsityCallback(Callback):
         if self._needs_gradient:
             self._reduce_scores(trainer, layers.values())
         fraction = config.drop_fraction_at(self.timetable.update_progress(step))
-        grids = [layer.topology.grid for layer in layers.values()]
-        budgets = DISTRIBUTIONS[config.distribution](density, grids)
+        budgets = self._budgets(density)
         # Decide everything before anything is changed: an error leaves the model as it was.
         updates = {
-            name: self._decide(name, layer, budget, fraction)
-            for (name, layer), budget in zip(layers.items(), budgets, strict=True)
+            name: self._decide(name, layer, budgets[name], fraction)
+            for name, layer in layers.items()
         }
         for name, update in updates.items():
             self._apply(trainer, name, update)
@@ -359,7 +382,7 @@ class SparsityCallback(Callback):
         return ModelUpdate(step, self._n_updates, updates)
 
     @staticmethod
-    def _reduce_scores(trainer: pl.Trainer, layers: Iterator[BlockSparseLinear] | Any) -> None:
+    def _reduce_scores(trainer: pl.Trainer, layers: Iterable[BlockSparseLinear]) -> None:
         if trainer.world_size == 1:
             return
         scores = [layer.block_scores for layer in layers]
@@ -431,12 +454,6 @@ class SparsityCallback(Callback):
         self._arm(False)
         if is_overridden("configure_model", pl_module):
             vars(pl_module).pop("configure_model", None)
-
-
-def rank_zero_print(trainer: pl.Trainer, text: str) -> None:
-    """Print on rank 0 only."""
-    if trainer.is_global_zero:
-        print(text)
 
 
 def _averaging_callbacks() -> tuple[type[Callback], ...]:

@@ -433,3 +433,25 @@ def test_compiled_module_trains_without_recompilation() -> None:
     trainer(sparsity, max_steps=40).fit(model, loader())
     assert sparsity.last_update is not None and sparsity.last_update.number == 15
     assert counter.frame_count == 1
+
+
+def test_one_callback_serves_two_models_in_turn() -> None:
+    sparsity = SparsityCallback(block_size=16, update={"every_n_steps": 4})
+    _, first = fit(sparsity, max_steps=12)
+    _, second = fit(sparsity, max_steps=12)
+    assert [u.step for u in first.updates] == [u.step for u in second.updates] == [4, 8, 9]
+
+
+def test_fast_dev_run() -> None:
+    sparsity = SparsityCallback(
+        block_size=16, density={"schedule": "cubic", "initial": 1.0, "final": 0.25}
+    )
+    fit(sparsity, fast_dev_run=True)
+    assert sparsity.timetable is not None and sparsity.timetable.update_until == 1
+
+
+def test_a_budget_above_the_capacity_of_an_adopted_layer_is_refused() -> None:
+    model = Classifier()
+    model.net[0] = BlockSparseLinear(64, 128, block_size=16, density=0.1)
+    with pytest.raises(ValueError, match=r"budget of 8 blocks for 3 slots \(layer 'net.0'\)"):
+        fit(SparsityCallback(block_size=16), model)

@@ -1,0 +1,209 @@
+"""The floors of the house: a room imports only from rooms below it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sparse_lightning
+
+ROOT = Path(sparse_lightning.__file__).parent
+
+# Every module or folder directly under the package, and how high it stands. A room may import from
+# itself and from lower floors; rooms of one floor, as policy and kernels, never see each other.
+FLOORS = {
+    "topology": 0,
+    "criteria": 1,
+    "distributions": 1,
+    "evolution": 1,
+    "schedules": 1,
+    "kernels": 1,
+    "linear": 2,
+    "optimizer_state": 3,
+    "patching": 3,
+    "bench": 4,
+    "config": 4,
+    "callbacks": 5,
+    "__init__": 6,  # the roof, which users enter by; no room does
+}
+
+# Who alone may import what comes from elsewhere, if not everyone may.
+ONLY_IN = {
+    "lightning": {"callbacks"},
+    "lightning_fabric": {"callbacks"},
+    "lightning_utilities": {"callbacks"},
+    "pytorch_lightning": {"callbacks"},
+    "wandb": {"callbacks"},
+    "cupy": {"kernels"},
+    "cupy_backends": {"kernels"},
+    "hydra": {"config"},
+    "omegaconf": {"config"},
+}
+
+
+def rooms(package: Path) -> Iterator[tuple[str, Path]]:
+    """Every source file, with the room it lies in."""
+    for path in sorted(package.rglob("*.py")):
+        yield path.relative_to(package).with_suffix("").parts[0], path
+
+
+def imports(path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of all that a file imports, in functions and TYPE_CHECKING too."""
+    folder = [package.name, *path.relative_to(package).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) - node.level + 1] if node.level else []
+            base = ".".join([*above, node.module] if node.module else above)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def violations(package: Path) -> list[str]:
+    """What stands in the wrong place, one sentence each."""
+    found = []
+    present = {room for room, _ in rooms(package)}
+    for room in sorted(present - set(FLOORS)):
+        found.append(f"{room}: has no floor; give it one in FLOORS, above all that it imports")
+    for room, path in rooms(package):
+        for line, name in imports(path, package):
+            where = f"{path.relative_to(package)}:{line}"
+            top, _, rest = name.partition(".")
+            if top != package.name:
+                allowed = ONLY_IN.get(top)
+                if allowed is not None and room not in allowed:
+                    found.append(f"{where}: imports {top}; only {', '.join(allowed)} may")
+                continue
+            # A name that is no room, as in `from package import BlockTopology`, is the roof's.
+            target = rest.partition(".")[0]
+            target = target if target in present | set(FLOORS) else "__init__"
+            if target == room or room not in FLOORS or target not in FLOORS:
+                continue
+            if FLOORS[target] >= FLOORS[room]:
+                found.append(
+                    f"{where}: imports {target} (floor {FLOORS[target]}) from {room} "
+                    f"(floor {FLOORS[room]}); a room imports only from rooms below it"
+                )
+    return found
+
+
+def test_rooms_import_only_from_rooms_below() -> None:
+    found = violations(ROOT)
+    assert not found, "\n".join(["the floors are broken:", *found])
+
+
+def test_the_table_lists_the_rooms_that_there_are() -> None:
+    assert {room for room, _ in rooms(ROOT)} == set(FLOORS)
+
+
+def test_the_walk_sees_the_imports_of_the_package() -> None:
+    """Else the floors would hold of an empty house."""
+    seen = {
+        (room, name.split(".")[1])
+        for room, path in rooms(ROOT)
+        for _, name in imports(path, ROOT)
+        if name.startswith(f"{ROOT.name}.")
+    }
+    for stair in [("evolution", "topology"), ("linear", "kernels"), ("callbacks", "config")]:
+        assert stair in seen
+    assert any(n.startswith("lightning") for _, n in imports(ROOT / "callbacks/sparsity.py", ROOT))
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "says"),
+    [
+        # Up, and sideways.
+        ("topology.py", "from house.linear import X", "imports linear .* from topology"),
+        ("kernels/cpu.py", "import house.evolution", "imports evolution .* from kernels"),
+        ("evolution.py", "from house import kernels", "imports kernels .* from evolution"),
+        ("criteria.py", "from house.schedules import cubic", "imports schedules .* from criteria"),
+        ("patching.py", "from house.optimizer_state import f", "imports optimizer_state"),
+        ("config.py", "from house.callbacks.sparsity import X", "imports callbacks"),
+        # However it is written.
+        ("topology.py", "from .linear import X", "imports linear"),
+        ("topology.py", "from . import linear", "imports linear"),
+        ("kernels/cpu.py", "from ..evolution import f", "imports evolution"),
+        ("kernels/deep/er.py", "from ... import evolution", "imports evolution"),
+        ("topology.py", "import torch, house.linear as l", "imports linear"),
+        ("topology.py", "def f():\n    from house.linear import X", "py:2: imports linear"),
+        ("topology.py", "if TYPE_CHECKING:\n    from house.linear import X", "imports linear"),
+        # By the roof.
+        ("linear.py", "import house", "imports __init__"),
+        ("linear.py", "from house import BlockTopology", "imports __init__"),
+        # What only one room may have.
+        ("config.py", "import lightning.pytorch as pl", "imports lightning; only callbacks may"),
+        ("linear.py", "from lightning import Trainer", "imports lightning"),
+        ("__init__.py", "import lightning", "imports lightning"),
+        ("patching.py", "import pytorch_lightning", "imports pytorch_lightning"),
+        ("linear.py", "import cupy", "imports cupy; only kernels may"),
+        ("callbacks/monitor.py", "from hydra import compose", "imports hydra; only config may"),
+        # A room that nobody has placed.
+        ("attic.py", "x = 1", "attic: has no floor"),
+        ("attic/box.py", "x = 1", "attic: has no floor"),
+    ],
+)
+def test_the_walk_catches(tmp_path: Path, file: str, source: str, says: str) -> None:
+    path = tmp_path / "house" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    (found,) = violations(tmp_path / "house")
+    assert found.startswith(file.split("/")[0].removesuffix(".py"))
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(found)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("linear.py", "from house.kernels import ops\nfrom .topology import X\nimport torch"),
+        ("kernels/cpu.py", "from house.kernels import ops\nfrom . import ops\nimport cupy"),
+        ("callbacks/sparsity.py", "import lightning\nfrom house.config import X"),
+        ("__init__.py", "from house.linear import X\nfrom house import callbacks"),
+        ("config.py", "def f():\n    from hydra.core.config_store import ConfigStore"),
+        ("linear.py", "import lightningrod, housekeeping.linear"),
+    ],
+)
+def test_the_walk_lets_pass(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / "house" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert violations(tmp_path / "house") == []
+
+
+IMPORTS = """
+import sys
+import sparse_lightning as package
+
+heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib")
+early = [name for name in heavy if name in sys.modules]
+assert not early, f"import sparse_lightning imported {early}"
+
+import torch
+
+layer = package.BlockSparseLinear(32, 32, block_size=16, density=0.5)
+package.sparsify(torch.nn.Sequential(torch.nn.Linear(32, 32)), block_size=16)
+layer(torch.zeros(2, 32)).sum().backward()
+assert not [name for name in heavy if name in sys.modules], "working without Lightning needs none"
+assert not torch.cuda.is_initialized()
+
+package.SparsityCallback
+assert "lightning" in sys.modules
+assert not torch.cuda.is_initialized()
+assert "cupy" not in sys.modules
+print("done")
+"""
+
+
+def test_lightning_is_imported_when_a_callback_is_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+def test_every_public_name_is_there() -> None:
+    for name in sparse_lightning.__all__:
+        assert getattr(sparse_lightning, name) is not None
+    with pytest.raises(AttributeError, match="SparsityCalback"):
+        sparse_lightning.SparsityCalback  # noqa: B018

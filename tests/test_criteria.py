@@ -1,0 +1,111 @@
+"""Scores of blocks, and the generator behind random ones."""
+
+import math
+
+import pytest
+import torch
+
+from sparse_lightning.criteria import (
+    DROP_CRITERIA,
+    GROW_CRITERIA,
+    BlockScores,
+    block_magnitudes,
+    gradient,
+    magnitude,
+    random,
+    seeded_generator,
+)
+
+
+def scores(seed: int = 0, shape: tuple[int, int] = (2, 3)) -> BlockScores:
+    return BlockScores(
+        mask=torch.ones(shape, dtype=torch.bool),
+        magnitude=torch.arange(6.0).view(2, 3) if shape == (2, 3) else torch.zeros(shape),
+        gradient=torch.arange(6.0).view(2, 3).neg() if shape == (2, 3) else torch.zeros(shape),
+        generator=seeded_generator(seed, 0, "fc"),
+    )
+
+
+def test_what_is_on_offer() -> None:
+    assert {"magnitude": magnitude} == DROP_CRITERIA
+    assert {"gradient": gradient, "random": random, "none": None} == GROW_CRITERIA
+
+
+def test_magnitude_and_gradient_are_read_as_they_are() -> None:
+    assert magnitude(scores()).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert gradient(scores()).tolist() == [[0, -1, -2], [-3, -4, -5]]
+
+
+def test_random_scores_depend_on_the_generator_alone() -> None:
+    torch.manual_seed(1)
+    first = random(scores())
+    torch.manual_seed(2)
+    assert torch.equal(random(scores()), first)
+    assert not torch.equal(random(scores(seed=1)), first)
+    assert first.shape == (2, 3) and first.dtype == torch.float32
+    many = random(scores(shape=(100, 100)))
+    assert many.min() >= 0 and many.max() < 1
+    assert float(many.mean()) == pytest.approx(0.5, abs=0.02)
+    assert len(many.unique()) > 9_900, "so that ties do not choose"
+
+
+def test_block_magnitudes_by_hand() -> None:
+    values = torch.zeros(3, 2, 2)
+    values[0] = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
+    values[2] = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    assert block_magnitudes(values).tolist() == [5, 0, 2]
+    assert block_magnitudes(values[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_block_magnitudes_are_taken_in_fp32(dtype: torch.dtype) -> None:
+    # The squares sum to 2^22 * 16 * 16 = 2^30, past fp16's 65504; 1 beside 2^11 is below bf16's
+    # and fp16's spacing there, but not below fp32's.
+    values = torch.full((2, 16, 16), 2048.0, dtype=dtype)
+    values[1] = 1.0
+    values[1, 0, 0] = 32.0
+    norms = block_magnitudes(values)
+    assert norms.dtype == torch.float32
+    assert norms[0] == 2.0**15
+    assert float(norms[1]) == pytest.approx(math.sqrt(1024 + 255), rel=1e-6)
+
+
+def test_block_magnitudes_are_no_part_of_the_graph() -> None:
+    values = torch.ones(1, 2, 2, requires_grad=True)
+    assert not block_magnitudes(values).requires_grad
+
+
+def draw(seed: int, step: int, layer: str) -> list[float]:
+    return torch.rand(4, generator=seeded_generator(seed, step, layer)).tolist()
+
+
+def test_a_seeded_generator_leaves_the_global_one_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = draw(0, 100, "fc1")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    torch.rand(7)
+    assert draw(0, 100, "fc1") == first
+
+
+def test_a_seeded_generator_depends_on_each_argument() -> None:
+    arguments = [
+        (0, 100, "fc1"),
+        (1, 100, "fc1"),
+        (0, 101, "fc1"),
+        (0, 100, "fc2"),
+        # No two may run together into one text.
+        (1, 11, "fc1"),
+        (11, 1, "fc1"),
+        (1, 1, "1/fc1"),
+        (1, 1, "fc1"),
+    ]
+    draws = [tuple(draw(*args)) for args in arguments]
+    assert len(set(draws)) == len(arguments)
+
+
+def test_a_seeded_generator_is_the_same_on_every_machine_and_version() -> None:
+    """A resumed run draws what the first one would have drawn."""
+    assert seeded_generator(0, 0, "fc1").initial_seed() == 5929516608418291844
+    assert seeded_generator(0, 0, "fc1").device == torch.device("cpu")

@@ -1,0 +1,335 @@
+"""One topology update: hand-worked tables, then properties against a slow, independent choice."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, update_topology
+from sparse_lightning.topology import BlockTopology
+
+NAN, INF = math.nan, math.inf
+EMPTY = (-1, -1)
+
+quick = settings(deadline=None, max_examples=150, derandomize=True)
+
+
+def topology_of(slots: list[tuple[int, int]], grid: tuple[int, int]) -> BlockTopology:
+    return BlockTopology(torch.tensor(slots, dtype=torch.int32).view(-1, 2), grid, 16)
+
+
+def table(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def outcome(update: TopologyUpdate) -> tuple[list, list, list]:
+    coords = [tuple(block) for block in update.coords.tolist()]
+    return coords, update.dropped.tolist(), update.grown.tolist()
+
+
+# A 2 x 3 layer whose three slots hold (0, 0), (0, 1) and (1, 2).
+SLOTS, GRID = [(0, 0), (0, 1), (1, 2)], (2, 3)
+DROP = table([3, 1, 0], [0, 0, 2])
+GROW = table([0, 0, 5], [7, 6, 0])
+
+
+@pytest.mark.parametrize(
+    ("n_target", "fraction", "coords", "dropped", "grown"),
+    [
+        # Nothing is exchanged.
+        (3, 0.0, [(0, 0), (0, 1), (1, 2)], [], []),
+        # The weakest, (0, 1), makes place for (1, 0).
+        (3, 1 / 3, [(0, 0), (1, 0), (1, 2)], [1], [1]),
+        # The two weakest: grown blocks in row-major order take their slots in slot order.
+        (3, 2 / 3, [(0, 0), (1, 0), (1, 1)], [1, 2], [1, 2]),
+        # All of them: (0, 2) is third among the absent.
+        (3, 1.0, [(0, 2), (1, 0), (1, 1)], [0, 1, 2], [0, 1, 2]),
+        # The target falls while one block is exchanged: (0, 0) stays, (1, 0) comes.
+        (2, 0.5, [(0, 0), (1, 0), EMPTY], [1, 2], [1]),
+        # The target falls and nothing is exchanged.
+        (1, 0.0, [(0, 0), EMPTY, EMPTY], [1, 2], []),
+    ],
+)
+def test_drop_by_magnitude_and_grow_by_gradient(
+    n_target: int, fraction: float, coords: list, dropped: list, grown: list
+) -> None:
+    update = update_topology(topology_of(SLOTS, GRID), DROP, GROW, n_target, fraction)
+    assert outcome(update) == (coords, dropped, grown)
+    assert (update.n_before, update.n_after) == (3, n_target)
+    assert update.survival == pytest.approx(1 - len(dropped) / 3)
+    assert update.changed.tolist() == sorted({*dropped, *grown})
+    assert {update.dropped.dtype, update.grown.dtype, update.changed.dtype} == {torch.int64}
+    assert update.coords.dtype == torch.int32
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    topology = topology_of([(1, 1), (0, 0), (0, 1)], (2, 4))
+    same = torch.ones(2, 4)
+    # Of the present (0, 0), (0, 1), (1, 1) the last goes; of all others (0, 2) is the first.
+    expected = ([(0, 2), (0, 0), (0, 1)], [0], [0])
+    assert outcome(update_topology(topology, same, same, 3, 1 / 3)) == expected
+    # The dropped block competes by its index, too: (1, 1) comes before (1, 2).
+    growth = table([1, 1, 1, 1], [1, 2, 2, 2])
+    expected = ([(1, 1), (0, 0), (0, 1)], [], [])
+    assert outcome(update_topology(topology, same, growth, 3, 1 / 3)) == expected
+
+
+def test_a_block_just_dropped_may_come_back_and_keeps_its_slot() -> None:
+    grow = table([0, 9, 5], [7, 6, 0])
+    # (0, 1) is the weakest and has the largest gradient: it stays where it was.
+    update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1 / 3)
+    assert outcome(update) == (SLOTS, [], [])
+    assert (update.survival, update.changed.tolist()) == (1.0, [])
+    # With two places the other goes to (1, 0), in the slot of (1, 2).
+    update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 2 / 3)
+    assert outcome(update) == ([(0, 0), (0, 1), (1, 0)], [2], [2])
+
+
+def test_without_growth_blocks_only_go() -> None:
+    topology = topology_of([*SLOTS, EMPTY], GRID)
+    assert outcome(update_topology(topology, DROP, None, 3, 1.0))[1:] == ([], [])
+    assert outcome(update_topology(topology, DROP, None, 2, 1.0)) == (
+        [(0, 0), EMPTY, (1, 2), EMPTY],
+        [1],
+        [],
+    )
+    update = update_topology(topology, DROP, None, 4, 0.5)
+    assert (outcome(update)[0], update.n_after) == ([*SLOTS, EMPTY], 3), "nothing may be grown"
+
+
+def test_slots_are_recycled_before_empty_ones_are_filled() -> None:
+    topology = topology_of([EMPTY, (0, 0), (0, 1), EMPTY, (1, 2)], GRID)
+    # Three stay of which one is exchanged: the slot of (0, 1), though slot 0 is empty.
+    update = update_topology(topology, DROP, GROW, 3, 1 / 3)
+    assert outcome(update) == ([EMPTY, (0, 0), (1, 0), EMPTY, (1, 2)], [2], [2])
+    # Four, one exchanged: nothing goes, and (1, 0) takes the first empty slot.
+    update = update_topology(topology, DROP, GROW, 4, 1 / 4)
+    assert outcome(update) == ([(1, 0), (0, 0), (0, 1), EMPTY, (1, 2)], [], [0])
+    # Four, two exchanged: (0, 1) goes, and of (1, 0), (1, 1) the first takes its slot.
+    update = update_topology(topology, DROP, GROW, 4, 2 / 4)
+    assert outcome(update) == ([(1, 1), (0, 0), (1, 0), EMPTY, (1, 2)], [2], [2, 0])
+    assert update.changed.tolist() == [0, 2]
+
+
+def test_when_all_blocks_are_present_nothing_can_be_exchanged() -> None:
+    topology = BlockTopology.from_mask(torch.ones(2, 2, dtype=torch.bool), 16)
+    scores = table([4, 1], [2, 3])
+    assert outcome(update_topology(topology, scores, scores, 4, 1.0))[1:] == ([], [])
+    # Down to three with one place for exchange: what was dropped competes for it.
+    update = update_topology(topology, scores, table([0, 9], [0, 0]), 3, 1 / 3)
+    assert outcome(update) == ([(0, 0), (0, 1), EMPTY, (1, 1)], [2], [])
+
+
+def test_the_exchange_is_bounded_by_the_absent_blocks() -> None:
+    topology = topology_of([(0, 0), (0, 1), (1, 0)], (2, 2))
+    # One of four blocks is absent, so two stay by their weights, however small their gradients.
+    drop, grow = table([3, 2], [1, 0]), table([0, 0], [5, 9])
+    update = update_topology(topology, drop, grow, 3, 1.0)
+    assert outcome(update) == ([(0, 0), (0, 1), (1, 1)], [2], [2])
+
+
+def test_the_exchange_is_a_share_of_the_target_rounded() -> None:
+    topology = topology_of([(0, c) for c in range(8)], (2, 8))
+    drop = table(range(8, 0, -1), [0] * 8)
+    grow = table([0] * 8, range(8, 0, -1))
+
+    def n_grown(n_target: int, fraction: float) -> int:
+        return len(update_topology(topology, drop, grow, n_target, fraction).grown)
+
+    # 0.3 of 8 is 2.4 and of 5 is 1.5, which rounds to the even 2; 0.35 of 8 is 2.8.
+    assert [n_grown(8, 0.3), n_grown(5, 0.3), n_grown(8, 0.35), n_grown(4, 0.25)] == [2, 2, 3, 1]
+
+
+def test_many_ties_go_to_the_lower_indices() -> None:
+    """More than a sort keeps in order by chance."""
+    topology = BlockTopology.random(640, 640, 16, n_blocks=800)
+    same = torch.ones(40, 40)
+    update = update_topology(topology, same, None, 500, 0.0)
+    present = topology.mask.flatten().nonzero().flatten().tolist()
+    assert sorted(block_indices(update.coords, (40, 40))) == present[:500]
+    update = update_topology(topology, same, same, 800, 1.0)
+    assert sorted(block_indices(update.coords, (40, 40))) == list(range(800))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_score_that_is_not_finite_is_never_chosen(bad: float) -> None:
+    # Growth: (1, 0) would have been first.
+    grow = table([0, 0, 5], [bad, 6, 0])
+    update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1 / 3)
+    assert outcome(update) == ([(0, 0), (1, 1), (1, 2)], [1], [1])
+    # Drop: (0, 0) would have been kept first of all; it goes, and does not come back.
+    drop = table([bad, 1, 0], [0, 0, 2])
+    update = update_topology(topology_of(SLOTS, GRID), drop, GROW, 3, 1 / 3)
+    assert outcome(update) == ([(1, 0), (0, 1), (1, 2)], [0], [0])
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_growth_cannot_fill_goes_to_present_blocks(bad: float) -> None:
+    no_growth = torch.full(GRID, bad)
+    update = update_topology(topology_of(SLOTS, GRID), DROP, no_growth, 3, 1.0)
+    assert outcome(update) == (SLOTS, [], [])
+    # Only one block can be grown: of the three others the two strongest stay.
+    grow = table([bad, bad, bad], [bad, 1, bad])
+    update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1.0)
+    assert outcome(update) == ([(0, 0), (1, 1), (1, 2)], [1], [1])
+    # No score at all: the budget is still met, by index.
+    update = update_topology(topology_of(SLOTS, GRID), no_growth, no_growth, 2, 0.5)
+    assert outcome(update) == ([(0, 0), (0, 1), EMPTY], [2], [])
+    # Unscorable blocks come after those with a score.
+    drop = table([bad, 1, 0], [0, 0, 2])
+    update = update_topology(topology_of(SLOTS, GRID), drop, None, 2, 0.0)
+    assert outcome(update) == ([EMPTY, (0, 1), (1, 2)], [0], [])
+    update = update_topology(topology_of(SLOTS, GRID), drop, None, 3, 0.0)
+    assert outcome(update) == (SLOTS, [], [])
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "got"),
+    [
+        ("n_target", {"n_target": 4}, "4"),
+        ("n_target", {"n_target": 0}, "0"),
+        ("n_target", {"n_target": -1}, "-1"),
+        ("fraction", {"fraction": -0.1}, "-0.1"),
+        ("fraction", {"fraction": 1.1}, "1.1"),
+        ("fraction", {"fraction": NAN}, "nan"),
+        ("drop_scores", {"drop_scores": torch.zeros(3, 2)}, "[3, 2]"),
+        ("drop_scores", {"drop_scores": torch.zeros(6)}, "[6]"),
+        ("grow_scores", {"grow_scores": torch.zeros(3, 2)}, "[3, 2]"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(argument: str, change: dict, got: str) -> None:
+    arguments = {"drop_scores": DROP, "grow_scores": GROW, "n_target": 3, "fraction": 0.5}
+    topology = topology_of(SLOTS, GRID)
+    update_topology(topology, **arguments)
+    with pytest.raises(ValueError, match=rf"`{argument}` must .*got {re.escape(got)}"):
+        update_topology(topology, **arguments | change)
+
+
+def test_survival_of_a_layer_that_had_no_block() -> None:
+    update = update_topology(
+        topology_of([EMPTY, EMPTY], (1, 2)), table([0, 0]), table([1, 2]), 1, 0
+    )
+    assert outcome(update) == ([(0, 1), EMPTY], [], [0])
+    assert update.survival == 1.0
+    assert ModelUpdate(7, 1, {"fc": update}).layers["fc"].n_after == 1
+
+
+FINITE = st.sampled_from([0.0, 1.0, 2.0, 3.0, -1.0, 0.5])
+ANY = FINITE | st.sampled_from([NAN, INF, -INF])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    blocks = [(r, c) for r in range(grid[0]) for c in range(grid[1])]
+    present = [block for block in blocks if draw(st.booleans())]
+    spare = draw(st.integers(0 if present else 1, 4))
+    slots = draw(st.permutations(present + [EMPTY] * spare))
+    score = draw(st.sampled_from([FINITE, ANY]))
+
+    def scores() -> Tensor:
+        n = len(blocks)
+        return torch.tensor(draw(st.lists(score, min_size=n, max_size=n))).view(grid)
+
+    return {
+        "topology": topology_of(slots, grid),
+        "drop_scores": scores(),
+        "grow_scores": scores() if draw(st.booleans()) else None,
+        "n_target": draw(st.just(len(present)) | st.integers(1, len(slots))) or 1,
+        "fraction": draw(st.floats(0, 1)),
+    }
+
+
+def best(scores: Tensor, candidates: set[int], n: int) -> set[int]:
+    flat = scores.flatten().tolist()
+    finite = [i for i in candidates if math.isfinite(flat[i])]
+    return set(sorted(finite, key=lambda i: (-flat[i], i))[: max(n, 0)])
+
+
+def slow_choice(case: dict) -> set[int]:
+    """The blocks present afterwards, from sets and sorting instead of tensors."""
+    present = set(case["topology"].mask.flatten().nonzero().flatten().tolist())
+    total, n_target = case["topology"].mask.numel(), case["n_target"]
+    drop, grow = case["drop_scores"], case["grow_scores"]
+    k = 0 if grow is None else min(round(case["fraction"] * n_target), max(total - n_target, 0))
+    keep = best(drop, present, n_target - k)
+    if grow is not None:
+        keep |= best(grow, set(range(total)) - keep, n_target - len(keep))
+    keep |= best(drop, present - keep, n_target - len(keep))
+    return keep | set(sorted(present - keep)[: max(n_target - len(keep), 0)])
+
+
+def block_indices(coords: Tensor, grid: tuple[int, int]) -> list[int]:
+    return [r * grid[1] + c for r, c in coords.tolist() if r >= 0]
+
+
+@quick
+@given(cases())
+def test_the_choice_is_that_of_the_slow_one(case: dict) -> None:
+    update = update_topology(**case)
+    chosen = block_indices(update.coords, case["topology"].grid)
+    assert len(chosen) == len(set(chosen))
+    assert set(chosen) == slow_choice(case)
+
+
+@quick
+@given(cases())
+def test_the_budget_is_met(case: dict) -> None:
+    topology, grow = case["topology"], case["grow_scores"]
+    mask = topology.mask
+    growable = 0 if grow is None else int((grow.isfinite() & ~mask).sum())
+    update = update_topology(**case)
+    assert update.n_after == min(case["n_target"], topology.n_blocks + growable)
+    assert update.n_after == len(block_indices(update.coords, topology.grid))
+
+
+@quick
+@given(cases())
+def test_slots_of_kept_blocks_do_not_move(case: dict) -> None:
+    topology = case["topology"]
+    before = topology.coords.clone()
+    update = update_topology(**case)
+    assert torch.equal(topology.coords, before), "deciding must not change the topology"
+    old, new = before.tolist(), update.coords.tolist()
+    dropped, grown = update.dropped.tolist(), update.grown.tolist()
+    for slot in set(range(topology.capacity)) - {*dropped, *grown}:
+        assert new[slot] == old[slot]
+    gone = {tuple(old[slot]) for slot in dropped}
+    new_blocks = {tuple(new[slot]) for slot in grown}
+    kept = {tuple(block) for block in old} - gone - {EMPTY}
+    assert EMPTY not in gone and EMPTY not in new_blocks
+    assert not new_blocks & (gone | kept), "a block that stays or goes is not also grown"
+    empty = [slot for slot, block in enumerate(old) if tuple(block) == EMPTY]
+    assert grown == (dropped + empty)[: len(grown)], "dropped slots first, in slot order"
+    for slot in set(dropped) - set(grown):
+        assert tuple(new[slot]) == EMPTY
+    assert update.changed.tolist() == sorted({*dropped, *grown})
+    assert 0 <= update.survival <= 1
+
+
+@quick
+@given(cases())
+def test_a_topology_accepts_the_outcome(case: dict) -> None:
+    topology = case["topology"]
+    update = update_topology(**case)
+    assert update.coords.shape == topology.coords.shape
+    topology.assign_(update.coords)
+    assert topology.n_blocks == update.n_after
+
+
+@quick
+@given(cases(), st.randoms(use_true_random=False))
+def test_only_the_scores_matter_not_the_slots(case: dict, random) -> None:
+    torch.manual_seed(random.randint(0, 9))
+    topology = case["topology"]
+    first, second = update_topology(**case), update_topology(**case)
+    assert outcome(first) == outcome(second)
+    slots = [tuple(block) for block in topology.coords.tolist()]
+    random.shuffle(slots)
+    shuffled = update_topology(**case | {"topology": topology_of(slots, topology.grid)})
+    assert sorted(shuffled.coords.tolist()) == sorted(first.coords.tolist())
+    assert shuffled.survival == first.survival

@@ -1,0 +1,306 @@
+"""The ready-made choices and their overrides, as Hydra composes them."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sparse_lightning import DensitySchedule, DropFractionSchedule, MonitorOptions, UpdateSchedule
+from sparse_lightning.config import SparsityConfig
+
+CHOICES = ("rigl", "set", "cubic", "static")
+
+# A user's application: it finds the choices by the search path alone.
+USERS_CONFIG = """
+defaults:
+  - callbacks: sparsity
+  - _self_
+hydra:
+  searchpath: [pkg://sparse_lightning.configs]
+"""
+USERS_APP = """
+import dataclasses
+import json
+import sys
+
+import hydra
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    for callback in cfg.callbacks.values():
+        print("CONFIG", json.dumps(dataclasses.asdict(hydra.utils.instantiate(callback).config)))
+
+
+assert not [name for name in sys.modules if name.startswith(("sparse_lightning", "lightning"))]
+main()
+"""
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("sparse_lightning.configs", version_base="1.3"):
+        return compose(overrides=["+callbacks=sparsity", *overrides]).callbacks.sparsity
+
+
+def config_of(*overrides: str, **options: Any) -> SparsityConfig:
+    callback = instantiate(composed(*overrides), **options)
+    assert type(callback).__module__.startswith("sparse_lightning.callbacks")
+    return callback.config
+
+
+def messages(error: BaseException | None) -> str:
+    """What Hydra prints: the error and those that caused it."""
+    return "" if error is None else f"{error}\n{messages(error.__cause__)}"
+
+
+def changed(config: SparsityConfig) -> dict[str, Any]:
+    """What differs from the default choice."""
+    default = dataclasses.asdict(config_of())
+    return {k: v for k, v in dataclasses.asdict(config).items() if v != default[k]}
+
+
+CUBIC = DensitySchedule("cubic", 1.0, 0.25, 0, 0.5)
+QUARTER = DensitySchedule("constant", 0.25, 0.25)
+
+
+def test_every_choice_is_tested() -> None:
+    import sparse_lightning.configs as configs
+
+    folder = Path(configs.__file__).parent / "callbacks" / "sparsity"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("choice", "density", "distribution", "grow"),
+    [
+        ("rigl", QUARTER, "erdos_renyi", "gradient"),
+        ("set", QUARTER, "erdos_renyi", "random"),
+        ("cubic", CUBIC, "erdos_renyi", "gradient"),
+        ("static", QUARTER, "uniform", "none"),
+    ],
+)
+def test_choices(choice: str, density: DensitySchedule, distribution: str, grow: str) -> None:
+    config = config_of(f"callbacks/sparsity={choice}")
+    assert config.density == density
+    assert (config.distribution, config.drop, config.grow) == (distribution, "magnitude", grow)
+    assert (config.block_size, config.update) == (64, UpdateSchedule())
+    assert config.monitor == MonitorOptions()
+    if choice == "set":
+        assert config.drop_fraction_at(0.0) == config.drop_fraction_at(0.9) == 0.3
+    else:
+        assert config.drop_fraction == DropFractionSchedule()
+
+
+def test_without_a_choice_it_is_cubic() -> None:
+    assert config_of() == config_of("callbacks/sparsity=cubic")
+
+
+def test_containers_may_be_converted() -> None:
+    """As in `instantiate(config.callbacks, _convert_="all")`."""
+    assert config_of(_convert_="all") == config_of()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_takes_a_number_over_its_density(choice: str) -> None:
+    config = config_of(
+        f"callbacks/sparsity={choice}",
+        "callbacks.sparsity.density=0.1",
+        "callbacks.sparsity.drop_fraction=0.2",
+        "callbacks.sparsity.monitor=null",
+    )
+    assert config.density == DensitySchedule("constant", 0.1, 0.1)
+    assert config.drop_fraction == DropFractionSchedule("constant", 0.2, 0.2)
+    assert config.monitor is None
+
+
+def test_overrides() -> None:
+    config = config_of(
+        "callbacks.sparsity.density.final=0.1",
+        "callbacks.sparsity.density.until=1e3",
+        "callbacks.sparsity.update.begin=0.1",
+        "callbacks.sparsity.update.until=2000",
+        "callbacks.sparsity.update.every_n_steps=10",
+        "callbacks.sparsity.drop_fraction.initial=0.5",
+        "callbacks.sparsity.block_size=16",
+        "callbacks.sparsity.include=[fc1,'re:.*mlp']",
+        "callbacks.sparsity.exclude=[]",
+        "callbacks.sparsity.monitor.images=0",
+    )
+    assert changed(config) == {
+        "density": dataclasses.asdict(DensitySchedule("cubic", 1.0, 0.1, 0, 1000.0)),
+        "update": {"every_n_steps": 10, "begin": 0.1, "until": 2000},
+        "drop_fraction": {"schedule": "cosine", "initial": 0.5, "final": 0.0},
+        "block_size": 16,
+        "include": ("fc1", "re:.*mlp"),
+        "exclude": (),
+        "monitor": {"every_n_updates": 10, "images": 0},
+    }
+    # Steps stay steps and fractions fractions on the way.
+    assert type(config.update.until) is int and type(config.update.begin) is float
+
+
+@pytest.mark.parametrize(
+    ("override", "update"),
+    [
+        ("update.begin=200 update.until=300", UpdateSchedule(100, 200, 300)),
+        ("update.until=1.0", UpdateSchedule(100, 0, 1.0)),
+        ("update={every_n_steps:5}", UpdateSchedule(5, 0, 0.75)),
+    ],
+)
+def test_overrides_of_times(override: str, update: UpdateSchedule) -> None:
+    overrides = [f"callbacks.sparsity.{part}" for part in override.split()]
+    config = config_of("callbacks/sparsity=rigl", *overrides)
+    assert config.update == update
+    assert type(config.update.until) is type(update.until)
+
+
+def test_a_mapping_over_a_number() -> None:
+    config = config_of(
+        "callbacks/sparsity=rigl", "callbacks.sparsity.density={schedule:cubic,final:0.1}"
+    )
+    assert config.density == DensitySchedule("cubic", 1.0, 0.1, 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("callbacks.sparsity.densty=0.1", ["Key 'densty' not in 'SparsityNode'"]),
+        ("callbacks.sparsity.density.fnal=0.1", ["fnal"]),
+        ("callbacks.sparsity.update.evry_n_steps=5", ["evry_n_steps", "UpdateSchedule"]),
+        ("callbacks.sparsity.monitor.image=5", ["image", "MonitorOptions"]),
+        (
+            "callbacks.sparsity.block_size=foo",
+            ["callbacks.sparsity.block_size", "'foo'", "Integer"],
+        ),
+        ("callbacks.sparsity.block_size=64.5", ["callbacks.sparsity.block_size", "64.5"]),
+        ("callbacks.sparsity.update.every_n_steps=1.5", ["update.every_n_steps", "1.5"]),
+        ("callbacks.sparsity.update.begin=soon", ["update.begin", "soon"]),
+        ("callbacks.sparsity.include=fc1", ["callbacks.sparsity.include", "fc1"]),
+        ("callbacks/sparsity=rigle", ["rigle", *CHOICES]),
+    ],
+)
+def test_what_composing_refuses(override: str, says: list[str]) -> None:
+    with pytest.raises(HydraException) as error:
+        composed(override)
+    text = messages(error.value)
+    assert all(part in text for part in says), text
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("+callbacks.sparsity.densty=0.1", ["'densty'"]),
+        (
+            "+callbacks.sparsity.density.fnal=0.1",
+            ["`density` has no key 'fnal'", "did you mean 'final'", "'until'"],
+        ),
+        (
+            "+callbacks.sparsity.update.evry_n_steps=5",
+            ["`update` has no key 'evry_n_steps'", "did you mean 'every_n_steps'"],
+        ),
+        (
+            "callbacks.sparsity.distribution=foo",
+            ["`distribution` must be one of 'uniform', 'erdos_renyi'", "got 'foo'"],
+        ),
+        ("callbacks.sparsity.block_size=48", ["`block_size` must", "16, 32, 64, 128", "got 48"]),
+        ("callbacks.sparsity.density=1.5", ["`density", "(0, 1]", "got 1.5"]),
+        ("callbacks.sparsity.density=null", ["`density` must", "got None"]),
+        ("callbacks.sparsity.update.begin=1", ["`update.begin` must", "Write 1.0 or a step >= 2"]),
+        ("callbacks.sparsity.density.until=0.8", ["`density.until` must not be after", "0.8"]),
+    ],
+)
+def test_what_the_callback_refuses(override: str, says: list[str]) -> None:
+    node = composed(override)
+    with pytest.raises(HydraException) as error:
+        instantiate(node)
+    text = messages(error.value)
+    assert all(part in text for part in says), text
+
+
+@pytest.fixture
+def users_app(tmp_path: Path) -> Path:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text(USERS_CONFIG)
+    (tmp_path / "app.py").write_text(USERS_APP)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "density"),
+    [
+        ("cubic", "{final: 0.1}", DensitySchedule("cubic", 1.0, 0.1, 0, 0.5)),
+        ("cubic", "0.1", DensitySchedule("constant", 0.1, 0.1)),
+        ("rigl", "0.1", DensitySchedule("constant", 0.1, 0.1)),
+        ("rigl", "{schedule: cubic, final: 0.1}", DensitySchedule("cubic", 1.0, 0.1, 0, 0.5)),
+    ],
+)
+def test_a_users_file_may_change_the_choice(
+    users_app: Path, choice: str, text: str, density: DensitySchedule
+) -> None:
+    file = users_app / "conf" / "config.yaml"
+    other = "{_target_: collections.OrderedDict}"
+    own = f"callbacks: {{sparsity: {{density: {text}}}, other: {other}}}"
+    file.write_text(f"{USERS_CONFIG}\n{own}\n")
+    with initialize_config_dir(str(file.parent), version_base="1.3"):
+        cfg = compose("config", overrides=[f"callbacks/sparsity={choice}"])
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    assert callbacks[0].config.density == density
+    assert callbacks[1] == {}
+
+
+def run_app(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "app.py", *overrides],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_users_app_sweeps_without_importing_the_package(users_app: Path) -> None:
+    done = run_app(
+        users_app,
+        "-m",
+        "callbacks/sparsity=rigl,set,static",
+        "callbacks.sparsity.block_size=16,32",
+        "callbacks.sparsity.density=0.1",
+        "callbacks.sparsity.update.begin=200",
+        "callbacks.sparsity.update.until=1e3",
+        "callbacks.sparsity.monitor=null",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("CONFIG ")]
+    configs = [json.loads(line.removeprefix("CONFIG ")) for line in lines]
+    grows = {"rigl": "gradient", "set": "random", "static": "none"}
+    assert [(c["grow"], c["block_size"]) for c in configs] == [
+        (grow, block_size) for grow in grows.values() for block_size in (16, 32)
+    ]
+    for config in configs:
+        assert config["density"] == dataclasses.asdict(DensitySchedule("constant", 0.1, 0.1))
+        assert config["update"] == {"every_n_steps": 100, "begin": 200, "until": 1000}
+        assert config["monitor"] is None
+
+
+def test_a_users_app_names_a_mistyped_key(users_app: Path) -> None:
+    done = run_app(users_app, "callbacks.sparsity.densty=0.1")
+    assert done.returncode != 0 and "CONFIG" not in done.stdout
+    assert "Key 'densty' not in 'SparsityNode'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_composed_config_can_be_saved_and_read_again() -> None:
+    """As Hydra does in `.hydra/config.yaml`."""
+    node = composed("callbacks/sparsity=rigl", "callbacks.sparsity.update.begin=0.1")
+    again = OmegaConf.create(OmegaConf.to_yaml(node))
+    assert instantiate(again).config == instantiate(node).config

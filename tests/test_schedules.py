@@ -1,0 +1,243 @@
+"""Times, timetables and schedules, against tables and a step-by-step simulation."""
+
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_lightning.config import SparsityConfig
+from sparse_lightning.schedules import (
+    DENSITY_SCHEDULES,
+    DROP_FRACTION_SCHEDULES,
+    Timetable,
+    check_time,
+    constant,
+    cosine,
+    cubic,
+    is_fraction,
+    progress,
+    resolve_time,
+)
+
+quick = settings(deadline=None, max_examples=150, derandomize=True)
+
+
+@pytest.mark.parametrize(
+    ("time", "fraction", "step_of_1000"),
+    [
+        (0, False, 0),
+        (0.0, False, 0),
+        (2, False, 2),
+        (200, False, 200),
+        (5000, False, 5000),
+        (0.1, True, 100),
+        (0.75, True, 750),
+        (1.0, True, 1000),
+        (1e3, False, 1000),
+        (2.0, False, 2),
+        (1e-9, True, 0),
+    ],
+)
+def test_times_on_offer(time: int | float, fraction: bool, step_of_1000: int) -> None:
+    check_time(time, "update.begin")
+    assert is_fraction(time) is fraction
+    step = resolve_time(time, 1000)
+    assert step == step_of_1000 and type(step) is int
+
+
+@pytest.mark.parametrize(
+    "time", [-1, -0.5, -1e-9, 1.5, 2.5, 1e3 + 0.5, math.nan, math.inf, -math.inf]
+)
+def test_times_out_of_range_are_refused(time: float) -> None:
+    with pytest.raises(ValueError, match=rf"`update.begin` must .*got {re.escape(repr(time))}\."):
+        check_time(time, "update.begin")
+
+
+@pytest.mark.parametrize("time", [True, False, "0.5", "100", None, [2], 2 + 0j])
+def test_times_that_are_no_numbers_are_refused(time: object) -> None:
+    with pytest.raises(TypeError, match=rf"`update.until` must .*got {re.escape(repr(time))}\."):
+        check_time(time, "update.until")
+
+
+def test_the_int_1_could_mean_either() -> None:
+    with pytest.raises(
+        ValueError, match=r"`density.until` must not .*got 1\. Write 1\.0 or a step"
+    ):
+        check_time(1, "density.until")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (constant, [(0.0, 0.2), (0.5, 0.2), (1.0, 0.2)]),
+        # 0.2 + 0.8 (1 - p)^3
+        (cubic, [(0.0, 1.0), (0.25, 0.5375), (0.5, 0.3), (0.75, 0.2125), (1.0, 0.2)]),
+        # 0.2 + 0.4 (1 + cos(pi p))
+        (cosine, [(0.0, 1.0), (1 / 3, 0.8), (0.5, 0.6), (2 / 3, 0.4), (1.0, 0.2)]),
+    ],
+)
+def test_schedules_by_hand(schedule, values: list[tuple[float, float]]) -> None:
+    for at, expected in values:
+        assert schedule(at, 1.0, 0.2) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [cubic, cosine])
+@pytest.mark.parametrize(("initial", "final"), [(1.0, 0.25), (0.3, 0.1), (0.3, 0.0), (0.1, 0.7)])
+def test_schedules_end_exactly_and_never_turn_back(schedule, initial: float, final: float) -> None:
+    assert schedule(0.0, initial, final) == pytest.approx(initial)
+    assert schedule(1.0, initial, final) == final
+    values = [schedule(k / 50, initial, final) for k in range(51)]
+    assert values == sorted(values, reverse=initial > final)
+
+
+def test_schedules_on_offer() -> None:
+    assert set(DENSITY_SCHEDULES) == {"constant", "cubic"}
+    assert set(DROP_FRACTION_SCHEDULES) == {"constant", "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("step", "begin", "until", "expected"),
+    [
+        (0, 0, 10, 0.0),
+        (5, 0, 10, 0.5),
+        (10, 0, 10, 1.0),
+        (99, 0, 10, 1.0),
+        (3, 4, 8, 0.0),
+        (4, 4, 8, 0.0),
+        (7, 4, 8, 0.75),
+        (0, 0, 0, 1.0),
+    ],
+)
+def test_progress(step: int, begin: int, until: int, expected: float) -> None:
+    assert progress(step, begin, until) == expected
+
+
+@pytest.mark.parametrize(
+    ("every", "begin", "until", "updates"),
+    [
+        (100, 0, 250, [100, 200, 250]),
+        (100, 0, 300, [100, 200, 300]),
+        (100, 150, 400, [150, 250, 350, 400]),
+        (100, 0, 30, [30]),
+        (100, 20, 30, [20, 30]),
+        (1, 0, 4, [1, 2, 3, 4]),
+        (1, 2, 4, [2, 3, 4]),
+    ],
+)
+def test_updates_by_hand(every: int, begin: int, until: int, updates: list[int]) -> None:
+    table = Timetable(every, begin, until, 0, until)
+    assert walk(table) == updates
+    assert table.next_update(until) is None and table.next_update(until + every) is None
+
+
+def walk(table: Timetable) -> list[int]:
+    """The updates of a training, as the callback finds them: from each to the next."""
+    updates, step = [], 0
+    while (step := table.next_update(step)) is not None:
+        updates.append(step)
+        assert len(updates) <= table.update_until
+    return updates
+
+
+timetables = st.builds(
+    lambda every, begin, length: Timetable(every, begin, begin + length, 0, begin + length),
+    st.integers(1, 40),
+    st.integers(0, 100),
+    st.integers(1, 120),
+)
+
+
+@quick
+@given(timetables)
+def test_updates_equal_a_simulation(table: Timetable) -> None:
+    due = [
+        step
+        for step in range(1, table.update_until + 1)
+        if step == table.update_until
+        or (step >= table.update_begin and (step - table.update_begin) % table.every_n_steps == 0)
+    ]
+    assert walk(table) == due
+    # From any step, also one that a resumed run begins at.
+    for step in range(table.update_until + 50):
+        assert table.next_update(step) == next((s for s in due if s > step), None)
+
+
+def test_progress_of_a_timetable() -> None:
+    table = Timetable(10, 20, 60, 40, 50)
+    assert [table.density_progress(s) for s in (0, 40, 45, 50, 99)] == [0, 0, 0.5, 1, 1]
+    assert [table.update_progress(s) for s in (0, 20, 30, 60, 99)] == [0, 0, 0.25, 1, 1]
+    assert Timetable(**table.as_dict()) == table
+    assert all(type(value) is int for value in table.as_dict().values())
+
+
+@pytest.mark.parametrize("until", [200, 199, 201, 250, 7, 0.5, 0.333])
+def test_the_density_arrives_at_its_final_value(until: int | float) -> None:
+    """Also where `density.until` is no multiple of `every_n_steps`, or before the first."""
+    density = {"schedule": "cubic", "initial": 1.0, "final": 0.1, "begin": 0, "until": until}
+    config = SparsityConfig(density=density, update={"every_n_steps": 50, "until": 0.75})
+    table = config.timetable(400)
+    at = {step: config.density_at(table.density_progress(step)) for step in walk(table)}
+    assert config.density_at(table.density_progress(table.density_until)) == 0.1
+    assert config.density_at(table.density_progress(table.density_until - 1)) > 0.1
+    first = min(step for step in at if step >= table.density_until)
+    assert all((density == 0.1) == (step >= first) for step, density in at.items())
+    assert list(at.values()) == sorted(at.values(), reverse=True)
+
+
+@quick
+@given(st.integers(3, 3000), st.integers(1, 400), st.floats(0.2, 1.0), st.floats(0.0, 1.0))
+def test_the_last_update_is_at_the_final_density(
+    total: int, every: int, until: float, share: float
+) -> None:
+    density = {"final": 0.07, "until": max(until * share, 0.19)}
+    config = SparsityConfig(density=density, update={"every_n_steps": every, "until": until})
+    table = config.timetable(total)
+    last = walk(table)[-1]
+    assert last == table.update_until <= total
+    assert config.density_at(table.density_progress(last)) == 0.07
+    assert config.drop_fraction_at(table.update_progress(last)) == 0.0
+
+
+def test_fractions_and_steps_resolve_together() -> None:
+    density = {"begin": 0.1, "until": 500.0}
+    config = SparsityConfig(
+        density=density, update={"every_n_steps": 30, "begin": 40, "until": 0.75}
+    )
+    assert config.has_fractions
+    assert config.timetable(1000) == Timetable(30, 40, 750, 100, 500)
+    with pytest.raises(
+        ValueError, match=r"`density.until` .*got density.until=500, update.until=75"
+    ):
+        config.timetable(100)
+
+
+@pytest.mark.parametrize(
+    ("update", "says"),
+    [
+        ({"begin": 900, "until": 0.75}, "`update.begin` must be before.*begin=900, until=750"),
+        ({"begin": 0.5, "until": 400}, "`update.begin` must be before.*begin=500, until=400"),
+    ],
+)
+def test_times_out_of_order_once_resolved(update: dict, says: str) -> None:
+    config = SparsityConfig(update=update)
+    with pytest.raises(ValueError, match=says):
+        config.timetable(1000)
+
+
+def test_steps_need_no_known_length() -> None:
+    config = SparsityConfig(density=0.2, update={"begin": 0, "until": 500})
+    assert not config.has_fractions, "the times of a constant density do not matter"
+    assert walk(config.timetable(0)) == [100, 200, 300, 400, 500]
+    assert SparsityConfig(density={"until": 0.5}, update={"until": 500}).has_fractions
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_the_shortest_trainings_resolve(total: int) -> None:
+    """As `Trainer(fast_dev_run=True)` runs them: a single step."""
+    for density in (0.25, {"schedule": "cubic", "initial": 1.0, "final": 0.25, "until": 0.5}):
+        config = SparsityConfig(density=density)
+        table = config.timetable(total)
+        assert walk(table)[-1] <= total
+        assert config.density_at(table.density_progress(total)) == 0.25
