@@ -274,7 +274,7 @@ def _fill_in(
     """Put in what was not given; a constant schedule has one value, given as either."""
     if span.schedule == "constant":
         given = [value for value in (span.initial, span.final) if value is not None] or [final]
-        if given[0] != given[-1]:
+        if given[0] not in given[-1:]:  # not `!=`, which holds for a NaN and itself
             raise ValueError(
                 f"`{argument}` must have one value under the constant schedule; got "
                 f"initial={span.initial!r}, final={span.final!r}. Give one of them."
