@@ -72,6 +72,9 @@ class BlockSparseLinear(nn.Module):
         if topology is None:
             topology = BlockTopology.random(out_features, in_features, block_size, density)
         _check_fits(topology, out_features, in_features)
+        # Its own copy: an update of this layer must not move the blocks of another. Like the
+        # tensors below it is built on the CPU, also under `with torch.device("meta")`.
+        topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
         dtype = dtype or torch.get_default_dtype()
         check_dtype(dtype)
         self.in_features, self.out_features = in_features, out_features
@@ -86,8 +89,8 @@ class BlockSparseLinear(nn.Module):
         # Not buffers: averaging callbacks average integer buffers, and DDP's broadcast of buffers
         # would hide a rank whose topology has diverged.
         self.topology = topology
-        self.armed = torch.zeros((), dtype=torch.bool)
-        self.block_scores = torch.zeros(topology.grid)
+        self.armed = torch.zeros((), dtype=torch.bool, device="cpu")
+        self.block_scores = torch.zeros(topology.grid, device="cpu")
         self._follow_device()
         self.reset_parameters()
 
@@ -144,7 +147,7 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out_features]` for `x` of `[..., in_features]`, any strides."""
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"The input's last dimension must be in_features={self.in_features}; "
                 f"got shape {list(x.shape)}."
@@ -153,7 +156,8 @@ class BlockSparseLinear(nn.Module):
         bias: Tensor | None = self.bias
         topology = self.topology
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        has_autocast = torch.amp.is_autocast_available(device)
+        if has_autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)
@@ -260,6 +264,11 @@ class BlockSparseLinear(nn.Module):
         state = state_dict.get(prefix + "_extra_state")
         values = state_dict.get(prefix + "values")
         weight = state_dict.pop(prefix + "weight", None) if values is None else None
+        if state is not None and values is None and weight is None:
+            raise ValueError(
+                "The topology must come with the `values` that it places; got none. "
+                "Save with state_dict(), and keep every key of it."
+            )
         if state is not None:
             topology = BlockTopology.from_state(state)
             _check_fits(topology, self.out_features, self.in_features)
@@ -309,11 +318,12 @@ class BlockSparseLinear(nn.Module):
 def largest_blocks(weight: Tensor, block_size: int, density: float) -> BlockTopology:
     """Return the topology of the blocks of largest Frobenius norm of a dense weight."""
     out_blocks, in_blocks = block_grid(weight.shape[0], weight.shape[1], block_size)
-    full = BlockTopology.from_mask(torch.ones(out_blocks, in_blocks, dtype=torch.bool), block_size)
+    everywhere = torch.ones(out_blocks, in_blocks, dtype=torch.bool, device="cpu")
+    full = BlockTopology.from_mask(everywhere, block_size)
     # All blocks in row-major order, so that the stable sort gives ties to the lower index.
     norms = block_magnitudes(full.pack(weight)).nan_to_num(-1.0, -1.0, -1.0)
     n_blocks = count_blocks(density, norms.numel())
-    mask = torch.zeros(out_blocks * in_blocks, dtype=torch.bool)
+    mask = torch.zeros(out_blocks * in_blocks, dtype=torch.bool, device="cpu")
     mask[norms.argsort(descending=True, stable=True)[:n_blocks].cpu()] = True
     return BlockTopology.from_mask(mask.view(out_blocks, in_blocks), block_size)
 

@@ -123,11 +123,21 @@ def sparsify(
     """
     check_block_size(block_size)
     check_density(density)
-    max_density = max(density, max_density or density)
+    if max_density is None:
+        max_density = density
     check_density(max_density, "max_density")
+    if max_density < density:
+        raise ValueError(
+            f"`max_density` must be at least `density`; got {max_density} for {density}."
+        )
     check_choice("distribution", distribution, DISTRIBUTIONS)
     check_choice("init", init, INITS)
 
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "`model` must contain the layers to replace; got a bare nn.Linear. "
+            "Use BlockSparseLinear.from_linear(...)."
+        )
     chosen, skipped = _select(model, block_size, include, exclude)
     grids = [block_grid(m.out_features, m.in_features, block_size) for m in chosen.values()]
     budgets = DISTRIBUTIONS[distribution](density, grids)
@@ -155,8 +165,10 @@ def densify(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, BlockSparseLinear):
         return model.to_linear()
-    for name, layer in list(sparse_layers(model)):
-        _replace(model, name, layer.to_linear())
+    linears: dict[int, nn.Linear] = {}  # a layer that stands under two names stays one layer
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, BlockSparseLinear):
+            _replace(model, name, linears.setdefault(id(layer), layer.to_linear()))
     return model
 
 

@@ -135,8 +135,8 @@ class BlockTopology:
             n_blocks = count_blocks(density, total)
         if not 0 <= n_blocks <= total:
             raise ValueError(f"`n_blocks` must be in 0..{total}; got {n_blocks}.")
-        mask = torch.zeros(total, dtype=torch.bool)
-        mask[torch.randperm(total, generator=generator)[:n_blocks]] = True
+        mask = torch.zeros(total, dtype=torch.bool, device="cpu")
+        mask[torch.randperm(total, generator=generator, device="cpu")[:n_blocks]] = True
         return cls.from_mask(mask.view(grid), block_size, capacity=capacity)
 
     @classmethod
@@ -146,7 +146,8 @@ class BlockTopology:
         Raises:
             ValueError: if the vector is not one that `to_state` wrote.
         """
-        header = state[:_STATE_HEADER].tolist() if state.dim() == 1 else []
+        is_vector = isinstance(state, Tensor) and state.dim() == 1
+        header = state[:_STATE_HEADER].tolist() if is_vector else []
         if len(header) < _STATE_HEADER or header[0] != STATE_FORMAT:
             raise ValueError(
                 f"The saved topology must be of format {STATE_FORMAT}; got header {header}. "

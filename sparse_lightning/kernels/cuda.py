@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+HAS_KERNELS = False
+
 
 def refuse(device: torch.device) -> NoReturn:
     """Raise the RuntimeError that says what is missing on a CUDA device, and what to do."""

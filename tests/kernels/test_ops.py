@@ -1,0 +1,258 @@
+"""The ops on PyTorch's dispatcher: schemas, autograd, scores, and what happens without kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_lightning import BlockSparseLinear, BlockTopology
+from sparse_lightning.kernels import cpu, cuda, ops, reference
+
+
+def make_layer(
+    dtype: torch.dtype = torch.float64, spare: int = 2, bias: bool = True
+) -> BlockSparseLinear:
+    """A 48x64 layer with an empty row, an empty slot and a bias."""
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
+    topology = BlockTopology.from_mask(mask, 16, capacity=5 + spare)
+    return BlockSparseLinear(64, 48, bias, topology=topology, dtype=dtype)
+
+
+def dense_gradient_norms(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> Tensor:
+    return reference.block_norms(dy.double(), x.detach().double(), layer.topology.grid).float()
+
+
+def op_arguments(op: str, dtype: torch.dtype, requires_grad: bool = False) -> tuple[Any, ...]:
+    layer = make_layer(dtype)
+    at, values = layer.topology, layer.values.detach()
+    x = torch.randn(2, 3, 64, dtype=dtype)
+    dy = torch.randn(2, 3, 48, dtype=dtype)
+    bias = torch.randn(48, dtype=dtype)
+    rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
+    armed, scores = torch.tensor(True), torch.rand(at.grid)
+    if requires_grad:
+        x, values, bias = (t.requires_grad_() for t in (x, values, bias))
+    return {
+        "block_linear": (x, values, bias, at.coords, *rows, *cols, armed, scores),
+        "block_linear_dx": (dy, values, *cols),
+        "block_linear_dw": (dy, x, at.coords, *rows, 16),
+        "block_norms_": (dy, x, armed, scores),
+    }[op]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "requires_grad"), [*((op, False) for op in ops.OPS), ("block_linear", True)]
+)
+def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype) -> None:
+    results = torch.library.opcheck(getattr(ops, op), op_arguments(op, dtype, requires_grad))
+    assert len(results) >= 4
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_opcheck_without_bias() -> None:
+    x, values, _, *rest = op_arguments("block_linear", torch.float32, requires_grad=True)
+    results = torch.library.opcheck(ops.block_linear, (x, values, None, *rest))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+# -- autograd ---------------------------------------------------------------------------------
+
+
+def call(layer: BlockSparseLinear, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    parameters = {"values": values} if bias is None else {"values": values, "bias": bias}
+    y: Tensor = torch.func.functional_call(layer, parameters, (x,))
+    return y
+
+
+@pytest.mark.parametrize("method", ["by block", "by row", "densify"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 2), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(
+    method: str, lead: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "choose", lambda *_: method)
+    # No spare slot: there, the gradient is zero by definition, as is the derivative.
+    layer = make_layer(spare=0, bias=bias)
+    x = torch.randn(*lead, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: call(layer, *inputs), (x, layer.values, layer.bias), fast_mode=True
+    )
+
+
+def test_gradcheck_of_every_element() -> None:
+    layer = BlockSparseLinear(32, 16, topology=_tiny(), dtype=torch.float64)
+    x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: call(layer, *inputs), (x, layer.values, layer.bias)
+    )
+
+
+def _tiny() -> BlockTopology:
+    return BlockTopology.from_mask(torch.tensor([[False, True]]), 16)
+
+
+def test_double_backward_is_refused() -> None:
+    layer = make_layer()
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)], ids=str)
+def test_gradients_equal_the_dense_layers(lead: tuple[int, ...]) -> None:
+    layer = make_layer()
+    dense = layer.to_linear()
+    x = torch.randn(*lead, 64, dtype=torch.float64, requires_grad=True)
+    dense_x = x.detach().clone().requires_grad_()
+    dy = torch.randn(*lead, 48, dtype=torch.float64)
+    layer(x).backward(dy)
+    dense(dense_x).backward(dy)
+    assert_same_gradients(layer, dense)
+    torch.testing.assert_close(x.grad, dense_x.grad)
+
+
+def assert_same_gradients(layer: BlockSparseLinear, dense: nn.Linear) -> None:
+    assert layer.values.grad is not None and dense.weight.grad is not None
+    packed = layer.topology.pack(dense.weight.grad)
+    assert packed.count_nonzero() > 0
+    torch.testing.assert_close(layer.values.grad, packed)
+    if layer.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+def test_a_layer_called_twice_in_one_forward() -> None:
+    topology = BlockTopology.random(64, 64, 16, 0.5)
+    layer = BlockSparseLinear(64, 64, topology=topology, dtype=torch.float64)
+    layer.armed.fill_(True)
+    dense = layer.to_linear()
+    x = torch.randn(5, 64, dtype=torch.float64)
+    hidden = layer(x)
+    hidden.retain_grad()
+    y = layer(hidden.tanh())
+    y.retain_grad()
+    y.square().sum().backward()
+    dense(dense(x).tanh()).square().sum().backward()
+    assert_same_gradients(layer, dense)
+    # Each call adds the norms of its own product: no call overwrites the other's.
+    expected = dense_gradient_norms(layer, x, hidden.grad)
+    expected += dense_gradient_norms(layer, hidden.detach().tanh(), y.grad)
+    torch.testing.assert_close(layer.block_scores, expected)
+
+
+def test_an_input_without_gradient() -> None:
+    layer = make_layer()
+    layer(torch.randn(3, 64, dtype=torch.float64)).sum().backward()
+    assert layer.values.grad is not None and layer.values.grad.count_nonzero() > 0
+
+
+def test_frozen_values_still_pass_the_gradient_on() -> None:
+    layer = make_layer()
+    layer.values.requires_grad_(False)
+    layer.armed.fill_(True)
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dense_weight().sum(0).expand(3, -1))
+    assert layer.values.grad is None
+    assert layer.bias is not None and layer.bias.grad is not None
+    # A frozen layer is never updated, so its scores cost nothing.
+    assert layer.block_scores.count_nonzero() == 0
+
+
+def test_without_gradients_nothing_is_kept_for_backward() -> None:
+    layer = make_layer().requires_grad_(False)
+    assert not layer(torch.randn(3, 64, dtype=torch.float64)).requires_grad
+    with torch.no_grad():
+        assert not make_layer()(torch.randn(3, 64, dtype=torch.float64)).requires_grad
+
+
+# -- scores -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float64, 1e-5), (torch.float32, 1e-4), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)],
+    ids=str,
+)
+def test_scores_accumulate_over_micro_batches_while_armed(dtype: torch.dtype, rtol: float) -> None:
+    layer = make_layer(dtype)
+    scores, expected = layer.block_scores, torch.zeros(3, 4)
+    for armed in (False, True, True, False):
+        layer.armed.fill_(armed)
+        x, dy = torch.randn(7, 64).to(dtype), torch.randn(7, 48).to(dtype)
+        layer(x).backward(dy)
+        if armed:
+            expected += dense_gradient_norms(layer, x, dy)
+    assert layer.block_scores is scores and scores.dtype == torch.float32
+    assert (expected > 0).all()  # absent blocks and the empty row too
+    torch.testing.assert_close(scores, expected, rtol=rtol, atol=0)
+
+
+def test_scores_of_half_precision_do_not_overflow() -> None:
+    layer = make_layer(torch.float16)
+    layer.armed.fill_(True)
+    x, dy = torch.full((8, 64), 100.0).half(), torch.full((8, 48), 50.0).half()
+    ops.block_norms_(dy, x, layer.armed, layer.block_scores)
+    # Every element of dy^T x is 8 * 100 * 50 = 40,000; a block has 256.
+    torch.testing.assert_close(layer.block_scores, torch.full((3, 4), 256 * 40_000.0**2))
+
+
+def test_scores_of_a_large_layer_equal_those_of_its_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    dy, x = torch.randn(9, 7 * 16), torch.randn(9, 5 * 16)
+    expected = torch.zeros(7, 5)
+    ops.block_norms_(dy, x, torch.tensor(True), expected)
+    monkeypatch.setattr(cpu, "_NORMS_BAND_BYTES", 3 * 16 * x.shape[1] * 4)  # three block rows
+    scores = torch.zeros(7, 5)
+    ops.block_norms_(dy, x, torch.tensor(True), scores)
+    assert (expected > 0).all()
+    torch.testing.assert_close(scores, expected)
+
+
+# -- the choice of kernel, and CUDA -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float64, {"by block", "by row", "densify"}),
+        (torch.float32, {"by block", "by row", "densify"}),
+        # Half precision is never rounded after every block.
+        (torch.bfloat16, {"by row", "densify"}),
+        (torch.float16, {"by row", "densify"}),
+    ],
+    ids=str,
+)
+def test_the_methods_that_a_dtype_may_take(dtype: torch.dtype, expected: set[str]) -> None:
+    choices = {
+        cpu.choose(tokens, size, density, dtype)
+        for tokens in (0, 1, 255, 256, 100_000)
+        for size in (16, 32, 64, 128)
+        for density in (0.0, 0.01, 0.3, 0.8, 1.0)
+    }
+    assert choices == expected
+
+
+def test_without_cupy_cuda_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"CuPy.*cuda.*pip install 'sparse-lightning\[cuda1\d\]"):
+        cuda.refuse(torch.device("cuda"))
+
+
+def test_with_cupy_cuda_says_that_the_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(RuntimeError, match=r"CUDA kernels.*accelerator='cpu'") as error:
+        cuda.refuse(torch.device("cuda:1"))
+    assert "cuda:1" in str(error.value) and "pip install" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_one_backend_does_not_answer_for_another() -> None:
+    layer = make_layer(torch.float32).cuda()
+    with pytest.raises((RuntimeError, TypeError), match=r"device|cuda"):
+        layer(torch.randn(3, 64))

@@ -1,0 +1,355 @@
+"""Every op of every backend against the reference in fp64, over one list of cases.
+
+A backend joins by one more parameter of the `device` fixture. `check_parity` is the whole check;
+the last test shows that it catches kernels that are wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_lightning import BlockTopology
+from sparse_lightning.kernels import cpu, cuda, ops, reference
+
+METHODS = ("by block", "by row", "densify")  # what cpu.choose returns
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LEADS = ((), (0,), (1,), (7,), (2, 3, 5), (2, 0, 3), (300,))
+
+
+@pytest.fixture(params=[*METHODS, pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of a backend; the CPU once for each of its methods."""
+    if request.param == "cuda":
+        if not (torch.cuda.is_available() and cuda.HAS_KERNELS):
+            pytest.skip("needs a CUDA GPU and kernels for it")
+        return "cuda"
+    monkeypatch.setattr(cpu, "choose", lambda *_: request.param)
+    return "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: `pattern` is a key of `PATTERNS`, `lead` the dimensions before the features."""
+
+    pattern: str = "random"
+    grid: tuple[int, int] = (5, 3)
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    lead: tuple[int, ...] = (7,)
+    contiguous: bool = True
+    bias: bool = True
+    spare: int = 2
+    seed: int = 0
+
+    def __str__(self) -> str:
+        flags = ("" if self.contiguous else "-strided") + ("-bias" if self.bias else "")
+        shape = "x".join(map(str, self.lead)) or "scalar"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.pattern}-{self.block_size}-{name}-{shape}{flags}"
+
+
+def _random(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.rand(grid, generator=generator) < 0.4
+
+
+def _skewed(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Row r keeps a share (r + 1)^-1.5 of its blocks, as a power law; the last may be empty."""
+    share = torch.arange(1, grid[0] + 1).float().pow(-1.5).unsqueeze(1)
+    return torch.rand(grid, generator=generator) < share
+
+
+def _empty_row_and_column(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    mask = torch.rand(grid, generator=generator) < 0.7
+    mask[grid[0] // 2] = False
+    mask[:, grid[1] // 2] = False
+    return mask
+
+
+def _one(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(grid, dtype=torch.bool)
+    mask[-1, 0] = True
+    return mask
+
+
+PATTERNS = {
+    "random": _random,
+    "skewed": _skewed,
+    "empty_row_and_column": _empty_row_and_column,
+    "one": _one,
+    "none": lambda grid, _: torch.zeros(grid, dtype=torch.bool),
+    "all": lambda grid, _: torch.ones(grid, dtype=torch.bool),
+}
+
+GRIDS = [(3, 5), (4, 4), (5, 3), (2, 6), (3, 4), (6, 2)]
+
+# dtypes and block sizes with every pattern; shapes, strides and bias with every pattern in the
+# dtypes whose paths differ; then what only a few combinations can break.
+CASES = [
+    *(
+        Case(pattern, block_size=size, dtype=dtype)
+        for pattern in PATTERNS
+        for size in (16, 32, 64, 128)
+        for dtype in DTYPES
+    ),
+    *(
+        Case(pattern, grid, 16, dtype, lead, contiguous, bias)
+        for pattern, grid in zip(PATTERNS, GRIDS, strict=True)
+        for dtype in (torch.float32, torch.bfloat16)
+        for lead in LEADS
+        for contiguous, bias in ((True, False), (False, True))
+    ),
+    Case(grid=(1, 1), spare=0),
+    Case("all", grid=(1, 7), spare=0),
+    Case("all", grid=(7, 1), spare=0),
+    Case("none", spare=0),
+    Case("random", grid=(9, 11), spare=40, lead=(33,)),
+    Case("random", grid=(9, 11), dtype=torch.float16, spare=40, lead=(3, 11), contiguous=False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_parity(case: Case, device: str) -> None:
+    check_parity(case, device)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_parity_of_any_topology(data: st.DataObject) -> None:
+    case = Case(
+        pattern=data.draw(st.sampled_from(["random", "skewed", "empty_row_and_column"])),
+        grid=data.draw(st.tuples(st.integers(1, 8), st.integers(1, 8))),
+        block_size=data.draw(st.sampled_from([16, 32])),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        lead=tuple(data.draw(st.lists(st.integers(0, 5), max_size=3))),
+        contiguous=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        spare=data.draw(st.integers(0, 5)),
+        seed=data.draw(st.integers(0, 2**32)),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        method = data.draw(st.sampled_from(METHODS))
+        patch.setattr(cpu, "choose", lambda *_: method)
+        check_parity(case, "cpu")
+
+
+def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
+    """Fail unless the four ops of `kernels` agree with the reference in fp64 on one case."""
+    problem = Problem(case, device)
+    x, dy, values, bias, topology = problem.x, problem.dy, problem.values, problem.bias, problem.at
+    coords, grid, size = topology.coords.cpu(), topology.grid, case.block_size
+    untouched = [t.clone() for t in (x, dy, values, topology.coords)]
+
+    def indices(prefix: str) -> tuple[Tensor, Tensor]:
+        return getattr(topology, f"{prefix}_offsets"), getattr(topology, f"{prefix}_entries")
+
+    fp32 = torch.promote_types(case.dtype, torch.float32)
+
+    def sums(n_blocks: int) -> tuple[int, torch.dtype]:
+        # Only when a test forces it, half precision is added up block by block in its own dtype.
+        if case.dtype != fp32 and cpu.choose(300, 64, 0.1, case.dtype) == "by block":
+            return n_blocks, case.dtype
+        return n_blocks * size, fp32
+
+    # In fp64, from the very numbers that the ops get. Empty slots hold NaN for the ops only.
+    x64, dy64 = x.cpu().double(), dy.cpu().double()
+    values64 = values.cpu().double().nan_to_num(0.0)
+    bias64 = None if bias is None else bias.cpu().double()
+    squares = x64.square(), dy64.square(), values64.square()
+    bias2 = None if bias64 is None else bias64.square()
+    armed, scores = torch.tensor(True, device=device), torch.rand(grid, device=device)
+    before = scores.clone()
+
+    y = kernels.block_linear(
+        *(x, values, bias, topology.coords, *indices("row"), *indices("col")), armed, scores
+    )
+    assert torch.equal(scores, before), "forward must leave the scores alone"
+    expected = reference.block_linear(x64, values64, bias64, coords, grid)
+    size_y = reference.block_linear(squares[0], squares[2], bias2, coords, grid).sqrt()
+    assert_close("block_linear", y, expected, size_y, case, *sums(grid[1]))
+
+    dx = kernels.block_linear_dx(dy, values, *indices("col"))
+    expected = reference.block_linear_dx(dy64, values64, coords, grid)
+    size_dx = reference.block_linear_dx(squares[1], squares[2], coords, grid).sqrt()
+    assert_close("block_linear_dx", dx, expected, size_dx, case, *sums(grid[0]))
+
+    dw = kernels.block_linear_dw(dy, x, topology.coords, *indices("row"), size)
+    expected = reference.block_linear_dw(dy64, x64, coords, size)
+    size_dw = reference.block_linear_dw(squares[1], squares[0], coords, size).sqrt()
+    assert_close("block_linear_dw", dw, expected, size_dw, case, math.prod(case.lead), fp32)
+    assert dw[topology.coords[:, 0] < 0].count_nonzero() == 0, "block_linear_dw: empty slots"
+
+    kernels.block_norms_(dy, x, armed, scores)
+    expected = before.double().cpu() + reference.block_norms(dy64, x64, grid)
+    torch.testing.assert_close(scores.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+    before = scores.clone()
+    kernels.block_norms_(dy, x, torch.tensor(False, device=device), scores)
+    assert torch.equal(scores, before), "unarmed, the scores must stay"
+
+    for tensor, copy in zip((x, dy, values, topology.coords), untouched, strict=True):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+
+class Problem:
+    """The tensors of a case: shuffled slots, NaN in the empty ones."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        generator = torch.Generator().manual_seed(case.seed)
+        (rows, cols), size = case.grid, case.block_size
+        mask = PATTERNS[case.pattern](case.grid, generator)
+        packed = BlockTopology.from_mask(mask, size, capacity=int(mask.sum()) + case.spare)
+        shuffled = packed.coords[torch.randperm(packed.capacity, generator=generator)]
+        self.at = BlockTopology(shuffled, case.grid, size).to_(torch.device(device))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, case.dtype)
+
+        def tokens(features: int) -> Tensor:
+            if case.contiguous:
+                return normal(*case.lead, features)
+            # Every stride is off: the features from a transpose, the tokens from a slice.
+            wide = normal(2 * features, *(2 * n for n in case.lead)).movedim(0, -1)
+            return wide[tuple(slice(None, None, 2) for _ in range(wide.dim()))]
+
+        self.x, self.dy = tokens(cols * size), tokens(rows * size)
+        self.values = normal(self.at.capacity, size, size)
+        self.values[self.at.coords[:, 0] < 0] = torch.nan
+        self.bias = normal(rows * size) if case.bias else None
+
+
+def assert_close(
+    op: str,
+    actual: Tensor,
+    expected: Tensor,
+    size: Tensor,
+    case: Case,
+    terms: int,
+    sums_in: torch.dtype,
+) -> None:
+    """Fail unless every element is within rounding of the fp64 result.
+
+    `size` is the root of the sum of the squared terms of each element: how large a partial sum may
+    be. Rounding the result costs `eps`; adding `terms` in the precision `sums_in` costs about the
+    root of their number.
+    """
+    assert actual.dtype == case.dtype, f"{op}: {actual.dtype}"
+    assert actual.shape == expected.shape, f"{op}: {list(actual.shape)}"
+    eps, sum_eps = torch.finfo(case.dtype).eps, torch.finfo(sums_in).eps
+    tolerance = 2 * eps * (expected.abs() + size) + 2 * math.sqrt(terms) * sum_eps * size
+    error = (actual.cpu().double() - expected).abs()
+    # A NaN compares as False, and so counts as wrong.
+    wrong = ~(error <= tolerance)
+    assert not wrong.any(), f"{op}: {int(wrong.sum())} of {wrong.numel()} elements are wrong"
+
+
+# -- the check itself is checked --------------------------------------------------------------
+
+
+def _mutants() -> dict[str, dict[str, Any]]:
+    """Wrong kernels, each with one mistake that a kernel is likely to have."""
+
+    def after(op: str, spoil: Any) -> dict[str, Any]:
+        def wrong(*args: Any) -> Any:
+            out = getattr(ops, op)(*args).clone()
+            return out if (new := spoil(out, *args)) is None else new
+
+        return {op: wrong}
+
+    def before(op: str, change: Any) -> dict[str, Any]:
+        return {op: lambda *args: getattr(ops, op)(*change(*args))}
+
+    def unwritten_rows(y: Tensor, x: Tensor, values: Tensor, *args: Any) -> None:
+        empty = args[2].diff() == 0
+        y.unflatten(-1, (-1, values.shape[1]))[..., empty, :] = torch.nan
+
+    def slot_order(entries: Tensor) -> Tensor:
+        return torch.stack([entries[:, 0], entries[:, 1].sort().values], 1)
+
+    def nan_at_last(out: Tensor, *_: Any) -> None:
+        out.view(-1)[-1] = torch.nan
+
+    def last_token_is_zero(y: Tensor, *_: Any) -> None:
+        y[-1] = 0
+
+    def not_even_armed(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
+        ops.block_norms_(dy, x, torch.ones_like(armed), scores)
+
+    def overwrite(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
+        if armed:
+            ops.block_norms_(dy, x, armed, scores.zero_())
+
+    def not_squared(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
+        norms = torch.zeros_like(scores)
+        ops.block_norms_(dy, x, armed, norms)
+        scores += norms.sqrt()
+
+    def nan_leaks(y: Tensor, x: Tensor, values: Tensor, *_: Any) -> Tensor:
+        return y + 0 * values.sum()
+
+    return {
+        "forward leaves an empty row unwritten": after("block_linear", unwritten_rows),
+        "forward drops the last token": after("block_linear", last_token_is_zero),
+        "forward transposes the blocks": before(
+            "block_linear", lambda x, values, *rest: (x, values.transpose(1, 2), *rest)
+        ),
+        "forward ignores the slots": before(
+            "block_linear", lambda *a: (*a[:5], slot_order(a[5]), *a[6:])
+        ),
+        "forward forgets the bias": before("block_linear", lambda *a: (*a[:2], None, *a[3:])),
+        "forward reads empty slots": after("block_linear", nan_leaks),
+        "forward returns another dtype": after("block_linear", lambda y, *_: y.double()),
+        "forward spoils its input": before("block_linear", lambda x, *rest: (x.mul_(1.5), *rest)),
+        "dx leaves one element unwritten": after("block_linear_dx", nan_at_last),
+        "dx transposes the blocks": before(
+            "block_linear_dx", lambda dy, values, *rest: (dy, values.transpose(1, 2), *rest)
+        ),
+        "dx loses the last block": before(
+            "block_linear_dx", lambda dy, v, o, e: (dy, v, o.clamp(max=int(o[-1]) - 1), e)
+        ),
+        "dw drops the last token": before(
+            "block_linear_dw", lambda dy, x, *rest: (dy[:-1], x[:-1], *rest)
+        ),
+        "dw transposes the blocks": after("block_linear_dw", lambda dw, *_: dw.transpose(1, 2)),
+        "dw leaves empty slots unwritten": after(
+            "block_linear_dw", lambda dw, dy, x, coords, *_: dw.masked_fill(_empty(coords), 1e-30)
+        ),
+        "dw poisons empty slots": after(
+            "block_linear_dw", lambda dw, dy, x, c, *_: dw.masked_fill(_empty(c), torch.nan)
+        ),
+        "norms ignore the flag": {"block_norms_": not_even_armed},
+        "norms forget what was there": {"block_norms_": overwrite},
+        "norms are not squared": {"block_norms_": not_squared},
+        "norms do nothing": {"block_norms_": lambda *_: None},
+    }
+
+
+def _empty(coords: Tensor) -> Tensor:
+    return (coords[:, 0] < 0).view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("mistake", _mutants())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_parity_check_catches(mistake: str, dtype: torch.dtype) -> None:
+    case = Case("empty_row_and_column", grid=(5, 5), dtype=dtype)
+    right = {op: getattr(ops, op) for op in ops.OPS}
+    check_parity(case, "cpu", SimpleNamespace(**right))
+    with pytest.raises(AssertionError):
+        check_parity(case, "cpu", SimpleNamespace(**{**right, **_mutants()[mistake]}))
+
+
+def test_the_parity_check_catches_a_token_rounded_away() -> None:
+    """The tolerance is tight enough to see one wrong token among three hundred."""
+    case = replace(Case(), lead=(300,))
+    wrong = SimpleNamespace(**{op: getattr(ops, op) for op in ops.OPS})
+    wrong.block_linear_dw = lambda dy, x, *rest: ops.block_linear_dw(dy[1:], x[1:], *rest)
+    with pytest.raises(AssertionError, match="block_linear_dw"):
+        check_parity(case, "cpu", wrong)

@@ -1,0 +1,235 @@
+"""Compiled, checkpointed and exported layers: as in eager, and never compiled twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from sparse_lightning import BlockSparseLinear
+from sparse_lightning.evolution import update_topology
+from sparse_lightning.patching import sparse_layers
+
+
+@pytest.fixture(autouse=True)
+def _no_recompilation() -> Iterator[None]:
+    """A second compilation of the same code is an error in every test of this file."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch.compiler.reset()
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    return nn.Sequential(
+        BlockSparseLinear(64, 96, block_size=16, density=0.4),
+        nn.GELU(),
+        BlockSparseLinear(96, 32, block_size=16, density=0.6),
+    ).to(dtype)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, 64, dtype=torch.float64)
+
+
+def compiled(
+    function: Callable[..., Tensor], backend: str = "aot_eager"
+) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, fullgraph=True, backend=counter), counter
+
+
+def update_all(model: nn.Module, step: int, n_blocks_less: int) -> None:
+    """A random update of every layer: same slots, other blocks."""
+    generator = torch.Generator().manual_seed(step)
+    for _, layer in sparse_layers(model):
+        grid, target = layer.topology.grid, layer.topology.capacity - n_blocks_less
+        scores = [torch.rand(grid, generator=generator) for _ in range(2)]
+        before = layer.topology.coords.clone()
+        layer.apply_update(update_topology(layer.topology, *scores, target, fraction=0.4))
+        assert not torch.equal(layer.topology.coords, before)
+        with torch.no_grad():  # grown blocks are not left at zero, or they would tell nothing
+            present = (layer.topology.coords[:, 0] >= 0).view(-1, 1, 1)
+            layer.values.copy_(torch.randn(layer.values.shape, generator=generator) * present)
+
+
+def run(
+    model: nn.Module, function: Callable[..., Tensor], x: Tensor, armed: bool
+) -> dict[str, Tensor]:
+    """Forward and backward from clean gradients and scores; everything that comes out of it."""
+    model.zero_grad()
+    for _, layer in sparse_layers(model):
+        layer.armed.fill_(armed)
+        layer.block_scores.zero_()
+    x = x.detach().clone().requires_grad_()
+    y = function(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    out = {"y": y.detach(), "dx": x.grad}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        out[name] = parameter.grad.clone()
+    for name, layer in sparse_layers(model):
+        out[f"{name}.scores"] = layer.block_scores.clone()
+        assert bool((layer.block_scores > 0).any()) == armed
+    return out
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_topology_updates_and_arming_compile_once(backend: str) -> None:
+    model = make_model()
+    function, counter = compiled(model, backend)
+    x = tokens(7)
+    for step in range(31):
+        if step:
+            update_all(model, step, n_blocks_less=step % 4)
+        armed = step % 3 == 1
+        actual = run(model, function, x, armed)
+        assert_same(actual, run(model, model, x, armed))
+    assert counter.frame_count == 1
+
+
+def test_the_count_sees_a_recompilation() -> None:
+    """What the tests above rely on: a Python value that changes does fail here."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = BlockSparseLinear(64, 32, block_size=16, density=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.layer.topology.n_blocks
+
+    model = Counting()
+    function, _ = compiled(model)
+    function(torch.randn(3, 64))
+    update_all(model, 1, n_blocks_less=1)
+    with pytest.raises(torch._dynamo.exc.RecompileError):
+        function(torch.randn(3, 64))
+
+
+def test_a_layer_called_twice_compiles() -> None:
+    layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, dtype=torch.float64)
+    model = nn.ModuleDict({"layer": layer})
+
+    def twice(x: Tensor) -> Tensor:
+        return layer(layer(x).tanh())
+
+    function, counter = compiled(twice)
+    x = tokens(7)
+    for step, armed in enumerate((True, False, True)):
+        update_all(model, step, n_blocks_less=0)
+        assert_same(run(model, function, x, armed), run(model, twice, x, armed))
+    assert counter.frame_count == 1
+
+
+def test_dynamic_token_counts_compile_once() -> None:
+    model = make_model()
+    function, counter = compiled(model)
+    for batch, length in ((5, 7), (3, 2), (40, 9), (2, 300)):
+        x = tokens(batch, length)
+        expected = model(x).sum()
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch.testing.assert_close(function(x).sum(), expected)
+    assert counter.frame_count == 1
+
+
+def test_dynamic_token_counts_compile_once_with_backward() -> None:
+    model = make_model()
+    function, counter = compiled(model)
+    for batch in (5, 3, 300):
+        x = tokens(batch).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 0)
+        function(x).square().sum().backward()
+        actual = x.grad
+        x.grad = None
+        model(x).square().sum().backward()
+        torch.testing.assert_close(actual, x.grad)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_inside_the_compiled_function(dtype: torch.dtype) -> None:
+    model = make_model(torch.float32)
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return model(x)
+
+    function, counter = compiled(forward)
+    x = tokens(7).float()
+    for step, armed in enumerate((False, True)):
+        update_all(model, step, n_blocks_less=0)
+        actual, expected = run(model, function, x, armed), run(model, forward, x, armed)
+        assert actual["y"].dtype == dtype
+        assert actual["0.values"].dtype == torch.float32
+        for name in expected:
+            difference = (actual[name].double() - expected[name].double()).norm()
+            assert difference <= 0.02 * expected[name].double().norm(), name
+    assert counter.frame_count == 1
+
+
+# -- checkpointing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("armed", [False, True])
+def test_checkpointing_in_eager(use_reentrant: bool, armed: bool) -> None:
+    model = make_model()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(model, x, use_reentrant=use_reentrant)
+        return y
+
+    x = tokens(7)
+    assert_same(run(model, checkpointed, x, armed), run(model, model, x, armed))
+
+
+def test_checkpointing_compiled() -> None:
+    model = make_model()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(model, x, use_reentrant=False)
+        return y
+
+    function, counter = compiled(checkpointed)
+    x = tokens(7)
+    for step, armed in enumerate((False, True, True, False)):
+        update_all(model, step, n_blocks_less=step % 2)
+        assert_same(run(model, function, x, armed), run(model, model, x, armed))
+    assert counter.frame_count == 1
+
+
+def test_checkpointing_of_each_layer_compiled() -> None:
+    model = make_model()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        for module in model:
+            x = checkpoint(module, x, use_reentrant=False)
+        return x
+
+    function, _ = compiled(checkpointed)
+    x = tokens(7)
+    assert_same(run(model, function, x, True), run(model, model, x, True))
+
+
+def test_export() -> None:
+    layer = BlockSparseLinear(64, 48, block_size=16, density=0.5)
+    n_tokens = torch.export.Dim("tokens", min=1, max=1000)
+    program = torch.export.export(layer, (torch.randn(3, 64),), dynamic_shapes=({0: n_tokens},))
+    for n in (2, 33):
+        x = torch.randn(n, 64)
+        torch.testing.assert_close(program.module()(x), layer(x))

@@ -1,0 +1,495 @@
+"""`sparsify` and `densify`: which layers are swapped, what they start with, and what is said."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from sparse_lightning import BlockSparseLinear, SparsityReport, densify, sparsify
+from sparse_lightning.patching import matches, sparse_layers
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(64, 128)
+        self.fc2 = nn.Linear(128, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.fc2(self.fc1(x).relu())
+        return y
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.proj = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.proj(self.blocks(x)))
+        return y
+
+
+BLOCKS = ["blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2"]
+
+
+def swapped(model: nn.Module) -> list[str]:
+    return [name for name, _ in sparse_layers(model)]
+
+
+def types_and_state(model: nn.Module) -> tuple[list[Any], dict[str, Any]]:
+    modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
+    return modules, {name: id(parameter) for name, parameter in model.named_parameters()}
+
+
+# -- which layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("*", "blocks.0.fc1", True),
+        ("fc1", "blocks.0.fc1", True),
+        ("fc?", "blocks.0.fc1", True),
+        ("fc", "blocks.0.fc1", False),
+        ("FC1", "blocks.0.fc1", False),
+        ("blocks*", "blocks.0.fc1", False),
+        ("0", "blocks.0.fc1", False),
+        ("*mlp*", "blocks.0.mlp_in", True),
+        ("blocks.0.fc1", "blocks.0.fc1", True),
+        ("blocks.0.*", "blocks.0.fc1", True),
+        ("blocks.*", "blocks.0.fc1", True),
+        ("*.fc1", "blocks.0.fc1", True),
+        ("*.fc1", "fc1", False),
+        ("0.fc1", "blocks.0.fc1", False),
+        ("fc[12]", "fc2", True),
+        ("re:.*fc[12]", "blocks.0.fc1", True),
+        ("re:fc1", "blocks.0.fc1", False),
+        ("re:blocks.0.fc1", "blocks.0.fc1x", False),
+        ("", "blocks.0.fc1", False),
+    ],
+)
+def test_matches(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["*"], None, [*BLOCKS, "proj"]),
+        (["*"], [], [*BLOCKS, "proj", "head"]),
+        (["fc1"], None, ["blocks.0.fc1", "blocks.1.fc1"]),
+        (["blocks.1.*"], None, ["blocks.1.fc1", "blocks.1.fc2"]),
+        (["*"], ["blocks.*"], ["proj", "head"]),
+        (["*"], ["re:blocks.1.*", "head"], ["blocks.0.fc1", "blocks.0.fc2", "proj"]),
+        (["proj", "blocks.0.fc1"], None, ["blocks.0.fc1", "proj"]),
+    ],
+)
+def test_include_and_exclude(
+    include: list[str], exclude: list[str] | None, expected: list[str]
+) -> None:
+    model = Model()
+    kwargs = {} if exclude is None else {"exclude": exclude}
+    report = sparsify(model, block_size=16, density=0.5, include=include, **kwargs)
+    assert swapped(model) == expected
+    assert list(report.layers) == expected
+    others = {*BLOCKS, "proj", "head"} - {*expected}
+    assert set(report.skipped) == others
+    assert set(report.skipped.values()) <= {"excluded", "not included"}
+    assert model(torch.randn(3, 64)).shape == (3, 16)
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def _subclass() -> nn.Module:
+    return Subclass(64, 64)
+
+
+def _attention() -> nn.Module:
+    return nn.MultiheadAttention(64, 4)
+
+
+def _tied_embedding() -> nn.Module:
+    model = nn.ModuleDict({"tokens": nn.Embedding(32, 64), "odd": nn.Linear(64, 32)})
+    model["odd"].weight = model["tokens"].weight
+    return model
+
+
+def _same_module_twice() -> nn.Module:
+    linear = nn.Linear(64, 64)
+    return nn.ModuleDict({"odd": linear, "again": linear})
+
+
+def _parametrized() -> nn.Module:
+    linear = nn.Linear(64, 64)
+    parametrize.register_parametrization(linear, "weight", nn.Identity())
+    return linear
+
+
+def _parametrized_bias() -> nn.Module:
+    linear = nn.Linear(64, 64)
+    parametrize.register_parametrization(linear, "bias", nn.Identity())
+    return linear
+
+
+def _weight_norm() -> nn.Module:
+    return parametrizations.weight_norm(nn.Linear(64, 64))
+
+
+def _old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(64, 64))
+
+
+def _hooked(register: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        linear = nn.Linear(64, 64)
+        getattr(linear, register)(lambda *args: None)
+        return linear
+
+    return build
+
+
+def _weight_is_a_buffer() -> nn.Module:
+    linear = nn.Linear(64, 64)
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.register_buffer("weight", weight)
+    return linear
+
+
+OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "subclass": (_subclass, "odd", "a subclass of nn.Linear (Subclass)"),
+    "attention": (_attention, "odd.out_proj", "NonDynamicallyQuantizableLinear"),
+    "tied": (_tied_embedding, "odd.odd", "its weight is tied"),
+    "same module twice": (_same_module_twice, "odd.odd", "its weight is tied"),
+    "parametrized": (_parametrized, "odd", "a subclass of nn.Linear (ParametrizedLinear)"),
+    "parametrized bias": (_parametrized_bias, "odd", "ParametrizedLinear"),
+    "weight_norm": (_weight_norm, "odd", "ParametrizedLinear"),
+    "old weight_norm": (_old_weight_norm, "odd", "it has hooks"),
+    "forward hook": (_hooked("register_forward_hook"), "odd", "it has hooks"),
+    "forward pre-hook": (_hooked("register_forward_pre_hook"), "odd", "it has hooks"),
+    "backward hook": (_hooked("register_full_backward_hook"), "odd", "it has hooks"),
+    "state dict hook": (_hooked("register_state_dict_pre_hook"), "odd", "it has hooks"),
+    "buffer": (_weight_is_a_buffer, "odd", "its weight is not a parameter"),
+    "out_features": (lambda: nn.Linear(64, 10), "odd", "10x64 is not divisible by block_size=16"),
+    "in_features": (lambda: nn.Linear(10, 64), "odd", "64x10 is not divisible by block_size=16"),
+    "dtype": (
+        lambda: nn.Linear(64, 64, dtype=torch.complex64),
+        "odd",
+        "its dtype torch.complex64 is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_a_layer_that_cannot_be_taken_is_skipped_with_the_reason(obstacle: str) -> None:
+    build, name, reason = OBSTACLES[obstacle]
+    model = nn.ModuleDict({"odd": build(), "even": nn.Linear(64, 64)})
+    odd = model.get_submodule(name)
+    report = sparsify(model, block_size=16, density=0.5)
+    assert list(report.layers) == swapped(model) == ["even"]
+    assert reason in report.skipped[name]
+    assert model.get_submodule(name) is odd
+    assert f"{name}: {report.skipped[name]}" in str(report)
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_a_layer_that_cannot_be_taken_raises_when_named_exactly(obstacle: str) -> None:
+    build, name, reason = OBSTACLES[obstacle]
+    model = nn.ModuleDict({"odd": build(), "even": nn.Linear(64, 64)})
+    before = types_and_state(model)
+    with pytest.raises(ValueError, match=rf"`include`.*'{name}'") as error:
+        sparsify(model, block_size=16, density=0.5, include=["even", name])
+    assert reason in str(error.value)
+    assert types_and_state(model) == before
+
+
+def test_both_names_of_a_tied_pair_of_linears_are_skipped() -> None:
+    model = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("a", "b", "free")})
+    model["b"].weight = model["a"].weight
+    report = sparsify(model, block_size=16, density=0.5)
+    assert report.skipped == {"a": "its weight is tied", "b": "its weight is tied"}
+    assert swapped(model) == ["free"]
+
+
+@pytest.mark.parametrize("name", ["blocks.0.fc3", "blocks.2.fc1"])
+def test_an_exact_name_that_is_none_of_the_model_raises(name: str) -> None:
+    model = Model()
+    before = types_and_state(model)
+    with pytest.raises(
+        ValueError, match=rf"`include` must name modules of the model; got '{name}'"
+    ):
+        sparsify(model, block_size=16, include=["proj", name])
+    assert types_and_state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"include": ["nothing*"]}, ValueError, r"at least one nn.Linear.*blocks.0.fc1: not incl"),
+        ({"exclude": ["*"]}, ValueError, r"at least one nn.Linear.*proj: excluded"),
+        ({"block_size": 128, "include": ["proj"]}, ValueError, r"'proj'.*not divisible by"),
+        ({"include": "fc1"}, TypeError, r"`include` must be a list.*Write \['fc1'\]"),
+        ({"exclude": [1]}, TypeError, r"`exclude` must be a list of .*got \[1\]"),
+        ({"include": ["re:("]}, ValueError, r"`include` must hold valid regular.*'re:\('"),
+        ({"density": 0.0}, ValueError, r"`density` must be .*\(0, 1\].*got 0.0"),
+        ({"density": 2}, ValueError, r"`density` must be"),
+        ({"density": True}, ValueError, r"`density` must be"),
+        ({"max_density": 1.5}, ValueError, r"`max_density` must be .*got 1.5"),
+        ({"max_density": 0.0}, ValueError, r"`max_density` must be .*got 0.0"),
+        ({"block_size": 24}, ValueError, r"`block_size` must be one of"),
+        ({"distribution": "nope"}, ValueError, r"`distribution` must be one of 'uniform'.*'nope'"),
+        (
+            {"init": "zeros"},
+            ValueError,
+            r"`init` must be one of 'random', 'magnitude'; got 'zeros'",
+        ),
+    ],
+)
+def test_a_wrong_argument_raises_and_leaves_the_model_unchanged(
+    kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = Model()
+    before = types_and_state(model)
+    with pytest.raises(error, match=message):
+        sparsify(model, **{"block_size": 16, "density": 0.5, **kwargs})
+    assert types_and_state(model) == before
+
+
+def test_a_model_without_linear_layers_raises() -> None:
+    with pytest.raises(ValueError, match=r"linear layers: none"):
+        sparsify(nn.Sequential(nn.Conv2d(3, 3, 1)), block_size=16)
+
+
+def test_a_bare_linear_cannot_be_replaced_in_place() -> None:
+    linear = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"BlockSparseLinear\.from_linear"):
+        sparsify(linear, block_size=16, density=0.5)
+    assert [name for name, _ in linear.named_modules()] == [""]
+
+
+# -- what they start with ---------------------------------------------------------------------
+
+
+def test_init_random_keeps_the_weights_scaled_at_random_blocks() -> None:
+    model = nn.Sequential(nn.Linear(256, 256))
+    weight, bias = model[0].weight.detach().clone(), model[0].bias
+    sparsify(model, block_size=16, density=0.25)
+    layer = model[0]
+    assert layer.density == 0.25
+    mask = layer.topology.mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    torch.testing.assert_close(layer.dense_weight(), 2.0 * weight * mask)
+    assert torch.equal(layer.bias, bias)
+    # Random, not the largest: the share of the norm is the share of the blocks.
+    assert (weight * mask).square().sum() / weight.square().sum() == pytest.approx(0.25, rel=0.02)
+
+
+def test_init_random_keeps_the_variance_of_the_output() -> None:
+    model = nn.Sequential(nn.Linear(512, 512, bias=False))
+    x = torch.randn(500, 512)
+    expected = model(x).var().item()
+    sparsify(model, block_size=16, density=0.1)
+    assert model(x).var().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_init_magnitude_keeps_the_largest_blocks_unscaled() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    weight = model[0].weight.detach().clone()
+    norms = weight.unflatten(0, (4, 16)).unflatten(2, (4, 16)).square().sum((1, 3))
+    sparsify(model, block_size=16, density=0.25, init="magnitude")
+    expected = norms >= norms.flatten().topk(4).values.min()
+    assert torch.equal(model[0].topology.mask, expected)
+    mask = expected.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert torch.equal(model[0].dense_weight(), weight * mask)
+
+
+@pytest.mark.parametrize("init", ["random", "magnitude"])
+def test_max_density_gives_empty_slots(init: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    sparsify(model, block_size=16, density=0.25, max_density=0.75, init=init)
+    topology = model[0].topology
+    assert (topology.n_blocks, topology.capacity) == (4, 12)
+    empty = topology.coords[:, 0] < 0
+    assert model[0].values[empty].count_nonzero() == 0 and int(empty.sum()) == 8
+
+
+def test_without_max_density_there_are_no_empty_slots() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    sparsify(model, block_size=16, density=0.25)
+    assert model[0].topology.capacity == model[0].topology.n_blocks == 4
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erdos_renyi"])
+def test_the_models_budget_is_met(distribution: str) -> None:
+    model = Model()
+    report = sparsify(model, block_size=16, density=0.25, distribution=distribution)
+    blocks = sum(layer.n_blocks for layer in report.layers.values())
+    total = sum(r.shape[0] * r.shape[1] // 256 for r in report.layers.values())
+    assert abs(blocks - 0.25 * total) <= len(report.layers) / 2
+    densities = {layer.density for layer in report.layers.values()}
+    assert (len(densities) == 1) == (distribution == "uniform")
+
+
+def test_the_seed_decides_and_every_layer_draws_its_own() -> None:
+    def masks(seed: int, rng: int) -> list[Tensor]:
+        model = Model()
+        torch.manual_seed(rng)
+        sparsify(model, block_size=16, density=0.5, seed=seed)
+        return [layer.topology.mask for _, layer in sparse_layers(model)]
+
+    first, again, other = masks(0, 1), masks(0, 2), masks(1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[2]), "blocks.0.fc1 and blocks.1.fc1"
+
+
+@pytest.mark.parametrize("init", ["random", "magnitude"])
+def test_the_users_random_numbers_are_not_used_up(init: str) -> None:
+    model = Model()
+    state = torch.get_rng_state()
+    sparsify(model, block_size=16, density=0.5, init=init)
+    densify(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flags_dtype_and_frozen_weights_are_taken_over(training: bool) -> None:
+    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16)).train(training)
+    model[0].weight.requires_grad_(False)
+    for swap in (lambda: sparsify(model, block_size=16, density=0.5), lambda: densify(model)):
+        swap()
+        parameters = dict(model[0].named_parameters())
+        bias = parameters.pop("bias")
+        (weight,) = parameters.values()
+        assert not weight.requires_grad and bias.requires_grad
+        assert weight.dtype == bias.dtype == torch.bfloat16
+        assert model[0].training is training
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_model_on_meta_keeps_the_same_blocks() -> None:
+    masks = []
+    for device in ("cpu", "meta"):
+        model = nn.Sequential(nn.Linear(64, 64, device=device))
+        sparsify(model, block_size=16, density=0.5)
+        assert model[0].values.device.type == device
+        masks.append(model[0].topology.mask)
+    assert torch.equal(*masks)
+
+
+# -- what is said -----------------------------------------------------------------------------
+
+
+def test_the_report() -> None:
+    model = nn.ModuleDict(
+        {
+            "body": nn.Sequential(nn.Linear(1024, 64), nn.Linear(64, 64, bias=False)),
+            "head": nn.Linear(64, 10),
+            "odd": nn.Linear(64, 10),
+        }
+    )
+    report = sparsify(model, block_size=32, density=0.25)
+    first, second = report.layers["body.0"], report.layers["body.1"]
+    assert list(report.layers) == ["body.0", "body.1"]
+    assert (first.shape, first.block_size, first.n_blocks) == ((64, 1024), 32, 16)
+    assert first.density == 0.25
+    assert (first.parameters_before, first.parameters_after) == (65_600, 16_448)
+    assert (second.parameters_before, second.parameters_after) == (4_096, 1_024)
+    assert report.skipped == {
+        "head": "excluded",
+        "odd": "10x64 is not divisible by block_size=32",
+    }
+    actual = sum(p.numel() for p in model["body"].parameters())
+    assert actual == first.parameters_after + second.parameters_after
+    assert report.density == 17 / 68  # of weights; the biases are all there
+    assert str(report) == "\n".join(
+        [
+            "Block-sparse layers",
+            "layer     shape       blocks  density  parameters  before",
+            "---------------------------------------------------------",
+            "body.0  64x1024  16 of 32x32    0.250      16,448  65,600",
+            "body.1    64x64   1 of 32x32    0.250       1,024   4,096",
+            "---------------------------------------------------------",
+            "total                           0.250      17,472  69,696",
+            "",
+            "Left dense",
+            "head: excluded",
+            "odd: 10x64 is not divisible by block_size=32",
+        ]
+    )
+
+
+def test_an_empty_report_can_be_printed() -> None:
+    assert "total" in str(SparsityReport())
+
+
+def test_a_second_call_changes_nothing_and_reports_the_same() -> None:
+    model = Model()
+    report = sparsify(model, block_size=16, density=0.5)
+    before, state = types_and_state(model), copy.deepcopy(model.state_dict())
+    again = sparsify(model, block_size=16, density=0.25, seed=3)
+    assert types_and_state(model) == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert again.layers == report.layers
+
+
+def test_a_second_call_may_take_further_layers() -> None:
+    model = Model()
+    sparsify(model, block_size=16, density=0.5, include=["fc1"])
+    first = model.get_submodule("blocks.0.fc1")
+    report = sparsify(model, block_size=32, density=0.25, include=["fc2"])
+    assert swapped(model) == BLOCKS
+    assert set(report.layers) == set(BLOCKS)
+    assert model.get_submodule("blocks.0.fc1") is first
+    assert report.layers["blocks.0.fc1"].block_size == 16
+    assert report.layers["blocks.0.fc2"].block_size == 32
+
+
+# -- back -------------------------------------------------------------------------------------
+
+
+def test_densify_gives_the_same_outputs() -> None:
+    model = Model().eval()
+    sparsify(model, block_size=16, density=0.5)
+    x = torch.randn(5, 64)
+    expected = model(x)
+    assert densify(model) is model
+    assert swapped(model) == []
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    assert names == [*BLOCKS, "proj", "head"]
+    torch.testing.assert_close(model(x), expected)
+    Model().load_state_dict(model.state_dict(), strict=True)
+
+
+def test_densify_of_a_layer_returns_its_linear() -> None:
+    layer = BlockSparseLinear(64, 48, block_size=16, density=0.5)
+    linear = densify(layer)
+    assert type(linear) is nn.Linear
+    assert torch.equal(linear.weight, layer.dense_weight())
+
+
+def test_densify_of_a_dense_model_does_nothing() -> None:
+    model = Model()
+    before = types_and_state(model)
+    densify(model)
+    assert types_and_state(model) == before
+
+
+def test_a_layer_under_two_names_stays_one_layer() -> None:
+    layer = BlockSparseLinear(64, 64, block_size=16, density=0.5)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    densify(model)
+    assert type(model["a"]) is nn.Linear and model["b"] is model["a"]
