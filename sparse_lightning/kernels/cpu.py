@@ -2,9 +2,7 @@
 
 Three ways to multiply, chosen by `choose` from shape, dtype and density:
 
-- by block: one GEMM a block, added to its output block. Nothing is copied but the input, once,
-  into blocks of columns: as strided columns every row of a block would lie on a page of its own,
-  and a quarter of the time goes to address translation. Needs enough tokens to pay for the calls.
+- by block: one GEMM a block, added to its output block. Needs enough tokens to pay for the calls.
 - by row: one GEMM a block row, after copying the inputs of its blocks side by side. For few
   tokens, and for outputs in half precision, which adding block by block would round each time.
 - densify: one dense GEMM, where so many blocks are present that skipping the others cannot pay.
@@ -12,23 +10,26 @@ Three ways to multiply, chosen by `choose` from shape, dtype and density:
 
 from __future__ import annotations
 
-import itertools
+import math
+import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Fewer tokens than this do not pay for one call a block (measured; the optimum is flat).
 _MIN_TOKENS_BY_BLOCK = 256
 # The block norms of the dense gradient are taken a band of block rows at a time, of this size.
 _NORMS_BAND_BYTES = 4 << 20
 
+_scratch = threading.local()
+
 
 def choose(tokens: int, block_size: int, density: float, accumulates_in: torch.dtype) -> str:
     """Return "by block", "by row" or "densify" for one product.
 
     A small block costs more than its share of the dense product (measured on x86 with MKL at
-    1024x1024x1024): about 1 + 32 / block_size times.
+    1024x1024x1024): about 1 + 56 / block_size times; and densifying adds about a tenth to it.
 
     Args:
         tokens: rows of the input.
@@ -38,10 +39,10 @@ def choose(tokens: int, block_size: int, density: float, accumulates_in: torch.d
 
     >>> choose(1024, 32, 0.25, torch.float32), choose(1024, 32, 0.25, torch.bfloat16)
     ('by block', 'by row')
-    >>> choose(1024, 16, 0.5, torch.float32), choose(1024, 64, 0.5, torch.float32)
+    >>> choose(1024, 32, 0.5, torch.float32), choose(1024, 64, 0.5, torch.float32)
     ('densify', 'by block')
     """
-    if density * (1 + 32 / block_size) > 1:
+    if density * (1 + 56 / block_size) > 1.1:
         return "densify"
     is_exact = accumulates_in in (torch.float32, torch.float64)
     return "by block" if is_exact and tokens >= _MIN_TOKENS_BY_BLOCK else "by row"
@@ -90,17 +91,20 @@ def _multiply(
     bounds = offsets.tolist()
     n_blocks = bounds[-1]
     index, slots = entries[:n_blocks].long().unbind(1)
-    blocks = values.transpose(1, 2) if transposed else values
     shape = (*x.shape[:-1], n_out * block_size)
 
     method = choose(tokens.shape[0], block_size, n_blocks / max(1, n_out * in_blocks), values.dtype)
     if method == "densify":
-        weight = values.new_zeros(in_blocks, block_size, n_out, block_size)
+        # In the weight's own orientation, so that each row of a block is one run of memory.
         outputs = torch.repeat_interleave(offsets.diff())
-        weight.transpose(1, 2)[index, outputs] = blocks[slots]
-        out = tokens @ weight.view(in_blocks * block_size, -1)
-        return (out if bias is None else out.add_(bias)).view(shape)
+        rows, cols = (outputs, index) if transposed else (index, outputs)
+        grid = (n_out, in_blocks) if transposed else (in_blocks, n_out)
+        weight = _borrow("weight", values, grid[0], block_size, grid[1], block_size).zero_()
+        weight.transpose(1, 2)[rows, cols] = values[slots]
+        matrix = weight.view(grid[0] * block_size, -1)
+        return nn.functional.linear(tokens, matrix if transposed else matrix.T, bias).view(shape)
 
+    blocks = values.transpose(1, 2) if transposed else values
     out = tokens.new_empty(tokens.shape[0], n_out * block_size)
     targets = _begun(out, bias, block_size)
     if method == "by row":
@@ -128,7 +132,7 @@ def _add_by_block(
     index: list[int],
     slots: list[int],
 ) -> None:
-    inputs, by_slot = _columns(tokens, blocks.shape[1]), blocks.unbind(0)
+    inputs, by_slot = _columns("x", tokens, blocks.shape[1]), blocks.unbind(0)
     for o, target in enumerate(targets):
         for e in range(bounds[o], bounds[o + 1]):
             target.addmm_(inputs[index[e]], by_slot[slots[e]])
@@ -143,38 +147,51 @@ def _add_by_row(
 ) -> None:
     block_size = sorted_blocks.shape[1]
     stacked = sorted_blocks.reshape(-1, block_size)
-    gathered = _Gather(tokens, bounds, index, block_size)
     for o, target in enumerate(targets):
         begin, end = bounds[o], bounds[o + 1]
         if begin < end:
-            target.addmm_(gathered[o], stacked[begin * block_size : end * block_size])
+            gathered = _side_by_side(tokens, block_size, index[begin:end])
+            target.addmm_(gathered, stacked[begin * block_size : end * block_size])
 
 
-def _columns(tokens: Tensor, block_size: int) -> tuple[Tensor, ...]:
-    """Return each block of columns, contiguous: `[tokens, block_size]`."""
-    blocks: Tensor = tokens.unflatten(1, (-1, block_size))
-    return blocks.transpose(0, 1).contiguous().unbind(0)
+def _borrow(name: str, like: Tensor, *shape: int) -> Tensor:
+    """Return uninitialised memory, which the next borrower of that name and dtype takes over.
 
-
-class _Gather:
-    """The input blocks of each output block, side by side: `[o]` is `[tokens, n * block_size]`.
-
-    One buffer serves them all: fresh memory for each would cost more in page faults than the copy.
+    Fresh memory of this size is mapped anew at every call, and its page faults cost more than the
+    copies that are made into it: a third of the time of a layer at density 0.1.
     """
+    size = math.prod(shape)
+    held: Tensor | None = getattr(_scratch, f"{name}_{like.dtype}", None)
+    if held is None or held.numel() < size:
+        # An inference tensor could not be written to outside of inference mode.
+        with torch.inference_mode(False):
+            held = torch.empty(size, dtype=like.dtype)
+        setattr(_scratch, f"{name}_{like.dtype}", held)
+    return held[:size].view(shape)
 
-    def __init__(self, tokens: Tensor, bounds: list[int], index: Tensor, block_size: int) -> None:
-        longest = max(b - a for a, b in itertools.pairwise(bounds))
-        self._blocks = tokens.unflatten(1, (-1, block_size))
-        self._buffer = tokens.new_empty(tokens.shape[0] * longest * block_size)
-        self._bounds, self._index = bounds, index
 
-    def __getitem__(self, o: int) -> Tensor:
-        index = self._index[self._bounds[o] : self._bounds[o + 1]]
-        n_tokens, _, block_size = self._blocks.shape
-        width = len(index)
-        target = self._buffer[: n_tokens * width * block_size].view(n_tokens, width, block_size)
-        torch.index_select(self._blocks, 1, index, out=target)
-        return target.view(n_tokens, width * block_size)
+def _columns(name: str, tokens: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """Return each block of columns, `[tokens, block_size]`.
+
+    Narrow ones are copied into borrowed memory first: in place, each of their short rows lies on
+    a page of its own, and address translation costs more than the copy once they are used often.
+    """
+    if block_size >= 64:
+        in_place: tuple[Tensor, ...] = tokens.split(block_size, 1)
+        return in_place
+    blocks: Tensor = tokens.unflatten(1, (-1, block_size))
+    n_tokens, n_blocks, _ = blocks.shape
+    columns = _borrow(name, tokens, n_blocks, n_tokens, block_size)
+    return columns.copy_(blocks.transpose(0, 1)).unbind(0)
+
+
+def _side_by_side(tokens: Tensor, block_size: int, index: Tensor) -> Tensor:
+    """Return the blocks of columns in `index`, `[tokens, n * block_size]`, in borrowed memory."""
+    blocks: Tensor = tokens.unflatten(1, (-1, block_size))
+    n_tokens, width = tokens.shape[0], len(index)
+    target = _borrow("gathered", tokens, n_tokens, width, block_size)
+    torch.index_select(blocks, 1, index, out=target)
+    return target.view(n_tokens, width * block_size)
 
 
 def block_linear_dw(
@@ -202,16 +219,18 @@ def block_linear_dw(
     elif method == "by row":
         # Sorted by row, each block transposed: the product of a block row is then a plain slice.
         product = x.new_empty(n_blocks * block_size, block_size)
-        gathered = _Gather(x, bounds, cols, block_size)
         for row, dy_row in enumerate(dy.split(block_size, 1)):
-            begin, end = bounds[row] * block_size, bounds[row + 1] * block_size
+            begin, end = bounds[row], bounds[row + 1]
             if begin < end:
-                torch.mm(gathered[row].T, dy_row, out=product[begin:end])
+                gathered = _side_by_side(x, block_size, cols[begin:end])
+                part = product[begin * block_size : end * block_size]
+                torch.mm(gathered.T, dy_row, out=part)
         out[slots] = product.view(n_blocks, block_size, block_size).transpose(1, 2)
     else:
-        lefts, rights, by_slot = _columns(dy, block_size), _columns(x, block_size), out.unbind(0)
+        lefts = [columns.T for columns in _columns("dy", dy, block_size)]
+        rights, by_slot = _columns("x", x, block_size), out.unbind(0)
         for row, col, slot in zip(rows.tolist(), cols.tolist(), slots.tolist(), strict=True):
-            torch.mm(lefts[row].T, rights[col], out=by_slot[slot])
+            torch.mm(lefts[row], rights[col], out=by_slot[slot])
     return out
 
 

@@ -256,3 +256,16 @@ def test_one_backend_does_not_answer_for_another() -> None:
     layer = make_layer(torch.float32).cuda()
     with pytest.raises((RuntimeError, TypeError), match=r"device|cuda"):
         layer(torch.randn(3, 64))
+
+
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_training_after_inference_mode(tokens: int) -> None:
+    """Memory that a validation under inference mode borrowed serves the training after it."""
+    layer = make_layer(torch.float32)
+    x = torch.randn(tokens, layer.in_features)
+    with torch.inference_mode():
+        expected = layer(x).clone()
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert layer.values.grad is not None and layer.values.grad.isfinite().all()
