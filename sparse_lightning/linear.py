@@ -156,8 +156,8 @@ class BlockSparseLinear(nn.Module):
         bias: Tensor | None = self.bias
         topology = self.topology
         device = x.device.type
-        has_autocast = torch.amp.is_autocast_available(device)
-        if has_autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        can_cast = device != "meta" and x.dtype != torch.float64
+        if can_cast and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)

@@ -207,16 +207,19 @@ def block_linear_dw(
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     bounds = row_offsets.tolist()
     n_blocks = bounds[-1]
-    cols, slots = row_entries[:n_blocks].long().unbind(1)
-    out = x.new_zeros(coords.shape[0], block_size, block_size)
     density = n_blocks / max(1, out_blocks * in_blocks)
     # Each block is one product over all tokens: nothing is added up in its dtype.
     method = choose(x.shape[0], block_size, density, torch.float32)
-    rows = torch.repeat_interleave(row_offsets.diff())
     if method == "densify":
         dense = (dy.T @ x).view(out_blocks, block_size, in_blocks, block_size).transpose(1, 2)
-        out[slots] = dense[rows, cols]
-    elif method == "by row":
+        rows, cols = coords.long().unbind(1)
+        blocks: Tensor = dense[rows, cols]
+        blocks[rows < 0] = 0
+        return blocks
+
+    cols, slots = row_entries[:n_blocks].long().unbind(1)
+    out = x.new_zeros(coords.shape[0], block_size, block_size)
+    if method == "by row":
         # Sorted by row, each block transposed: the product of a block row is then a plain slice.
         product = x.new_empty(n_blocks * block_size, block_size)
         for row, dy_row in enumerate(dy.split(block_size, 1)):
@@ -227,6 +230,7 @@ def block_linear_dw(
                 torch.mm(gathered.T, dy_row, out=part)
         out[slots] = product.view(n_blocks, block_size, block_size).transpose(1, 2)
     else:
+        rows = torch.repeat_interleave(row_offsets.diff())
         lefts = [columns.T for columns in _columns("dy", dy, block_size)]
         rights, by_slot = _columns("x", x, block_size), out.unbind(0)
         for row, col, slot in zip(rows.tolist(), cols.tolist(), slots.tolist(), strict=True):

@@ -1,0 +1,137 @@
+"""The examples as a user runs them: each in a process of its own, small."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = ("model=tiny", "trainer.max_steps=20", "trainer.val_check_interval=10")
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    """Run an example and return what it printed; fail with all of it if it failed."""
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def value(name: str, output: str) -> float:
+    """Return the number that stands after `name` in what an example printed."""
+    found = re.search(rf"^{name} +([\d.]+)", output, re.MULTILINE)
+    assert found, output
+    return float(found[1])
+
+
+def load(name: str) -> ModuleType:
+    """Import one of the examples' modules from its file."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Return width and height in pixels, from the header."""
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Train the tiny GPT; return its directory and what it printed."""
+    directory = tmp_path_factory.mktemp("tiny")
+    return directory, run("train.py", *TINY, f"hydra.run.dir={directory}", cwd=directory)
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    output = run("quickstart.py", cwd=tmp_path)
+    accuracy, density = re.search(r"accuracy ([\d.]+), density ([\d.]+)", output).groups()
+    assert float(accuracy) > 0.9
+    assert float(density) == pytest.approx(0.25, abs=0.01)
+
+
+def test_gpt_learns_and_leaves_everything_in_the_run_directory(
+    first_run: tuple[Path, str],
+) -> None:
+    directory, output = first_run
+    bits = value("bits per byte", output)
+    assert math.isfinite(bits) and 0 < bits < 8
+    assert value("density", output) == pytest.approx(0.25, abs=0.02)
+    assert "class Parser" in output.split("Generated text")[1]
+    width, height = png_size(directory / "masks.png")
+    assert width > 1000 and height > 300
+    assert (directory / "checkpoints" / "last.ckpt").stat().st_size > 100_000
+    assert list(directory.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.name for path in directory.iterdir()} <= {
+        *(".hydra", "checkpoints", "masks.png", "train.log", "wandb")
+    }
+
+
+def test_gpt_resumes(first_run: tuple[Path, str], tmp_path: Path) -> None:
+    checkpoint = first_run[0] / "checkpoints" / "last.ckpt"
+    output = run(
+        *("train.py", *TINY, "trainer.max_steps=30", "logger=csv"),
+        *(f"ckpt_path={checkpoint}", f"hydra.run.dir={tmp_path}"),
+        cwd=tmp_path,
+    )
+    assert value("density", output) == pytest.approx(0.25, abs=0.02)
+    (log,) = tmp_path.glob("lightning_logs/*/metrics.csv")
+    steps = [int(row["step"]) for row in csv.DictReader(log.open())]
+    assert steps and min(steps) >= 20 and max(steps) <= 30
+
+
+def test_choices_run_side_by_side(tmp_path: Path) -> None:
+    choices = ["callbacks/sparsity=rigl,set", "logger=csv", f"hydra.sweep.dir={tmp_path}"]
+    output = run("train.py", "--multirun", *TINY, *choices, cwd=tmp_path)
+    assert output.count("bits per byte") == 2
+    for job in "01":
+        assert (tmp_path / job / "masks.png").exists()
+        assert (tmp_path / job / "checkpoints" / "last.ckpt").exists()
+
+
+def test_digits(tmp_path: Path) -> None:
+    short = ("trainer.max_steps=200", "logger=csv", f"hydra.run.dir={tmp_path}")
+    output = run("train.py", "task=digits", *short, cwd=tmp_path)
+    assert value("accuracy", output) > 0.9
+    assert value("density", output) == pytest.approx(0.25, abs=0.02)
+    assert png_size(tmp_path / "masks.png")[0] > 1000
+
+
+def test_missing_fashion_mnist_names_the_package(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Debian package 'dataset-fashion-mnist'"):
+        load("data").FashionMNIST(8, root=str(tmp_path / "nowhere")).load()
+
+
+def test_held_out_text_is_not_trained_on() -> None:
+    text = load("data").StdlibBytes(context=64, batch_size=4, train_windows=10, val_windows=10)
+    text.setup("fit")
+    train, held_out = bytes(text.train.text.tolist()), bytes(text.val.text.tolist())
+    files = [file for file in held_out.split(b"\0") if len(file) > 10_000]
+    assert len(files) > 10
+    assert not any(file in train for file in files)
+    assert len(train) > 10 * len(held_out)
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(load("picture"), raise_on_error=True).attempted > 0
