@@ -90,12 +90,12 @@ def _multiply(
     tokens = x.reshape(-1, x.shape[-1])
     bounds = offsets.tolist()
     n_blocks = bounds[-1]
-    index, slots = entries[:n_blocks].long().unbind(1)
     shape = (*x.shape[:-1], n_out * block_size)
 
     method = choose(tokens.shape[0], block_size, n_blocks / max(1, n_out * in_blocks), values.dtype)
     if method == "densify":
         # In the weight's own orientation, so that each row of a block is one run of memory.
+        index, slots = entries[:n_blocks].long().unbind(1)
         outputs = torch.repeat_interleave(offsets.diff())
         rows, cols = (outputs, index) if transposed else (index, outputs)
         grid = (n_out, in_blocks) if transposed else (in_blocks, n_out)
@@ -108,19 +108,21 @@ def _multiply(
     out = tokens.new_empty(tokens.shape[0], n_out * block_size)
     targets = _begun(out, bias, block_size)
     if method == "by row":
+        index, slots = entries[:n_blocks].long().unbind(1)
         _add_by_row(targets, tokens, blocks[slots], bounds, index)
     else:
-        _add_by_block(targets, tokens, blocks, bounds, index.tolist(), slots.tolist())
+        _add_by_block(targets, tokens, blocks, bounds, entries.tolist())
     return out.view(shape)
 
 
 def _begun(out: Tensor, bias: Tensor | None, block_size: int) -> Iterator[Tensor]:
     """Yield each output block set to its bias, just before it is used: then the cache holds it."""
+    starts = None if bias is None else bias.split(block_size)
     for o, target in enumerate(out.split(block_size, 1)):
-        if bias is None:
+        if starts is None:
             target.zero_()
         else:
-            target.copy_(bias[o * block_size : (o + 1) * block_size])
+            target.copy_(starts[o])
         yield target
 
 
@@ -129,13 +131,12 @@ def _add_by_block(
     tokens: Tensor,
     blocks: Tensor,
     bounds: list[int],
-    index: list[int],
-    slots: list[int],
+    entries: list[tuple[int, int]],
 ) -> None:
     inputs, by_slot = _columns("x", tokens, blocks.shape[1]), blocks.unbind(0)
     for o, target in enumerate(targets):
-        for e in range(bounds[o], bounds[o + 1]):
-            target.addmm_(inputs[index[e]], by_slot[slots[e]])
+        for i, slot in entries[bounds[o] : bounds[o + 1]]:
+            target.addmm_(inputs[i], by_slot[slot])
 
 
 def _add_by_row(
@@ -217,10 +218,10 @@ def block_linear_dw(
         blocks[rows < 0] = 0
         return blocks
 
-    cols, slots = row_entries[:n_blocks].long().unbind(1)
     out = x.new_zeros(coords.shape[0], block_size, block_size)
     if method == "by row":
         # Sorted by row, each block transposed: the product of a block row is then a plain slice.
+        cols, slots = row_entries[:n_blocks].long().unbind(1)
         product = x.new_empty(n_blocks * block_size, block_size)
         for row, dy_row in enumerate(dy.split(block_size, 1)):
             begin, end = bounds[row], bounds[row + 1]
@@ -230,11 +231,12 @@ def block_linear_dw(
                 torch.mm(gathered.T, dy_row, out=part)
         out[slots] = product.view(n_blocks, block_size, block_size).transpose(1, 2)
     else:
-        rows = torch.repeat_interleave(row_offsets.diff())
-        lefts = [columns.T for columns in _columns("dy", dy, block_size)]
-        rights, by_slot = _columns("x", x, block_size), out.unbind(0)
-        for row, col, slot in zip(rows.tolist(), cols.tolist(), slots.tolist(), strict=True):
-            torch.mm(lefts[row], rights[col], out=by_slot[slot])
+        entries, by_slot = row_entries.tolist(), out.unbind(0)
+        lefts, rights = _columns("dy", dy, block_size), _columns("x", x, block_size)
+        for row, left in enumerate(lefts):
+            transposed = left.contiguous().T  # read once for each block of the row
+            for col, slot in entries[bounds[row] : bounds[row + 1]]:
+                torch.mm(transposed, rights[col], out=by_slot[slot])
     return out
 
 
