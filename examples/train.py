@@ -2,7 +2,7 @@
 
 What to train:
 
-    python examples/train.py                        # a GPT learns Python: 3-4 minutes on 2 CPU cores
+    python examples/train.py                        # a GPT learns Python: 3 minutes on 2 CPU cores
     python examples/train.py model=medium           # the same as a real training, for a GPU
     python examples/train.py task=digits            # images: scikit-learn's digits, in seconds
     python examples/train.py task=fashion_mnist     # images: Debian's package dataset-fashion-mnist

@@ -212,7 +212,8 @@ def block_linear_dw(
     # Each block is one product over all tokens: nothing is added up in its dtype.
     method = choose(x.shape[0], block_size, density, torch.float32)
     if method == "densify":
-        dense = (dy.T @ x).view(out_blocks, block_size, in_blocks, block_size).transpose(1, 2)
+        dense = torch.mm(dy.T, x, out=_borrow("weight", x, dy.shape[1], x.shape[1]))
+        dense = dense.view(out_blocks, block_size, in_blocks, block_size).transpose(1, 2)
         rows, cols = coords.long().unbind(1)
         blocks: Tensor = dense[rows, cols]
         blocks[rows < 0] = 0
