@@ -17,6 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+# The density from which one dense product is faster, by block size: the smaller a block, the more
+# it costs over its share (measured on x86 with MKL at 1024x1024x1024).
+_DENSIFY_ABOVE = {16: 0.2, 32: 0.5, 64: 0.65, 128: 0.85}
 # Fewer tokens than this do not pay for one call a block (measured; the optimum is flat).
 _MIN_TOKENS_BY_BLOCK = 256
 # The block norms of the dense gradient are taken a band of block rows at a time, of this size.
@@ -28,9 +31,6 @@ _scratch = threading.local()
 def choose(tokens: int, block_size: int, density: float, accumulates_in: torch.dtype) -> str:
     """Return "by block", "by row" or "densify" for one product.
 
-    A small block costs more than its share of the dense product (measured on x86 with MKL at
-    1024x1024x1024): about 1 + 56 / block_size times; and densifying adds about a tenth to it.
-
     Args:
         tokens: rows of the input.
         block_size: 16, 32, 64 or 128.
@@ -39,10 +39,10 @@ def choose(tokens: int, block_size: int, density: float, accumulates_in: torch.d
 
     >>> choose(1024, 32, 0.25, torch.float32), choose(1024, 32, 0.25, torch.bfloat16)
     ('by block', 'by row')
-    >>> choose(1024, 32, 0.5, torch.float32), choose(1024, 64, 0.5, torch.float32)
+    >>> choose(1024, 16, 0.5, torch.float32), choose(1024, 64, 0.5, torch.float32)
     ('densify', 'by block')
     """
-    if density * (1 + 56 / block_size) > 1.1:
+    if density > _DENSIFY_ABOVE[block_size]:
         return "densify"
     is_exact = accumulates_in in (torch.float32, torch.float64)
     return "by block" if is_exact and tokens >= _MIN_TOKENS_BY_BLOCK else "by row"
