@@ -158,8 +158,8 @@ def _add_by_row(
 def _borrow(name: str, like: Tensor, *shape: int) -> Tensor:
     """Return uninitialised memory, which the next borrower of that name and dtype takes over.
 
-    Fresh memory of this size is mapped anew at every call, and its page faults cost more than the
-    copies that are made into it: a third of the time of a layer at density 0.1.
+    Fresh memory of this size is mapped anew at every call, and its page faults can cost more than
+    the copies that are made into it.
     """
     size = math.prod(shape)
     held: Tensor | None = getattr(_scratch, f"{name}_{like.dtype}", None)
