@@ -88,7 +88,7 @@ def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
 
     logger = WandbLogger(project="test", save_dir=offline, offline=True)
     trainer(sparsity(), root=offline, logger=logger).fit(Classifier(), loader())
-    wandb.finish()
+    wandb.teardown()  # unlike finish(), it waits for the process that writes the file
     (run_file,) = offline.rglob("*.wandb")
     rows = [row for row in history(run_file) if "sparsity/density" in row]
     # One combined call an update: scalars and media of an update share a row.
