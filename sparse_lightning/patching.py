@@ -249,11 +249,13 @@ def _select(
             chosen[name] = module
     if not chosen and not any(True for _ in sparse_layers(model)):
         found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        if not found:
+            found = "none yet; build them in __init__ or, under Lightning, in configure_model"
         raise ValueError(
             f"`include` must match at least one nn.Linear that can be block-sparse; got "
             f"{list(include)} with exclude={list(exclude)}. "
-            f"The model's linear layers: {found or 'none'}. A pattern without a dot matches the "
-            "last part of a name, one with a dot the whole name."
+            f"The model's linear layers: {found}. A pattern without a dot matches the last part "
+            "of a name, one with a dot the whole name."
         )
     return chosen, skipped
 

@@ -197,7 +197,7 @@ class SparsityCallback(Callback):
     def _check_strategy(trainer: pl.Trainer) -> None:
         name = type(trainer.strategy).__name__
         tensor_parallel = getattr(trainer.strategy, "_tensor_parallel_size", 1)
-        if name in _REFUSED_STRATEGIES or tensor_parallel not in (1, "auto"):
+        if name in _REFUSED_STRATEGIES or tensor_parallel != 1:
             what = name if name in _REFUSED_STRATEGIES else f"{name} with tensor parallelism"
             raise ValueError(
                 f"`Trainer(strategy=...)` must be one that keeps whole blocks; got {what}. "
