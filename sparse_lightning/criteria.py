@@ -47,7 +47,8 @@ def gradient(scores: BlockScores) -> Tensor:
 
 def random(scores: BlockScores) -> Tensor:
     """Score blocks at random (SET: Mocanu et al. 2018)."""
-    return torch.rand(scores.mask.shape, generator=scores.generator).to(scores.mask.device)
+    drawn = torch.rand(scores.mask.shape, generator=scores.generator, device="cpu")
+    return drawn.to(scores.mask.device)
 
 
 DROP_CRITERIA: dict[str, Criterion] = {"magnitude": magnitude}

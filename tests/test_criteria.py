@@ -109,3 +109,13 @@ def test_a_seeded_generator_is_the_same_on_every_machine_and_version() -> None:
     """A resumed run draws what the first one would have drawn."""
     assert seeded_generator(0, 0, "fc1").initial_seed() == 5929516608418291844
     assert seeded_generator(0, 0, "fc1").device == torch.device("cpu")
+
+
+def test_random_scores_ignore_the_default_device() -> None:
+    """The generator is on the CPU, so the draw must be, whatever device is the default."""
+    nothing = torch.zeros(2, 3)
+    scores = BlockScores(nothing.bool(), nothing, nothing, seeded_generator(0, 1, "layer"))
+    with torch.device("meta"):
+        drawn = random(scores)
+    assert drawn.device.type == "cpu"
+    assert drawn.tolist() == torch.rand(2, 3, generator=seeded_generator(0, 1, "layer")).tolist()

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+# Tests that need kernels, and not only a GPU, are skipped while this is False.
 HAS_KERNELS = False
 
 
