@@ -10,6 +10,8 @@ ARGS ?=
 # The newest major CUDA version the driver can run, from nvidia-smi's header; empty without a driver.
 CUDA = $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9][0-9]*\).*/\1/p')
 CUDA_EXTRA = $(addprefix $(comma)cuda,$(filter 12 13,$(CUDA)))
+# The checks compile every kernel, also where no GPU is.
+DEV_CUDA_EXTRA = $(or $(CUDA_EXTRA),$(comma)cuda13)
 comma := ,
 
 # Written after a complete installation, so an interrupted one is repeated. Training needs less than the checks.
@@ -42,7 +44,7 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(install) --editable '.[dev$(CUDA_EXTRA)]'
+	$(install) --editable '.[dev$(DEV_CUDA_EXTRA)]'
 	@touch $(RUNTIME) $@
 
 # -- using --------------------------------------------------------------------------------------------------

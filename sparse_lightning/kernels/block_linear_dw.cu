@@ -1,0 +1,145 @@
+// dW = dy^T x at the present blocks of W, and zeros in the empty slots.
+//
+//   dy      T [tokens, out_features]   contiguous, 16-byte aligned, as are all others
+//   x       T [tokens, in_features]
+//   offsets int [out_blocks + 1]       where each block row begins in `entries`
+//   entries int2 [capacity]            (block column, slot), by block row; the empty slots last
+//   dw      T [capacity, B, B]         block by slot, every element is written
+//
+// One thread block computes TM rows of TN / B blocks of one block row side by side, over the tokens
+// of one part of them. Rows have unequal numbers of blocks, which only the device knows: the grid is
+// made for full rows, and thread blocks without work end at once.
+//
+//   blockIdx.x = ((block row or, at the end, the empty slots) * groups + group) * B / TM + row tile
+//   blockIdx.y = part of the tokens
+//
+// With several parts, each leaves its sums in `partial` [parts, capacity, B, B], and
+// `add_partials` adds them up in the order of the parts: no atomics, the same bits at every run.
+//
+// The compiler's options CONFIG_... (programs.py) give the dtype, the sizes and the header with the
+// arithmetic.
+
+#include "common.cuh"
+#include CONFIG_PRODUCT
+
+typedef CONFIG_T T;
+constexpr int B = CONFIG_B, TM = CONFIG_TM, TN = CONFIG_TN, TK = CONFIG_TK;
+constexpr int STAGES = CONFIG_STAGES;
+
+typedef Accumulator<T>::type Sum;
+
+struct Arguments {
+  const T* dy;
+  const T* x;
+  T* dw;
+  Sum* partial;  // null with one part
+  const int* offsets;
+  const int2* entries;
+  long long tokens;
+  long long tokens_a_part;  // a multiple of TK
+  int out_blocks;
+  int in_features;
+  int capacity;
+  int groups;  // of TN / B blocks, that a full row has
+};
+
+constexpr int GROUP = TN / B, ROW_TILES = B / TM;
+typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> BlockProduct;
+typedef Tile<Sum, TM, TN> Result;
+static_assert(STAGES * (BlockProduct::TileA::BYTES + BlockProduct::TileB::BYTES) <= CONFIG_SHARED_BYTES &&
+                  Result::BYTES <= CONFIG_SHARED_BYTES,
+              "the launcher must give enough shared memory");
+
+// Writes rows `first_row` to `first_row + TM` of up to GROUP blocks.
+template <typename Out>
+__device__ void write_blocks(Result result, Out* blocks, const int2* entries, int n,
+                             int first_row) {
+  constexpr int CHUNK = Chunk<Out>::SIZE, PER_ROW = TN / CHUNK;
+  for (int chunk = threadIdx.x; chunk < TM * PER_ROW; chunk += BlockProduct::THREADS) {
+    const int row = chunk / PER_ROW, col = chunk % PER_ROW * CHUNK;
+    if (col / B >= n) continue;
+    Chunk<Out> out;
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) out.element[i] = round_to<Out>(*result.at(row, col + i));
+    const long long slot = entries[col / B].y;
+    *reinterpret_cast<Chunk<Out>*>(blocks + (slot * B + first_row + row) * B + col % B) = out;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
+    block_linear_dw(const Arguments a) {
+  extern __shared__ __align__(128) char shared[];
+  const int first_row = blockIdx.x % ROW_TILES * TM;
+  const int group = blockIdx.x / ROW_TILES % a.groups;
+  const int block_row = blockIdx.x / ROW_TILES / a.groups;
+  const int begin = a.offsets[block_row] + group * GROUP;
+
+  if (block_row == a.out_blocks) {
+    if (a.partial) return;  // `add_partials` writes the zeros
+    constexpr int CHUNK = Chunk<T>::SIZE, CHUNKS = TM * B / CHUNK;
+    for (int entry = begin; entry < a.capacity; entry += a.groups * GROUP)
+      for (int i = entry; i < min(entry + GROUP, a.capacity); ++i) {
+        T* rows = a.dw + ((long long)a.entries[i].y * B + first_row) * B;
+        for (int chunk = threadIdx.x; chunk < CHUNKS; chunk += BlockProduct::THREADS)
+          reinterpret_cast<Chunk<T>*>(rows)[chunk] = {};
+      }
+    return;
+  }
+  const int n = min(GROUP, a.offsets[block_row + 1] - begin);
+  if (n <= 0) return;
+
+  const long long first_token = blockIdx.y * a.tokens_a_part;
+  const long long n_tokens = min(a.tokens_a_part, a.tokens - first_token);
+  const long long out_features = (long long)a.out_blocks * B;
+  const T* left = a.dy + first_token * out_features + block_row * B + first_row;
+  const T* right = a.x + first_token * a.in_features;
+  const int2* entries = a.entries + begin;
+
+  auto output_gradient = [&](int step, int col) -> Rows<T> {
+    const long long token = (long long)step * TK;
+    return {left + token * out_features + col, (int)out_features, (int)min(n_tokens - token, (long long)TK)};
+  };
+  auto input = [&](int step, int col) -> Rows<T> {
+    const long long token = (long long)step * TK;
+    if (col / B >= n) return {right, 0, 0};
+    return {right + token * a.in_features + entries[col / B].x * B + col % B, a.in_features,
+            (int)min(n_tokens - token, (long long)TK)};
+  };
+  BlockProduct product;
+  run_pipeline<STAGES>(product, shared, (int)((n_tokens + TK - 1) / TK), output_gradient, input);
+
+  Result result(shared);
+  product.store(result);
+  __syncthreads();
+  if (a.partial)
+    write_blocks(result, a.partial + (long long)blockIdx.y * a.capacity * B * B, entries, n,
+                 first_row);
+  else
+    write_blocks(result, a.dw, entries, n, first_row);
+}
+
+struct AddArguments {
+  const Sum* partial;
+  T* dw;
+  const int2* coords;  // [capacity], (-1, -1) for an empty slot
+  int capacity;
+  int parts;
+};
+
+// One thread block adds the parts of one slot.
+extern "C" __global__ void add_partials(const AddArguments a) {
+  constexpr int CHUNK = Chunk<T>::SIZE;
+  const long long slot = blockIdx.x, size = (long long)a.capacity * B * B;
+  const bool is_empty = a.coords[slot].x < 0;
+  for (int i = threadIdx.x * CHUNK; i < B * B; i += blockDim.x * CHUNK) {
+    const Sum* partial = a.partial + slot * B * B + i;
+    Sum sums[CHUNK] = {};
+    for (int part = 0; part < a.parts && !is_empty; ++part)
+#pragma unroll
+      for (int e = 0; e < CHUNK; ++e) sums[e] += partial[part * size + e];
+    Chunk<T> out;
+#pragma unroll
+    for (int e = 0; e < CHUNK; ++e) out.element[e] = round_to<T>(sums[e]);
+    *reinterpret_cast<Chunk<T>*>(a.dw + slot * B * B + i) = out;
+  }
+}

@@ -1,0 +1,92 @@
+// scores += squared Frobenius norm of each block of dy^T x, if armed.
+//
+//   dy     T [tokens, out_features]     contiguous, 16-byte aligned, as is x
+//   x      T [tokens, in_features]
+//   armed  bool                         read on the device: without it the kernel ends at once
+//   scores float [out_features / block_size, in_features / block_size]
+//
+// dy^T x is computed in tiles of TM x TN, multiples of every block size, and never stored. A thread block takes tiles in turn; each
+// is reduced to sums over 16 x 16 squares, then to the sums of its blocks, always in one order.
+//
+// The compiler's options CONFIG_... (programs.py) give the dtype, the sizes and the header with the
+// arithmetic.
+
+#include "common.cuh"
+#include CONFIG_PRODUCT
+
+typedef CONFIG_T T;
+constexpr int TM = CONFIG_TM, TN = CONFIG_TN, TK = CONFIG_TK, STAGES = CONFIG_STAGES;
+
+struct Arguments {
+  const T* dy;
+  const T* x;
+  const bool* armed;
+  float* scores;
+  long long tokens;
+  int out_features;
+  int in_features;
+  int block_size;
+};
+
+constexpr int SQUARE = 16;  // the smallest block size
+constexpr int SQUARES_M = TM / SQUARE, SQUARES_N = TN / SQUARE;
+typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> TileProduct;
+typedef Tile<float, TM, TN> Result;
+static_assert(STAGES * (TileProduct::TileA::BYTES + TileProduct::TileB::BYTES) <= CONFIG_SHARED_BYTES &&
+                  Result::BYTES <= CONFIG_SHARED_BYTES,
+              "the launcher must give enough shared memory");
+
+extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(const Arguments a) {
+  extern __shared__ __align__(128) char shared[];
+  __shared__ float squares[SQUARES_M][SQUARES_N];
+  if (!*a.armed) return;
+
+  const int tiles_n = (a.in_features + TN - 1) / TN;
+  const int tiles = (a.out_features + TM - 1) / TM * tiles_n;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int first_m = tile / tiles_n * TM, first_n = tile % tiles_n * TN;
+    auto tokens = [&](const T* matrix, int features, int step, int feature) -> Rows<T> {
+      const long long token = (long long)step * TK;
+      if (feature >= features) return {matrix, 0, 0};
+      const long long n = min(a.tokens - token, (long long)TK);
+      return {matrix + token * features + feature, features, (int)n};
+    };
+    auto left = [&](int step, int col) { return tokens(a.dy, a.out_features, step, first_m + col); };
+    auto right = [&](int step, int col) { return tokens(a.x, a.in_features, step, first_n + col); };
+    TileProduct product;
+    run_pipeline<STAGES>(product, shared, (int)((a.tokens + TK - 1) / TK), left, right);
+
+    Result result(shared);
+    product.store(result);
+    __syncthreads();
+    // One warp a square: its lanes take every second row of one column, then add up by halves.
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < SQUARES_M * SQUARES_N; i += TileProduct::THREADS / 32) {
+      const int m = i / SQUARES_N, n = i % SQUARES_N;
+      float sum = 0;
+#pragma unroll
+      for (int row = lane / SQUARE; row < SQUARE; row += 32 / SQUARE) {
+        const float g = *result.at(m * SQUARE + row, n * SQUARE + lane % SQUARE);
+        sum += g * g;
+      }
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(0xffffffff, sum, distance);
+      if (lane == 0) squares[m][n] = sum;
+    }
+    __syncthreads();
+    const int per_block = a.block_size / SQUARE;  // squares a block has each way
+    const int blocks_n = TN / a.block_size, blocks = TM / a.block_size * blocks_n;
+    for (int i = threadIdx.x; i < blocks; i += TileProduct::THREADS) {
+      const int m = i / blocks_n, n = i % blocks_n;
+      const int block_row = first_m / a.block_size + m, block_col = first_n / a.block_size + n;
+      if (block_row * a.block_size >= a.out_features || block_col * a.block_size >= a.in_features)
+        continue;
+      float sum = 0;
+      for (int row = 0; row < per_block; ++row)
+        for (int col = 0; col < per_block; ++col)
+          sum += squares[m * per_block + row][n * per_block + col];
+      a.scores[(long long)block_row * (a.in_features / a.block_size) + block_col] += sum;
+    }
+  }
+}
