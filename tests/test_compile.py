@@ -48,13 +48,14 @@ def update_all(model: nn.Module, step: int, n_blocks_less: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for _, layer in sparse_layers(model):
         grid, target = layer.topology.grid, layer.topology.capacity - n_blocks_less
-        scores = [torch.rand(grid, generator=generator) for _ in range(2)]
+        scores = [torch.rand(grid, generator=generator).to(layer.values.device) for _ in range(2)]
         before = layer.topology.coords.clone()
         layer.apply_update(update_topology(layer.topology, *scores, target, fraction=0.4))
         assert not torch.equal(layer.topology.coords, before)
         with torch.no_grad():  # grown blocks are not left at zero, or they would tell nothing
             present = (layer.topology.coords[:, 0] >= 0).view(-1, 1, 1)
-            layer.values.copy_(torch.randn(layer.values.shape, generator=generator) * present)
+            drawn = torch.randn(layer.values.shape, generator=generator)
+            layer.values.copy_(drawn.to(present.device) * present)
 
 
 def run(
@@ -88,10 +89,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_topology_updates_and_arming_compile_once(backend: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_topology_updates_and_arming_compile_once(backend: str, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
     model = make_model()
+    model.to(device)
     function, counter = compiled(model, backend)
-    x = tokens(7)
+    x = tokens(7).to(device)
     for step in range(31):
         if step:
             update_all(model, step, n_blocks_less=step % 4)

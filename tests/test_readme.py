@@ -42,8 +42,6 @@ def test_readme_example_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     # Lightning's own short run, whatever the example asks for.
     monkeypatch.setenv("PL_TRAINER_FAST_DEV_RUN", "8")
-    # There are no CUDA kernels yet, as the README says; so not the GPU of whoever runs this.
-    monkeypatch.setenv("PL_TRAINER_ACCELERATOR", "cpu")
     model = Model()
     given = {"model": model, "datamodule": model.train_dataloader()}
     exec(compile(code, str(README), "exec"), given)

@@ -28,7 +28,7 @@ class Classifier(L.LightningModule):
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(number)
-        x = torch.randn(16, 64, generator=generator)
+        x = torch.randn(16, 64, generator=generator).to(self.device)
         return x, (x[:, :4] * 3).argmax(1)
 
     def forward(self, x: Tensor) -> Tensor:

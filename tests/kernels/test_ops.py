@@ -1,8 +1,7 @@
-"""The ops on PyTorch's dispatcher: schemas, autograd, scores, and what happens without kernels."""
+"""The ops on PyTorch's dispatcher: schemas, autograd, scores."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -10,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, BlockTopology
-from sparse_lightning.kernels import cpu, cuda, ops, reference
+from sparse_lightning.kernels import cpu, ops, reference
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return str(request.param)
 
 
 def make_layer(
@@ -26,14 +32,16 @@ def dense_gradient_norms(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> Ten
     return reference.block_norms(dy.double(), x.detach().double(), layer.topology.grid).float()
 
 
-def op_arguments(op: str, dtype: torch.dtype, requires_grad: bool = False) -> tuple[Any, ...]:
-    layer = make_layer(dtype)
+def op_arguments(
+    op: str, dtype: torch.dtype, requires_grad: bool = False, device: str = "cpu"
+) -> tuple[Any, ...]:
+    layer = make_layer(dtype).to(device)
     at, values = layer.topology, layer.values.detach()
-    x = torch.randn(2, 3, 64, dtype=dtype)
-    dy = torch.randn(2, 3, 48, dtype=dtype)
-    bias = torch.randn(48, dtype=dtype)
+    x = torch.randn(2, 3, 64, dtype=dtype, device=device)
+    dy = torch.randn(2, 3, 48, dtype=dtype, device=device)
+    bias = torch.randn(48, dtype=dtype, device=device)
     rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
-    armed, scores = torch.tensor(True), torch.rand(at.grid)
+    armed, scores = torch.tensor(True, device=device), torch.rand(at.grid, device=device)
     if requires_grad:
         x, values, bias = (t.requires_grad_() for t in (x, values, bias))
     return {
@@ -48,8 +56,9 @@ def op_arguments(op: str, dtype: torch.dtype, requires_grad: bool = False) -> tu
 @pytest.mark.parametrize(
     ("op", "requires_grad"), [*((op, False) for op in ops.OPS), ("block_linear", True)]
 )
-def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype) -> None:
-    results = torch.library.opcheck(getattr(ops, op), op_arguments(op, dtype, requires_grad))
+def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype, device: str) -> None:
+    arguments = op_arguments(op, dtype, requires_grad, device)
+    results = torch.library.opcheck(getattr(ops, op), arguments)
     assert len(results) >= 4
     assert set(results.values()) == {"SUCCESS"}
 
@@ -213,7 +222,7 @@ def test_scores_of_a_large_layer_equal_those_of_its_bands(monkeypatch: pytest.Mo
     torch.testing.assert_close(scores, expected)
 
 
-# -- the choice of kernel, and CUDA -------------------------------------------------------------
+# -- the choice of kernel, and devices -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,19 +244,6 @@ def test_the_methods_that_a_dtype_may_take(dtype: torch.dtype, expected: set[str
         for density in (0.0, 0.01, 0.3, 0.8, 1.0)
     }
     assert choices == expected
-
-
-def test_without_cupy_cuda_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"CuPy.*cuda.*pip install 'sparse-lightning\[cuda1\d\]"):
-        cuda.refuse(torch.device("cuda"))
-
-
-def test_with_cupy_cuda_says_that_the_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(RuntimeError, match=r"CUDA kernels.*accelerator='cpu'") as error:
-        cuda.refuse(torch.device("cuda:1"))
-    assert "cuda:1" in str(error.value) and "pip install" not in str(error.value)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,359 @@
+"""The CUDA backend on a GPU: streams, graphs, devices, sizes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparse_lightning import BlockSparseLinear, BlockTopology
+from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
+from sparse_lightning.evolution import update_topology
+from sparse_lightning.kernels import cuda, ops
+from tests.kernels.test_parity import DTYPES, PATTERNS, Case, check_parity
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DEVICE = torch.device("cuda")
+
+
+def make_layer(
+    in_features: int = 256,
+    out_features: int = 192,
+    *,
+    block_size: int = 16,
+    density: float = 0.3,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = DEVICE,
+) -> BlockSparseLinear:
+    return BlockSparseLinear(
+        in_features, out_features, block_size=block_size, density=density, dtype=dtype
+    ).to(device)
+
+
+def run(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output and gradients of a layer."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, **tolerance)
+
+
+def tokens(n: int, layer: BlockSparseLinear) -> tuple[Tensor, Tensor]:
+    dtype, device = layer.values.dtype, layer.values.device
+    return (
+        torch.randn(n, layer.in_features, device=device, dtype=dtype),
+        torch.randn(n, layer.out_features, device=device, dtype=dtype),
+    )
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_parity_of_a_thousand_topologies(data: st.DataObject) -> None:
+    case = Case(
+        pattern=data.draw(st.sampled_from([*PATTERNS])),
+        grid=data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
+        block_size=data.draw(st.sampled_from([16, 32, 64, 128])),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        lead=tuple(data.draw(st.lists(st.integers(0, 7), max_size=3))),
+        contiguous=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        spare=data.draw(st.integers(0, 5)),
+        seed=data.draw(st.integers(0, 2**32)),
+    )
+    check_parity(case, "cuda")
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
+    """So many that dW splits them into parts, and every tile is used more than once."""
+    case = Case("random", (5, 9), block_size, dtype, lead=(2, 1111), spare=3)
+    check_parity(case, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_misaligned_memory(dtype: torch.dtype) -> None:
+    layer = make_layer(dtype=dtype)
+    x, dy = tokens(33, layer)
+    expected = run(layer, x, dy)
+
+    def shifted(tensor: Tensor) -> Tensor:
+        out = torch.empty(tensor.numel() + 1, device=DEVICE, dtype=dtype)[1:].view_as(tensor)
+        assert out.data_ptr() % 16 != 0
+        return out.copy_(tensor)
+
+    layer.values = nn.Parameter(shifted(layer.values.data))
+    layer.bias = nn.Parameter(shifted(layer.bias.data))
+    assert_same(run(layer, shifted(x), shifted(dy)), expected, rtol=0, atol=0)
+
+
+# -- the same bits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [7, 4096])
+def test_two_runs_give_the_same_bits(n: int) -> None:
+    layer = make_layer()
+    layer.armed.fill_(True)
+    x, dy = tokens(n, layer)
+    first, scores = run(layer, x, dy), layer.block_scores.clone()
+    layer.block_scores.zero_()
+    assert_same(run(layer, x, dy), first, rtol=0, atol=0)
+    torch.testing.assert_close(layer.block_scores, scores, rtol=0, atol=0)
+
+
+def test_results_do_not_depend_on_slots() -> None:
+    layer = make_layer()
+    x, dy = tokens(300, layer)
+    y, dx, dvalues, dbias = run(layer, x, dy)
+    order = torch.randperm(layer.topology.capacity, device=DEVICE)
+    at = layer.topology
+    other = BlockSparseLinear(
+        layer.in_features,
+        layer.out_features,
+        topology=BlockTopology(at.coords[order], at.grid, at.block_size),
+        device=DEVICE,
+        dtype=layer.values.dtype,
+    )
+    other.load_state_dict({**other.state_dict(), "bias": layer.bias})
+    with torch.no_grad():
+        other.values.copy_(layer.values[order])
+    assert_same(run(other, x, dy), [y, dx, dvalues[order], dbias], rtol=0, atol=0)
+
+
+# -- streams, graphs, devices, the host ---------------------------------------------------------
+
+
+def test_kernels_run_on_the_current_stream() -> None:
+    layer = make_layer()
+    x, dy = tokens(128, layer)
+    expected = run(layer, x, dy)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            late_x, late_dy = torch.full_like(x, torch.nan), torch.full_like(dy, torch.nan)
+            torch.cuda._sleep(20_000_000)  # a kernel on any other stream would read the NaNs
+            late_x.copy_(x), late_dy.copy_(dy)
+            results.append(run(layer, late_x, late_dy))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_same(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [64, 4096])
+def test_a_graph_follows_topology_updates(n: int) -> None:
+    layer = make_layer()
+    x, dy = tokens(n, layer)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(layer, x, dy)  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(layer, x, dy)
+    for step, armed in enumerate((False, True, True)):
+        scores = [torch.rand(layer.topology.grid, device=DEVICE) for _ in range(2)]
+        target = layer.topology.capacity - step
+        layer.apply_update(update_topology(layer.topology, *scores, target, fraction=0.5))
+        with torch.no_grad():
+            present = (layer.topology.coords[:, 0] >= 0).view(-1, 1, 1)
+            layer.values.copy_(torch.randn_like(layer.values) * present)
+        layer.armed.fill_(armed)
+        layer.block_scores.zero_()
+        graph.replay()
+        scores_of_graph = layer.block_scores.clone()
+        assert bool((scores_of_graph > 0).all()) == armed
+        layer.block_scores.zero_()
+        assert_same(captured, run(layer, x, dy), rtol=0, atol=0)
+        torch.testing.assert_close(scores_of_graph, layer.block_scores, rtol=0, atol=0)
+
+
+@pytest.fixture
+def _no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("_no_synchronisation")
+def test_a_step_does_not_wait_for_the_device() -> None:
+    layer = make_layer().float()
+    x = torch.randn(4096, layer.in_features, device=DEVICE, requires_grad=True)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = layer(x).square().mean()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_the_devices_of_tensors_count_not_the_current_one() -> None:
+    first = make_layer()
+    second = make_layer(device=torch.device("cuda:1"))
+    second.load_state_dict(first.state_dict())
+    x, dy = tokens(300, first)
+    expected = run(first, x, dy)
+    assert torch.cuda.current_device() == 0
+    assert_same([t.to(DEVICE) for t in run(second, x.to(1), dy.to(1))], expected, rtol=0, atol=0)
+    with torch.cuda.device(1):
+        assert_same(run(first, x, dy), expected, rtol=0, atol=0)
+    # One graph of autograd over both devices: each has a thread of its own.
+    x.requires_grad_()
+    (first(x).sum() + second(x.to(1)).sum().to(0)).backward()
+    torch.testing.assert_close(second.values.grad.to(0), first.values.grad, rtol=0, atol=0)
+
+
+# -- large sizes --------------------------------------------------------------------------------
+
+
+def _free_memory() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_free_memory() < 40 << 30, reason="needs 40 GB of GPU memory")
+def test_more_than_two_to_the_31_activations() -> None:
+    layer = make_layer(1024, 1024, block_size=64)
+    n = 2**31 // 1024 + 333
+    x, dy = tokens(n, layer)
+    y, dx, dvalues, _ = run(layer, x, dy)
+    ends = torch.cat([torch.arange(5), torch.arange(n - 200, n)]).to(DEVICE)
+    weight = layer.dense_weight().float()
+    expected = (x[ends].float() @ weight.T + layer.bias.float()).bfloat16()
+    torch.testing.assert_close(y[ends], expected, rtol=1e-2, atol=1e-2)
+    expected = (dy[ends].float() @ weight).bfloat16()
+    torch.testing.assert_close(dx[ends], expected, rtol=1e-2, atol=1e-2)
+    del y, dx
+    dense = torch.zeros_like(weight)
+    for part in torch.arange(n, device=DEVICE).split(2**18):
+        dense += dy[part].float().T @ x[part].float()
+    expected = layer.topology.pack(dense)
+    assert (dvalues.float() - expected).norm() < 5e-3 * expected.norm()
+    scores, armed = torch.zeros(layer.topology.grid, device=DEVICE), torch.tensor(True).to(DEVICE)
+    ops.block_norms_(dy, x, armed, scores)
+    expected = dense.view(16, 64, 16, 64).square().sum((1, 3))
+    torch.testing.assert_close(scores, expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_free_memory() < 40 << 30, reason="needs 40 GB of GPU memory")
+def test_more_than_two_to_the_31_values() -> None:
+    out_blocks, in_blocks, size = 512, 257, 128
+    everywhere = torch.ones(out_blocks, in_blocks, dtype=torch.bool)
+    at = BlockTopology.from_mask(everywhere, size).to_(DEVICE)
+    values = torch.randn(at.capacity, size, size, device=DEVICE, dtype=torch.bfloat16)
+    assert values.numel() > 2**31
+    x = torch.randn(16, in_blocks * size, device=DEVICE, dtype=torch.bfloat16)
+    dy = torch.randn(16, out_blocks * size, device=DEVICE, dtype=torch.bfloat16)
+    rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
+    armed, scores = torch.tensor(False).to(DEVICE), torch.zeros(at.grid, device=DEVICE)
+    y = ops.block_linear(x, values, None, at.coords, *rows, *cols, armed, scores)
+    last = values[-in_blocks:].transpose(0, 1).reshape(size, -1)  # the last block row
+    _assert_near(y[:, -size:], x.float() @ last.float().T)
+    dx = ops.block_linear_dx(dy, values, *cols)
+    last = values[in_blocks - 1 :: in_blocks].reshape(-1, size)  # the last block column
+    _assert_near(dx[:, -size:], dy.float() @ last.float())
+    dw = ops.block_linear_dw(dy, x, at.coords, *rows, size)
+    _assert_near(dw[-1], dy[:, -size:].float().T @ x[:, -size:].float())
+
+
+def _assert_near(actual: Tensor, expected: Tensor) -> None:
+    assert (actual.float() - expected).norm() < 5e-3 * expected.norm()
+
+
+# -- the topology update ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_an_update_on_the_device_equals_one_on_the_cpu(block_size: int) -> None:
+    layer = make_layer(1024, 768, block_size=block_size, dtype=torch.float32)
+    twin = make_layer(1024, 768, block_size=block_size, dtype=torch.float32, device="cpu")
+    twin.load_state_dict(layer.state_dict())
+    for step in range(5):
+        scores = torch.rand(layer.topology.grid)
+        twin.block_scores.copy_(scores), layer.block_scores.copy_(scores)
+        updates = [_decide(each, step) for each in (layer, twin)]
+        assert torch.equal(updates[0].coords.cpu(), updates[1].coords)
+        for each, update in zip((layer, twin), updates, strict=True):
+            each.apply_update(update)
+        for name, tensor in vars(twin.topology).items():
+            if isinstance(tensor, Tensor):
+                assert torch.equal(getattr(layer.topology, name).cpu(), tensor), name
+
+
+def test_the_memory_of_an_update_follows_blocks_not_elements() -> None:
+    layer = make_layer(8192, 8192, block_size=64, density=0.02, dtype=torch.float32)
+    layer.block_scores.uniform_()
+    _decide(layer, 0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    layer.apply_update(_decide(layer, 1))
+    peak = torch.cuda.max_memory_allocated() - before
+    n_blocks = 128 * 128
+    assert peak < 200 * n_blocks < 8192 * 8192 // 20
+
+
+def _decide(layer: BlockSparseLinear, step: int):
+    scores = BlockScores(
+        mask=layer.topology.mask,
+        magnitude=layer.magnitudes(),
+        gradient=layer.block_scores.sqrt(),
+        generator=seeded_generator(0, step, "layer"),
+    )
+    target = layer.topology.capacity
+    return update_topology(layer.topology, magnitude(scores), gradient(scores), target, 0.3)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def _arguments(layer: BlockSparseLinear, x: Tensor) -> tuple[Tensor | None, ...]:
+    at = layer.topology
+    rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
+    return (x, layer.values, layer.bias, at.coords, *rows, *cols, layer.armed, layer.block_scores)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "says"),
+    [
+        (lambda x: x.cpu(), RuntimeError, r"same device; got .*\.to\(device\)"),
+        (lambda x: x.float(), TypeError, r"dtype of values.*bfloat16; got torch\.float32"),
+        (lambda x: x[:, 1:], ValueError, r"256 features; got \[3, 255\]"),
+    ],
+)
+def test_wrong_inputs(spoil: Callable[[Tensor], Tensor], error: type, says: str) -> None:
+    layer = make_layer()
+    x, _ = tokens(3, layer)
+    with pytest.raises(error, match=says), torch.no_grad():
+        ops.block_linear(*_arguments(layer, spoil(x)))
+
+
+def test_a_gradient_that_does_not_fit() -> None:
+    layer = make_layer()
+    x, dy = tokens(3, layer)
+    with pytest.raises(ValueError, match=r"shape \[3, 192\].*got \[2, 192\]"):
+        ops.block_norms_(dy[:2], x, layer.armed, layer.block_scores)
+    with pytest.raises(TypeError, match=r"dtype of x, torch\.bfloat16; got torch\.float32"):
+        ops.block_norms_(dy.float(), x, layer.armed, layer.block_scores)
+
+
+def test_a_kernel_is_loaded_once_a_device() -> None:
+    kernel = cuda._norms_kernel(torch.bfloat16, 0)
+    assert cuda._norms_kernel(torch.bfloat16, 0) is kernel
