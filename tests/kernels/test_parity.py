@@ -238,13 +238,14 @@ def assert_close(
     """Fail unless every element is within rounding of the fp64 result.
 
     `size` is the root of the sum of the squared terms of each element: how large a partial sum may
-    be. Rounding the result costs `eps`; adding `terms` in the precision `sums_in` costs about the
-    root of their number.
+    be. Rounding the result costs `eps`, or half the distance of the dtype's smallest numbers;
+    adding `terms` in the precision `sums_in` costs about the root of their number.
     """
     assert actual.dtype == case.dtype, f"{op}: {actual.dtype}"
     assert actual.shape == expected.shape, f"{op}: {list(actual.shape)}"
     eps, sum_eps = torch.finfo(case.dtype).eps, torch.finfo(sums_in).eps
     tolerance = 2 * eps * (expected.abs() + size) + 2 * math.sqrt(terms) * sum_eps * size
+    tolerance += eps * torch.finfo(case.dtype).smallest_normal
     error = (actual.cpu().double() - expected).abs()
     # A NaN compares as False, and so counts as wrong.
     wrong = ~(error <= tolerance)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sparse_lightning.kernels.programs import (
     MAX_SHARED_BYTES,
+    Program,
     all_programs,
     dw_program,
     linear_program,
@@ -22,8 +23,8 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
     assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
 
 
-@pytest.mark.parametrize("program", all_programs(), ids=lambda p: f"{p.source} {p.options[0]}")
-def test_a_program_can_be_launched_on_the_smallest_device(program: object) -> None:
+@pytest.mark.parametrize("program", [*all_programs()], ids=lambda p: f"{p.source} {p.options[0]}")
+def test_a_program_can_be_launched_on_the_smallest_device(program: Program) -> None:
     assert 32 <= program.threads <= 1024 and program.threads % 32 == 0
     assert program.shared_bytes <= MAX_SHARED_BYTES
 
