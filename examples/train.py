@@ -48,6 +48,7 @@ def main(config: DictConfig) -> None:
 def report(trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, float]) -> None:
     """Print text that the model writes, the metrics, the density and where everything lies."""
     if isinstance(model, GPT):
+        model.to(trainer.strategy.root_device)  # the trainer has put it back on the CPU
         text = model.generate("class Parser:\n    def ", 500)
         print("\nGenerated text", "-" * 80, text, "-" * 80, sep="\n")
     layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]

@@ -1,1 +1,1 @@
-"""Benchmarks that users can run on their own machine."""
+"""What users run to measure their machine: `sparse-lightning bench kernels`."""

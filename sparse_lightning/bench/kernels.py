@@ -1,148 +1,144 @@
-"""Time a block-sparse layer against `nn.Linear`: python -m sparse_lightning.bench.kernels
-
-Forward and backward of one layer, with bias and the gradient of the input, the two layers taking
-turns in one process. A row is printed only after the outputs and gradients agree with a dense
-layer of the same weights.
-"""
+"""`sparse-lightning bench kernels`: every product against its dense one, parity first."""
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.topology import BLOCK_SIZES
+from sparse_lightning.bench.peers import PEERS
+from sparse_lightning.bench.problem import Contender, Problem
+from sparse_lightning.bench.timing import Times, device_times, host_times
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One row: medians in milliseconds, and the speed-up's median and extremes over the pairs."""
+class Row:
+    """One op at one block size and density.
 
+    Attributes:
+        op, block_size, density: what was timed; the density as it came out in whole blocks.
+        sparse, dense: `Times` of our op and of the dense product, in ms.
+        tflops: 10^12 floating-point operations a second, on present blocks.
+        speedup: median over the turns of dense / sparse.
+        peers: each peer's speed-up over the same dense product; None where it gave none.
+        remarks: why a peer gave none.
+    """
+
+    op: str
     block_size: int
     density: float
-    dense_ms: float
-    sparse_ms: float
+    sparse: Times
+    dense: Times
+    tflops: float
     speedup: float
-    slowest: float
-    fastest: float
+    peers: dict[str, float | None] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as plain data, for JSON."""
+        return asdict(self)
 
 
-def measure(
-    tokens: int, in_features: int, out_features: int, block_size: int, density: float, repeats: int
-) -> Timing:
-    """Time forward + backward of both layers in turn, in fp32 on the CPU.
+def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Row:
+    """Check and then time one op, its dense product and the peers, in turns.
+
+    Args:
+        problem: the operands.
+        op: a key of `problem.OPS`.
+        peers: names in `peers.PEERS`.
+        repeats: turns.
 
     Raises:
-        AssertionError: if the two layers do not agree.
+        AssertionError: if our result, or the dense one, is wrong; nothing is timed then.
     """
-    generator = torch.Generator().manual_seed(0)
-    sparse = BlockSparseLinear(in_features, out_features, block_size=block_size, density=density)
-    dense = sparse.to_linear()
-    x = torch.randn(tokens, in_features, generator=generator, requires_grad=True)
-    dy = torch.randn(tokens, out_features, generator=generator)
-    check_parity(sparse, dense, x, dy)
+    contenders = {"ours": problem.ours(op), "dense": problem.dense(op)}
+    for who, contender in contenders.items():
+        try:
+            problem.check(op, contender)
+        except AssertionError as error:
+            raise AssertionError(f"{who}: {error}") from None
+    remarks = {}
+    for name in peers:
+        try:
+            contenders[name] = _checked_peer(problem, op, name)
+        # A peer may fail in any way; that is its result.
+        except Exception as error:
+            remarks[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
-    def run(layer: nn.Module) -> Callable[[], None]:
-        def step() -> None:
-            x.grad = None
-            layer.zero_grad()
-            layer(x).backward(dy)
+    device = problem.x.device
+    times = host_times if op == "host" else device_times
+    samples = dict(
+        zip(
+            contenders,
+            times([contender.run for contender in contenders.values()], repeats, device),
+            strict=True,
+        )
+    )
 
-        return step
+    def speedup(name: str) -> float:
+        ratios = [d / s for d, s in zip(samples["dense"], samples[name], strict=True)]
+        return Times.of(ratios).median
 
-    for _ in range(2):
-        run(dense)(), run(sparse)()
-    pairs = [(seconds(run(dense)), seconds(run(sparse))) for _ in range(repeats)]
-    ratios = sorted(d / s for d, s in pairs)
-    return Timing(
-        block_size=block_size,
-        density=sparse.density,
-        dense_ms=1e3 * statistics.median(d for d, _ in pairs),
-        sparse_ms=1e3 * statistics.median(s for _, s in pairs),
-        speedup=statistics.median(ratios),
-        slowest=ratios[0],
-        fastest=ratios[-1],
+    sparse = Times.of(samples["ours"])
+    return Row(
+        op=op,
+        block_size=problem.layer.block_size,
+        density=problem.layer.density,
+        sparse=sparse,
+        dense=Times.of(samples["dense"]),
+        tflops=problem.flops(op) / sparse.median / 1e9,
+        speedup=speedup("ours"),
+        peers={name: speedup(name) if name in samples else None for name in peers},
+        remarks=remarks,
     )
 
 
-def seconds(step: Callable[[], None]) -> float:
-    """Return the time that one call takes."""
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+def _checked_peer(problem: Problem, op: str, name: str) -> Contender:
+    if op not in ("fwd", "dx", "dw"):
+        raise NotImplementedError(f"is compared on fwd, dx and dw, not on {op}")
+    contender = PEERS[name](problem, op)
+    problem.check(op, contender)
+    return contender
 
 
-def check_parity(sparse: BlockSparseLinear, dense: nn.Linear, x: Tensor, dy: Tensor) -> None:
-    """Raise AssertionError unless output and gradients of the two layers agree."""
-    results: list[tuple[Tensor, Tensor]] = []
-    for layer in (sparse, dense):
-        x.grad = None
-        y = layer(x)
-        y.backward(dy)
-        assert x.grad is not None
-        results.append((y.detach(), x.grad))
-    (y, dx), (y_dense, dx_dense) = results
-    torch.testing.assert_close(y, y_dense, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(dx, dx_dense, rtol=1e-4, atol=1e-3)
-    assert dense.weight.grad is not None
-    torch.testing.assert_close(
-        sparse.values.grad, sparse.topology.pack(dense.weight.grad), rtol=1e-4, atol=1e-2
-    )
+def measure_all(
+    shape: tuple[int, int, int],
+    ops: Sequence[str],
+    block_sizes: Sequence[int],
+    densities: Sequence[float],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    peers: Sequence[str],
+    repeats: int,
+    seed: int,
+) -> Iterator[Row]:
+    """Yield a row for every op, block size and density, as soon as it is measured."""
+    for block_size in block_sizes:
+        for density in densities:
+            problem = Problem(shape, block_size, density, dtype=dtype, device=device, seed=seed)
+            for op in ops:
+                try:
+                    yield measure(problem, op, peers, repeats)
+                except AssertionError as error:
+                    raise AssertionError(
+                        f"{op} with blocks of {block_size} at density {density} is wrong: {error}"
+                    ) from None
 
 
-def environment() -> str:
-    """Return the machine, the versions and the commit, for the table's caption."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    commit = git.stdout.strip() or "unknown"
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
+def table_head(peers: Sequence[str]) -> str:
+    """Return the first two lines of the Markdown table."""
+    columns = ["op", "B", "density", "ms (10-90 %)", "TFLOP/s", "speed-up", *peers]
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", type=int, nargs=3, default=[1024, 1024, 1024], metavar="N",
-                        help="tokens, in_features, out_features")  # fmt: skip
-    parser.add_argument("--block-sizes", type=int, nargs="+", default=BLOCK_SIZES)
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=21)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    tokens, in_features, out_features = options.shape
-
-    print(f"{environment()}\nfp32, {tokens}x{in_features}x{out_features}, forward + backward\n")
-    print("| block size | density | nn.Linear, ms | block-sparse, ms | speed-up (min - max) |")
-    print("|---|---|---|---|---|")
-    for block_size in options.block_sizes:
-        for density in options.densities:
-            row = measure(tokens, in_features, out_features, block_size, density, options.repeats)
-            print(
-                f"| {row.block_size} | {row.density:.2f} | {row.dense_ms:.1f} "
-                f"| {row.sparse_ms:.1f} "
-                f"| {row.speedup:.2f} ({row.slowest:.2f} - {row.fastest:.2f}) |",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main()
+def table_row(row: Row) -> str:
+    """Return a row of the Markdown table; the peers' columns are their speed-ups."""
+    time = f"{row.sparse.median:.3f} ({row.sparse.low:.3f}-{row.sparse.high:.3f})"
+    # The time of the calls says nothing of how fast the arithmetic is.
+    tflops = "" if row.op == "host" else f"{row.tflops:.3g}"
+    cells = [row.op, str(row.block_size), f"{row.density:.2f}", time, tflops, f"{row.speedup:.2f}"]
+    cells += ["n/a" if ratio is None else f"{ratio:.2f}" for ratio in row.peers.values()]
+    return f"| {' | '.join(cells)} |"

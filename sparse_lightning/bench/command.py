@@ -1,0 +1,119 @@
+"""The options of `sparse-lightning bench kernels`, and what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from sparse_lightning.bench.environment import describe
+from sparse_lightning.bench.kernels import Row, measure_all, table_head, table_row
+from sparse_lightning.bench.peers import PEERS, installed
+from sparse_lightning.bench.problem import OPS
+from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--shape", type=int, nargs=3, metavar=("TOKENS", "IN", "OUT"),
+        help="8192 4096 4096 on CUDA, 1024 1024 1024 on a CPU")  # fmt: skip
+    ops = "; ".join(f"{name}: {what}" for name, what in OPS.items())
+    add("--ops", nargs="+", choices=OPS, metavar="OP",
+        help=f"default: fwd dx dw on CUDA, layer on a CPU. {ops}")  # fmt: skip
+    add("--block-sizes", type=int, nargs="+", choices=BLOCK_SIZES, default=BLOCK_SIZES, metavar="B")
+    add("--densities", type=float, nargs="+", default=(0.5, 0.25, 0.1, 0.05), metavar="D",
+        help="shares of present blocks, in (0, 1]")  # fmt: skip
+    add("--dtype", choices=_DTYPES, help="default: bf16 on CUDA, fp32 on a CPU")
+    add("--peers", nargs="+", choices=(*PEERS, "none"), metavar="PEER",
+        help=f"of {', '.join(PEERS)}, on CUDA; or none. Default: all installed")  # fmt: skip
+    add("--repeats", type=int, default=21, help="turns to take the median of")
+    add("--threads", type=int, help="of the CPU; default: PyTorch's")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE", help="write environment and rows")
+    add("--plot", type=Path, metavar="FILE", help="draw speed-up over density (needs matplotlib)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print and write what the options ask for.
+
+    Raises:
+        ValueError: for options that do not fit together, before anything is measured.
+        AssertionError: if a kernel's result is wrong.
+    """
+    device = torch.device(options.device)
+    on_cuda = device.type == "cuda"
+    shape = tuple(options.shape or ((8192, 4096, 4096) if on_cuda else (1024, 1024, 1024)))
+    ops = options.ops or (["fwd", "dx", "dw"] if on_cuda else ["layer"])
+    dtype_name = options.dtype or ("bf16" if on_cuda else "fp32")
+    peers = [] if options.peers == ["none"] else options.peers or (installed() if on_cuda else [])
+    _check(options, device, shape, peers)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    environment = describe(device)
+    title = f"{'x'.join(map(str, shape))} (tokens x in x out), {dtype_name}"
+    print(", ".join(f"{k} {v}" if k != "device" else v for k, v in environment.items()))
+    print(f"{title}; speed-up: dense time / time, of the same run\n\n{table_head(peers)}")
+    rows: list[Row] = []
+    for row in measure_all(
+        shape, ops, options.block_sizes, options.densities,
+        dtype=_DTYPES[dtype_name], device=device, peers=peers,
+        repeats=options.repeats, seed=options.seed,
+    ):  # fmt: skip
+        rows.append(row)
+        print(table_row(row), flush=True)
+    for remark in dict.fromkeys(f"{n}: {why}" for row in rows for n, why in row.remarks.items()):
+        print(f"\nn/a: {remark}", end="")
+    print()
+
+    if options.json:
+        content = {
+            "environment": environment,
+            "shape": shape,
+            "dtype": dtype_name,
+            "rows": [row.as_dict() for row in rows],
+        }
+        temporary = options.json.with_name(options.json.name + ".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, options.json)
+    if options.plot:
+        from sparse_lightning.bench.plot import plot
+
+        plot(rows, environment, title, options.plot)
+
+
+def _check(
+    options: argparse.Namespace, device: torch.device, shape: tuple[int, ...], peers: list[str]
+) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`--device` must be there; got 'cuda' without a CUDA GPU. Use cpu.")
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"`--device` must be cuda or cpu; got '{device}'.")
+    for name in ("repeats", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name}` must be at least 1; got {value}.")
+    if shape[0] < 1:
+        raise ValueError(f"`--shape` must have at least one token; got {shape[0]}.")
+    for block_size in options.block_sizes:
+        block_grid(shape[2], shape[1], block_size)
+    for density in options.densities:
+        check_density(density, "--densities")
+    if peers and device.type != "cuda":
+        raise ValueError("`--peers` must be none on a CPU: they run on CUDA only.")
+    for path in (options.json, options.plot):
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise ValueError(f"'{path}' must be in a folder that can be written to.")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "`--plot` needs matplotlib, which is not installed. "
+            "Install it with: pip install 'sparse-lightning[examples]'"
+        )

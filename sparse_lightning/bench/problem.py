@@ -1,0 +1,159 @@
+"""One product to be timed: its operands, who computes it, and whether what they return is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_lightning.kernels import ops
+from sparse_lightning.linear import BlockSparseLinear
+
+OPS = {
+    "fwd": "y = x W^T",
+    "dx": "dx = dy W",
+    "dw": "dW = dy^T x, at the present blocks",
+    "norms": "the norm of every block of dy^T x, absent ones too",
+    "layer": "forward and backward of a layer with bias, through autograd",
+    "host": "as layer, but the time until the calls return",
+}
+
+# Relative error, in the Frobenius norm, that rounding operands and results may cause.
+_MAX_ERROR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Somebody's way to compute an op: `run` is timed, `read` brings its results into our form."""
+
+    run: Callable[[], Any]
+    read: Callable[[Any], tuple[Tensor, ...]] = lambda result: (result,)
+
+
+class Problem:
+    """The operands of a layer's products, on a device.
+
+    Attributes:
+        layer: `BlockSparseLinear` with bias and uniformly random blocks, all slots filled.
+        linear: the `nn.Linear` of the same function.
+        x: `[tokens, in_features]`; dy: `[tokens, out_features]`.
+
+    Args:
+        shape: (tokens, in_features, out_features).
+        block_size, density: of the layer.
+        dtype: fp32, bf16 or fp16.
+        device: of all tensors.
+        seed: of the blocks and operands.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        block_size: int,
+        density: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        tokens, in_features, out_features = shape
+        torch.manual_seed(seed)
+        layer = BlockSparseLinear(
+            in_features, out_features, block_size=block_size, density=density, dtype=dtype
+        )
+        self.layer = layer.to(device)
+        self.linear = self.layer.to_linear()
+        self.x = torch.randn(tokens, in_features, dtype=dtype, device=device)
+        self.dy = torch.randn(tokens, out_features, dtype=dtype, device=device)
+
+    def flops(self, op: str) -> float:
+        """Return the floating-point operations of an op, on present blocks (norms: on all)."""
+        topology = self.layer.topology
+        blocks = topology.mask.numel() if op == "norms" else topology.n_blocks
+        products = 3 if op in ("layer", "host") else 1
+        return 2.0 * products * self.x.shape[0] * blocks * topology.block_size**2
+
+    def ours(self, op: str) -> Contender:
+        """Return this package's way."""
+        layer, x, dy = self.layer, self.x, self.dy
+        at, values = layer.topology, layer.values.detach()
+        rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
+        armed = torch.ones_like(layer.armed)
+        scores = torch.zeros_like(layer.block_scores)
+        unused = (layer.armed, layer.block_scores)
+
+        def norms() -> Tensor:
+            ops.block_norms_(dy, x, armed, scores)
+            return scores
+
+        return {
+            "fwd": Contender(
+                lambda: ops.block_linear(x, values, None, at.coords, *rows, *cols, *unused)
+            ),
+            "dx": Contender(lambda: ops.block_linear_dx(dy, values, *cols)),
+            "dw": Contender(lambda: ops.block_linear_dw(dy, x, at.coords, *rows, at.block_size)),
+            "norms": Contender(norms),
+            "layer": Contender(self._step(layer), lambda out: out),
+            "host": Contender(self._step(layer), lambda out: out),
+        }[op]
+
+    def dense(self, op: str) -> Contender:
+        """Return the dense product, by cuBLAS or its like, with zeros at absent blocks."""
+        x, dy, weight = self.x, self.dy, self.linear.weight.detach()
+        step = Contender(self._step(self.linear), lambda out: (*out[:3], self._pack(out[3])))
+        return {
+            "fwd": Contender(lambda: F.linear(x, weight)),
+            "dx": Contender(lambda: dy @ weight),
+            "dw": Contender(lambda: dy.T @ x, lambda dw: (self._pack(dw),)),
+            # A plain dW: what the norms cost beyond it is what they cost.
+            "norms": Contender(lambda: dy.T @ x, lambda dw: (self._norms(dw.float()),)),
+            "layer": step,
+            "host": step,
+        }[op]
+
+    def expected(self, op: str) -> tuple[Tensor, ...]:
+        """Return the results in fp32 arithmetic, computed densely."""
+        x, dy, weight = self.x.float(), self.dy.float(), self.linear.weight.detach().float()
+        if op == "fwd":
+            return (x @ weight.T,)
+        if op == "dx":
+            return (dy @ weight,)
+        dw = dy.T @ x
+        if op == "norms":
+            return (self._norms(dw),)
+        if op == "dw":
+            return (self._pack(dw),)
+        y = x @ weight.T + self.linear.bias.detach().float()
+        return y, dy @ weight, dy.sum(0), self._pack(dw)
+
+    def check(self, op: str, contender: Contender) -> None:
+        """Raise AssertionError unless what a contender computes is right, within rounding."""
+        results = contender.read(contender.run())
+        for actual, expected in zip(results, self.expected(op), strict=True):
+            if actual.shape != expected.shape:
+                raise AssertionError(f"shape {list(actual.shape)}, not {list(expected.shape)}")
+            error = float((actual.float() - expected).norm() / expected.norm())
+            if not error <= _MAX_ERROR[self.x.dtype]:  # a NaN is not
+                raise AssertionError(f"relative error {error:.2g}")
+
+    def _step(self, layer: nn.Module) -> Callable[[], tuple[Tensor, ...]]:
+        x = self.x.detach().requires_grad_()
+        parameters = dict(layer.named_parameters())
+        weights = [x, parameters.pop("bias"), *parameters.values()]
+
+        def step() -> tuple[Tensor, ...]:
+            y = layer(x)
+            return (y, *torch.autograd.grad(y, weights, self.dy))
+
+        return step
+
+    def _pack(self, dense: Tensor) -> Tensor:
+        return self.layer.topology.pack(dense)
+
+    def _norms(self, dw: Tensor) -> Tensor:
+        (rows, cols), size = self.layer.topology.grid, self.layer.block_size
+        return dw.view(rows, size, cols, size).square().sum((1, 3))

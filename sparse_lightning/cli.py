@@ -1,0 +1,38 @@
+"""`sparse-lightning`: the command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sparse_lightning.bench import command as bench
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; return the exit status: 0, 1 for a failed check, 2 for wrong options."""
+    parser = argparse.ArgumentParser(
+        prog="sparse-lightning", description="Block-sparse training for PyTorch Lightning."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    benchmarks = commands.add_parser("bench", help="measure this machine").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    kernels = benchmarks.add_parser(
+        "kernels",
+        help="time the products of a block-sparse layer",
+        description="Time the products of a block-sparse layer against the dense ones, and against "
+        "other libraries that are installed. A row is printed only after its results are right.",
+    )
+    bench.add_arguments(kernels)
+    kernels.set_defaults(run=bench.run)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ValueError as error:
+        print(f"sparse-lightning: error: {error}", file=sys.stderr)
+        return 2
+    except AssertionError as error:
+        print(f"sparse-lightning: {error}", file=sys.stderr)
+        return 1
+    return 0
