@@ -48,7 +48,10 @@ def run(options: argparse.Namespace) -> None:
         ValueError: for options that do not fit together, before anything is measured.
         AssertionError: if a kernel's result is wrong.
     """
-    device = torch.device(options.device)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"`--device` must be cuda or cpu; got '{options.device}'.") from None
     on_cuda = device.type == "cuda"
     shape = tuple(options.shape or ((8192, 4096, 4096) if on_cuda else (1024, 1024, 1024)))
     ops = options.ops or (["fwd", "dx", "dw"] if on_cuda else ["layer"])

@@ -136,7 +136,7 @@ class Problem:
         for actual, expected in zip(results, self.expected(op), strict=True):
             if actual.shape != expected.shape:
                 raise AssertionError(f"shape {list(actual.shape)}, not {list(expected.shape)}")
-            error = float((actual.float() - expected).norm() / expected.norm())
+            error = float((actual.detach().float() - expected).norm() / expected.norm())
             if not error <= _MAX_ERROR[self.x.dtype]:  # a NaN is not
                 raise AssertionError(f"relative error {error:.2g}")
 

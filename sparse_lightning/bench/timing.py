@@ -13,7 +13,8 @@ Function = Callable[[], object]
 
 _WARM_UP = 2
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU
-_HOST_CALLS = 20
+_FLUSHES = 16  # over a millisecond: longer than any contender's host takes to launch its work
+_HOST_CALLS = 100
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def device_times(
 ) -> list[list[float]]:
     """Return the ms that each function's work takes on a device, by repetition.
 
-    On CUDA the L2 cache is flushed before each call; the flush also keeps the device busy while the
-    host launches the work, so that launch times stay out of the figures.
+    On CUDA the L2 cache is flushed before each call, several times over: that keeps the device busy
+    while the host launches the work, so that launch times stay out of the figures.
     """
     timer = _cuda_ms if device.type == "cuda" else _cpu_ms
     return _in_turns(functions, repeats, lambda function: timer(function, device))
@@ -77,7 +78,9 @@ def _in_turns(
 
 def _cuda_ms(function: Function, device: torch.device) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+    buffer = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    for _ in range(_FLUSHES):
+        buffer.zero_()
     begin.record()
     function()
     end.record()

@@ -1,0 +1,207 @@
+"""`sparse-lightning bench kernels`: parity before time, tables, files, peers, bad options."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_lightning.bench import kernels, peers
+from sparse_lightning.bench.plot import break_even
+from sparse_lightning.bench.problem import OPS, Contender, Problem
+from sparse_lightning.bench.timing import Times, device_times
+from sparse_lightning.cli import main
+from sparse_lightning.kernels import ops
+
+SMALL = ("bench", "kernels", "--device", "cpu", "--shape", "64", "128", "96", "--repeats", "3")
+ONE = (*SMALL, "--block-sizes", "16", "--densities", "0.5")
+CPU = torch.device("cpu")
+
+
+def problem(dtype: torch.dtype = torch.float32, block_size: int = 16) -> Problem:
+    return Problem((64, 128, 96), block_size, 0.4, dtype=dtype, device=CPU, seed=0)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ours_and_the_dense_product_pass_the_check(op: str, dtype: torch.dtype) -> None:
+    p = problem(dtype)
+    # The norms add to what is there, so each contender is checked once.
+    p.check(op, p.ours(op))
+    p.check(op, p.dense(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("part", range(4))
+def test_the_check_sees_each_part_of_a_result(op: str, part: int) -> None:
+    p = problem()
+    right = p.ours(op)
+    results = list(right.read(right.run()))
+    if part >= len(results):
+        return
+    for wrong in (results[part] * 1.001, results[part] * torch.nan, results[part][..., 1:]):
+        spoiled = (*results[:part], wrong, *results[part + 1 :])
+        with pytest.raises(AssertionError, match=r"error|shape"):
+            p.check(op, Contender(lambda s=spoiled: s, lambda out: out))
+
+
+def test_flops_by_hand() -> None:
+    p = problem()
+    assert p.layer.topology.n_blocks == 19  # 0.4 of 8 x 6
+    assert p.flops("fwd") == p.flops("dx") == p.flops("dw") == 2 * 64 * 19 * 256
+    assert p.flops("layer") == 3 * p.flops("fwd")
+    assert p.flops("norms") == 2 * 64 * 48 * 256
+
+
+def test_times_by_hand() -> None:
+    assert Times.of(range(21)) == Times(median=10, low=2, high=18)
+    assert Times.of([5.0]) == Times(5.0, 5.0, 5.0)
+
+
+def test_functions_take_turns() -> None:
+    calls: list[str] = []
+    samples = device_times([lambda: calls.append("a"), lambda: calls.append("b")], 3, CPU)
+    assert calls == ["a", "b"] * 5  # two turns to warm up
+    assert [len(times) for times in samples] == [3, 3]
+
+
+def test_break_even_by_hand() -> None:
+    # From (0.5, 0.5x) to (0.125, 2x): halfway in log-log.
+    assert break_even([0.5, 0.125], [0.5, 2.0]) == pytest.approx(0.25)
+    assert break_even([0.125, 0.5], [2.0, 0.5]) == pytest.approx(0.25)
+    assert break_even([0.5, 0.25, 0.1], [0.9, 0.9, 0.95]) is None
+    assert break_even([0.5, 0.25], [0.5, 1.0]) == pytest.approx(0.25)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--json", f"{tmp_path}/out.json", "--plot", f"{tmp_path}/out.png")
+    assert main([*SMALL, "--ops", "fwd", "host", "--block-sizes", "16", "32", *files]) == 0
+    printed = capsys.readouterr().out
+    assert "torch 2" in printed and "64x128x96" in printed
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| f", "| h"))]
+    assert [(row[0], row[1]) for row in rows] == [("| fwd", "16"), ("| host", "16")] * 4 + [
+        ("| fwd", "32"),
+        ("| host", "32"),
+    ] * 4
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["shape"] == [64, 128, 96] and content["dtype"] == "fp32"
+    assert {"device", "torch", "commit"} <= content["environment"].keys()
+    first = content["rows"][0]
+    assert first["density"] == 0.5 and first["peers"] == {}
+    assert 0 < first["sparse"]["low"] <= first["sparse"]["median"] <= first["sparse"]["high"]
+    flops = 2 * 64 * 24 * 256
+    assert first["tflops"] == pytest.approx(flops / first["sparse"]["median"] / 1e9)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.png"}
+
+
+def test_a_wrong_kernel_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = ops.block_linear_dx
+    monkeypatch.setattr(ops, "block_linear_dx", lambda *a: right(*a).flip(0))
+    assert main([*ONE, "--ops", "fwd", "dx", "dw"]) == 1
+    printed = capsys.readouterr()
+    assert "| fwd |" in printed.out and "| dx |" not in printed.out
+    assert "dx with blocks of 16 at density 0.5 is wrong: ours: relative error" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("peer", "ratio", "remark"),
+    [
+        (lambda p, op: p.dense(op), 1.0, None),
+        (lambda p, op: Contender(lambda: p.x @ p.linear.weight.T * 2), None, "relative error 1"),
+        (lambda p, op: Contender(lambda: p.x * torch.nan), None, "shape"),
+        (lambda p, op: 1 / 0, None, "division by zero"),
+    ],
+)
+def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(peers.PEERS, "stk", peer)
+        row = kernels.measure(problem(), "fwd", ["stk"], repeats=9)
+    if ratio is None:
+        assert row.peers == {"stk": None} and remark in row.remarks["stk"]
+        assert kernels.table_row(row).endswith("| n/a |")
+    else:
+        assert row.peers["stk"] == pytest.approx(ratio, rel=0.9) and not row.remarks
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--shape", "64", "100", "96"), "in_features.*multiple of block_size=16; got 100"),
+        (("--densities", "0"), r"--densities.*\(0, 1\].*got 0"),
+        (("--repeats", "0"), "--repeats.*at least 1; got 0"),
+        (("--threads", "-1"), "--threads.*at least 1; got -1"),
+        (("--shape", "0", "128", "96"), "at least one token; got 0"),
+        (("--peers", "torch_bsr"), "CUDA only"),
+        (("--device", "meta"), "cuda or cpu; got 'meta'"),
+        (("--device", "nonsense"), "cuda or cpu; got 'nonsense'"),
+        (("--json", "/nowhere/x.json"), "'/nowhere/x.json'.*written"),
+        (("--plot", "/nowhere/x.png"), "'/nowhere/x.png'.*written"),
+    ],
+)
+def test_bad_options(
+    options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ONE, *options]) == 2
+    printed = capsys.readouterr()
+    assert "|" not in printed.out, "nothing may be measured"
+    assert re.search(says, printed.err), printed.err
+
+
+def test_a_plot_without_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    assert main([*ONE, "--plot", "x.png"]) == 2
+    assert "pip install 'sparse-lightning[examples]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [(), ("bench",), ("bench", "kernels", "--block-sizes", "48")])
+def test_an_unfinished_command_shows_the_usage(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and "usage: sparse-lightning" in capsys.readouterr().err
+
+
+def test_help_lists_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "kernels", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"{op}:" in printed for op in OPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--shape", "256", "512", "384", "--repeats", "3", "--json", f"{tmp_path}/x.json")
+    assert main(["bench", "kernels", *options, "--ops", *OPS]) == 0
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert len(content["rows"]) == 4 * 4 * len(OPS)
+    assert "driver" in content["environment"]
+    for row in content["rows"]:
+        if row["op"] in ("fwd", "dx", "dw"):
+            assert row["peers"].get("torch_bsr", 1) is not None or row["remarks"]
+
+
+def test_blocks_of_a_peer_by_hand() -> None:
+    p = problem()
+    rows, cols, blocks = peers._by_row(p)
+    dense: Tensor = peers._dense(blocks, rows, cols, p.layer.topology.grid)
+    torch.testing.assert_close(dense, p.linear.weight.detach())
+    assert (rows * 8 + cols).diff().min() > 0
