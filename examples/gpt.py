@@ -124,7 +124,9 @@ class GPT(L.LightningModule):
             {"params": matrices, "weight_decay": self.hparams.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams.lr, betas=(0.9, 0.95), fused=True)
+        # In mixed precision Lightning does not clip the gradients of a fused optimizer.
+        fused = not self.trainer.precision.endswith("mixed")
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams.lr, betas=(0.9, 0.95), fused=fused)
         total, warmup = self.trainer.estimated_stepping_batches, self.hparams.warmup_steps
 
         def factor(step: int) -> float:
