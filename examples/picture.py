@@ -48,7 +48,7 @@ class MaskPicture(Callback):
     def record(self, step: int, model: L.LightningModule) -> None:
         """Keep a copy of the masks as they are now."""
         sparse = {
-            name: module.topology.mask.clone()
+            name: module.topology.mask.cpu()
             for name, module in model.named_modules()
             if isinstance(module, BlockSparseLinear)
         }

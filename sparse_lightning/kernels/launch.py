@@ -23,15 +23,18 @@ _ARGUMENT_BYTES = 128
 Built = TypeVar("Built")
 
 
-class _ArgumentBuffer(threading.local):
+class _Thread(threading.local):
+    """What each thread that launches kernels has of its own."""
+
     def __init__(self) -> None:
+        self.has_context = False
         self.buffer = ctypes.create_string_buffer(_ARGUMENT_BYTES)
         # What the driver wants: an array of pointers, one to each argument.
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
 
 
-_arguments = _ArgumentBuffer()
+_thread = _Thread()
 
 
 class Kernel:
@@ -63,6 +66,7 @@ class Kernel:
         self._shared_bytes = program.shared_bytes if threads is None else 0
         self._pack = struct.Struct(layout).pack_into
         self._driver_launch = driver.launchKernel
+        self._use_device = cupy.cuda.Device(device).use
         with cupy.cuda.Device(device):
             self._module = compiler.load_module(program.source, program.options, device)
             kernel = self._module.get_function(entry)
@@ -74,14 +78,19 @@ class Kernel:
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self.launch(grid_x, grid_y, *arguments)
-        self._pack(_arguments.buffer, 0, *arguments)
+        if not _thread.has_context:
+            # A thread of autograd may have had no CUDA call before this one: its memory came from
+            # PyTorch's cache. The driver, unlike the runtime, then has no context to launch in.
+            self._use_device()
+            _thread.has_context = True
+        self._pack(_thread.buffer, 0, *arguments)
         # The stream's handle, without the cost of a Stream object.
         stream: Any = torch._C._cuda_getCurrentRawStream(self._device)
         self._driver_launch(
             self._function,
             *(grid_x, grid_y, 1),
             *(self._threads, 1, 1),
-            *(self._shared_bytes, stream, _arguments.address, 0),
+            *(self._shared_bytes, stream, _thread.address, 0),
         )
         return None
 

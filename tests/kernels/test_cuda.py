@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -152,6 +155,39 @@ def test_kernels_run_on_the_current_stream() -> None:
     torch.cuda.synchronize()
     for result in results:
         assert_same(result, expected, rtol=0, atol=0)
+
+
+def test_a_thread_whose_first_cuda_call_is_a_launch() -> None:
+    layer = make_layer()
+    x, _ = tokens(128, layer)
+    with torch.no_grad():
+        expected = layer(x)
+        layer(x)  # leaves memory in PyTorch's cache, so that the thread need not ask for any
+    results: list[Tensor] = []
+
+    def launch() -> None:
+        with torch.no_grad():
+            results.append(layer(x))
+
+    thread = threading.Thread(target=launch)
+    thread.start()
+    thread.join()
+    assert_same(results, [expected], rtol=0, atol=0)
+
+
+def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
+    script = (
+        "import torch\n"
+        "from sparse_lightning import BlockSparseLinear\n"
+        "layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, device='cuda')\n"
+        "x = torch.randn(8, 64, device='cuda', requires_grad=True)\n"
+        "dy = torch.randn(8, 64, device='cuda')\n"
+        "del_me = [torch.empty_like(t) for t in (x, dy, layer.values) for _ in range(9)]\n"
+        "del del_me\n"
+        "print(torch.autograd.grad(layer(x), [x, layer.values], dy)[0].isfinite().all().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 @pytest.mark.parametrize("n", [64, 4096])
