@@ -10,7 +10,7 @@ from sparse_lightning.bench import command as bench
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status: 0, 1 for a failed check, 2 for wrong options."""
+    """Run a command line; return the exit status: 0, 1 for a failure, 2 for wrong options."""
     parser = argparse.ArgumentParser(
         prog="sparse-lightning", description="Block-sparse training for PyTorch Lightning."
     )
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time the products of a block-sparse layer",
         description="Time the products of a block-sparse layer against the dense ones, and against "
         "other libraries that are installed. A row is printed only after its results are right.",
+        epilog=bench.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_arguments(kernels)
     kernels.set_defaults(run=bench.run)
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"sparse-lightning: error: {error}", file=sys.stderr)
         return 2
-    except AssertionError as error:
+    except (AssertionError, RuntimeError) as error:  # a wrong result; no CuPy, no memory left
         print(f"sparse-lightning: {error}", file=sys.stderr)
         return 1
     return 0

@@ -19,6 +19,16 @@ from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+EXAMPLES = """examples:
+  all products, on this machine's GPU or CPU:
+    sparse-lightning bench kernels
+  from which density on blocks of 64 pay, as a picture:
+    sparse-lightning bench kernels --block-sizes 64 --plot speed.png
+  whole layers of a shape of your own:
+    sparse-lightning bench kernels --shape 16384 2048 8192 --ops layer --densities .25 .1
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
@@ -58,6 +68,10 @@ def run(options: argparse.Namespace) -> None:
     dtype_name = options.dtype or ("bf16" if on_cuda else "fp32")
     peers = [] if options.peers == ["none"] else options.peers or (installed() if on_cuda else [])
     _check(options, device, shape, peers)
+    if on_cuda and device.index is not None:
+        torch.cuda.set_device(device)  # events and streams are those of the current device
+    # Some containers turn it on, and then neither the reference nor the dense product is fp32.
+    torch.backends.cuda.matmul.allow_tf32 = False
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -82,6 +96,8 @@ def run(options: argparse.Namespace) -> None:
             "environment": environment,
             "shape": shape,
             "dtype": dtype_name,
+            "repeats": options.repeats,
+            "seed": options.seed,
             "rows": [row.as_dict() for row in rows],
         }
         temporary = options.json.with_name(options.json.name + ".tmp")
@@ -98,6 +114,11 @@ def _check(
 ) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("`--device` must be there; got 'cuda' without a CUDA GPU. Use cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"`--device` must be one of the {torch.cuda.device_count()} that are there; "
+            f"got '{device}'."
+        )
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"`--device` must be cuda or cpu; got '{device}'.")
     for name in ("repeats", "threads"):
@@ -112,11 +133,18 @@ def _check(
         check_density(density, "--densities")
     if peers and device.type != "cuda":
         raise ValueError("`--peers` must be none on a CPU: they run on CUDA only.")
+    for name in peers:
+        if name not in installed():
+            raise ValueError(f"`--peers` must be installed; got '{name}', which is not.")
     for path in (options.json, options.plot):
-        if path is not None and not os.access(path.parent, os.W_OK):
-            raise ValueError(f"'{path}' must be in a folder that can be written to.")
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ValueError(f"'{path}' must be a file in a folder that can be written to.")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "`--plot` needs matplotlib, which is not installed. "
             "Install it with: pip install 'sparse-lightning[examples]'"
         )
+    if options.plot:
+        from sparse_lightning.bench.plot import check_format
+
+        check_format(options.plot)

@@ -28,8 +28,10 @@ def describe(device: torch.device) -> dict[str, str]:
     for name in ("cupy-cuda12x", "cupy-cuda13x", "triton", "stanford-stk", "blksprs"):
         found[name] = _version(name)
     found["sparse-lightning"] = _version("sparse-lightning")
-    folder = Path(__file__).parent
-    found["commit"] = _printed_by("git", "-C", str(folder), "describe", "--always", "--dirty")
+    git = ("git", "-C", str(Path(__file__).parent))
+    # Installed below somebody else's repository, the package has no commit.
+    if _printed_by(*git, "ls-files", Path(__file__).name):
+        found["commit"] = _printed_by(*git, "describe", "--always", "--dirty")
     return {name: value for name, value in found.items() if value}
 
 

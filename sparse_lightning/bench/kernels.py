@@ -23,6 +23,7 @@ class Row:
         tflops: 10^12 floating-point operations a second, on present blocks.
         speedup: median over the turns of dense / sparse.
         peers: each peer's speed-up over the same dense product; None where it gave none.
+        peer_times: `Times` of the peers that gave one, in ms.
         remarks: why a peer gave none.
     """
 
@@ -34,6 +35,7 @@ class Row:
     tflops: float
     speedup: float
     peers: dict[str, float | None] = field(default_factory=dict)
+    peer_times: dict[str, Times] = field(default_factory=dict)
     remarks: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Ro
         tflops=problem.flops(op) / sparse.median / 1e9,
         speedup=speedup("ours"),
         peers={name: speedup(name) if name in samples else None for name in peers},
+        peer_times={name: Times.of(samples[name]) for name in peers if name in samples},
         remarks=remarks,
     )
 

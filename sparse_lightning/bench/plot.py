@@ -34,6 +34,21 @@ def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float |
     return None
 
 
+def check_format(path: Path) -> None:
+    """Raise ValueError unless matplotlib can write such a file.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(
+            f"`--plot` must end in one of {', '.join(sorted(formats))}; got '{path.name}'."
+        )
+
+
 def plot(rows: Sequence[Row], environment: dict[str, str], title: str, path: Path) -> None:
     """Draw the speed-ups of all rows, with the break-even marked, into an image file.
 
@@ -48,7 +63,9 @@ def plot(rows: Sequence[Row], environment: dict[str, str], title: str, path: Pat
     for op, axes in zip(ops, panels, strict=True):
         _panel(axes, op, [row for row in rows if row.op == op])
     panels[0].set_ylabel("speed-up over the dense product")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    lines = {label: line for label, line in lines.items() if not label.startswith("_")}
+    figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8)
     about = ", ".join(environment[k] for k in ("device", "commit") if k in environment)
     figure.suptitle(f"{title}\n{about}", fontsize=10)
     figure.savefig(path, dpi=150)
@@ -56,7 +73,11 @@ def plot(rows: Sequence[Row], environment: dict[str, str], title: str, path: Pat
 
 def _panel(axes: Axes, op: str, rows: Sequence[Row]) -> None:
     axes.axhline(1, color="0.35", linewidth=1)
-    densities = sorted({round(row.density, 3) for row in rows})
+    densities: list[float] = []
+    for density in sorted({round(row.density, 3) for row in rows}, reverse=True):
+        # Block sizes round a density differently: labels of near ones would overlap.
+        if not densities or density < 0.85 * densities[-1]:
+            densities.append(density)
     sizes = sorted({row.block_size for row in rows})
     for i, (size, colour) in enumerate(zip(sizes, _COLOURS, strict=False)):
         line = [row for row in rows if row.block_size == size]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +134,8 @@ class Problem:
 
     def check(self, op: str, contender: Contender) -> None:
         """Raise AssertionError unless what a contender computes is right, within rounding."""
-        results = contender.read(contender.run())
+        with _poisoned_memory():
+            results = contender.read(contender.run())
         for actual, expected in zip(results, self.expected(op), strict=True):
             if actual.shape != expected.shape:
                 raise AssertionError(f"shape {list(actual.shape)}, not {list(expected.shape)}")
@@ -157,3 +160,21 @@ class Problem:
     def _norms(self, dw: Tensor) -> Tensor:
         (rows, cols), size = self.layer.topology.grid, self.layer.block_size
         return dw.view(rows, size, cols, size).square().sum((1, 3))
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Fill fresh memory with NaN, for a while.
+
+    Else memory that the last contender has freed still holds the right result, and one that writes
+    nothing would be found right, and very fast.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*eterminis")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,7 @@ def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ] * 4
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["shape"] == [64, 128, 96] and content["dtype"] == "fp32"
+    assert content["repeats"] == 3 and content["seed"] == 0
     assert {"device", "torch", "commit"} <= content["environment"].keys()
     first = content["rows"][0]
     assert first["density"] == 0.5 and first["peers"] == {}
@@ -122,6 +126,8 @@ def test_a_wrong_kernel_is_not_timed(
         (lambda p, op: Contender(lambda: p.x @ p.linear.weight.T * 2), None, "relative error 1"),
         (lambda p, op: Contender(lambda: p.x * torch.nan), None, "shape"),
         (lambda p, op: 1 / 0, None, "division by zero"),
+        # The memory that it gets held the right result a moment ago.
+        (lambda p, op: Contender(lambda: torch.empty(64, 96)), None, "relative error nan"),
     ],
 )
 def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | None) -> None:
@@ -133,6 +139,7 @@ def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | Non
         assert kernels.table_row(row).endswith("| n/a |")
     else:
         assert row.peers["stk"] == pytest.approx(ratio, rel=0.9) and not row.remarks
+        assert row.as_dict()["peer_times"]["stk"]["median"] > 0
 
 
 @pytest.mark.parametrize(
@@ -148,6 +155,9 @@ def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | Non
         (("--device", "nonsense"), "cuda or cpu; got 'nonsense'"),
         (("--json", "/nowhere/x.json"), "'/nowhere/x.json'.*written"),
         (("--plot", "/nowhere/x.png"), "'/nowhere/x.png'.*written"),
+        (("--json", "."), "'.'.*must be a file"),
+        (("--plot", "."), "'.'.*must be a file"),
+        (("--plot", "x.docx"), r"--plot.*must end in.*png.*got 'x.docx'"),
     ],
 )
 def test_bad_options(
@@ -157,6 +167,52 @@ def test_bad_options(
     printed = capsys.readouterr()
     assert "|" not in printed.out, "nothing may be measured"
     assert re.search(says, printed.err), printed.err
+
+
+def test_a_peer_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*ONE, "--device", "cuda", "--peers", "stk"]) == 2
+    assert "installed; got 'stk'" in capsys.readouterr().err
+
+
+def test_no_memory_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(ops, "block_linear", full)
+    assert main([*ONE, "--ops", "fwd"]) == 1
+    assert capsys.readouterr().err == "sparse-lightning: out of memory\n"
+
+
+def test_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main([*ONE, "--device", "cuda:2", "--peers", "none"]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "one of the 2 that are there; got 'cuda:2'" in printed.err
+
+
+def test_the_commit_is_that_of_the_package(tmp_path: Path) -> None:
+    """Not that of a repository that somebody has an environment in."""
+    shutil.copytree(Path(kernels.__file__).parents[1], tmp_path / "site" / "sparse_lightning")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import torch\nfrom sparse_lightning.bench import environment\n"
+        "print(environment.__file__, environment.describe(torch.device('cpu')).get('commit'))"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
+    assert printed.startswith(str(tmp_path)) and printed.endswith(" None\n")
 
 
 def test_a_plot_without_matplotlib(
