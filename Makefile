@@ -87,9 +87,12 @@ gpu-test: $(DEV)  ## Run only the tests that need a CUDA GPU
 
 .PHONY: gpu-sanitize
 gpu-sanitize: $(DEV)  ## Look for memory errors and races in the kernels; needs compute-sanitizer
-	for tool in memcheck racecheck; do \
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	$(BIN)/python -m pytest -m gpu tests/kernels -k "(test_parity and empty_row) or many_tokens" || exit; done
+	$(call heading,Memory errors)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+		$(BIN)/python -m pytest -m gpu tests/kernels -k "(test_parity and empty_row) or many_tokens"
+	$(call heading,Races)
+	compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kernel_substring=block_ \
+		$(BIN)/python -m pytest -m gpu tests/kernels -k "test_parity and empty_row"
 
 .PHONY: fmt
 fmt: $(DEV)  ## Format, and fix what lint can fix
