@@ -39,12 +39,11 @@ static_assert(CONFIG_TN == B, "a thread block computes whole output blocks");
 typedef Product<T, TM, B, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, false, !FORWARD> BlockProduct;
 typedef Accumulator<T>::type Sum;
 typedef Tile<Sum, TM, B> Result;
-static_assert(STAGES * (BlockProduct::TileA::BYTES + BlockProduct::TileB::BYTES) <= CONFIG_SHARED_BYTES &&
-                  Result::BYTES <= CONFIG_SHARED_BYTES,
-              "the launcher must give enough shared memory");
+static_assert(shared_bytes<STAGES, BlockProduct, Result>() == CONFIG_SHARED_BYTES,
+              "programs.py must count alike");
 
-// The rows of the blocks that stand side by side along k. Forward, a row is an output and k runs along
-// it; for dx, k is what numbers the rows, and they may belong to several blocks.
+// The rows of the blocks that stand side by side along k. Forward, a row is an output and k runs
+// along it; for dx, k is what numbers the rows, and they may belong to several blocks.
 template <bool K_ROWS> struct WeightRows;
 
 template <> struct WeightRows<false> : Rows<T> {
@@ -83,7 +82,9 @@ extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
     if (entry >= end) return {x, 0, 0};
     return {x + a.entries[entry].x * B + k % B, a.in_features, n_tokens};
   };
-  auto weight = [&](int step, int col) { return WeightRows<!FORWARD>(a, begin, end, step * TK, col); };
+  auto weight = [&](int step, int col) {
+    return WeightRows<!FORWARD>(a, begin, end, step * TK, col);
+  };
   BlockProduct product;
   run_pipeline<STAGES>(product, shared, ((end - begin) * B + TK - 1) / TK, input, weight);
 

@@ -46,9 +46,8 @@ struct Arguments {
 constexpr int GROUP = TN / B, ROW_TILES = B / TM;
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> BlockProduct;
 typedef Tile<Sum, TM, TN> Result;
-static_assert(STAGES * (BlockProduct::TileA::BYTES + BlockProduct::TileB::BYTES) <= CONFIG_SHARED_BYTES &&
-                  Result::BYTES <= CONFIG_SHARED_BYTES,
-              "the launcher must give enough shared memory");
+static_assert(shared_bytes<STAGES, BlockProduct, Result>() == CONFIG_SHARED_BYTES,
+              "programs.py must count alike");
 
 // Writes rows `first_row` to `first_row + TM` of up to GROUP blocks.
 template <typename Out>
@@ -97,7 +96,8 @@ extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
 
   auto output_gradient = [&](int step, int col) -> Rows<T> {
     const long long token = (long long)step * TK;
-    return {left + token * out_features + col, (int)out_features, (int)min(n_tokens - token, (long long)TK)};
+    return {left + token * out_features + col, (int)out_features,
+            (int)min(n_tokens - token, (long long)TK)};
   };
   auto input = [&](int step, int col) -> Rows<T> {
     const long long token = (long long)step * TK;

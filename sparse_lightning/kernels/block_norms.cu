@@ -5,8 +5,9 @@
 //   armed  bool                         read on the device: without it the kernel ends at once
 //   scores float [out_features / block_size, in_features / block_size]
 //
-// dy^T x is computed in tiles of TM x TN, multiples of every block size, and never stored. A thread block takes tiles in turn; each
-// is reduced to sums over 16 x 16 squares, then to the sums of its blocks, always in one order.
+// dy^T x is computed in tiles of TM x TN, multiples of every block size, and never stored. A thread
+// block takes tiles in turn; each is reduced to sums over 16 x 16 squares, then to the sums of its
+// blocks, always in one order.
 //
 // The compiler's options CONFIG_... (programs.py) give the dtype, the sizes and the header with the
 // arithmetic.
@@ -32,9 +33,8 @@ constexpr int SQUARE = 16;  // the smallest block size
 constexpr int SQUARES_M = TM / SQUARE, SQUARES_N = TN / SQUARE;
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> TileProduct;
 typedef Tile<float, TM, TN> Result;
-static_assert(STAGES * (TileProduct::TileA::BYTES + TileProduct::TileB::BYTES) <= CONFIG_SHARED_BYTES &&
-                  Result::BYTES <= CONFIG_SHARED_BYTES,
-              "the launcher must give enough shared memory");
+static_assert(shared_bytes<STAGES, TileProduct, Result>() == CONFIG_SHARED_BYTES,
+              "programs.py must count alike");
 
 extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(const Arguments a) {
   extern __shared__ __align__(128) char shared[];
@@ -51,8 +51,12 @@ extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(c
       const long long n = min(a.tokens - token, (long long)TK);
       return {matrix + token * features + feature, features, (int)n};
     };
-    auto left = [&](int step, int col) { return tokens(a.dy, a.out_features, step, first_m + col); };
-    auto right = [&](int step, int col) { return tokens(a.x, a.in_features, step, first_n + col); };
+    auto left = [&](int step, int col) {
+      return tokens(a.dy, a.out_features, step, first_m + col);
+    };
+    auto right = [&](int step, int col) {
+      return tokens(a.x, a.in_features, step, first_n + col);
+    };
     TileProduct product;
     run_pipeline<STAGES>(product, shared, (int)((a.tokens + TK - 1) / TK), left, right);
 

@@ -101,8 +101,8 @@ __device__ void fill_async(TileType tile, Source source) {
 }
 
 // Adds `steps` products of tiles to `product`, STAGES - 1 steps of copies ahead of the arithmetic.
-// source_a(step, col) and source_b give the rows of a column, as in `fill_async`. Afterwards the whole
-// of `shared` is free for other use.
+// source_a(step, col) and source_b give the rows of a column, as in `fill_async`. Afterwards all of
+// `shared` is free for other use.
 template <int STAGES, typename Product, typename SourceA, typename SourceB>
 __device__ void run_pipeline(Product& product, char* shared, int steps, SourceA source_a,
                              SourceB source_b) {
@@ -130,4 +130,10 @@ __device__ void run_pipeline(Product& product, char* shared, int steps, SourceA 
   }
   wait_for_batches<0>();
   __syncthreads();
+}
+
+// Returns the shared memory that such a pipeline takes, and after it a tile of results.
+template <int STAGES, typename Product, typename Result> __device__ constexpr int shared_bytes() {
+  constexpr int pipeline = STAGES * (Product::TileA::BYTES + Product::TileB::BYTES);
+  return pipeline > Result::BYTES ? pipeline : Result::BYTES;
 }

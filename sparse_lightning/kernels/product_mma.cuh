@@ -1,4 +1,4 @@
-// C[TM, TN] += A B on tensor cores, bf16 or fp16 with fp32 sums (mma.sync m16n8k16, sm_80 and later).
+// C[TM, TN] += A B on tensor cores: bf16 or fp16 with fp32 sums (mma.sync m16n8k16, from sm_80 on).
 //
 // GROUPS_M x GROUPS_N warps share the tile. A and B each lie in shared memory either with k along
 // the rows' length ([TM or TN][TK]) or, if K_ROWS, one row for each k ([TK][TM or TN]); `ldmatrix`
@@ -19,14 +19,16 @@ __device__ void load_matrices(unsigned (&out)[4], const void* row) {
                  : "r"(shared_address(row)));
 }
 
-__device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned* b, bf16) {
+__device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned* b,
+                                    bf16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-__device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned* b, fp16) {
+__device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned* b,
+                                    fp16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -157,7 +157,7 @@ def _program(
         raise TypeError(f"The input's dtype must be one of {names}; got {dtype}.")
     t, has_mma = tiling, _has_mma(dtype)
 
-    # What the kernels assert of CONFIG_SHARED_BYTES: all stages of both operands, or the result.
+    # As `shared_bytes` in common.cuh counts: all stages of both operands, or the result.
     sum_bytes = 4 if has_mma or source == "block_norms.cu" else dtype.itemsize
     shared_bytes = max(
         t.stages * t.tk * (t.tm + t.tn) * dtype.itemsize,

@@ -87,6 +87,34 @@ def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
     check_parity(case, "cuda")
 
 
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_results_are_as_exact_as_those_of_a_dense_layer(
+    block_size: int, dtype: torch.dtype
+) -> None:
+    """Also over many tokens and features, where a sum kept in too few bits would show."""
+    layer = make_layer(2048, 1536, block_size=block_size, dtype=dtype)
+    dense = layer.to_linear()
+    x, dy = tokens(4096, layer)
+    exact = run(dense.double(), x.double(), dy.double())
+    dense.to(dtype)
+
+    def errors(results: list[Tensor]) -> list[float]:
+        return [
+            float((result.double() - e).norm() / e.norm())
+            for result, e in zip(results, exact, strict=True)
+        ]
+
+    y, dx, dvalues, dbias = run(layer, x, dy)
+    expected = run(dense, x, dy)
+    # Both at the present blocks.
+    exact[2], expected[2] = (layer.topology.pack(results[2]) for results in (exact, expected))
+    # In half precision the rounding of operands and results counts; in fp32 the order of sums does.
+    factor = 2 if dtype == torch.float32 else 1.05
+    for ours, theirs in zip(errors([y, dx, dvalues, dbias]), errors(expected), strict=True):
+        assert ours <= factor * theirs
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_misaligned_memory(dtype: torch.dtype) -> None:
     layer = make_layer(dtype=dtype)
