@@ -56,6 +56,8 @@ class Kernel:
     def __init__(
         self, program: Program, entry: str, layout: str, device: int, threads: int | None = None
     ) -> None:
+        # First: it says what is missing.
+        self._module = compiler.load_module(program.source, program.options, device)
         import cupy
         from cupy_backends.cuda.api import driver
 
@@ -68,7 +70,6 @@ class Kernel:
         self._driver_launch = driver.launchKernel
         self._use_device = cupy.cuda.Device(device).use
         with cupy.cuda.Device(device):
-            self._module = compiler.load_module(program.source, program.options, device)
             kernel = self._module.get_function(entry)
             kernel.max_dynamic_shared_size_bytes = self._shared_bytes
             self._function = kernel.kernel.ptr
@@ -77,7 +78,8 @@ class Kernel:
         """Put the kernel on PyTorch's current stream of its device."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self.launch(grid_x, grid_y, *arguments)
+                self.launch(grid_x, grid_y, *arguments)
+            return
         if not _thread.has_context:
             # A thread of autograd may have had no CUDA call before this one: its memory came from
             # PyTorch's cache. The driver, unlike the runtime, then has no context to launch in.
@@ -92,7 +94,6 @@ class Kernel:
             *(self._threads, 1, 1),
             *(self._shared_bytes, stream, _thread.address, 0),
         )
-        return None
 
 
 _lock = threading.Lock()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_lightning.kernels import compiler
+from sparse_lightning.kernels import compiler, cuda
 from sparse_lightning.kernels.programs import MAX_SHARED_BYTES, all_programs, norms_program
 
 # Without the compiler these tests would show nothing; `make setup` brings it, but not on macOS.
@@ -208,6 +208,15 @@ def test_without_cupy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         RuntimeError, match=r"need CuPy.*pip install 'sparse-lightning\[cuda1\d\]'.*'cpu'"
     ):
         compiler._nvrtc.__wrapped__()
+
+
+def test_without_cupy_a_kernel_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thing a user without CuPy meets, and not an import error from further inside."""
+    for module in ("cupy", "cupy_backends.cuda.api", "cupy_backends.cuda.libs"):
+        monkeypatch.setitem(sys.modules, module, None)
+    compiler._nvrtc.cache_clear()
+    with pytest.raises(RuntimeError, match=r"need CuPy.*pip install 'sparse-lightning"):
+        cuda._norms_kernel(torch.bfloat16, 0)
 
 
 def test_without_nvrtc_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
