@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sparse_lightning.bench import problem
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -22,9 +24,6 @@ def _seeded() -> None:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN (integers: the largest), so an element never written is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    with problem.poisoned_memory():
         assert torch.empty(3).isnan().all(), "PyTorch no longer fills uninitialised memory"
         yield
-    finally:
-        torch.use_deterministic_algorithms(False)

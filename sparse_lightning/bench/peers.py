@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_lightning.bench.problem import Contender, Problem
+from sparse_lightning.topology import BlockTopology
 
 
 def torch_bsr(problem: Problem, op: str) -> Contender:
@@ -57,7 +58,7 @@ def stk(problem: Problem, op: str) -> Contender:
         dy_t = dy.T  # it takes transposed views as they are
         return Contender(
             lambda: sdd(dy_t, x, matrix),
-            lambda out: (at.pack(_dense(out.data, rows, cols, at.grid)),),
+            lambda out: (_by_slot(problem, out.data),),
         )
     if op == "fwd":
         transposed = matrix.t()
@@ -77,10 +78,13 @@ def blksprs(problem: Problem, op: str) -> Contender:
     size, mask = at.block_size, at.mask
     rows, cols, blocks = _by_row(problem)
 
+    def everywhere(rows: int, cols: int) -> BlockTopology:
+        ones = torch.ones(rows // size, cols // size, dtype=torch.bool, device=x.device)
+        return BlockTopology.from_mask(ones, size)
+
     def dense(matrix: Tensor) -> tuple[BlksprsTensor, Tensor]:
-        return BlksprsTensor.wrap(_blocks(matrix, size).flatten(0, 1).contiguous()), _layout(
-            torch.ones(matrix.shape[0] // size, matrix.shape[1] // size, device=x.device)
-        )
+        full = everywhere(*matrix.shape)
+        return BlksprsTensor.wrap(full.pack(matrix)), _layout(full.mask)
 
     if op == "fwd":
         by_col = (cols.long() * at.grid[0] + rows.long()).argsort()
@@ -90,15 +94,12 @@ def blksprs(problem: Problem, op: str) -> Contender:
         left, right = dense(dy), (BlksprsTensor.wrap(blocks), _layout(mask))
     else:
         left, right = dense(dy.T.contiguous()), dense(x)
-    out_rows, out_cols = left[1].shape[1], right[1].shape[2]
-    out_layout = _layout(mask if op == "dw" else torch.ones(out_rows, out_cols, device=x.device))
+    out = everywhere(x.shape[0], at.out_features if op == "fwd" else at.in_features)
+    out_layout = _layout(mask if op == "dw" else out.mask)
     cache: dict[str, Tensor] = {}
 
-    def read(out: Tensor) -> tuple[Tensor]:
-        if op == "dw":
-            return (at.pack(_dense(out, rows, cols, at.grid)),)
-        grid = out.view(out_rows, out_cols, size, size)
-        return (grid.transpose(1, 2).reshape(out_rows * size, out_cols * size),)
+    def read(blocks: Tensor) -> tuple[Tensor]:
+        return (_by_slot(problem, blocks) if op == "dw" else out.unpack(blocks),)
 
     return Contender(lambda: matmul(*left, *right, out_layout, size, cache), read)
 
@@ -121,19 +122,13 @@ def _by_row(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return rows, cols, problem.layer.values.detach()[slots]
 
 
-def _blocks(matrix: Tensor, size: int) -> Tensor:
-    """Return `[rows / size, cols / size, size, size]`."""
-    rows: Tensor = matrix.unflatten(0, (-1, size))
-    out: Tensor = rows.unflatten(2, (-1, size))
-    return out.transpose(1, 2)
-
-
-def _dense(blocks: Tensor, rows: Tensor, cols: Tensor, grid: tuple[int, int]) -> Tensor:
-    size = blocks.shape[-1]
-    out = blocks.new_zeros(grid[0] * size, grid[1] * size)
-    _blocks(out, size)[rows, cols] = blocks
+def _by_slot(problem: Problem, blocks: Tensor) -> Tensor:
+    """Return blocks that are in row-major order as `values` has them; no slot is empty."""
+    slots = problem.layer.topology.row_entries[:, 1].long()
+    out = torch.empty_like(blocks)
+    out[slots] = blocks
     return out
 
 
 def _layout(mask: Tensor) -> Tensor:
-    return mask.bool().unsqueeze(0).contiguous()
+    return mask.unsqueeze(0).contiguous()

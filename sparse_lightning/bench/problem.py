@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_lightning.kernels import ops
+from sparse_lightning.kernels.reference import squared_norms
 from sparse_lightning.linear import BlockSparseLinear
 
 OPS = {
@@ -92,6 +93,7 @@ class Problem:
             ops.block_norms_(dy, x, armed, scores)
             return scores
 
+        step = Contender(self._step(layer), lambda out: out)
         return {
             "fwd": Contender(
                 lambda: ops.block_linear(x, values, None, at.coords, *rows, *cols, *unused)
@@ -99,8 +101,8 @@ class Problem:
             "dx": Contender(lambda: ops.block_linear_dx(dy, values, *cols)),
             "dw": Contender(lambda: ops.block_linear_dw(dy, x, at.coords, *rows, at.block_size)),
             "norms": Contender(norms),
-            "layer": Contender(self._step(layer), lambda out: out),
-            "host": Contender(self._step(layer), lambda out: out),
+            "layer": step,
+            "host": step,
         }[op]
 
     def dense(self, op: str) -> Contender:
@@ -134,7 +136,7 @@ class Problem:
 
     def check(self, op: str, contender: Contender) -> None:
         """Raise AssertionError unless what a contender computes is right, within rounding."""
-        with _poisoned_memory():
+        with poisoned_memory():
             results = contender.read(contender.run())
         for actual, expected in zip(results, self.expected(op), strict=True):
             if actual.shape != expected.shape:
@@ -158,15 +160,14 @@ class Problem:
         return self.layer.topology.pack(dense)
 
     def _norms(self, dw: Tensor) -> Tensor:
-        (rows, cols), size = self.layer.topology.grid, self.layer.block_size
-        return dw.view(rows, size, cols, size).square().sum((1, 3))
+        return squared_norms(dw, self.layer.topology.grid)
 
 
 @contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """Fill fresh memory with NaN, for a while.
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh memory with NaN (integers: the largest), for a while.
 
-    Else memory that the last contender has freed still holds the right result, and one that writes
+    Else memory that was just freed may still hold the right result, and a kernel that writes
     nothing would be found right, and very fast.
     """
     enabled = torch.are_deterministic_algorithms_enabled()

@@ -98,8 +98,8 @@ def block_linear_dw(
 ) -> Tensor:
     """Return the present blocks of dy^T x, zeros in empty slots; see `ops` for shapes."""
     device = _device_of(x, dy, row_offsets, row_entries, coords)
-    tokens, in_features = _check_pair(dy, x, (row_offsets.shape[0] - 1) * block_size)
     capacity, out_blocks = coords.shape[0], row_offsets.shape[0] - 1
+    tokens, in_features = _check_pair(dy, x, out_blocks * block_size)
     dw = x.new_empty(capacity, block_size, block_size)
     if capacity == 0:
         return dw
@@ -188,11 +188,10 @@ def _device_of(first: Tensor, *others: Tensor | None) -> int:
     """Return the index of the CUDA device that all tensors are on."""
     device = first.get_device()
     for tensor in others:
-        if (tensor is not None and tensor.get_device() != device) or device < 0:
+        if tensor is not None and tensor.get_device() != device:
             raise RuntimeError(
                 "The input and the layer must be on the same device; got "
-                f"{first.device} and {others[0] if tensor is None else tensor.device}. "
-                "Move one of them with .to(device)."
+                f"{first.device} and {tensor.device}. Move one of them with .to(device)."
             )
     return device
 

@@ -1,8 +1,8 @@
 """Which source, with which options, serves a product: pure functions on dtypes and ints.
 
-A *program* is a `.cu` file with all its options set. How its tiles are cut was measured on an H100
-(`sparse-lightning bench kernels`); every choice fits the 99 KiB of shared memory a thread block can
-have on the smallest of the supported devices.
+A *program* is a `.cu` file with all its options set. How its tiles are cut was chosen on an H100,
+and `sparse-lightning bench kernels` measures what comes of it; every choice fits the 99 KiB of
+shared memory a thread block can have on the smallest of the supported devices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_lightning.topology import BLOCK_SIZES
+from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 
 DTYPES = {
     torch.bfloat16: "bf16",
@@ -85,14 +85,16 @@ _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
 
 def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Program:
     """Return the program of y = x W^T (forward) or dx = dy W: `block_linear`."""
-    tiling = (_LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT)[_checked(block_size)]
+    check_block_size(block_size)
+    tiling = (_LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT)[block_size]
     options = {"B": block_size, "FORWARD": int(forward)}
     return _program("block_linear.cu", dtype, tiling, options)
 
 
 def dw_program(dtype: torch.dtype, block_size: int) -> Program:
     """Return the program of dW at present blocks: `block_linear_dw` and `add_partials`."""
-    tiling = (_DW_MMA if _has_mma(dtype) else _DW_SIMT)[_checked(block_size)]
+    check_block_size(block_size)
+    tiling = (_DW_MMA if _has_mma(dtype) else _DW_SIMT)[block_size]
     return _program("block_linear_dw.cu", dtype, tiling, {"B": block_size})
 
 
@@ -138,12 +140,6 @@ def token_parts(tokens: int, tiles: int, tk: int, processors: int) -> tuple[int,
 
 def _has_mma(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
-
-
-def _checked(block_size: int) -> int:
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"`block_size` must be one of {BLOCK_SIZES}; got {block_size}.")
-    return block_size
 
 
 def _program(

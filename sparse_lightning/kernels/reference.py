@@ -50,6 +50,10 @@ def block_linear_dw(dy: Tensor, x: Tensor, coords: Tensor, block_size: int) -> T
 
 def block_norms(dy: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the squared Frobenius norm of each block of dy^T x, `[out_blocks, in_blocks]`."""
-    gradient = dense_gradient(dy, x)
-    block_size = gradient.shape[0] // grid[0]
-    return gradient.view(grid[0], block_size, grid[1], block_size).square().sum((1, 3))
+    return squared_norms(dense_gradient(dy, x), grid)
+
+
+def squared_norms(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the squared Frobenius norm of each block of a dense matrix, as a `grid` of them."""
+    block_size = matrix.shape[0] // grid[0]
+    return matrix.view(grid[0], block_size, grid[1], block_size).square().sum((1, 3))

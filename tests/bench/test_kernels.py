@@ -258,6 +258,6 @@ def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_blocks_of_a_peer_by_hand() -> None:
     p = problem()
     rows, cols, blocks = peers._by_row(p)
-    dense: Tensor = peers._dense(blocks, rows, cols, p.layer.topology.grid)
+    dense: Tensor = p.layer.topology.unpack(peers._by_slot(p, blocks))
     torch.testing.assert_close(dense, p.linear.weight.detach())
     assert (rows * 8 + cols).diff().min() > 0

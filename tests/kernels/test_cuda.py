@@ -210,8 +210,9 @@ def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
         "layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, device='cuda')\n"
         "x = torch.randn(8, 64, device='cuda', requires_grad=True)\n"
         "dy = torch.randn(8, 64, device='cuda')\n"
-        "del_me = [torch.empty_like(t) for t in (x, dy, layer.values) for _ in range(9)]\n"
-        "del del_me\n"
+        # Freed, it stays in PyTorch's cache, so that backward need not ask CUDA for any.
+        "spare = [torch.empty_like(t) for t in (x, dy, layer.values) for _ in range(9)]\n"
+        "del spare\n"
         "print(torch.autograd.grad(layer(x), [x, layer.values], dy)[0].isfinite().all().item())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
