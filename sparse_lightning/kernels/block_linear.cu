@@ -44,9 +44,11 @@ static_assert(shared_bytes<STAGES, BlockProduct, Result>() == CONFIG_SHARED_BYTE
 
 // The rows of the blocks that stand side by side along k. Forward, a row is an output and k runs
 // along it; for dx, k is what numbers the rows, and they may belong to several blocks.
-template <bool K_ROWS> struct WeightRows;
+template <bool K_ROWS>
+struct WeightRows;
 
-template <> struct WeightRows<false> : Rows<T> {
+template <>
+struct WeightRows<false> : Rows<T> {
   __device__ WeightRows(const Arguments& a, int begin, int end, int first_k, int col) {
     const int k = first_k + col, entry = begin + k / B;
     const bool exists = entry < end;
@@ -55,7 +57,8 @@ template <> struct WeightRows<false> : Rows<T> {
   }
 };
 
-template <> struct WeightRows<true> {
+template <>
+struct WeightRows<true> {
   const Arguments& a;
   int begin, end, first_k, col;
   __device__ WeightRows(const Arguments& a, int begin, int end, int first_k, int col)

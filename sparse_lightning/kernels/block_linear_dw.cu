@@ -7,8 +7,8 @@
 //   dw      T [capacity, B, B]         block by slot, every element is written
 //
 // One thread block computes TM rows of TN / B blocks of one block row side by side, over the tokens
-// of one part of them. Rows have unequal numbers of blocks, which only the device knows: the grid is
-// made for full rows, and thread blocks without work end at once.
+// of one part of them. Rows have unequal numbers of blocks, which only the device knows: the grid
+// is made for full rows, and thread blocks without work end at once.
 //
 //   blockIdx.x = ((block row or, at the end, the empty slots) * groups + group) * B / TM + row tile
 //   blockIdx.y = part of the tokens

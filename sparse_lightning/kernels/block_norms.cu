@@ -54,9 +54,7 @@ extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(c
     auto left = [&](int step, int col) {
       return tokens(a.dy, a.out_features, step, first_m + col);
     };
-    auto right = [&](int step, int col) {
-      return tokens(a.x, a.in_features, step, first_n + col);
-    };
+    auto right = [&](int step, int col) { return tokens(a.x, a.in_features, step, first_n + col); };
     TileProduct product;
     run_pipeline<STAGES>(product, shared, (int)((a.tokens + TK - 1) / TK), left, right);
 

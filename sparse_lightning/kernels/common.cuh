@@ -6,12 +6,22 @@
 
 #pragma once
 
-struct bf16 { unsigned short bits; };
-struct fp16 { unsigned short bits; };
+struct bf16 {
+  unsigned short bits;
+};
+struct fp16 {
+  unsigned short bits;
+};
 
 // The dtype in which sums are kept.
-template <typename T> struct Accumulator { typedef float type; };
-template <> struct Accumulator<double> { typedef double type; };
+template <typename T>
+struct Accumulator {
+  typedef float type;
+};
+template <>
+struct Accumulator<double> {
+  typedef double type;
+};
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -22,29 +32,36 @@ __device__ inline float widen(fp16 x) {
   return out;
 }
 
-template <typename T> __device__ T round_to(typename Accumulator<T>::type x) { return x; }
-template <> __device__ bf16 round_to<bf16>(float x) {
+template <typename T>
+__device__ T round_to(typename Accumulator<T>::type x) {
+  return x;
+}
+template <>
+__device__ bf16 round_to<bf16>(float x) {
   bf16 out;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
   return out;
 }
-template <> __device__ fp16 round_to<fp16>(float x) {
+template <>
+__device__ fp16 round_to<fp16>(float x) {
   fp16 out;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
   return out;
 }
 
 // 16 bytes of a dtype, the unit of every copy.
-template <typename T> struct alignas(16) Chunk {
+template <typename T>
+struct alignas(16) Chunk {
   static constexpr int SIZE = 16 / sizeof(T);
   T element[SIZE];
 };
 
 // A matrix in shared memory. The chunks of each 128-byte line are permuted by XOR, so that the same
-// chunk of eight consecutive rows lies in eight different groups of banks (padding the rows does that
-// too, but a row that crosses a line makes an asynchronous copy fetch sectors twice: measured, half
-// as much again from L2).
-template <typename T, int ROWS_, int COLS_> struct Tile {
+// chunk of eight consecutive rows lies in eight different groups of banks (padding the rows does
+// that too, but a row that crosses a line makes an asynchronous copy fetch sectors twice: measured,
+// half as much again from L2).
+template <typename T, int ROWS_, int COLS_>
+struct Tile {
   typedef T Element;
   static constexpr int ROWS = ROWS_, COLS = COLS_, BYTES = ROWS * COLS * sizeof(T);
   static constexpr int CHUNK = Chunk<T>::SIZE, PER_ROW = COLS / CHUNK;
@@ -64,8 +81,8 @@ __device__ inline unsigned shared_address(const void* pointer) {
 
 // Copies 16 bytes into shared memory without waiting, or writes zeros and reads nothing.
 __device__ inline void copy_async(void* to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(exists ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(exists ? 16 : 0)
                : "memory");
 }
 
@@ -73,12 +90,14 @@ __device__ inline void copy_async(void* to, const void* from, bool exists) {
 __device__ inline void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of this thread's batches are still under way.
-template <int PENDING> __device__ void wait_for_batches() {
+template <int PENDING>
+__device__ void wait_for_batches() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // Rows of a matrix in global memory, from some column on; those from `n` on count as zeros.
-template <typename T> struct Rows {
+template <typename T>
+struct Rows {
   const T* first;
   int stride, n;
   __device__ bool has(int row) const { return row < n; }
@@ -133,7 +152,8 @@ __device__ void run_pipeline(Product& product, char* shared, int steps, SourceA 
 }
 
 // Returns the shared memory that such a pipeline takes, and after it a tile of results.
-template <int STAGES, typename Product, typename Result> __device__ constexpr int shared_bytes() {
+template <int STAGES, typename Product, typename Result>
+__device__ constexpr int shared_bytes() {
   constexpr int pipeline = STAGES * (Product::TileA::BYTES + Product::TileB::BYTES);
   return pipeline > Result::BYTES ? pipeline : Result::BYTES;
 }

@@ -66,14 +66,14 @@ struct Product {
 #pragma unroll
     for (int i = 0; i < PARTS_M; ++i) {
       const int m = first_m() + 16 * i;
-      load_matrices<A_K_ROWS>(out.left[i], A_K_ROWS ? a.at(k + row + high, m + low)
-                                                    : a.at(m + row + low, k + high));
+      load_matrices<A_K_ROWS>(
+          out.left[i], A_K_ROWS ? a.at(k + row + high, m + low) : a.at(m + row + low, k + high));
     }
 #pragma unroll
     for (int j = 0; j < PARTS_N / 2; ++j) {
       const int n = first_n() + 16 * j;
-      load_matrices<B_K_ROWS>(out.right[j], B_K_ROWS ? b.at(k + row + low, n + high)
-                                                     : b.at(n + row + high, k + low));
+      load_matrices<B_K_ROWS>(
+          out.right[j], B_K_ROWS ? b.at(k + row + low, n + high) : b.at(n + row + high, k + low));
     }
   }
 

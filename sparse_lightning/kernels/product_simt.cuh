@@ -50,7 +50,8 @@ struct Product {
   }
 
   // Lays the sums out in shared memory.
-  template <typename Out> __device__ void store(Tile<Out, TM, TN> out) const {
+  template <typename Out>
+  __device__ void store(Tile<Out, TM, TN> out) const {
 #pragma unroll
     for (int i = 0; i < M; ++i)
 #pragma unroll
