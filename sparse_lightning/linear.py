@@ -175,6 +175,7 @@ class BlockSparseLinear(nn.Module):
             topology.row_entries,
             topology.col_offsets,
             topology.col_entries,
+            topology.slots,
             self.armed,
             self.block_scores,
         )

@@ -28,6 +28,7 @@ class BlockTopology:
         col_offsets: int32 `[in_blocks + 1]`, where each block column begins in `col_entries`.
         col_entries: int32 `[capacity, 2]`, the (block row, slot) of each block, by column and then
             row; the empty slots follow at the end, as (-1, slot).
+        slots: int32 `[out_blocks, in_blocks]`, the slot of each block; -1 if it is absent.
 
     Args:
         coords: integer `[capacity, 2]`, as above; copied.
@@ -65,6 +66,7 @@ class BlockTopology:
         self.coords = empty(capacity, 2)
         self.row_offsets, self.row_entries = empty(out_blocks + 1), empty(capacity, 2)
         self.col_offsets, self.col_entries = empty(in_blocks + 1), empty(capacity, 2)
+        self.slots = empty(out_blocks, in_blocks)
         self.assign_(coords)
 
     @classmethod
@@ -211,13 +213,17 @@ class BlockTopology:
         self.col_entries.copy_(torch.stack([rows[col_slots], col_slots], 1))
         self.row_offsets.copy_(_offsets(rows[present], out_blocks))
         self.col_offsets.copy_(_offsets(cols[present], in_blocks))
+        slots = torch.full((last + 1,), -1, dtype=torch.int32, device=coords.device)
+        slots[by_row] = torch.arange(self.capacity, dtype=torch.int32, device=coords.device)
+        self.slots.copy_(slots[:last].view(self.grid))  # empty slots wrote behind it
         self.n_blocks = n_blocks
         return self
 
     def to_(self, device: torch.device) -> BlockTopology:
         """Move every index tensor to `device`, in place (new storage when the device differs)."""
-        for name in ("coords", "row_offsets", "row_entries", "col_offsets", "col_entries"):
-            setattr(self, name, getattr(self, name).to(device))
+        for name, value in [*vars(self).items()]:
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
         return self
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -273,10 +279,7 @@ class BlockTopology:
     @property
     def mask(self) -> Tensor:
         """The block mask: bool `[out_blocks, in_blocks]`, a new tensor."""
-        mask = torch.zeros(self.grid, dtype=torch.bool, device=self.device)
-        rows, cols = self.coords.long().unbind(1)
-        mask[rows[rows >= 0], cols[rows >= 0]] = True
-        return mask
+        return self.slots >= 0
 
     @property
     def capacity(self) -> int:

@@ -32,7 +32,7 @@ def update_randomly(layer: BlockSparseLinear) -> None:
 
 
 def index_tensors(layer: BlockSparseLinear) -> dict[str, Tensor]:
-    names = ("coords", "row_offsets", "row_entries", "col_offsets", "col_entries")
+    names = ("coords", "row_offsets", "row_entries", "col_offsets", "col_entries", "slots")
     return {name: getattr(layer.topology, name) for name in names}
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparse_lightning import BlockTopology
 from sparse_lightning.topology import block_grid, count_blocks
 
-INDICES = ("coords", "row_offsets", "row_entries", "col_offsets", "col_entries")
+INDICES = ("coords", "row_offsets", "row_entries", "col_offsets", "col_entries", "slots")
 B = 16
 EMPTY = (-1, -1)
 
@@ -49,6 +49,10 @@ def brute_force(slots: list[tuple[int, int]], grid: tuple[int, int]) -> dict[str
         "row_entries": rows + empty,
         "col_offsets": col_offsets,
         "col_entries": cols + empty,
+        "slots": [
+            [slots.index((r, c)) if (r, c) in slots else -1 for c in range(grid[1])]
+            for r in range(grid[0])
+        ],
     }
 
 
@@ -75,6 +79,7 @@ def test_indices_of_a_small_table() -> None:
         "row_entries": [[0, 2], [0, 0], [-1, 1]],
         "col_offsets": [0, 2, 2],
         "col_entries": [[0, 2], [2, 0], [-1, 1]],
+        "slots": [[2, -1], [-1, -1], [0, -1]],
     }
     assert topology.mask.tolist() == [[True, False], [False, False], [True, False]]
     assert (topology.n_blocks, topology.capacity, topology.block_size) == (2, 3, B)

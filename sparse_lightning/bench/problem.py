@@ -84,7 +84,8 @@ class Problem:
         """Return this package's way."""
         layer, x, dy = self.layer, self.x, self.dy
         at, values = layer.topology, layer.values.detach()
-        rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
+        rows = at.row_offsets, at.row_entries
+        cols = at.col_offsets, at.col_entries, at.slots
         armed = torch.ones_like(layer.armed)
         scores = torch.zeros_like(layer.block_scores)
         unused = (layer.armed, layer.block_scores)

@@ -57,6 +57,7 @@ def block_linear(
     row_entries: Tensor,
     col_offsets: Tensor,
     col_entries: Tensor,
+    slots: Tensor,
     armed: Tensor,
     scores: Tensor,
 ) -> Tensor:
@@ -65,7 +66,9 @@ def block_linear(
     return _multiply(x, values, bias, row_offsets, row_entries, in_blocks, transposed=True)
 
 
-def block_linear_dx(dy: Tensor, values: Tensor, col_offsets: Tensor, col_entries: Tensor) -> Tensor:
+def block_linear_dx(
+    dy: Tensor, values: Tensor, col_offsets: Tensor, col_entries: Tensor, slots: Tensor
+) -> Tensor:
     """Return dy W; see `ops` for shapes."""
     in_blocks = dy.shape[-1] // values.shape[1]
     return _multiply(dy, values, None, col_offsets, col_entries, in_blocks, transposed=False)

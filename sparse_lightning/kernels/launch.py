@@ -18,7 +18,7 @@ import torch
 from sparse_lightning.kernels import compiler
 from sparse_lightning.kernels.programs import Program
 
-_ARGUMENT_BYTES = 128
+_ARGUMENT_BYTES = 512
 
 Built = TypeVar("Built")
 
@@ -48,7 +48,7 @@ class Kernel:
         program: compiled unless the cache has it.
         entry: name of the kernel in its source.
         layout: of its argument, in the notation of `struct`, with C's alignment: P a pointer,
-            q a 64-bit and i a 32-bit integer.
+            q a 64-bit and i a 32-bit integer, 128s a tensor map.
         device: index of the CUDA device.
         threads: of a thread block; the program's if None, with its shared memory.
     """
@@ -74,7 +74,7 @@ class Kernel:
             kernel.max_dynamic_shared_size_bytes = self._shared_bytes
             self._function = kernel.kernel.ptr
 
-    def launch(self, grid_x: int, grid_y: int, *arguments: int) -> None:
+    def launch(self, grid_x: int, grid_y: int, *arguments: int | bytes) -> None:
         """Put the kernel on PyTorch's current stream of its device."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):

@@ -9,8 +9,8 @@ the capacity of a layer, so that a topology update neither recompiles nor recapt
     block_norms_      scores += squared Frobenius norm of each block of dy^T x, if armed
 
 `x` is `[..., in_features]`, `dy` and `y` are `[..., out_features]`, `values` and `dW` are
-`[capacity, B, B]`; coords, offsets and entries are int32, as in `BlockTopology`; `armed` is a
-0-dim bool, `scores` is fp32 `[out_blocks, in_blocks]`, both on the device of `x`.
+`[capacity, B, B]`; coords, offsets, entries and slots are int32, as in `BlockTopology`; `armed` is
+a 0-dim bool, `scores` is fp32 `[out_blocks, in_blocks]`, both on the device of `x`.
 
 `Library.define` with an `autograd.Function` at the Autograd key is used, rather than
 `torch.library.custom_op`, for its host time: about half, and a kernel at low density lasts no
@@ -32,10 +32,11 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "block_linear(Tensor x, Tensor values, Tensor? bias, Tensor coords, "
     "Tensor row_offsets, Tensor row_entries, Tensor col_offsets, Tensor col_entries, "
-    "Tensor armed, Tensor scores) -> Tensor"
+    "Tensor slots, Tensor armed, Tensor scores) -> Tensor"
 )
 _library.define(
-    "block_linear_dx(Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries) -> Tensor"
+    "block_linear_dx(Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries, "
+    "Tensor slots) -> Tensor"
 )
 _library.define(
     "block_linear_dw(Tensor dy, Tensor x, Tensor coords, Tensor row_offsets, Tensor row_entries, "
@@ -60,11 +61,11 @@ def implement(dispatch_key: str, backend: ModuleType) -> None:
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, values, bias, coords, row_offsets, row_entries, col_offsets, col_entries = args[:8]
-        ctx.save_for_backward(x, values, coords, row_offsets, row_entries, col_offsets, col_entries)
+        x, values, bias, *indices = args[:9]
+        ctx.save_for_backward(x, values, *indices)
         # Not saved for backward: the backward of a layer that was called twice would find the
         # scores changed by its own first half, and autograd would refuse them.
-        ctx.armed, ctx.scores = args[8:]
+        ctx.armed, ctx.scores = args[9:]
         ctx.has_bias = bias is not None
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = block_linear(*args)
@@ -73,16 +74,16 @@ class _BlockLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, coords, row_offsets, row_entries, col_offsets, col_entries = ctx.saved_tensors
+        x, values, coords, row_offsets, row_entries, *by_column = ctx.saved_tensors
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = block_linear_dx(dy, values, col_offsets, col_entries)
+            dx = block_linear_dx(dy, values, *by_column)
         if ctx.needs_input_grad[1]:
             dvalues = block_linear_dw(dy, x, coords, row_offsets, row_entries, values.shape[1])
             block_norms_(dy, x, ctx.armed, ctx.scores)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dvalues, dbias, *[None] * 7
+        return dx, dvalues, dbias, *[None] * 8
 
 
 _library.impl("block_linear", _BlockLinear.apply, "Autograd")
@@ -99,7 +100,7 @@ def _fake_block_linear(
     return x.new_empty(*x.shape[:-1], (row_offsets.shape[0] - 1) * values.shape[1])
 
 
-def _fake_block_linear_dx(dy: Tensor, values: Tensor, col_offsets: Tensor, _: Tensor) -> Tensor:
+def _fake_block_linear_dx(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Tensor) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], (col_offsets.shape[0] - 1) * values.shape[1])
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_lightning.kernels import compiler, cuda
-from sparse_lightning.kernels.programs import MAX_SHARED_BYTES, all_programs, norms_program
+from sparse_lightning.kernels import compiler, hopper_programs, portable, portable_programs
+from sparse_lightning.kernels.portable_programs import norms_program
 
 # Without the compiler these tests would show nothing; `make setup` brings it, but not on macOS.
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
@@ -40,13 +40,17 @@ def test_an_old_device_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES.values())
-def test_every_kernel_compiles_without_spilling(arch: str) -> None:
-    spilled = {}
-    for program in all_programs():
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_every_kernel_compiles_without_spilling(capability: tuple[int, int]) -> None:
+    arch, spilled = ARCHITECTURES[capability], {}
+    programs = [*portable_programs.all_programs()]
+    if capability == hopper_programs.CAPABILITY:
+        programs += hopper_programs.all_programs()
+    for program in programs:
         cubin = compiler.compile_source(program.source, program.options, arch)
         assert cubin.code.startswith(b"\x7fELF") and cubin.log.count("Used ") >= 1
-        assert program.shared_bytes <= MAX_SHARED_BYTES
+        # What ptxas says when it makes warpgroup products wait for each other.
+        assert "serialized" not in cubin.log
         if cubin.spilled_bytes:
             spilled[program.source, program.options] = cubin.spilled_bytes
     assert not spilled
@@ -216,7 +220,7 @@ def test_without_cupy_a_kernel_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(sys.modules, module, None)
     compiler._nvrtc.cache_clear()
     with pytest.raises(RuntimeError, match=r"need CuPy.*pip install 'sparse-lightning"):
-        cuda._norms_kernel(torch.bfloat16, 0)
+        portable._norms_kernel(torch.bfloat16, 0)
 
 
 def test_without_nvrtc_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

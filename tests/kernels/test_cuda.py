@@ -16,14 +16,20 @@ from torch import Tensor, nn
 from sparse_lightning import BlockSparseLinear, BlockTopology
 from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.evolution import update_topology
-from sparse_lightning.kernels import cuda, ops
-from tests.kernels.test_parity import DTYPES, PATTERNS, Case, check_parity
+from sparse_lightning.kernels import hopper_programs, ops, portable
+from tests.kernels.test_parity import DTYPES, PATTERNS, Case, check_parity, force_kernels
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(params=["portable", "hopper"])
+def both_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with each kind of kernels."""
+    force_kernels(request.param, monkeypatch)
 
 
 def make_layer(
@@ -75,12 +81,15 @@ def test_parity_of_a_thousand_topologies(data: st.DataObject) -> None:
         spare=data.draw(st.integers(0, 5)),
         seed=data.draw(st.integers(0, 2**32)),
     )
-    check_parity(case, "cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.get_device_capability() == hopper_programs.CAPABILITY:
+            force_kernels(data.draw(st.sampled_from(["portable", "hopper"])), patch)
+        check_parity(case, "cuda")
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory", "both_kernels")
 def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
     """So many that dW splits them into parts, and every tile is used more than once."""
     case = Case("random", (5, 9), block_size, dtype, lead=(2, 1111), spare=3)
@@ -89,6 +98,7 @@ def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.usefixtures("both_kernels")
 def test_results_are_as_exact_as_those_of_a_dense_layer(
     block_size: int, dtype: torch.dtype
 ) -> None:
@@ -116,6 +126,7 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("both_kernels")
 def test_misaligned_memory(dtype: torch.dtype) -> None:
     layer = make_layer(dtype=dtype)
     x, dy = tokens(33, layer)
@@ -135,6 +146,7 @@ def test_misaligned_memory(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("n", [7, 4096])
+@pytest.mark.usefixtures("both_kernels")
 def test_two_runs_give_the_same_bits(n: int) -> None:
     layer = make_layer()
     layer.armed.fill_(True)
@@ -145,6 +157,7 @@ def test_two_runs_give_the_same_bits(n: int) -> None:
     torch.testing.assert_close(layer.block_scores, scores, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("both_kernels")
 def test_results_do_not_depend_on_slots() -> None:
     layer = make_layer()
     x, dy = tokens(300, layer)
@@ -167,6 +180,7 @@ def test_results_do_not_depend_on_slots() -> None:
 # -- streams, graphs, devices, the host ---------------------------------------------------------
 
 
+@pytest.mark.usefixtures("both_kernels")
 def test_kernels_run_on_the_current_stream() -> None:
     layer = make_layer()
     x, dy = tokens(128, layer)
@@ -203,6 +217,7 @@ def test_a_thread_whose_first_cuda_call_is_a_launch() -> None:
     assert_same(results, [expected], rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("both_kernels")
 def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
     script = (
         "import torch\n"
@@ -220,6 +235,7 @@ def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
 
 
 @pytest.mark.parametrize("n", [64, 4096])
+@pytest.mark.usefixtures("both_kernels")
 def test_a_graph_follows_topology_updates(n: int) -> None:
     layer = make_layer()
     x, dy = tokens(n, layer)
@@ -248,6 +264,7 @@ def test_a_graph_follows_topology_updates(n: int) -> None:
         torch.testing.assert_close(scores_of_graph, layer.block_scores, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("both_kernels")
 def test_a_step_does_not_wait_for_the_device() -> None:
     layer = make_layer(dtype=torch.float32)
     layer.armed.fill_(True)
@@ -327,7 +344,8 @@ def test_more_than_two_to_the_31_values() -> None:
     assert values.numel() > 2**31
     x = torch.randn(16, in_blocks * size, device=DEVICE, dtype=torch.bfloat16)
     dy = torch.randn(16, out_blocks * size, device=DEVICE, dtype=torch.bfloat16)
-    rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
+    rows = at.row_offsets, at.row_entries
+    cols = at.col_offsets, at.col_entries, at.slots
     armed, scores = torch.tensor(False).to(DEVICE), torch.zeros(at.grid, device=DEVICE)
     y = ops.block_linear(x, values, None, at.coords, *rows, *cols, armed, scores)
     last = values[-in_blocks:].transpose(0, 1).reshape(size, -1)  # the last block row
@@ -392,7 +410,8 @@ def _decide(layer: BlockSparseLinear, step: int):
 
 def _arguments(layer: BlockSparseLinear, x: Tensor) -> tuple[Tensor | None, ...]:
     at = layer.topology
-    rows, cols = (at.row_offsets, at.row_entries), (at.col_offsets, at.col_entries)
+    rows = at.row_offsets, at.row_entries
+    cols = at.col_offsets, at.col_entries, at.slots
     return (x, layer.values, layer.bias, at.coords, *rows, *cols, layer.armed, layer.block_scores)
 
 
@@ -421,5 +440,5 @@ def test_a_gradient_that_does_not_fit() -> None:
 
 
 def test_a_kernel_is_loaded_once_a_device() -> None:
-    kernel = cuda._norms_kernel(torch.bfloat16, 0)
-    assert cuda._norms_kernel(torch.bfloat16, 0) is kernel
+    kernel = portable._norms_kernel(torch.bfloat16, 0)
+    assert portable._norms_kernel(torch.bfloat16, 0) is kernel

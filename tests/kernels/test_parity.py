@@ -18,22 +18,40 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_lightning import BlockTopology
-from sparse_lightning.kernels import cpu, ops, reference
+from sparse_lightning.kernels import cpu, hopper_programs, ops, reference
 
 METHODS = ("by block", "by row", "densify")  # what cpu.choose returns
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEADS = ((), (0,), (1,), (7,), (2, 3, 5), (2, 0, 3), (300,))
 
 
-@pytest.fixture(params=[*METHODS, pytest.param("cuda", marks=pytest.mark.gpu)])
+CUDA_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("portable", "hopper")]
+
+
+@pytest.fixture(params=[*METHODS, *CUDA_KERNELS])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device of a backend; the CPU once for each of its methods."""
-    if request.param == "cuda":
+    """The device of a backend, once for each of its ways to compute."""
+    if request.param not in METHODS:
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
+        force_kernels(request.param, monkeypatch)
         return "cuda"
     monkeypatch.setattr(cpu, "choose", lambda *_: request.param)
     return "cpu"
+
+
+def force_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the ops take the kernels of one kind, "portable" or "hopper", on this GPU."""
+    if name == "hopper" and torch.cuda.get_device_capability() != hopper_programs.CAPABILITY:
+        pytest.skip("needs a Hopper GPU")
+    # Without any slot or token there is nothing that a tensor map could describe.
+    on = name == "hopper"
+    for name, choice in {
+        "prefers_linear": lambda block_size, density, *_: on and density > 0,
+        "prefers_dw": lambda capacity, tokens: on and tokens > 0,
+        "prefers_norms": lambda tokens: on,
+    }.items():
+        monkeypatch.setattr(hopper_programs, name, choice)
 
 
 @dataclass(frozen=True)
@@ -149,8 +167,8 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     coords, grid, size = topology.coords.cpu(), topology.grid, case.block_size
     untouched = [t.clone() for t in (x, dy, values, topology.coords)]
 
-    def indices(prefix: str) -> tuple[Tensor, Tensor]:
-        return getattr(topology, f"{prefix}_offsets"), getattr(topology, f"{prefix}_entries")
+    rows = topology.row_offsets, topology.row_entries
+    cols = topology.col_offsets, topology.col_entries, topology.slots
 
     fp32 = torch.promote_types(case.dtype, torch.float32)
 
@@ -169,20 +187,18 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     armed, scores = torch.tensor(True, device=device), torch.rand(grid, device=device)
     before = scores.clone()
 
-    y = kernels.block_linear(
-        *(x, values, bias, topology.coords, *indices("row"), *indices("col")), armed, scores
-    )
+    y = kernels.block_linear(*(x, values, bias, topology.coords, *rows, *cols), armed, scores)
     assert torch.equal(scores, before), "forward must leave the scores alone"
     expected = reference.block_linear(x64, values64, bias64, coords, grid)
     size_y = reference.block_linear(squares[0], squares[2], bias2, coords, grid).sqrt()
     assert_close("block_linear", y, expected, size_y, case, *sums(grid[1]))
 
-    dx = kernels.block_linear_dx(dy, values, *indices("col"))
+    dx = kernels.block_linear_dx(dy, values, *cols)
     expected = reference.block_linear_dx(dy64, values64, coords, grid)
     size_dx = reference.block_linear_dx(squares[1], squares[2], coords, grid).sqrt()
     assert_close("block_linear_dx", dx, expected, size_dx, case, *sums(grid[0]))
 
-    dw = kernels.block_linear_dw(dy, x, topology.coords, *indices("row"), size)
+    dw = kernels.block_linear_dw(dy, x, topology.coords, *rows, size)
     expected = reference.block_linear_dw(dy64, x64, coords, size)
     size_dw = reference.block_linear_dw(squares[1], squares[0], coords, size).sqrt()
     assert_close("block_linear_dw", dw, expected, size_dw, case, math.prod(case.lead), fp32)
@@ -314,7 +330,7 @@ def _mutants() -> dict[str, dict[str, Any]]:
             "block_linear_dx", lambda dy, values, *rest: (dy, values.transpose(1, 2), *rest)
         ),
         "dx loses the last block": before(
-            "block_linear_dx", lambda dy, v, o, e: (dy, v, o.clamp(max=int(o[-1]) - 1), e)
+            "block_linear_dx", lambda dy, v, o, *e: (dy, v, o.clamp(max=int(o[-1]) - 1), *e)
         ),
         "dw drops the last token": before(
             "block_linear_dw", lambda dy, x, *rest: (dy[:-1], x[:-1], *rest)

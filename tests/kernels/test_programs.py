@@ -7,26 +7,37 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_lightning.kernels.programs import (
-    MAX_SHARED_BYTES,
-    Program,
-    all_programs,
+from sparse_lightning.kernels import hopper_programs, portable_programs
+from sparse_lightning.kernels.portable_programs import (
     dw_program,
     linear_program,
     norms_program,
     token_parts,
 )
+from sparse_lightning.kernels.programs import Program
 
 
 def test_every_dtype_and_block_size_has_its_programs() -> None:
-    programs = list(all_programs())
+    programs = list(portable_programs.all_programs())
     assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
+    programs = list(hopper_programs.all_programs())
+    assert len(programs) == len(set(programs)) == 2 * (1 + 2 + 2 * 4)
 
 
-@pytest.mark.parametrize("program", [*all_programs()], ids=lambda p: f"{p.source} {p.options[0]}")
-def test_a_program_can_be_launched_on_the_smallest_device(program: Program) -> None:
+@pytest.mark.parametrize(
+    "program", [*portable_programs.all_programs()], ids=lambda p: f"{p.source} {p.options[0]}"
+)
+def test_a_portable_program_can_be_launched_on_the_smallest_device(program: Program) -> None:
     assert 32 <= program.threads <= 1024 and program.threads % 32 == 0
-    assert program.shared_bytes <= MAX_SHARED_BYTES
+    assert program.shared_bytes <= portable_programs.MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    "program", [*hopper_programs.all_programs()], ids=lambda p: f"{p.source} {p.options[2]}"
+)
+def test_a_program_for_hopper_can_be_launched_there(program: Program) -> None:
+    assert program.threads % 128 == 0 and program.threads <= 1024
+    assert program.shared_bytes <= hopper_programs.MAX_SHARED_BYTES
 
 
 def test_shared_memory_by_hand() -> None:
@@ -36,6 +47,53 @@ def test_shared_memory_by_hand() -> None:
     assert dw_program(torch.float64, 128).shared_bytes == 65_536
     # The norms' result is fp32 for every dtype: 128 x 128 of them.
     assert norms_program(torch.float64).shared_bytes == 65_536
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_forward_on_hopper_fills_the_shared_memory_there_is(block_size: int) -> None:
+    program = hopper_programs.linear_program(torch.bfloat16, block_size, forward=True)
+    granule = 16_384 if block_size == 128 else 8_192
+    most = hopper_programs.MAX_SHARED_BYTES
+    assert most - granule < program.shared_bytes <= most
+    # A copy brings a granule of x, in rows of 128 bytes.
+    x_box, block_box = hopper_programs.linear_boxes(program.tiling, block_size)
+    assert x_box == (granule // 128, 64)
+    assert block_box == (1, min(block_size, 64), min(block_size, 64))
+
+
+def test_which_products_hopper_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_programs, "CHOSEN", True)
+
+    def linear(block_size: int, density: float, tokens: int = 8192) -> bool:
+        return hopper_programs.prefers_linear(block_size, density, tokens, 4096, 132)
+
+    assert linear(64, 0.01) and linear(128, 1.0) and linear(32, 0.25) and linear(16, 0.1)
+    assert not linear(64, 0.0)  # there is no block at all
+    assert not linear(32, 0.1) and not linear(16, 0.05)  # few blocks, but all of x
+    assert linear(64, 0.25, 640) and not linear(64, 0.25, 512)  # too few tiles for the device
+    assert hopper_programs.prefers_dw(7, 1024) and not hopper_programs.prefers_dw(0, 1024)
+    assert not hopper_programs.prefers_dw(7, 1023) and not hopper_programs.prefers_norms(1023)
+    for capability, dtype, expected in (
+        ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float16, True),
+        ((9, 0), torch.float32, False),
+        ((8, 0), torch.bfloat16, False),
+        ((10, 0), torch.bfloat16, False),
+    ):
+        assert hopper_programs.serve(capability, dtype) is expected
+
+
+@given(
+    n_blocks=st.integers(0, 10**5),
+    out_blocks=st.integers(1, 1000),
+    block_size=st.sampled_from(hopper_programs.DW_BLOCK_SIZES),
+    workers=st.integers(1, 200),
+)
+def test_a_tile_of_dw_fits_the_registers(
+    n_blocks: int, out_blocks: int, block_size: int, workers: int
+) -> None:
+    blocks = hopper_programs.blocks_a_tile(n_blocks, out_blocks, block_size, workers)
+    assert 1 <= blocks <= (8 if block_size == 64 else 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)

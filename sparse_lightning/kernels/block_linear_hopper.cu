@@ -1,0 +1,350 @@
+// y = x W^T + bias (FORWARD), or dx = dy W, on sm_90a: what block_linear.cu computes, for bf16 and
+// fp16, with bulk copies and warpgroup products.
+//
+//   x      [tokens, in_features]       values [capacity, B, B]      y [tokens, out_features]
+//   bias   [out_features] or null
+//   slots  int [out_blocks, in_blocks] by strides: the slot of each block, -1 where there is none
+//
+// "in" and "out" are as seen from the product, as in block_linear.cu.
+//
+// A thread block computes TOKENS x OUTPUTS of y at a time, a tile. k runs over slabs of 64 inputs;
+// a slab in which none of the tile's blocks is present is left out. Of the first four warps one
+// plans (finds the slabs, and the slots of their blocks) and the others copy, a slab each in turn;
+// the other warpgroups multiply, each with its share of the outputs. The thread blocks of a cluster
+// do the same for different tokens, and share the copies of W.
+//
+// Shared memory is one ring of granules. A slab takes those of x, [TOKENS][64], and then as many
+// as its units of W need; a unit is what one output block has in a slab: one block (B = 64), half
+// a block (128), or up to 64 / B blocks. Sums run over ascending k, so results depend neither on
+// slots nor on timing.
+
+#include "hopper.cuh"
+
+typedef CONFIG_T T;
+constexpr int B = CONFIG_B;
+constexpr bool FORWARD = CONFIG_FORWARD;
+
+constexpr int TOKENS = CONFIG_TOKENS, OUTPUTS = CONFIG_OUTPUTS, SLAB = CONFIG_SLAB;
+constexpr int CLUSTER = CONFIG_CLUSTER;
+constexpr int WARPGROUPS = CONFIG_WARPGROUPS, WARPS = 4 * WARPGROUPS, COPIERS = 3;
+constexpr int THREADS = 128 + 32 * WARPS;
+constexpr int STAGES = CONFIG_STAGES;  // slabs that can be under way, if they fit
+static_assert(SLAB == 64, "a line of shared memory");
+
+constexpr int ROWS = OUTPUTS / B;              // output blocks of a tile
+constexpr int SUBS = B < SLAB ? SLAB / B : 1;  // input blocks of a slab
+constexpr int K = B < SLAB ? B : SLAB;         // of a block that lie in a slab
+
+constexpr int LINE = 2 * K;  // bytes in a row of W in shared memory
+constexpr int X_BYTES = TOKENS * SLAB * 2, PART_BYTES = X_BYTES / 2;  // a part: 64 tokens
+constexpr int BLOCK_BYTES = B * K * 2, UNIT_BYTES = SUBS * BLOCK_BYTES;
+constexpr int GRANULE = UNIT_BYTES > PART_BYTES ? UNIT_BYTES : PART_BYTES;
+constexpr int X_GRANULES = X_BYTES / GRANULE, UNITS = GRANULE / UNIT_BYTES;  // of a granule
+constexpr int GRANULES = CONFIG_GRANULES;
+
+struct Arguments {
+  TensorMap x, values;  // boxes: 64 inputs of TOKENS; K x K of a block
+  const T* bias;
+  const int* slots;
+  T* y;
+  int out_stride, in_stride;
+  int out_blocks, in_blocks;
+  long long tokens;
+  int token_tiles, output_tiles;  // of TOKENS * CLUSTER, and of OUTPUTS
+};
+
+// A lane of the planning warp looks at K inputs; a window is what the warp looks at at once.
+constexpr int WINDOW = 32 / SUBS, PLANS = 4;
+
+struct Plan {
+  int n;                // slabs of the window in which the tile has any block
+  int slots[32][ROWS];  // by lane
+};
+
+// A slab that is to be multiplied; they are counted over all tiles of the thread block.
+struct alignas(16) Slab {
+  u64 present;        // blocks: bit sub * ROWS + row
+  int first_granule;  // that it takes, counted likewise
+  int k_and_lane;     // its first input, and in the lowest bits the lane whose slots are its first
+};
+constexpr int SLABS = 256;  // more than can be planned ahead, or under way
+
+struct alignas(1024) Shared {
+  char granules[GRANULES][GRANULE];
+  char y[WARPS][16 * 128];  // 16 tokens x 64 outputs, on their way out
+  Slab slabs[SLABS];
+  Plan plans[PLANS];
+  u64 full[STAGES], empty[STAGES], planned[PLANS], done[PLANS];
+};
+static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "programs.py must count alike");
+
+// Where the n-th of something is in its ring, and the parity of its phase.
+template <int SIZE>
+__device__ int place(int n) {
+  return (unsigned)n % SIZE;
+}
+template <int SIZE>
+__device__ int parity(int n) {
+  return (unsigned)n / SIZE & 1;
+}
+
+// The output blocks of which any input block of a slab is present.
+__device__ inline unsigned rows_of(u64 present) {
+  unsigned rows = 0;
+#pragma unroll
+  for (int sub = 0; sub < SUBS; ++sub) rows |= (unsigned)(present >> sub * ROWS);
+  return rows & ((1u << ROWS) - 1);
+}
+
+__device__ inline int granules_of(u64 present) {
+  return X_GRANULES + (__popc(rows_of(present)) + UNITS - 1) / UNITS;
+}
+
+// One warp: looks up which blocks are present, ahead of the copies.
+__device__ void plan(const Arguments& a, Shared& s, int clusters) {
+  const int lane = threadIdx.x % 32, n_slabs = (a.in_blocks * B + SLAB - 1) / SLAB;
+  int window = 0, n = 0, granules = 0;  // so far
+  for (int tile = blockIdx.x / CLUSTER; tile < a.token_tiles * a.output_tiles; tile += clusters) {
+    const int first_out = tile % a.output_tiles * ROWS;
+    for (int first_slab = 0; first_slab < n_slabs; first_slab += WINDOW, ++window) {
+      Plan& p = s.plans[place<PLANS>(window)];
+      const int in_block = (first_slab * SLAB + lane * K) / B;
+      const int* at = a.slots + (long long)in_block * a.in_stride;
+      barrier_wait(&s.done[place<PLANS>(window)], parity<PLANS>(window) ^ 1);
+      unsigned rows = 0;
+#pragma unroll 8
+      for (int row = 0; row < ROWS; ++row) {
+        const int out_block = first_out + row;
+        const bool inside = in_block < a.in_blocks && out_block < a.out_blocks;
+        const int slot = inside ? __ldg(at + (long long)out_block * a.out_stride) : -1;
+        rows |= (unsigned)(slot >= 0) << row;
+        p.slots[lane][row] = slot;
+      }
+      u64 present = (u64)rows << lane % SUBS * ROWS;
+#pragma unroll
+      for (int distance = 1; distance < SUBS; distance *= 2)
+        present |= __shfl_xor_sync(0xffffffff, present, distance);
+      const bool needed = lane % SUBS == 0 && present;
+      const unsigned slabs = __ballot_sync(0xffffffff, needed);
+      const int own = needed ? granules_of(present) : 0;
+      int through = own;  // summed over the lanes up to this
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int below = __shfl_up_sync(0xffffffff, through, distance);
+        if (lane >= distance) through += below;
+      }
+      if (needed)
+        s.slabs[place<SLABS>(n + __popc(slabs & ((1u << lane) - 1)))] = {
+            present, granules + through - own, (first_slab + lane / SUBS) * SLAB + lane};
+      granules += __shfl_sync(0xffffffff, through, 31);
+      n += __popc(slabs);
+      if (lane == 0) p.n = __popc(slabs);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&s.planned[place<PLANS>(window)]);
+    }
+  }
+}
+
+// Calls begin(tile), each(slab's number, plan) for every slab of the tile, and end(tile).
+template <typename Begin, typename Each, typename End>
+__device__ void follow_plan(const Arguments& a, Shared& s, int clusters, Begin begin, Each each,
+                            End end) {
+  const int n_slabs = (a.in_blocks * B + SLAB - 1) / SLAB;
+  int window = 0, n = 0;
+  for (int tile = blockIdx.x / CLUSTER; tile < a.token_tiles * a.output_tiles; tile += clusters) {
+    begin(tile);
+    for (int first_slab = 0; first_slab < n_slabs; first_slab += WINDOW, ++window) {
+      const Plan& p = s.plans[place<PLANS>(window)];
+      barrier_wait(&s.planned[place<PLANS>(window)], parity<PLANS>(window));
+      for (const int end_of_window = n + p.n; n < end_of_window; ++n) each(n, p);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(&s.done[place<PLANS>(window)]);
+    }
+    end(tile);
+  }
+}
+
+// A warp: copies every COPIERS-th slab, its x and this thread block's share of its W.
+__device__ void copy(const Arguments& a, Shared& s, int rank, int copier, int clusters) {
+  const int lane = threadIdx.x % 32;
+  int token;
+  follow_plan(
+      a, s, clusters, [&](int tile) { token = (tile / a.output_tiles * CLUSTER + rank) * TOKENS; },
+      [&](int n, const Plan& p) {
+        if (n % COPIERS != copier) return;
+        const Slab slab = s.slabs[place<SLABS>(n)];
+        const int first_k = slab.k_and_lane / SLAB * SLAB, stage = place<STAGES>(n);
+        const unsigned rows = rows_of(slab.present);
+        // The slab that had these barriers must be gone, and any that still holds these granules.
+        const int end = slab.first_granule + granules_of(slab.present), older = n - STAGES + lane;
+        const bool in_the_way =
+            lane < STAGES &&
+            (lane == 0 || older < 0 || s.slabs[place<SLABS>(older)].first_granule < end - GRANULES);
+        const int last = n - STAGES + __popc(__ballot_sync(0xffffffff, in_the_way)) - 1;
+        if (last >= 0) barrier_wait(&s.empty[place<STAGES>(last)], parity<STAGES>(last));
+
+        u64* full = &s.full[stage];
+        if (lane == 0) {
+          barrier_expect(full, X_BYTES + __popcll(slab.present) * BLOCK_BYTES);
+#pragma unroll
+          for (int i = 0; i < X_GRANULES; ++i)
+            copy_box(s.granules[place<GRANULES>(slab.first_granule + i)], a.x, full, first_k,
+                     token + i * (TOKENS / X_GRANULES));
+        }
+#pragma unroll
+        for (int entry = lane; entry < ROWS * SUBS; entry += 32)
+          if (slab.present >> entry & 1 && entry % ROWS % CLUSTER == rank) {
+            const int row = entry % ROWS, sub = entry / ROWS;
+            const int unit = __popc(rows & ((1u << row) - 1));
+            const int slot = p.slots[slab.k_and_lane % SLAB + sub][row];
+            const int half = first_k % B;  // of a block that is wider than a slab
+            char* to = s.granules[place<GRANULES>(slab.first_granule + X_GRANULES + unit / UNITS)] +
+                       unit % UNITS * UNIT_BYTES + sub * BLOCK_BYTES;
+#pragma unroll
+            for (int part = 0; part < B; part += K)
+              copy_box_to_all(to + part * LINE, a.values, full, FORWARD ? half : part,
+                              FORWARD ? part : half, slot, (1 << CLUSTER) - 1);
+          }
+        __syncwarp();
+      },
+      [](int) {});
+}
+
+// A warpgroup: multiplies the tokens with its share of the output blocks.
+__device__ void multiply(const Arguments& a, Shared& s, int rank, int clusters) {
+  constexpr int OWN = ROWS / WARPGROUPS, PARTS = TOKENS / 64;
+  constexpr int SUMS = OWN * B / 2;  // of a thread, for 64 tokens
+  const int warpgroup = uniform(threadIdx.x / 128 - 1), lane = threadIdx.x % 32;
+  const unsigned first_left = uniform(describe(s.granules));
+  const unsigned first_right = uniform(describe(s.granules, FORWARD ? 16 : K * LINE));
+  int before = -1;  // the slab before, whose products may still be under way
+  float sums[PARTS * SUMS];
+  auto release = [&] {
+    if (before >= 0 && lane < CLUSTER) barrier_arrive(&s.empty[place<STAGES>(before)], lane);
+  };
+  follow_plan(
+      a, s, clusters,
+      [&](int) {
+#pragma unroll
+        for (int i = 0; i < PARTS * SUMS; ++i) sums[i] = 0;
+      },
+      [&](int n, const Plan&) {
+        // Alike in all lanes, which the compiler must know: it keeps descriptions in uniform
+        // registers.
+        const Slab& slab = s.slabs[place<SLABS>(n)];
+        u64 present = uniform((unsigned)slab.present);
+        if (ROWS * SUBS > 32) present |= (u64)uniform((unsigned)(slab.present >> 32)) << 32;
+        const int granule = uniform(place<GRANULES>(slab.first_granule));
+        int unit = __popc(rows_of(present) & ((1u << warpgroup * OWN) - 1));
+        present >>= warpgroup * OWN;
+        auto granule_at = [&](unsigned first, int i) {
+          const int at = granule + i;
+          return advance(first, (at < GRANULES ? at : at - GRANULES) * GRANULE);
+        };
+        unsigned left[PARTS];
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part)
+          left[part] = advance(granule_at(first_left, part * PART_BYTES / GRANULE),
+                               part * PART_BYTES % GRANULE);
+        barrier_wait(&s.full[place<STAGES>(n)], parity<STAGES>(n));
+        int groups = 0;
+#pragma unroll
+        for (int row = 0; row < OWN; ++row) {
+          // Forward, W has k along its rows; for dx it has a row for each k, and those of a block
+          // that is wider than a slab are in two parts.
+          const unsigned right = advance(granule_at(first_right, X_GRANULES + unit / UNITS),
+                                         unit % UNITS * UNIT_BYTES);
+#pragma unroll
+          for (int sub = 0; sub < SUBS; ++sub)
+            if (present >> (sub * ROWS + row) & 1) {
+              products_begin();
+#pragma unroll
+              for (int k = 0; k < K; k += 16)
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part)
+                  multiply_add<B, false, LINE, !FORWARD>(
+                      sums + part * SUMS + row * B / 2, advance(left[part], (sub * K + k) * 2),
+                      advance(right, sub * BLOCK_BYTES + k * (FORWARD ? 2 : LINE)));
+              products_commit();
+              ++groups;
+            }
+          unit += rows_of(present) >> row & 1;
+        }
+        // All but this slab's.
+        if (groups == 0)
+          products_wait<0>();
+        else if (groups == 1)
+          products_wait<1>();
+        else if (groups == 2)
+          products_wait<2>();
+        else if (groups == 3)
+          products_wait<3>();
+        else
+          products_wait<4>();
+        release();
+        before = n;
+      },
+      [&](int tile) {
+        products_wait<0>();
+        release();
+        before = -1;
+
+        constexpr int SHARE = OUTPUTS / WARPGROUPS;
+        const int warp = threadIdx.x / 32 % 4, out_features = a.out_blocks * B;
+        const int first_output = tile % a.output_tiles * OUTPUTS + warpgroup * SHARE;
+        const long long first_token =
+            (long long)(tile / a.output_tiles * CLUSTER + rank) * TOKENS + warp * 16;
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+          for (int column = 0; column < SHARE; column += 64) {
+            float* of_columns = sums + part * SUMS + column / 2;
+            if (a.bias) {
+#pragma unroll
+              for (int j = 0; j < 32; ++j) {
+                const int col = first_output + column + j / 4 * 8 + lane % 4 * 2 + j % 2;
+                if (col < out_features) of_columns[j] += widen(a.bias[col]);
+              }
+            }
+            store_rows<T>(s.y[warpgroup * 4 + warp], of_columns, [&](int row, int col) -> T* {
+              const long long token = first_token + part * 64 + row;
+              const int output = first_output + column + col;
+              return token < a.tokens && output < out_features ? a.y + token * out_features + output
+                                                               : nullptr;
+            });
+          }
+      });
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+    block_linear(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) char memory[];
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  const int rank = rank_in_cluster(), clusters = gridDim.x / CLUSTER;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(&s.full[stage], 1);
+      barrier_init(&s.empty[stage], CLUSTER * WARPS);
+    }
+    for (int plan = 0; plan < PLANS; ++plan) {
+      barrier_init(&s.planned[plan], 1);
+      barrier_init(&s.done[plan], COPIERS + WARPS);
+    }
+    barrier_inits_end();
+  }
+  cluster_sync();
+  // What some threads give others may take, and no more: at the launch all have 168 or 96.
+  constexpr int FOR_SUMS = WARPGROUPS == 2 ? 224 : 104;
+  if (threadIdx.x < 128) {
+    give_registers<56>();
+    const int warp = threadIdx.x / 32;
+    if (warp < COPIERS)
+      copy(a, s, rank, warp, clusters);
+    else
+      plan(a, s, clusters);
+  } else {
+    take_registers<FOR_SUMS>();
+    multiply(a, s, rank, clusters);
+  }
+  cluster_sync();  // nothing of the others may arrive after the end
+}

@@ -1,0 +1,84 @@
+// scores += squared Frobenius norm of each block of dy^T x, if armed, on sm_90a: what
+// block_norms.cu computes, for bf16 and fp16.
+//
+//   dy     [tokens, out_features]   x [tokens, in_features]
+//   armed  bool                     read on the device: without it the kernel ends at once
+//   scores float [out_features / block_size, in_features / block_size]
+//
+// dy^T x is computed in tiles of 128 x 256, multiples of every block size, and never stored. Thread
+// blocks, the workers, take tiles in turn; each is reduced to sums over 16 x 16 squares, then to
+// the sums of its blocks, always in one order.
+
+#include "gradient_hopper.cuh"
+
+constexpr int SQUARE = 16;  // the smallest block size
+constexpr int TM = DY_STRIPS * STRIP, TN = X_STRIPS * STRIP;
+static_assert(DY_STRIPS == WARPGROUPS && X_STRIPS == MOST,
+              "a warpgroup has a strip of dy, all of x");
+
+struct Arguments {
+  TensorMap dy, x;  // boxes of a strip, STEP tokens
+  const bool* armed;
+  float* scores;
+  long long tokens;
+  int out_features, in_features;
+  int block_size;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    block_norms(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) char memory[];
+  Shared& s = *reinterpret_cast<Shared*>(memory);
+  if (!*a.armed) return;
+
+  auto plan = [&](Planner& planner) {
+    const int lane = threadIdx.x % 32, tiles_n = (a.in_features + TN - 1) / TN;
+    const int tiles = (a.out_features + TM - 1) / TM * tiles_n;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
+      planner.add([&](Segment& segment) {
+        if (lane < X_STRIPS) segment.x_features[lane] = tile % tiles_n * TN + lane * STRIP;
+        if (lane < WARPGROUPS) segment.first[lane] = 0, segment.n[lane] = X_STRIPS;
+        if (lane == 0) {
+          segment.end = false;
+          segment.first_step = 0;
+          segment.end_step = (int)((a.tokens + STEP - 1) / STEP);
+          segment.dy_feature = tile / tiles_n * TM;
+          segment.n_strips = X_STRIPS;
+        }
+      });
+  };
+
+  typedef float Squares[TM / SQUARE][TN / SQUARE];
+  Squares& squares = *reinterpret_cast<Squares*>(s.results);
+  static_assert(sizeof(Squares) <= sizeof(s.results), "they lie where results do elsewhere");
+  auto store = [&](const Segment& segment, int, const float* sums) {
+    const int lane = threadIdx.x % 32, thread = threadIdx.x - 128;
+    // A warp has 16 rows: one row of squares. An element of the sums is 8 columns wide, each four.
+#pragma unroll
+    for (int square = 0; square < TN / SQUARE; ++square) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += sums[square * 8 + i] * sums[square * 8 + i];
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(0xffffffff, sum, distance);
+      if (lane == 0) squares[thread / 32][square] = sum;
+    }
+    warps_sync<32 * WARPS>();
+    const int per_block = a.block_size / SQUARE;  // squares a block has each way
+    const int blocks_n = TN / a.block_size, blocks = TM / a.block_size * blocks_n;
+    if (thread < blocks) {
+      const int m = thread / blocks_n, n = thread % blocks_n;
+      const int row = segment.dy_feature / a.block_size + m;
+      const int col = segment.x_features[0] / a.block_size + n;
+      if (row * a.block_size < a.out_features && col * a.block_size < a.in_features) {
+        float sum = 0;
+        for (int i = 0; i < per_block; ++i)
+          for (int j = 0; j < per_block; ++j) sum += squares[m * per_block + i][n * per_block + j];
+        a.scores[(long long)row * (a.in_features / a.block_size) + col] += sum;
+      }
+    }
+    warps_sync<32 * WARPS>();
+  };
+  run_segments(s, a.dy, a.x, plan, store);
+}

@@ -1,0 +1,134 @@
+"""The portable kernels: grids, arguments and launch of each product; see `ops` for shapes.
+
+Operands are contiguous, aligned to 16 bytes, of one dtype, and on the device of index `device`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_lightning.kernels.launch import Kernel, build_once
+from sparse_lightning.kernels.portable_programs import (
+    dw_program,
+    linear_program,
+    norms_program,
+    token_parts,
+)
+
+_ADD_THREADS = 256
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    entries: Tensor,
+    y: Tensor,
+    device: int,
+    *,
+    forward: bool,
+) -> None:
+    """Fill `y` with x W^T + bias, or with x W (not `forward`); by rows of W, or of W^T."""
+    block_size, n_out, in_features = values.shape[1], offsets.shape[0] - 1, x.shape[-1]
+    tokens = x.numel() // in_features
+    kernel = _linear_kernel(x.dtype, block_size, forward, device)
+    kernel.launch(
+        -(-tokens // kernel.program.tiling.tm) * n_out,
+        1,
+        x.data_ptr(),
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        offsets.data_ptr(),
+        entries.data_ptr(),
+        tokens,
+        in_features,
+        n_out,
+    )
+
+
+def linear_dw(
+    dy: Tensor,
+    x: Tensor,
+    coords: Tensor,
+    row_offsets: Tensor,
+    row_entries: Tensor,
+    dw: Tensor,
+    device: int,
+) -> None:
+    """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
+    capacity, block_size, _ = dw.shape
+    out_blocks, in_features = row_offsets.shape[0] - 1, x.shape[-1]
+    tokens = x.numel() // in_features
+    kernel, add = _dw_kernels(x.dtype, block_size, device)
+    tiling = kernel.program.tiling
+    row_tiles, group = block_size // tiling.tm, tiling.tn // block_size
+    groups = -(-(in_features // block_size) // group)
+    tiles = -(-capacity // group) * row_tiles
+    parts, tokens_a_part = token_parts(tokens, tiles, tiling.tk, kernel.processors)
+    partial = None
+    if parts > 1:
+        sums = torch.promote_types(x.dtype, torch.float32)
+        partial = x.new_empty(parts, *dw.shape, dtype=sums)
+    kernel.launch(
+        (out_blocks + 1) * groups * row_tiles,
+        parts,
+        dy.data_ptr(),
+        x.data_ptr(),
+        dw.data_ptr(),
+        0 if partial is None else partial.data_ptr(),
+        row_offsets.data_ptr(),
+        row_entries.data_ptr(),
+        tokens,
+        tokens_a_part,
+        out_blocks,
+        in_features,
+        capacity,
+        groups,
+    )
+    if partial is not None:
+        add.launch(
+            capacity, 1, partial.data_ptr(), dw.data_ptr(), coords.data_ptr(), capacity, parts
+        )
+
+
+def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
+    """Add the squared norm of each block of dy^T x to `scores`, if armed."""
+    out_features, in_features = dy.shape[-1], x.shape[-1]
+    kernel = _norms_kernel(x.dtype, device)
+    tiling = kernel.program.tiling
+    tiles = -(-out_features // tiling.tm) * -(-in_features // tiling.tn)
+    kernel.launch(
+        min(tiles, 2 * kernel.processors),
+        1,
+        dy.data_ptr(),
+        x.data_ptr(),
+        armed.data_ptr(),
+        scores.data_ptr(),
+        x.numel() // in_features,
+        out_features,
+        in_features,
+        in_features // scores.shape[1],
+    )
+
+
+@build_once
+def _linear_kernel(dtype: torch.dtype, block_size: int, forward: bool, device: int) -> Kernel:
+    program = linear_program(dtype, block_size, forward=forward)
+    return Kernel(program, "block_linear", "PPPPPPqii", device)
+
+
+@build_once
+def _dw_kernels(dtype: torch.dtype, block_size: int, device: int) -> tuple[Kernel, Kernel]:
+    program = dw_program(dtype, block_size)
+    return (
+        Kernel(program, "block_linear_dw", "PPPPPPqqiiii", device),
+        Kernel(program, "add_partials", "PPPii", device, _ADD_THREADS),
+    )
+
+
+@build_once
+def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel:
+    return Kernel(norms_program(dtype), "block_norms", "PPPPqiii", device)

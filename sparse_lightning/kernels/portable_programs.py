@@ -1,0 +1,137 @@
+"""The programs that serve every device and dtype: pure functions on dtypes and ints.
+
+How their tiles are cut was chosen on an H100, and `sparse-lightning bench kernels` measures what
+comes of it; every choice fits the 99 KiB of shared memory a thread block can have on the smallest
+of the supported devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sparse_lightning.kernels.programs import DTYPES, Program, Tiling, compiler_options
+from sparse_lightning.topology import BLOCK_SIZES, check_block_size
+
+MAX_SHARED_BYTES = 99 * 1024
+
+# By block size. Tensor cores for two-byte dtypes, SIMT arithmetic for fp32 and fp64.
+_LINEAR_MMA = {
+    16: Tiling(256, 16, 64, 2, 4, 1),
+    32: Tiling(256, 32, 64, 2, 4, 1),
+    64: Tiling(128, 64, 64, 2, 2, 2),
+    128: Tiling(128, 128, 64, 2, 2, 4),
+}
+_LINEAR_SIMT = {
+    16: Tiling(256, 16, 16, 2, 64, 4),
+    32: Tiling(128, 32, 16, 2, 32, 8),
+    64: Tiling(128, 64, 16, 2, 16, 16),
+    128: Tiling(64, 128, 16, 2, 16, 16),
+}
+_DW_MMA = {
+    16: Tiling(16, 256, 64, 2, 1, 4),
+    32: Tiling(32, 128, 64, 2, 1, 4),
+    64: Tiling(64, 128, 64, 2, 1, 4),
+    128: Tiling(128, 128, 32, 4, 2, 2),
+}
+_DW_SIMT = {
+    16: Tiling(16, 128, 16, 2, 8, 32),
+    32: Tiling(32, 128, 16, 2, 8, 32),
+    64: Tiling(64, 128, 16, 2, 16, 16),
+    128: Tiling(64, 128, 16, 2, 16, 16),
+}
+_NORMS_MMA = Tiling(128, 128, 64, 2, 2, 4)
+_NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
+
+
+def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Program:
+    """Return the program of y = x W^T (forward) or dx = dy W: `block_linear`."""
+    check_block_size(block_size)
+    tiling = (_LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT)[block_size]
+    options = {"B": block_size, "FORWARD": int(forward)}
+    return _program("block_linear.cu", dtype, tiling, options)
+
+
+def dw_program(dtype: torch.dtype, block_size: int) -> Program:
+    """Return the program of dW at present blocks: `block_linear_dw` and `add_partials`."""
+    check_block_size(block_size)
+    tiling = (_DW_MMA if _has_mma(dtype) else _DW_SIMT)[block_size]
+    return _program("block_linear_dw.cu", dtype, tiling, {"B": block_size})
+
+
+def norms_program(dtype: torch.dtype) -> Program:
+    """Return the program of the block norms of the dense gradient: `block_norms`."""
+    tiling = _NORMS_MMA if _has_mma(dtype) else _NORMS_SIMT
+    return _program("block_norms.cu", dtype, tiling, {})
+
+
+def all_programs() -> Iterator[Program]:
+    """Yield every portable program."""
+    for dtype in DTYPES:
+        yield norms_program(dtype)
+        for block_size in BLOCK_SIZES:
+            yield linear_program(dtype, block_size, forward=True)
+            yield linear_program(dtype, block_size, forward=False)
+            yield dw_program(dtype, block_size)
+
+
+_TILES_A_PROCESSOR = 3
+_MIN_TOKENS_A_PART = 512
+
+
+def token_parts(tokens: int, tiles: int, tk: int, processors: int) -> tuple[int, int]:
+    """Return into how many parts dW splits the tokens, and the tokens of each.
+
+    With few tiles, parts keep the whole device busy; below some tokens a part, adding the parts up
+    costs more than it gains.
+
+    Args:
+        tokens: of the layer's input.
+        tiles: that there are to compute.
+        tk: the tokens of a part are a multiple of it.
+        processors: multiprocessors of the device.
+
+    >>> token_parts(8192, 1000, 64, 132), token_parts(8192, 51, 64, 132), token_parts(7, 1, 64, 132)
+    ((1, 8192), (8, 1024), (1, 512))
+    """
+    wanted = -(-_TILES_A_PROCESSOR * processors // max(1, tiles))
+    tokens_a_part = max(_MIN_TOKENS_A_PART, -(-tokens // (wanted * tk)) * tk)
+    return max(1, -(-tokens // tokens_a_part)), tokens_a_part
+
+
+def _has_mma(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2
+
+
+def _program(
+    source: str,
+    dtype: torch.dtype,
+    tiling: Tiling,
+    options: dict[str, int],
+) -> Program:
+    if dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"The input's dtype must be one of {names}; got {dtype}.")
+    t, has_mma = tiling, _has_mma(dtype)
+
+    # As `shared_bytes` in common.cuh counts: all stages of both operands, or the result.
+    sum_bytes = 4 if has_mma or source == "block_norms.cu" else dtype.itemsize
+    shared_bytes = max(
+        t.stages * t.tk * (t.tm + t.tn) * dtype.itemsize,
+        t.tm * t.tn * sum_bytes,
+    )
+    defines = {
+        "T": DTYPES[dtype],
+        "PRODUCT": '"product_mma.cuh"' if has_mma else '"product_simt.cuh"',
+        "TM": t.tm,
+        "TN": t.tn,
+        "TK": t.tk,
+        "STAGES": t.stages,
+        "GROUPS_M": t.groups_m,
+        "GROUPS_N": t.groups_n,
+        "SHARED_BYTES": shared_bytes,
+        **options,
+    }
+    threads = t.groups_m * t.groups_n * (32 if has_mma else 1)
+    return Program(source, compiler_options(defines), tiling, threads, shared_bytes)
