@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sparse_lightning.bench import command as bench
+from sparse_lightning.bench import tune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.add_arguments(kernels)
     kernels.set_defaults(run=bench.run)
+    tuning = commands.add_parser(
+        "tune",
+        help="find the fastest kernels for this machine's GPU",
+        description="Time every kind of kernels on this machine's GPU, at every product, block "
+        "size and density, and save which is the fastest where: training uses it from then on. "
+        "Takes some minutes.",
+    )
+    tune.add_arguments(tuning)
+    tuning.set_defaults(run=tune.run)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparse_lightning.criteria import block_magnitudes
 from sparse_lightning.evolution import TopologyUpdate
-from sparse_lightning.kernels import ops
+from sparse_lightning.kernels import choice, ops
 from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -155,10 +155,8 @@ class BlockSparseLinear(nn.Module):
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         topology = self.topology
-        device = x.device.type
-        can_cast = device != "meta" and x.dtype != torch.float64
-        if can_cast and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = _autocast_dtype(x)
+        if dtype is not None:
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         if x.dtype != values.dtype:
@@ -180,6 +178,42 @@ class BlockSparseLinear(nn.Module):
             self.block_scores,
         )
         return y
+
+    def kernel_choice(self, x: Tensor) -> dict[str, str]:
+        """Return what would compute each product of a step with input `x`.
+
+        Args:
+            x: `[..., in_features]`, as for `forward`; only shape, dtype and device count.
+
+        Returns:
+            By product, "fwd", "dx" and "dw": on CUDA "portable", "hopper" (kernels for compute
+            capability 9.0) or "dense" (cuBLAS on a dense copy); on a CPU "by block", "by row" or
+            "densify".
+
+        >>> layer = BlockSparseLinear(1024, 256, block_size=32, density=0.1)
+        >>> layer.kernel_choice(torch.zeros(512, 1024))
+        {'fwd': 'by block', 'dx': 'by block', 'dw': 'by block'}
+        """
+        tokens = x.numel() // self.in_features
+        dtype = _autocast_dtype(x) or x.dtype
+        return choice.of_a_step(self.topology, dtype, tokens, x.device)
+
+    def predicted_speedup(self, density: float, dtype: torch.dtype) -> float | None:
+        """Return how much faster than a dense layer's a step of this layer should be.
+
+        Args:
+            density: present blocks / all blocks.
+            dtype: that it computes in.
+
+        Returns:
+            dense time / time of forward and backward at 8192 tokens; None for a device on which
+            nothing was measured, as a CPU.
+        """
+        if not self.values.is_cuda:
+            return None
+        at = self.topology
+        device = self.values.get_device()
+        return choice.predicted_speedup(dtype, at.block_size, at.grid, density, device)
 
     @property
     def density(self) -> float:
@@ -327,6 +361,14 @@ def largest_blocks(weight: Tensor, block_size: int, density: float) -> BlockTopo
     mask = torch.zeros(out_blocks * in_blocks, dtype=torch.bool, device="cpu")
     mask[norms.argsort(descending=True, stable=True)[:n_blocks].cpu()] = True
     return BlockTopology.from_mask(mask.view(out_blocks, in_blocks), block_size)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast wants for a product of `x`; None if it wants none."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

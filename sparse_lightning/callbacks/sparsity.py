@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -224,6 +224,7 @@ class SparsityCallback(Callback):
             layer.locked = True
         self._check_capacities()
         self._check_ranks(trainer)
+        self._warn_of_slow_layers(trainer)
         if self.timetable is None:
             self.timetable = self._resolve_times(trainer)
             self._next_update = self.timetable.next_update(self._step)
@@ -288,6 +289,24 @@ class SparsityCallback(Callback):
             raise RuntimeError(
                 "All ranks must have the same topology; got another one on rank "
                 f"{trainer.global_rank} than on rank 0."
+            )
+
+    def _warn_of_slow_layers(self, trainer: pl.Trainer) -> None:
+        # Where the schedule ends: before that, more blocks are present on purpose.
+        budgets = self._budgets(self.config.density_at(1.0))
+        in_half = trainer.precision in ("16-mixed", "bf16-mixed")
+        slow = []
+        for name, layer in self._layers.items():
+            density = budgets[name] / (layer.topology.grid[0] * layer.topology.grid[1])
+            dtype = torch.bfloat16 if in_half else layer.values.dtype
+            speedup = layer.predicted_speedup(density, dtype)
+            if speedup is not None and speedup < 1:
+                slow.append(f"{name} ({speedup:.2f} of dense at density {density:.2f})")
+        if slow:
+            rank_zero_warn(
+                "Some layers are predicted to be slower than dense ones, on this GPU, at their "
+                f"shape and final density: {', '.join(slow)}. Take larger blocks, a lower density, "
+                "or exclude them."
             )
 
     # A step.

@@ -78,16 +78,6 @@ struct alignas(1024) Shared {
 };
 static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "programs.py must count alike");
 
-// Where the n-th of something is in its ring, and the parity of its phase.
-template <int SIZE>
-__device__ int place(int n) {
-  return (unsigned)n % SIZE;
-}
-template <int SIZE>
-__device__ int parity(int n) {
-  return (unsigned)n / SIZE & 1;
-}
-
 // The output blocks of which any input block of a slab is present.
 __device__ inline unsigned rows_of(u64 present) {
   unsigned rows = 0;

@@ -95,14 +95,14 @@ def cubin_file(source: str, options: tuple[str, ...], arch: str) -> Path:
     of this process alone takes its place.
     """
     name = f"{Path(source).stem}-{arch}-{_fingerprint(source, options, arch)}.cubin"
-    for folder in (_cache_folder, _private_folder):
+    for folder in (cache_folder, _private_folder):
         path = folder() / name
         if _is_whole(path):
             return path
     code = compile_source(source, options, arch).code
     content = code + hashlib.sha256(code).digest()
     try:
-        return _write(_cache_folder() / name, content)
+        return _write(cache_folder() / name, content)
     except OSError:
         return _write(_private_folder() / name, content)
 
@@ -150,7 +150,8 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder in which compiled kernels, and what was measured of them, are kept."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)

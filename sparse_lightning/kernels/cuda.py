@@ -1,4 +1,4 @@
-"""The CUDA backend: checks and choice of kernel of each op; see `ops` for shapes.
+"""The CUDA backend: checks of each op, and who computes it; see `ops` for shapes.
 
 Nothing here waits for the device, and nothing depends on the number of present blocks, which only
 the device knows: grids are made for the capacity. So a step can be captured in a CUDA graph, once
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_lightning.kernels import hopper, portable
+from sparse_lightning.kernels import choice, densified, hopper, portable
 
 
 def block_linear(
@@ -46,7 +46,8 @@ def _multiply(
     *,
     forward: bool,
 ) -> Tensor:
-    block_size, shape = values.shape[1], x.shape
+    capacity, block_size, _ = values.shape
+    shape = x.shape
     n_out, n_in = slots.shape if forward else reversed(slots.shape)
     in_features, out_features = n_in * block_size, n_out * block_size
     if shape[-1] != in_features:
@@ -61,7 +62,14 @@ def _multiply(
         return y
     x, values = _packed(x), _packed(values)
     bias = None if bias is None else bias.contiguous()
-    if not hopper.linear(x, values, bias, slots, y, device, forward=forward):
+    op, tokens = "fwd" if forward else "dx", x.numel() // in_features
+    grid = (slots.shape[0], slots.shape[1])
+    kind = choice.choose(op, x.dtype, block_size, capacity, grid, tokens, device)
+    if kind == choice.HOPPER:
+        hopper.linear(x, values, bias, slots, y, device, forward=forward)
+    elif kind == choice.DENSE:
+        densified.linear(x, values, bias, slots, y, device, forward=forward)
+    else:
         portable.linear(x, values, bias, offsets, entries, y, device, forward=forward)
     return y
 
@@ -82,7 +90,13 @@ def block_linear_dw(
     if capacity == 0:
         return dw
     dy, x = _packed(dy), _packed(x)
-    if not hopper.linear_dw(dy, x, coords, row_offsets, row_entries, dw, device):
+    grid, tokens = (out_blocks, x.shape[-1] // block_size), x.numel() // x.shape[-1]
+    kind = choice.choose("dw", x.dtype, block_size, capacity, grid, tokens, device)
+    if kind == choice.HOPPER:
+        hopper.linear_dw(dy, x, coords, row_offsets, row_entries, dw, device)
+    elif kind == choice.DENSE:
+        densified.linear_dw(dy, x, coords, dw, device)
+    else:
         portable.linear_dw(dy, x, coords, row_offsets, row_entries, dw, device)
     return dw
 
@@ -96,8 +110,12 @@ def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
     if x.numel() == 0:
         return
     dy, x = _packed(dy), _packed(x)
-    if not hopper.add_norms(dy, x, armed, scores, device):
-        portable.add_norms(dy, x, armed, scores, device)
+    tokens = x.numel() // x.shape[-1]
+    kind = choice.choose(
+        "norms", x.dtype, block_size, scores.numel(), (out_blocks, in_blocks), tokens, device
+    )
+    family = hopper if kind == choice.HOPPER else portable
+    family.add_norms(dy, x, armed, scores, device)
 
 
 def _device_of(first: Tensor, *others: Tensor | None) -> int:

@@ -33,15 +33,6 @@ struct alignas(1024) Shared {
 };
 static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "programs.py must count alike");
 
-template <int SIZE>
-__device__ int place(int n) {
-  return (unsigned)n % SIZE;
-}
-template <int SIZE>
-__device__ int parity(int n) {
-  return (unsigned)n / SIZE & 1;
-}
-
 // What the planning warp hands segments to.
 struct Planner {
   Shared& s;

@@ -60,6 +60,16 @@ __device__ inline void barrier_wait(u64* barrier, int parity) {
       : "memory");
 }
 
+// Where the n-th of something is in its ring, and the parity of its phase.
+template <int SIZE>
+__device__ int place(int n) {
+  return (unsigned)n % SIZE;
+}
+template <int SIZE>
+__device__ int parity(int n) {
+  return (unsigned)n / SIZE & 1;
+}
+
 // -- clusters --------------------------------------------------------------------------------
 
 __device__ inline int rank_in_cluster() {

@@ -1,7 +1,7 @@
-"""The kernels for Hopper: whether they take a product, and its launch; see `ops` for shapes.
+"""The kernels for Hopper: grids, arguments and launch of each product; see `ops` for shapes.
 
-Operands are contiguous, aligned to 16 bytes, of one dtype, and on the device of index `device`.
-Each function returns whether it did the work; if not, the portable kernels do.
+Operands are contiguous, aligned to 16 bytes, of one half-precision dtype, and on the device of
+index `device`; there is a token and a slot.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_lightning.kernels import hopper_programs as programs
 from sparse_lightning.kernels.launch import Kernel, build_once
+from sparse_lightning.kernels.programs import TiledProgram
 from sparse_lightning.kernels.tensor_maps import tensor_map
 
 _PIECES_OF_A_TILE = 8  # that `add_parts` adds up, a thread block each
@@ -25,17 +26,12 @@ def linear(
     device: int,
     *,
     forward: bool,
-) -> bool:
+) -> None:
     """Fill `y` with x W^T + bias, or with x W (not `forward`); `slots` is W's in both cases."""
     capacity, block_size, _ = values.shape
     kernel = _linear_kernel(x.dtype, block_size, forward, device)
-    if kernel is None:
-        return False
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
-    density = capacity / slots.numel()
-    if not programs.prefers_linear(block_size, density, tokens, out_features, kernel.processors):
-        return False
     tiling, cluster = kernel.program.tiling, programs.CLUSTER
     x_box, block_box = programs.linear_boxes(tiling, block_size)
     token_tiles = -(-tokens // (tiling.tm * cluster))
@@ -57,7 +53,6 @@ def linear(
         token_tiles,
         output_tiles,
     )
-    return True
 
 
 def linear_dw(
@@ -68,14 +63,11 @@ def linear_dw(
     row_entries: Tensor,
     dw: Tensor,
     device: int,
-) -> bool:
+) -> None:
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     capacity, block_size, _ = dw.shape
-    kernels = _dw_kernels(x.dtype, block_size, device)
+    kernel, add = _dw_kernels(x.dtype, block_size, device)
     tokens = x.numel() // x.shape[-1]
-    if kernels is None or not programs.prefers_dw(capacity, tokens):
-        return False
-    kernel, add = kernels
     workers, out_blocks = kernel.processors, row_offsets.shape[0] - 1
     partial = x.new_empty(workers * programs.PARTIAL_FLOATS_A_WORKER, dtype=torch.float32)
     arguments = (
@@ -92,15 +84,11 @@ def linear_dw(
     )
     kernel.launch(workers, 1, *arguments)
     add.launch(workers, _PIECES_OF_A_TILE, *arguments)  # fewer tiles than workers are split
-    return True
 
 
-def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> bool:
+def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
     """Add the squared norm of each block of dy^T x to `scores`, if armed."""
     kernel = _norms_kernel(x.dtype, device)
-    tokens = x.numel() // x.shape[-1]
-    if kernel is None or not programs.prefers_norms(tokens):
-        return False
     out_features, in_features = dy.shape[-1], x.shape[-1]
     kernel.launch(
         kernel.processors,
@@ -108,15 +96,14 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
         *_strip_maps(kernel, dy, x),
         armed.data_ptr(),
         scores.data_ptr(),
-        tokens,
+        x.numel() // in_features,
         out_features,
         in_features,
         in_features // scores.shape[1],
     )
-    return True
 
 
-def _strip_maps(kernel: Kernel, dy: Tensor, x: Tensor) -> tuple[bytes, bytes]:
+def _strip_maps(kernel: Kernel[TiledProgram], dy: Tensor, x: Tensor) -> tuple[bytes, bytes]:
     box = (kernel.program.tiling.tk, programs.STRIP)
     tokens = x.numel() // x.shape[-1]
     return (
@@ -128,17 +115,15 @@ def _strip_maps(kernel: Kernel, dy: Tensor, x: Tensor) -> tuple[bytes, bytes]:
 @build_once
 def _linear_kernel(
     dtype: torch.dtype, block_size: int, forward: bool, device: int
-) -> Kernel | None:
-    if not _serve(dtype, device):
-        return None
+) -> Kernel[TiledProgram]:
     program = programs.linear_program(dtype, block_size, forward=forward)
     return Kernel(program, "block_linear", "128s128sPPPiiiiqii", device)
 
 
 @build_once
-def _dw_kernels(dtype: torch.dtype, block_size: int, device: int) -> tuple[Kernel, Kernel] | None:
-    if block_size not in programs.DW_BLOCK_SIZES or not _serve(dtype, device):
-        return None
+def _dw_kernels(
+    dtype: torch.dtype, block_size: int, device: int
+) -> tuple[Kernel[TiledProgram], Kernel[TiledProgram]]:
     program, layout = programs.dw_program(dtype, block_size), "128s128sPPPPPqiii"
     return (
         Kernel(program, "block_linear_dw", layout, device),
@@ -147,11 +132,5 @@ def _dw_kernels(dtype: torch.dtype, block_size: int, device: int) -> tuple[Kerne
 
 
 @build_once
-def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel | None:
-    if not _serve(dtype, device):
-        return None
+def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel[TiledProgram]:
     return Kernel(programs.norms_program(dtype), "block_norms", "128s128sPPqiii", device)
-
-
-def _serve(dtype: torch.dtype, device: int) -> bool:
-    return programs.serve(torch.cuda.get_device_capability(device), dtype)

@@ -1,7 +1,6 @@
 """The programs for Hopper (compute capability 9.0) in half precision: pure functions on ints.
 
-How their tiles are cut, and when they are preferred to the portable ones, was chosen on an H100;
-NOTES.md has the measurements.
+How their tiles are cut was chosen on an H100; NOTES.md has the measurements.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sparse_lightning.kernels.programs import DTYPES, Program, Tiling, compiler_options
+from sparse_lightning.kernels.programs import DTYPES, TiledProgram, Tiling, compiler_options
 from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 
 CAPABILITY = (9, 0)
@@ -19,10 +18,6 @@ MAX_SHARED_BYTES = 227 * 1024
 CLUSTER = 2  # thread blocks that share copies of W
 STRIP = 64  # columns of dy and x that a copy brings for a gradient
 DW_BLOCK_SIZES = (64, 128)
-# Whether the ops take these programs where they are preferred. The kernels have passed their tests
-# one by one; they are taken once those of the ops have run with them on a Hopper GPU.
-CHOSEN = False
-
 PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
 # groups_n: warpgroups that share the outputs.
@@ -41,7 +36,7 @@ def serve(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     return capability == CAPABILITY and dtype in PTX_TYPES
 
 
-def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Program:
+def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> TiledProgram:
     """Return the program of y = x W^T (forward) or dx = dy W: `block_linear`."""
     check_block_size(block_size)
     t = _LINEAR[block_size]
@@ -64,7 +59,7 @@ def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Pro
     }
     threads = 128 * (1 + t.groups_n)
     options = compiler_options(defines)
-    return Program("block_linear_hopper.cu", options, t, threads, shared_bytes)
+    return TiledProgram("block_linear_hopper.cu", options, threads, shared_bytes, t)
 
 
 def linear_boxes(t: Tiling, block_size: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
@@ -84,18 +79,18 @@ def _bytes_beside_granules(t: Tiling, block_size: int) -> int:
     return results + slabs + _round_up(plans, 8) + 8 * (2 * t.stages + 2 * 4)
 
 
-def dw_program(dtype: torch.dtype, block_size: int) -> Program:
+def dw_program(dtype: torch.dtype, block_size: int) -> TiledProgram:
     """Return the program of dW, for one of `DW_BLOCK_SIZES`: `block_linear_dw`, `add_parts`."""
     options = {"B": block_size}
     return _gradient_program("block_linear_dw_hopper.cu", dtype, _DW[block_size], options)
 
 
-def norms_program(dtype: torch.dtype) -> Program:
+def norms_program(dtype: torch.dtype) -> TiledProgram:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
     return _gradient_program("block_norms_hopper.cu", dtype, _NORMS, {})
 
 
-def all_programs() -> Iterator[Program]:
+def all_programs() -> Iterator[TiledProgram]:
     """Yield every program for Hopper."""
     for dtype in PTX_TYPES:
         yield norms_program(dtype)
@@ -107,7 +102,7 @@ def all_programs() -> Iterator[Program]:
 
 def _gradient_program(
     source: str, dtype: torch.dtype, t: Tiling, options: dict[str, int]
-) -> Program:
+) -> TiledProgram:
     dy_strips, x_strips = t.tm // STRIP, t.tn // STRIP
     # As `Shared` in gradient_hopper.cuh has it.
     strips = t.stages * (dy_strips + x_strips) * 2 * STRIP * t.tk
@@ -124,7 +119,7 @@ def _gradient_program(
         "SHARED_BYTES": shared_bytes,
         **options,
     }
-    return Program(source, compiler_options(defines), t, 384, shared_bytes)
+    return TiledProgram(source, compiler_options(defines), 384, shared_bytes, t)
 
 
 def _round_up(n: int, to: int) -> int:
@@ -168,27 +163,3 @@ def _rounds(tiles: int, workers: int) -> float:
     return whole + min(
         -(-split * p // workers) / p + (6 / 8192 * split * p if p > 1 else 0) for p in parts
     )
-
-
-def prefers_linear(
-    block_size: int, density: float, tokens: int, out_features: int, processors: int
-) -> bool:
-    """Return whether `linear_program` is faster than the portable one.
-
-    Its tiles are large: they must be enough for most of the device. Small blocks at low density
-    are better served by copying only the inputs that are needed.
-    """
-    t = _LINEAR[block_size]
-    tiles = -(-tokens // t.tm) * -(-out_features // t.tn)
-    enough = CHOSEN and 2 * tiles >= processors
-    return enough and density > {16: 0.07, 32: 0.12}.get(block_size, 0.0)
-
-
-def prefers_dw(capacity: int, tokens: int) -> bool:
-    """Return whether `dw_program` is faster: if there are tokens enough to keep it busy."""
-    return CHOSEN and capacity > 0 and tokens >= 1024
-
-
-def prefers_norms(tokens: int) -> bool:
-    """Return whether `norms_program` is faster; see `prefers_dw`."""
-    return CHOSEN and tokens >= 1024

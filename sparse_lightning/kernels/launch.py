@@ -11,7 +11,7 @@ import functools
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from sparse_lightning.kernels.programs import Program
 _ARGUMENT_BYTES = 512
 
 Built = TypeVar("Built")
+AnyProgram = TypeVar("AnyProgram", bound=Program)
 
 
 class _Thread(threading.local):
@@ -37,11 +38,11 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class Kernel:
+class Kernel(Generic[AnyProgram]):
     """One kernel of a program, loaded on one device.
 
     Attributes:
-        program: `Program`, with the tiling that a grid is computed from.
+        program: `Program`; of a product with the tiling that a grid is computed from.
         processors: multiprocessors of the device.
 
     Args:
@@ -54,7 +55,7 @@ class Kernel:
     """
 
     def __init__(
-        self, program: Program, entry: str, layout: str, device: int, threads: int | None = None
+        self, program: AnyProgram, entry: str, layout: str, device: int, threads: int | None = None
     ) -> None:
         # First: it says what is missing.
         self._module = compiler.load_module(program.source, program.options, device)

@@ -15,6 +15,7 @@ from sparse_lightning.kernels.portable_programs import (
     norms_program,
     token_parts,
 )
+from sparse_lightning.kernels.programs import TiledProgram
 
 _ADD_THREADS = 256
 
@@ -115,13 +116,17 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
 
 
 @build_once
-def _linear_kernel(dtype: torch.dtype, block_size: int, forward: bool, device: int) -> Kernel:
+def _linear_kernel(
+    dtype: torch.dtype, block_size: int, forward: bool, device: int
+) -> Kernel[TiledProgram]:
     program = linear_program(dtype, block_size, forward=forward)
     return Kernel(program, "block_linear", "PPPPPPqii", device)
 
 
 @build_once
-def _dw_kernels(dtype: torch.dtype, block_size: int, device: int) -> tuple[Kernel, Kernel]:
+def _dw_kernels(
+    dtype: torch.dtype, block_size: int, device: int
+) -> tuple[Kernel[TiledProgram], Kernel[TiledProgram]]:
     program = dw_program(dtype, block_size)
     return (
         Kernel(program, "block_linear_dw", "PPPPPPqqiiii", device),
@@ -130,5 +135,5 @@ def _dw_kernels(dtype: torch.dtype, block_size: int, device: int) -> tuple[Kerne
 
 
 @build_once
-def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel:
+def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel[TiledProgram]:
     return Kernel(norms_program(dtype), "block_norms", "PPPPqiii", device)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sparse_lightning.kernels.programs import DTYPES, Program, Tiling, compiler_options
+from sparse_lightning.kernels.programs import DTYPES, TiledProgram, Tiling, compiler_options
 from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 
 MAX_SHARED_BYTES = 99 * 1024
@@ -45,7 +45,7 @@ _NORMS_MMA = Tiling(128, 128, 64, 2, 2, 4)
 _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
 
 
-def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Program:
+def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> TiledProgram:
     """Return the program of y = x W^T (forward) or dx = dy W: `block_linear`."""
     check_block_size(block_size)
     tiling = (_LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT)[block_size]
@@ -53,20 +53,20 @@ def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Pro
     return _program("block_linear.cu", dtype, tiling, options)
 
 
-def dw_program(dtype: torch.dtype, block_size: int) -> Program:
+def dw_program(dtype: torch.dtype, block_size: int) -> TiledProgram:
     """Return the program of dW at present blocks: `block_linear_dw` and `add_partials`."""
     check_block_size(block_size)
     tiling = (_DW_MMA if _has_mma(dtype) else _DW_SIMT)[block_size]
     return _program("block_linear_dw.cu", dtype, tiling, {"B": block_size})
 
 
-def norms_program(dtype: torch.dtype) -> Program:
+def norms_program(dtype: torch.dtype) -> TiledProgram:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
     tiling = _NORMS_MMA if _has_mma(dtype) else _NORMS_SIMT
     return _program("block_norms.cu", dtype, tiling, {})
 
 
-def all_programs() -> Iterator[Program]:
+def all_programs() -> Iterator[TiledProgram]:
     """Yield every portable program."""
     for dtype in DTYPES:
         yield norms_program(dtype)
@@ -109,7 +109,7 @@ def _program(
     dtype: torch.dtype,
     tiling: Tiling,
     options: dict[str, int],
-) -> Program:
+) -> TiledProgram:
     if dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"The input's dtype must be one of {names}; got {dtype}.")
@@ -134,4 +134,4 @@ def _program(
         **options,
     }
     threads = t.groups_m * t.groups_n * (32 if has_mma else 1)
-    return Program(source, compiler_options(defines), tiling, threads, shared_bytes)
+    return TiledProgram(source, compiler_options(defines), threads, shared_bytes, tiling)

@@ -19,6 +19,16 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Program:
+    """A `.cu` file with its options, and what a launch has to know of them."""
+
+    source: str
+    options: tuple[str, ...]
+    threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class Tiling:
     """How a product is cut into tiles.
 
@@ -39,14 +49,10 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class Program:
-    """A `.cu` file with its options, and what a launch has to know of them."""
+class TiledProgram(Program):
+    """A program of a matrix product."""
 
-    source: str
-    options: tuple[str, ...]
     tiling: Tiling
-    threads: int
-    shared_bytes: int
 
 
 def compiler_options(defines: dict[str, str | int]) -> tuple[str, ...]:

@@ -65,6 +65,23 @@ def test_report_is_printed_once_and_kept(capsys: pytest.CaptureFixture[str]) -> 
     assert "net.0" not in capsys.readouterr().out
 
 
+def test_layers_predicted_slower_than_dense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def predicted(layer: BlockSparseLinear, density: float, dtype: torch.dtype) -> float:
+        asked.append((density, dtype))
+        return 0.9 if layer.in_features == 128 else 1.5
+
+    monkeypatch.setattr(BlockSparseLinear, "predicted_speedup", predicted)
+    sparsity = SparsityCallback(block_size=16, density={"schedule": "cubic", "final": 0.25})
+    with pytest.warns(UserWarning, match=r"predicted to be slower than dense") as warnings:
+        fit(sparsity, max_steps=2, precision="bf16-mixed")
+    (message,) = [str(w.message) for w in warnings if "slower than dense" in str(w.message)]
+    assert "net.2 (0.90 of dense at density 0.25)" in message
+    assert message.count("of dense at density") == 1
+    assert {dtype for _, dtype in asked} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("until", [0.5, 0.4, 13])
 def test_cubic_density_arrives_exactly_and_stays(until: float) -> None:
     sparsity = SparsityCallback(

@@ -133,5 +133,14 @@ def test_held_out_text_is_not_trained_on() -> None:
     assert len(train) > 10 * len(held_out)
 
 
+def test_throughput(tmp_path: Path) -> None:
+    size = "--width 64 --layers 1 --heads 2 --context 64 --batch 2 --block-size 16"
+    turns = "--steps 1 --rounds 1 --densities 0.5 --device cpu"
+    rows = run("throughput.py", *size.split(), *turns.split(), cwd=tmp_path).splitlines()
+    names = ["dense", "block-sparse, density 0.5", "dense, MLPs 0.5 as wide"]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in rows[-3:]] == names
+    assert rows[-3].endswith(" | 1.00 |")
+
+
 def test_doctests() -> None:
     assert doctest.testmod(load("picture"), raise_on_error=True).attempted > 0

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_lightning.kernels import compiler, hopper_programs, portable, portable_programs
+from sparse_lightning.kernels import (
+    compiler,
+    densified,
+    hopper_programs,
+    portable,
+    portable_programs,
+)
 from sparse_lightning.kernels.portable_programs import norms_program
 
 # Without the compiler these tests would show nothing; `make setup` brings it, but not on macOS.
@@ -43,7 +49,7 @@ def test_an_old_device_is_refused() -> None:
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_every_kernel_compiles_without_spilling(capability: tuple[int, int]) -> None:
     arch, spilled = ARCHITECTURES[capability], {}
-    programs = [*portable_programs.all_programs()]
+    programs = [*portable_programs.all_programs(), densified.PROGRAM]
     if capability == hopper_programs.CAPABILITY:
         programs += hopper_programs.all_programs()
     for program in programs:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparse_lightning import BlockSparseLinear, BlockTopology
 from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.evolution import update_topology
-from sparse_lightning.kernels import hopper_programs, ops, portable
+from sparse_lightning.kernels import choice, ops, portable
 from tests.kernels.test_parity import DTYPES, PATTERNS, Case, check_parity, force_kernels
 
 pytestmark = [
@@ -26,10 +26,11 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 
 
-@pytest.fixture(params=["portable", "hopper"])
-def both_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=choice.KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with each kind of kernels."""
     force_kernels(request.param, monkeypatch)
+    return request.param
 
 
 def make_layer(
@@ -81,15 +82,14 @@ def test_parity_of_a_thousand_topologies(data: st.DataObject) -> None:
         spare=data.draw(st.integers(0, 5)),
         seed=data.draw(st.integers(0, 2**32)),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        if torch.cuda.get_device_capability() == hopper_programs.CAPABILITY:
-            force_kernels(data.draw(st.sampled_from(["portable", "hopper"])), patch)
+    # A kind that does not serve a product leaves it to the portable kernels.
+    with choice.forced(data.draw(st.sampled_from(choice.KINDS))):
         check_parity(case, "cuda")
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.usefixtures("poisoned_memory", "both_kernels")
+@pytest.mark.usefixtures("poisoned_memory", "kind")
 def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
     """So many that dW splits them into parts, and every tile is used more than once."""
     case = Case("random", (5, 9), block_size, dtype, lead=(2, 1111), spare=3)
@@ -98,7 +98,7 @@ def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_results_are_as_exact_as_those_of_a_dense_layer(
     block_size: int, dtype: torch.dtype
 ) -> None:
@@ -126,7 +126,7 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_misaligned_memory(dtype: torch.dtype) -> None:
     layer = make_layer(dtype=dtype)
     x, dy = tokens(33, layer)
@@ -146,7 +146,7 @@ def test_misaligned_memory(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("n", [7, 4096])
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_two_runs_give_the_same_bits(n: int) -> None:
     layer = make_layer()
     layer.armed.fill_(True)
@@ -157,7 +157,7 @@ def test_two_runs_give_the_same_bits(n: int) -> None:
     torch.testing.assert_close(layer.block_scores, scores, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_results_do_not_depend_on_slots() -> None:
     layer = make_layer()
     x, dy = tokens(300, layer)
@@ -180,7 +180,7 @@ def test_results_do_not_depend_on_slots() -> None:
 # -- streams, graphs, devices, the host ---------------------------------------------------------
 
 
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_kernels_run_on_the_current_stream() -> None:
     layer = make_layer()
     x, dy = tokens(128, layer)
@@ -217,7 +217,7 @@ def test_a_thread_whose_first_cuda_call_is_a_launch() -> None:
     assert_same(results, [expected], rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
     script = (
         "import torch\n"
@@ -235,7 +235,7 @@ def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
 
 
 @pytest.mark.parametrize("n", [64, 4096])
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_a_graph_follows_topology_updates(n: int) -> None:
     layer = make_layer()
     x, dy = tokens(n, layer)
@@ -264,7 +264,7 @@ def test_a_graph_follows_topology_updates(n: int) -> None:
         torch.testing.assert_close(scores_of_graph, layer.block_scores, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("both_kernels")
+@pytest.mark.usefixtures("kind")
 def test_a_step_does_not_wait_for_the_device() -> None:
     layer = make_layer(dtype=torch.float32)
     layer.armed.fill_(True)

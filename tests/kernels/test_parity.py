@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_lightning import BlockTopology
-from sparse_lightning.kernels import cpu, hopper_programs, ops, reference
+from sparse_lightning.kernels import choice, cpu, hopper_programs, ops, reference
 
 METHODS = ("by block", "by row", "densify")  # what cpu.choose returns
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEADS = ((), (0,), (1,), (7,), (2, 3, 5), (2, 0, 3), (300,))
 
 
-CUDA_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("portable", "hopper")]
+CUDA_KERNELS = [pytest.param(kind, marks=pytest.mark.gpu) for kind in choice.KINDS]
 
 
 @pytest.fixture(params=[*METHODS, *CUDA_KERNELS])
@@ -40,18 +40,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "cpu"
 
 
-def force_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the ops take the kernels of one kind, "portable" or "hopper", on this GPU."""
-    if name == "hopper" and torch.cuda.get_device_capability() != hopper_programs.CAPABILITY:
+def force_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the ops take the kernels of one kind on this GPU, where there are any."""
+    if kind == choice.HOPPER and torch.cuda.get_device_capability() != hopper_programs.CAPABILITY:
         pytest.skip("needs a Hopper GPU")
-    # Without any slot or token there is nothing that a tensor map could describe.
-    on = name == "hopper"
-    for name, choice in {
-        "prefers_linear": lambda block_size, density, *_: on and density > 0,
-        "prefers_dw": lambda capacity, tokens: on and tokens > 0,
-        "prefers_norms": lambda tokens: on,
-    }.items():
-        monkeypatch.setattr(hopper_programs, name, choice)
+    monkeypatch.setattr(choice, "_forced", kind)
 
 
 @dataclass(frozen=True)

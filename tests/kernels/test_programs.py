@@ -61,28 +61,6 @@ def test_forward_on_hopper_fills_the_shared_memory_there_is(block_size: int) -> 
     assert block_box == (1, min(block_size, 64), min(block_size, 64))
 
 
-def test_which_products_hopper_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_programs, "CHOSEN", True)
-
-    def linear(block_size: int, density: float, tokens: int = 8192) -> bool:
-        return hopper_programs.prefers_linear(block_size, density, tokens, 4096, 132)
-
-    assert linear(64, 0.01) and linear(128, 1.0) and linear(32, 0.25) and linear(16, 0.1)
-    assert not linear(64, 0.0)  # there is no block at all
-    assert not linear(32, 0.1) and not linear(16, 0.05)  # few blocks, but all of x
-    assert linear(64, 0.25, 640) and not linear(64, 0.25, 512)  # too few tiles for the device
-    assert hopper_programs.prefers_dw(7, 1024) and not hopper_programs.prefers_dw(0, 1024)
-    assert not hopper_programs.prefers_dw(7, 1023) and not hopper_programs.prefers_norms(1023)
-    for capability, dtype, expected in (
-        ((9, 0), torch.bfloat16, True),
-        ((9, 0), torch.float16, True),
-        ((9, 0), torch.float32, False),
-        ((8, 0), torch.bfloat16, False),
-        ((10, 0), torch.bfloat16, False),
-    ):
-        assert hopper_programs.serve(capability, dtype) is expected
-
-
 @given(
     n_blocks=st.integers(0, 10**5),
     out_blocks=st.integers(1, 1000),

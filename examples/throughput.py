@@ -1,0 +1,103 @@
+"""Tokens a second of a GPT in training, its MLPs dense and block-sparse, in the same run.
+
+    python examples/throughput.py          # 2048 wide, 16 layers, 8 x 2048 tokens: for a GPU
+    python examples/throughput.py --width 256 --layers 2 --heads 4 --context 256    # to try it
+
+A step is forward, backward and a fused AdamW, in bf16, each layer of the GPT compiled. The model of
+a perfect sparse MLP, which takes its share of the time and nothing else, is the same GPT with MLPs
+as wide as the density says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from gpt import BYTES, GPT
+from torch import nn
+
+from sparse_lightning import sparsify
+
+
+def main() -> None:
+    """Print a table: one row a model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {
+        "width": 2048, "layers": 16, "heads": 16, "context": 2048,
+        "batch": 8, "block-size": 64, "steps": 10, "rounds": 3,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.1])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+
+    steppers = {"dense": stepper(options, 1.0)}
+    for density in options.densities:
+        steppers[f"block-sparse, density {density}"] = stepper(options, density)
+        steppers[f"dense, MLPs {density} as wide"] = stepper(options, density, narrow=True)
+    # In turns, so that each meets the machine in the same state.
+    rounds = [
+        {name: seconds_a_step(step, options) for name, step in steppers.items()}
+        for _ in range(options.rounds)
+    ]
+    tokens = options.batch * options.context
+    print("| MLPs | tokens a second | speed-up |\n|---|---|---|")
+    for name in steppers:
+        seconds = statistics.median(times[name] for times in rounds)
+        speedup = statistics.median(times["dense"] / times[name] for times in rounds)
+        print(f"| {name} | {tokens / seconds:,.0f} | {speedup:.2f} |")
+
+
+def stepper(
+    options: argparse.Namespace, density: float, *, narrow: bool = False
+) -> Callable[[], None]:
+    """Return a function that makes one training step of a new model."""
+    torch.manual_seed(0)
+    model = GPT(options.width, options.layers, options.heads, options.context)
+    if narrow:
+        hidden = round(4 * options.width * density / options.block_size) * options.block_size
+        for block in model.blocks:
+            block.mlp[0] = nn.Linear(options.width, hidden)
+            block.mlp[2] = nn.Linear(hidden, options.width)
+    elif density < 1:
+        sparsify(model, block_size=options.block_size, density=density, include=["re:.*mlp.*"])
+    device = torch.device(options.device)
+    model.to(device, torch.bfloat16)
+    for block in model.blocks:
+        block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    shape = (options.batch, options.context + 1)
+    windows = torch.randint(0, BYTES, shape, device=device)
+
+    def step() -> None:
+        model.bits_per_byte(windows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):  # compiles
+        step()
+    return step
+
+
+def seconds_a_step(step: Callable[[], None], options: argparse.Namespace) -> float:
+    """Return the mean time of some steps, the device's work included."""
+    step()
+    wait(options.device)
+    begin = time.perf_counter()
+    for _ in range(options.steps):
+        step()
+    wait(options.device)
+    return (time.perf_counter() - begin) / options.steps
+
+
+def wait(device: str) -> None:
+    """Wait until the device has nothing left to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

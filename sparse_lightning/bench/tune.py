@@ -1,0 +1,143 @@
+"""`sparse-lightning tune`: times every kind of kernels, and saves which is the fastest where."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from sparse_lightning.bench.environment import describe
+from sparse_lightning.bench.problem import Contender, Problem
+from sparse_lightning.bench.timing import Times, device_times
+from sparse_lightning.kernels import choice
+from sparse_lightning.kernels.choice import Measured, Shape
+from sparse_lightning.topology import BLOCK_SIZES
+
+# Tokens, in and out: few tokens, a middle, many; and the two halves of an MLP.
+SHAPES: dict[torch.dtype, tuple[Shape, ...]] = {
+    torch.bfloat16: (
+        (256, 1024, 1024),
+        (2048, 2048, 2048),
+        (8192, 4096, 4096),
+        (32768, 1024, 4096),
+        (32768, 4096, 1024),
+    ),
+    torch.float32: ((256, 1024, 1024), (2048, 2048, 2048)),
+}
+DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05, 0.02)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("--device", default="cuda")
+    add("--repeats", type=int, default=11, help="turns to take the median of")
+    add("--output", type=Path, metavar="FILE",
+        help="default: where training on this machine looks for it")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print and save.
+
+    Raises:
+        ValueError: for wrong options, before anything is measured.
+        AssertionError: if a kernel's result is wrong.
+    """
+    device = torch.device(options.device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(
+            f"`--device` must be a CUDA GPU that is there; got '{options.device}'. "
+            "On a CPU there is nothing to tune."
+        )
+    if options.repeats < 1:
+        raise ValueError(f"`--repeats` must be at least 1; got {options.repeats}.")
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    path = options.output or choice.user_file(torch.cuda.get_device_name(device))
+    folder = path.parent
+    if path.is_dir() or (folder.exists() and not os.access(folder, os.W_OK)):
+        raise ValueError(f"'{path}' must be a file in a folder that can be written to.")
+
+    rows = []
+    print(f"| op | dtype | B | tokens x in x out | density | {' | '.join(choice.KINDS)} |")
+    print("|" + "---|" * (5 + len(choice.KINDS)))
+    for row in measure_all(SHAPES, BLOCK_SIZES, DENSITIES, device, options.repeats):
+        rows.append(row)
+        print(table_row(row), flush=True)
+    choice.write_table(path, rows, describe(device))
+    choice.forget_tables()
+    print(f"\nSaved in {path}")
+
+
+def measure_all(
+    shapes: dict[torch.dtype, tuple[Shape, ...]],
+    block_sizes: Sequence[int],
+    densities: Sequence[float],
+    device: torch.device,
+    repeats: int,
+) -> Iterator[Measured]:
+    """Yield every product's measurement, as soon as it is there."""
+    for dtype, of_dtype in shapes.items():
+        for shape in of_dtype:
+            for block_size in block_sizes:
+                for density in densities:
+                    problem = Problem(
+                        shape, block_size, density, dtype=dtype, device=device, seed=0
+                    )
+                    for op in ("fwd", "dx", "dw"):
+                        yield measure(problem, op, repeats)
+                yield measure(problem, "norms", repeats)
+
+
+def measure(problem: Problem, op: str, repeats: int) -> Measured:
+    """Check and then time every kind of kernels, and the dense product, in turns.
+
+    Raises:
+        AssertionError: naming the kind whose result is wrong.
+    """
+    layer, x = problem.layer, problem.x
+    capability = torch.cuda.get_device_capability(x.device)
+    kinds = choice.serving(op, x.dtype, layer.block_size, capability)
+    contenders = {}
+    for kind in kinds:
+        ours = problem.ours(op)
+        contenders[kind] = _by(kind, ours)
+        try:
+            problem.check(op, Contender(contenders[kind], ours.read))
+        except AssertionError as error:
+            raise AssertionError(
+                f"{op} by {kind} kernels with blocks of {layer.block_size} at density "
+                f"{layer.density:.2f} is wrong: {error}"
+            ) from None
+    dense, *samples = device_times([problem.dense(op).run, *contenders.values()], repeats, x.device)
+    speedups = {
+        kind: Times.of([d / s for d, s in zip(dense, times, strict=True)]).median
+        for kind, times in zip(kinds, samples, strict=True)
+    }
+    return Measured(
+        op=op,
+        dtype="fp32" if x.dtype == torch.float32 else "half",
+        block_size=layer.block_size,
+        shape=(x.shape[0], layer.in_features, layer.out_features),
+        density=1.0 if op == "norms" else layer.density,
+        speedups={kind: round(ratio, 3) for kind, ratio in speedups.items()},
+    )
+
+
+def _by(kind: str, contender: Contender) -> Callable[[], object]:
+    def run() -> object:
+        with choice.forced(kind):
+            return contender.run()
+
+    return run
+
+
+def table_row(row: Measured) -> str:
+    """Return a row of the Markdown table; the last columns are speed-ups over the dense product."""
+    shape = "x".join(map(str, row.shape))
+    cells = [row.op, row.dtype, str(row.block_size), shape, f"{row.density:.2f}"]
+    cells += [f"{row.speedups[k]:.2f}" if k in row.speedups else "n/a" for k in choice.KINDS]
+    return f"| {' | '.join(cells)} |"

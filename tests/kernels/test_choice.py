@@ -1,0 +1,187 @@
+"""Which kind of kernels computes a product: tables, their files, and what is chosen by them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_lightning import BlockSparseLinear
+from sparse_lightning.kernels import choice
+from sparse_lightning.kernels.choice import KINDS, Measured, Table
+
+SHAPE = (8192, 4096, 4096)
+
+
+def row(density: float, op: str = "fwd", shape: Any = SHAPE, **speedups: float) -> Measured:
+    return Measured(op, "half", 64, shape, density, speedups)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A Hopper GPU that is not there; the path is where its measured table would be."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB")
+    monkeypatch.setenv("SPARSE_LIGHTNING_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "SHIPPED", tmp_path)
+    choice.forget_tables()
+    yield choice.user_file("NVIDIA H100 80GB")
+    choice.forget_tables()
+
+
+def choose(op: str = "fwd", block_size: int = 64, capacity: int = 1024, tokens: int = 8192) -> str:
+    grid = (4096 // block_size, 4096 // block_size)
+    return choice.choose(op, torch.bfloat16, block_size, capacity, grid, tokens, 0)
+
+
+def test_between_densities_logarithms_are_linear() -> None:
+    table = Table([row(0.5, portable=1.0), row(0.125, portable=4.0)])  # in any order
+
+    def at(density: float) -> float:
+        return table.predict("fwd", "half", 64, SHAPE, density)["portable"]
+
+    assert at(0.25) == pytest.approx(2.0)
+    assert at(0.5) == 1.0 and at(0.125) == 4.0
+    assert at(0.9) == 1.0 and at(0.01) == 4.0  # nothing is known beyond
+
+
+def test_the_nearest_shape_counts() -> None:
+    small = row(0.5, shape=(256, 1024, 1024), portable=0.5, dense=0.9)
+    table = Table([small, row(0.5, portable=2.0, dense=0.9)])
+    arguments = ("fwd", "half", 64)
+    assert table.choose(*arguments, (100, 1024, 1024), 0.5, KINDS) == "dense"
+    assert table.choose(*arguments, (10_000, 4096, 4096), 0.5, KINDS) == "portable"
+    assert table.predict("dx", "half", 64, SHAPE, 0.5) == {}
+    assert table.choose("dx", "half", 64, SHAPE, 0.5, KINDS) == "portable"
+
+
+def test_only_kinds_that_serve_and_were_measured_are_chosen() -> None:
+    table = Table([row(0.5, portable=1.0, hopper=2.0, dense=0.9)])
+    assert table.choose("fwd", "half", 64, SHAPE, 0.5, KINDS) == "hopper"
+    assert table.choose("fwd", "half", 64, SHAPE, 0.5, ["portable", "dense"]) == "portable"
+    # Measured at one density only, a kind cannot be compared at others.
+    table = Table([row(0.5, portable=1.0, hopper=2.0), row(0.1, portable=3.0)])
+    assert set(table.predict("fwd", "half", 64, SHAPE, 0.3)) == {"portable"}
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "block_size", "capability", "expected"),
+    [
+        ("fwd", torch.bfloat16, 16, (9, 0), KINDS),
+        ("dw", torch.float16, 64, (9, 0), KINDS),
+        ("dw", torch.float16, 32, (9, 0), ("portable", "dense")),
+        ("norms", torch.bfloat16, 16, (9, 0), ("portable", "hopper")),
+        ("fwd", torch.float32, 64, (9, 0), ("portable", "dense")),
+        ("fwd", torch.bfloat16, 64, (8, 0), ("portable", "dense")),
+        ("norms", torch.bfloat16, 64, (10, 0), ("portable",)),
+    ],
+)
+def test_who_serves(
+    op: str, dtype: torch.dtype, block_size: int, capability: Any, expected: Any
+) -> None:
+    assert tuple(choice.serving(op, dtype, block_size, capability)) == expected
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    rows = [row(0.5, portable=1.25, hopper=2.5), row(0.1, "dw", dense=0.875)]
+    path = tmp_path / "new" / "table.json"
+    choice.write_table(path, rows, {"device": "a GPU"})
+    assert json.loads(path.read_text())["environment"] == {"device": "a GPU"}
+    table = choice.read_table(path)
+    assert table.predict("fwd", "half", 64, SHAPE, 0.5) == {"portable": 1.25, "hopper": 2.5}
+    assert table.predict("dw", "half", 64, SHAPE, 0.1) == {"dense": 0.875}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", '{"rows": [{"op": "fwd"}]}', '{"rows": [{"speed": 1}]}']
+)
+def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"table\.json' must be a table.*Measure it anew"):
+        choice.read_table(path)
+
+
+def test_without_a_table_the_portable_kernels_compute(device: Path) -> None:
+    assert not device.exists()
+    assert {choose(op) for op in choice.OPS} == {"portable"}
+
+
+def test_a_shipped_table_is_read_and_a_measured_one_goes_before_it(device: Path) -> None:
+    shipped = choice.SHIPPED / "choices-sm_90.json"
+    choice.write_table(shipped, [row(0.25, portable=1.0, hopper=2.0, dense=0.9)], {})
+    assert choose() == "hopper" and choose("dx") == "portable"
+    choice.write_table(device, [row(0.25, portable=1.0, hopper=0.5, dense=1.5)], {})
+    assert choose() == "hopper"  # choices are kept
+    choice.forget_tables()
+    assert choose() == "dense"
+
+
+def test_what_has_no_work_is_portable(device: Path) -> None:
+    choice.write_table(device, [row(0.25, portable=1.0, hopper=2.0)], {})
+    assert choose() == "hopper"
+    assert choose(capacity=0) == choose(tokens=0) == "portable"
+
+
+def test_forcing_a_kind(device: Path) -> None:
+    with choice.forced("hopper"):
+        assert choose() == "hopper"
+        assert choose("dw", block_size=32) == "portable"  # which hopper does not serve
+        with choice.forced("dense"):
+            assert choose("dw", block_size=32) == "dense"
+            assert choose("norms") == "portable"
+        assert choose() == "hopper"
+    assert choose() == "portable"
+    with (
+        pytest.raises(ValueError, match=r"`kind` must be one of .*got 'fast'"),
+        choice.forced("fast"),
+    ):
+        pass
+
+
+def test_the_predicted_speedup_of_a_step(device: Path) -> None:
+    def predicted(dtype: torch.dtype = torch.bfloat16) -> float | None:
+        return choice.predicted_speedup(dtype, 64, (64, 64), 0.25, 0)
+
+    assert predicted() is None
+    rows = [row(0.25, op, portable=s, dense=0.9) for op, s in (("fwd", 2.0), ("dx", 4.0))]
+    choice.write_table(device, rows, {})
+    choice.forget_tables()
+    assert predicted() is None  # without dW a step is not known
+    choice.write_table(device, [*rows, row(0.25, "dw", portable=0.5, dense=0.9)], {})
+    choice.forget_tables()
+    # Times of dense products, each 1: 1/2, 1/4 and, by the dense kind, 1/0.9.
+    assert predicted() == pytest.approx(3 / (1 / 2 + 1 / 4 + 1 / 0.9))
+    assert predicted(torch.float64) is None
+
+
+def test_a_layer_tells_its_choice() -> None:
+    layer = BlockSparseLinear(128, 64, block_size=16, density=0.1)
+    assert layer.kernel_choice(torch.zeros(4, 128)) == {
+        "fwd": "by row",
+        "dx": "by row",
+        "dw": "by row",
+    }
+    assert layer.kernel_choice(torch.zeros(2, 200, 128))["fwd"] == "by block"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.kernel_choice(torch.zeros(2, 200, 128)) == {
+            "fwd": "by row",
+            "dx": "by row",
+            "dw": "by block",
+        }
+    assert layer.predicted_speedup(0.1, torch.bfloat16) is None  # on a CPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_layer_on_a_gpu_tells_its_choice() -> None:
+    layer = BlockSparseLinear(128, 64, block_size=16, density=0.1).cuda()
+    x = torch.zeros(4, 128, device="cuda")
+    assert set(layer.kernel_choice(x).values()) <= set(KINDS)
+    for kind in ("portable", "dense"):
+        with choice.forced(kind):
+            assert layer.kernel_choice(x) == {"fwd": kind, "dx": kind, "dw": kind}
