@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from sparse_lightning.bench.environment import describe
 from sparse_lightning.bench.kernels import Row, measure_all, table_head, table_row
+from sparse_lightning.bench.options import (
+    check_count,
+    check_writable,
+    find_device,
+    prepare,
+    write_text,
+)
 from sparse_lightning.bench.peers import PEERS, installed
 from sparse_lightning.bench.problem import OPS
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
@@ -58,20 +64,14 @@ def run(options: argparse.Namespace) -> None:
         ValueError: for options that do not fit together, before anything is measured.
         AssertionError: if a kernel's result is wrong.
     """
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise ValueError(f"`--device` must be cuda or cpu; got '{options.device}'.") from None
+    device = find_device(options.device)
     on_cuda = device.type == "cuda"
     shape = tuple(options.shape or ((8192, 4096, 4096) if on_cuda else (1024, 1024, 1024)))
     ops = options.ops or (["fwd", "dx", "dw"] if on_cuda else ["layer"])
     dtype_name = options.dtype or ("bf16" if on_cuda else "fp32")
     peers = [] if options.peers == ["none"] else options.peers or (installed() if on_cuda else [])
     _check(options, device, shape, peers)
-    if on_cuda and device.index is not None:
-        torch.cuda.set_device(device)  # events and streams are those of the current device
-    # Some containers turn it on, and then neither the reference nor the dense product is fp32.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    prepare(device)
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -100,9 +100,7 @@ def run(options: argparse.Namespace) -> None:
             "seed": options.seed,
             "rows": [row.as_dict() for row in rows],
         }
-        temporary = options.json.with_name(options.json.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, options.json)
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
     if options.plot:
         from sparse_lightning.bench.plot import plot
 
@@ -112,19 +110,8 @@ def run(options: argparse.Namespace) -> None:
 def _check(
     options: argparse.Namespace, device: torch.device, shape: tuple[int, ...], peers: list[str]
 ) -> None:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`--device` must be there; got 'cuda' without a CUDA GPU. Use cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"`--device` must be one of the {torch.cuda.device_count()} that are there; "
-            f"got '{device}'."
-        )
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"`--device` must be cuda or cpu; got '{device}'.")
-    for name in ("repeats", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`--{name}` must be at least 1; got {value}.")
+    check_count("repeats", options.repeats)
+    check_count("threads", options.threads)
     if shape[0] < 1:
         raise ValueError(f"`--shape` must have at least one token; got {shape[0]}.")
     for block_size in options.block_sizes:
@@ -137,8 +124,8 @@ def _check(
         if name not in installed():
             raise ValueError(f"`--peers` must be installed; got '{name}', which is not.")
     for path in (options.json, options.plot):
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"'{path}' must be a file in a folder that can be written to.")
+        if path is not None:
+            check_writable(path)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "`--plot` needs matplotlib, which is not installed. "

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import os
+import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from sparse_lightning.bench.environment import describe
+from sparse_lightning.bench.options import (
+    check_count,
+    check_writable,
+    find_device,
+    prepare,
+    write_text,
+)
 from sparse_lightning.bench.problem import Contender, Problem
 from sparse_lightning.bench.timing import Times, device_times
 from sparse_lightning.kernels import choice
-from sparse_lightning.kernels.choice import Measured, Shape
+from sparse_lightning.kernels.choice import STEP, Measured, Shape
 from sparse_lightning.topology import BLOCK_SIZES
 
 # Tokens, in and out: few tokens, a middle, many; and the two halves of an MLP.
@@ -46,20 +55,18 @@ def run(options: argparse.Namespace) -> None:
         ValueError: for wrong options, before anything is measured.
         AssertionError: if a kernel's result is wrong.
     """
-    device = torch.device(options.device)
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if not torch.cuda.is_available() or find_device(options.device).type != "cuda":
         raise ValueError(
             f"`--device` must be a CUDA GPU that is there; got '{options.device}'. "
             "On a CPU there is nothing to tune."
         )
-    if options.repeats < 1:
-        raise ValueError(f"`--repeats` must be at least 1; got {options.repeats}.")
-    torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    device = find_device(options.device)
+    check_count("repeats", options.repeats)
     path = options.output or choice.user_file(torch.cuda.get_device_name(device))
-    folder = path.parent
-    if path.is_dir() or (folder.exists() and not os.access(folder, os.W_OK)):
-        raise ValueError(f"'{path}' must be a file in a folder that can be written to.")
+    with suppress(OSError):  # the check says so
+        path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
+    prepare(device)
 
     rows = []
     print(f"| op | dtype | B | tokens x in x out | density | {' | '.join(choice.KINDS)} |")
@@ -67,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     for row in measure_all(SHAPES, BLOCK_SIZES, DENSITIES, device, options.repeats):
         rows.append(row)
         print(table_row(row), flush=True)
-    choice.write_table(path, rows, describe(device))
+    write_table(path, rows, describe(device))
     choice.forget_tables()
     print(f"\nSaved in {path}")
 
@@ -87,7 +94,7 @@ def measure_all(
                     problem = Problem(
                         shape, block_size, density, dtype=dtype, device=device, seed=0
                     )
-                    for op in ("fwd", "dx", "dw"):
+                    for op in STEP:
                         yield measure(problem, op, repeats)
                 yield measure(problem, "norms", repeats)
 
@@ -125,6 +132,12 @@ def measure(problem: Problem, op: str, repeats: int) -> Measured:
         density=1.0 if op == "norms" else layer.density,
         speedups={kind: round(ratio, 3) for kind, ratio in speedups.items()},
     )
+
+
+def write_table(path: Path, rows: Sequence[Measured], environment: dict[str, str]) -> None:
+    """Write measurements, and what they were made on, for `choice.read_table`."""
+    lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
+    write_text(path, f'{{"environment": {json.dumps(environment)},\n "rows": [\n{lines}\n ]}}\n')
 
 
 def _by(kind: str, contender: Contender) -> Callable[[], object]:

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from sparse_lightning.kernels.compiler import cache_folder
 from sparse_lightning.topology import BlockTopology
 
 PORTABLE, HOPPER, DENSE = KINDS = ("portable", "hopper", "dense")
-OPS = ("fwd", "dx", "dw", "norms")
+STEP = ("fwd", "dx", "dw")  # the products of a step
+OPS = (*STEP, "norms")
 SHIPPED = Path(__file__).parent
 
 # Half precision is one: both dtypes have the same kernels, and the same rates.
@@ -110,7 +111,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Read what `write_table` wrote.
+    """Read what `sparse-lightning tune` wrote.
 
     Raises:
         ValueError: naming the file, if it is something else.
@@ -123,13 +124,6 @@ def read_table(path: Path) -> Table:
             f"'{path}' must be a table that `sparse-lightning tune` wrote; reading it failed: "
             f"{error!r}. Measure it anew, or remove it."
         ) from None
-
-
-def write_table(path: Path, rows: Sequence[Measured], environment: dict[str, str]) -> None:
-    """Write measurements, and what they were made on, as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
-    path.write_text(f'{{"environment": {json.dumps(environment)},\n "rows": [\n{lines}\n ]}}\n')
 
 
 def user_file(device_name: str) -> Path:
@@ -210,7 +204,7 @@ def predicted_speedup(
         return None
     shape = (_TOKENS, grid[1] * block_size, grid[0] * block_size)
     time = 0.0
-    for op in ("fwd", "dx", "dw"):
+    for op in STEP:
         predicted = table.predict(op, _DTYPES[dtype], block_size, shape, density)
         if not predicted:
             return None
@@ -225,8 +219,7 @@ def of_a_step(
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return {
-            op: choose(op, dtype, at.block_size, at.capacity, at.grid, tokens, index)
-            for op in ("fwd", "dx", "dw")
+            op: choose(op, dtype, at.block_size, at.capacity, at.grid, tokens, index) for op in STEP
         }
     # Blocks of dW are never added up, so its dtype does not matter.
     sums = {"fwd": dtype, "dx": dtype, "dw": torch.float32}

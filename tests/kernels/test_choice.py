@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparse_lightning import BlockSparseLinear
+from sparse_lightning.bench.tune import write_table
 from sparse_lightning.kernels import choice
 from sparse_lightning.kernels.choice import KINDS, Measured, Table
 
@@ -26,6 +27,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A Hopper GPU that is not there; the path is where its measured table would be."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB")
+    (tmp_path / "cache").mkdir()
     monkeypatch.setenv("SPARSE_LIGHTNING_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(choice, "SHIPPED", tmp_path)
     choice.forget_tables()
@@ -88,8 +90,8 @@ def test_who_serves(
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
     rows = [row(0.5, portable=1.25, hopper=2.5), row(0.1, "dw", dense=0.875)]
-    path = tmp_path / "new" / "table.json"
-    choice.write_table(path, rows, {"device": "a GPU"})
+    path = tmp_path / "table.json"
+    write_table(path, rows, {"device": "a GPU"})
     assert json.loads(path.read_text())["environment"] == {"device": "a GPU"}
     table = choice.read_table(path)
     assert table.predict("fwd", "half", 64, SHAPE, 0.5) == {"portable": 1.25, "hopper": 2.5}
@@ -113,16 +115,16 @@ def test_without_a_table_the_portable_kernels_compute(device: Path) -> None:
 
 def test_a_shipped_table_is_read_and_a_measured_one_goes_before_it(device: Path) -> None:
     shipped = choice.SHIPPED / "choices-sm_90.json"
-    choice.write_table(shipped, [row(0.25, portable=1.0, hopper=2.0, dense=0.9)], {})
+    write_table(shipped, [row(0.25, portable=1.0, hopper=2.0, dense=0.9)], {})
     assert choose() == "hopper" and choose("dx") == "portable"
-    choice.write_table(device, [row(0.25, portable=1.0, hopper=0.5, dense=1.5)], {})
+    write_table(device, [row(0.25, portable=1.0, hopper=0.5, dense=1.5)], {})
     assert choose() == "hopper"  # choices are kept
     choice.forget_tables()
     assert choose() == "dense"
 
 
 def test_what_has_no_work_is_portable(device: Path) -> None:
-    choice.write_table(device, [row(0.25, portable=1.0, hopper=2.0)], {})
+    write_table(device, [row(0.25, portable=1.0, hopper=2.0)], {})
     assert choose() == "hopper"
     assert choose(capacity=0) == choose(tokens=0) == "portable"
 
@@ -149,10 +151,10 @@ def test_the_predicted_speedup_of_a_step(device: Path) -> None:
 
     assert predicted() is None
     rows = [row(0.25, op, portable=s, dense=0.9) for op, s in (("fwd", 2.0), ("dx", 4.0))]
-    choice.write_table(device, rows, {})
+    write_table(device, rows, {})
     choice.forget_tables()
     assert predicted() is None  # without dW a step is not known
-    choice.write_table(device, [*rows, row(0.25, "dw", portable=0.5, dense=0.9)], {})
+    write_table(device, [*rows, row(0.25, "dw", portable=0.5, dense=0.9)], {})
     choice.forget_tables()
     # Times of dense products, each 1: 1/2, 1/4 and, by the dense kind, 1/0.9.
     assert predicted() == pytest.approx(3 / (1 / 2 + 1 / 4 + 1 / 0.9))
