@@ -13,8 +13,8 @@
 // output block as if they stood side by side, TK at a time, several blocks where B < TK: a fixed
 // order, so the result does not depend on slots or timing.
 //
-// The compiler's options CONFIG_... (programs.py) give the dtype, the sizes and the header with the
-// arithmetic.
+// The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
+// with the arithmetic.
 
 #include "common.cuh"
 #include CONFIG_PRODUCT
@@ -40,7 +40,7 @@ typedef Product<T, TM, B, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, false, !FORWARD>
 typedef Accumulator<T>::type Sum;
 typedef Tile<Sum, TM, B> Result;
 static_assert(shared_bytes<STAGES, BlockProduct, Result>() == CONFIG_SHARED_BYTES,
-              "programs.py must count alike");
+              "portable_programs.py must count alike");
 
 // The rows of the blocks that stand side by side along k. Forward, a row is an output and k runs
 // along it; for dx, k is what numbers the rows, and they may belong to several blocks.

@@ -16,8 +16,8 @@
 // With several parts, each leaves its sums in `partial` [parts, capacity, B, B], and
 // `add_partials` adds them up in the order of the parts: no atomics, the same bits at every run.
 //
-// The compiler's options CONFIG_... (programs.py) give the dtype, the sizes and the header with the
-// arithmetic.
+// The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
+// with the arithmetic.
 
 #include "common.cuh"
 #include CONFIG_PRODUCT
@@ -47,7 +47,7 @@ constexpr int GROUP = TN / B, ROW_TILES = B / TM;
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> BlockProduct;
 typedef Tile<Sum, TM, TN> Result;
 static_assert(shared_bytes<STAGES, BlockProduct, Result>() == CONFIG_SHARED_BYTES,
-              "programs.py must count alike");
+              "portable_programs.py must count alike");
 
 // Writes rows `first_row` to `first_row + TM` of up to GROUP blocks.
 template <typename Out>

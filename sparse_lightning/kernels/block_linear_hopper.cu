@@ -76,7 +76,7 @@ struct alignas(1024) Shared {
   Plan plans[PLANS];
   u64 full[STAGES], empty[STAGES], planned[PLANS], done[PLANS];
 };
-static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "programs.py must count alike");
+static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
 
 // The output blocks of which any input block of a slab is present.
 __device__ inline unsigned rows_of(u64 present) {

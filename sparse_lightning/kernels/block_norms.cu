@@ -9,8 +9,8 @@
 // block takes tiles in turn; each is reduced to sums over 16 x 16 squares, then to the sums of its
 // blocks, always in one order.
 //
-// The compiler's options CONFIG_... (programs.py) give the dtype, the sizes and the header with the
-// arithmetic.
+// The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
+// with the arithmetic.
 
 #include "common.cuh"
 #include CONFIG_PRODUCT
@@ -34,7 +34,7 @@ constexpr int SQUARES_M = TM / SQUARE, SQUARES_N = TN / SQUARE;
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> TileProduct;
 typedef Tile<float, TM, TN> Result;
 static_assert(shared_bytes<STAGES, TileProduct, Result>() == CONFIG_SHARED_BYTES,
-              "programs.py must count alike");
+              "portable_programs.py must count alike");
 
 extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(const Arguments a) {
   extern __shared__ __align__(128) char shared[];

@@ -31,7 +31,7 @@ struct alignas(1024) Shared {
   Segment segments[SEGMENTS];
   u64 full[STAGES], empty[STAGES], planned[SEGMENTS], done[SEGMENTS];
 };
-static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "programs.py must count alike");
+static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
 
 // What the planning warp hands segments to.
 struct Planner {

@@ -14,8 +14,6 @@ from sparse_lightning.kernels.launch import Kernel, build_once
 from sparse_lightning.kernels.programs import TiledProgram
 from sparse_lightning.kernels.tensor_maps import tensor_map
 
-_PIECES_OF_A_TILE = 8  # that `add_parts` adds up, a thread block each
-
 
 def linear(
     x: Tensor,
@@ -83,7 +81,8 @@ def linear_dw(
         workers,
     )
     kernel.launch(workers, 1, *arguments)
-    add.launch(workers, _PIECES_OF_A_TILE, *arguments)  # fewer tiles than workers are split
+    # Fewer tiles than workers are split; a thread block adds up each piece of one.
+    add.launch(workers, programs.PIECES_OF_A_TILE, *arguments)
 
 
 def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:

@@ -126,9 +126,10 @@ def _round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-# Of the workspace in which dW keeps the sums of parts: as block_linear_dw_hopper.cu has it, two
-# parts of eight strips by strips.
-PARTIAL_FLOATS_A_WORKER = 2 * 8 * STRIP * STRIP
+# As block_linear_dw_hopper.cu has it: the sums of a part of dW are pieces, a strip by a strip each,
+# and the workspace holds two parts a worker.
+PIECES_OF_A_TILE = 8
+PARTIAL_FLOATS_A_WORKER = 2 * PIECES_OF_A_TILE * STRIP * STRIP
 
 
 @functools.cache  # a training asks for few combinations, and at every step

@@ -17,7 +17,14 @@ from sparse_lightning import BlockSparseLinear, BlockTopology
 from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.evolution import update_topology
 from sparse_lightning.kernels import choice, ops, portable
-from tests.kernels.test_parity import DTYPES, PATTERNS, Case, check_parity, force_kernels
+from tests.kernels.test_parity import (
+    DTYPES,
+    PATTERNS,
+    Case,
+    cases,
+    check_parity,
+    force_kernels,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,17 +78,7 @@ def tokens(n: int, layer: BlockSparseLinear) -> tuple[Tensor, Tensor]:
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_of_a_thousand_topologies(data: st.DataObject) -> None:
-    case = Case(
-        pattern=data.draw(st.sampled_from([*PATTERNS])),
-        grid=data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
-        block_size=data.draw(st.sampled_from([16, 32, 64, 128])),
-        dtype=data.draw(st.sampled_from(DTYPES)),
-        lead=tuple(data.draw(st.lists(st.integers(0, 7), max_size=3))),
-        contiguous=data.draw(st.booleans()),
-        bias=data.draw(st.booleans()),
-        spare=data.draw(st.integers(0, 5)),
-        seed=data.draw(st.integers(0, 2**32)),
-    )
+    case = data.draw(cases([*PATTERNS], [16, 32, 64, 128], 9, 7))
     # A kind that does not serve a product leaves it to the portable kernels.
     with choice.forced(data.draw(st.sampled_from(choice.KINDS))):
         check_parity(case, "cuda")

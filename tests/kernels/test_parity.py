@@ -7,6 +7,7 @@ the last test shows that it catches kernels that are wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -136,21 +137,30 @@ def test_parity(case: Case, device: str) -> None:
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_of_any_topology(data: st.DataObject) -> None:
-    case = Case(
-        pattern=data.draw(st.sampled_from(["random", "skewed", "empty_row_and_column"])),
-        grid=data.draw(st.tuples(st.integers(1, 8), st.integers(1, 8))),
-        block_size=data.draw(st.sampled_from([16, 32])),
-        dtype=data.draw(st.sampled_from(DTYPES)),
-        lead=tuple(data.draw(st.lists(st.integers(0, 5), max_size=3))),
-        contiguous=data.draw(st.booleans()),
-        bias=data.draw(st.booleans()),
-        spare=data.draw(st.integers(0, 5)),
-        seed=data.draw(st.integers(0, 2**32)),
-    )
+    case = data.draw(cases(["random", "skewed", "empty_row_and_column"], [16, 32], 8, 5))
     with pytest.MonkeyPatch.context() as patch:
         method = data.draw(st.sampled_from(METHODS))
         patch.setattr(cpu, "choose", lambda *_: method)
         check_parity(case, "cpu")
+
+
+def cases(
+    patterns: Sequence[str], block_sizes: Sequence[int], most_blocks: int, most_tokens: int
+) -> st.SearchStrategy[Case]:
+    """Any case of some patterns and block sizes, of so many blocks and tokens each way."""
+    blocks = st.integers(1, most_blocks)
+    return st.builds(
+        Case,
+        pattern=st.sampled_from(patterns),
+        grid=st.tuples(blocks, blocks),
+        block_size=st.sampled_from(block_sizes),
+        dtype=st.sampled_from(DTYPES),
+        lead=st.lists(st.integers(0, most_tokens), max_size=3).map(tuple),
+        contiguous=st.booleans(),
+        bias=st.booleans(),
+        spare=st.integers(0, 5),
+        seed=st.integers(0, 2**32),
+    )
 
 
 def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
