@@ -5,7 +5,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11 python3
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done),python3)
 VENV := .venv
 BIN := $(VENV)/bin
-CUDA := $(wildcard sparse_lightning/kernels/*.cu sparse_lightning/kernels/*.cuh)
+KERNELS := $(wildcard sparse_lightning/kernels/*.cu sparse_lightning/kernels/*.cuh)
 ARGS ?=
 
 # The newest major CUDA version the driver can run, from nvidia-smi's header; empty without a driver.
@@ -65,7 +65,7 @@ test: format-check lint types unit  ## Run every check: formatting, lint, types,
 format-check: $(DEV)
 	$(call heading,Formatting)
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CUDA)
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
 
 .PHONY: lint
 lint: $(DEV)  ## Lint
@@ -100,7 +100,7 @@ gpu-sanitize: $(DEV)  ## Look for memory errors and races in the kernels; needs 
 fmt: $(DEV)  ## Format, and fix what lint can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CUDA)
+	$(BIN)/clang-format -i $(KERNELS)
 
 # -- packaging ----------------------------------------------------------------------------------------------
 

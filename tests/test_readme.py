@@ -42,6 +42,8 @@ def test_readme_example_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     # Lightning's own short run, whatever the example asks for.
     monkeypatch.setenv("PL_TRAINER_FAST_DEV_RUN", "8")
+    # On several GPUs it would start this process again for each of them.
+    monkeypatch.setenv("PL_TRAINER_DEVICES", "1")
     model = Model()
     given = {"model": model, "datamodule": model.train_dataloader()}
     exec(compile(code, str(README), "exec"), given)

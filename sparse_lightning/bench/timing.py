@@ -42,8 +42,10 @@ def device_times(
 ) -> list[list[float]]:
     """Return the ms that each function's work takes on a device, by repetition.
 
-    On CUDA the L2 cache is flushed before each call, several times over: that keeps the device busy
-    while the host launches the work, so that launch times stay out of the figures.
+    On CUDA the L2 cache is flushed before each call: of the operands, by writing other memory,
+    several times over, which keeps the device busy while the host launches the work, so that launch
+    times stay out of the figures; and then of what was written, by reading, so that the work does
+    not wait for the write-back of what is not its own.
     """
     timer = _cuda_ms if device.type == "cuda" else _cpu_ms
     return _in_turns(functions, repeats, lambda function: timer(function, device))
@@ -81,6 +83,7 @@ def _cuda_ms(function: Function, device: torch.device) -> float:
     buffer = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     for _ in range(_FLUSHES):
         buffer.zero_()
+    buffer.view(torch.int64).max()
     begin.record()
     function()
     end.record()

@@ -5,165 +5,172 @@
 //   entries int2 [capacity]          (block column, slot), by block row; the empty slots last
 //   n_blocks int                     present blocks: the last of the rows' offsets into `entries`
 //   coords  int2 [capacity]          (block row, block column) of each slot
-//   partial float [PARTS_A_WORKER * workers][PART]
 //
-// A tile is `group` blocks that follow each other in `entries`; those of one block row are computed
-// together, a segment. Thread blocks, the workers, first take whole tiles in turn, as long as there
-// are some for all. What remains is split over tokens, each into the number of parts that ends
-// soonest; their sums go to `partial`, and `add_parts` adds them up in order: no atomics, the same
-// bits at every run.
+// The present blocks, as they follow each other in `entries`, are cut evenly into `groups`. Blocks
+// of a group are computed in one pass over the tokens, and the dy of each block row is read once.
+// Thread blocks that pass over the same tokens at the same time spare L2 much: what several ask for
+// at once it reads once. Where there are few groups, a cluster of PARTS thread blocks takes each,
+// every one a part of the tokens; then they add up their sums, always in the same order, each a
+// share of them.
 
 #include "gradient_hopper.cuh"
 
 typedef CONFIG_T T;
-constexpr int B = CONFIG_B;
+constexpr int B = CONFIG_B, PARTS = CONFIG_PARTS;
 constexpr int WIDE = B / STRIP;  // strips of dy and of x that a block takes
-constexpr int PARTS_A_WORKER = 2, MOST_PARTS = 8;
-constexpr int PIECE = STRIP * STRIP;       // of a result: a strip by a strip
-constexpr int PIECES = WARPGROUPS * MOST;  // of a tile
-constexpr int PART = PIECES * PIECE;       // floats
-static_assert(DY_STRIPS == WIDE && X_STRIPS * WIDE == PIECES, "what a thread block can hold");
+static_assert(DY_STRIDE == WIDE, "warpgroups take the strips of a block's dy in turn");
 
 struct Arguments {
   TensorMap dy, x;  // boxes of a strip, STEP tokens
   T* dw;
-  float* partial;
   const int2* entries;
   const int* n_blocks;
   const int2* coords;
   long long tokens;
   int capacity;
-  int group;  // at most X_STRIPS / WIDE
-  int workers;
+  int groups;  // if PARTS > 1, as many as there are clusters
 };
 
-// How the tiles are shared out: the last `split` of them in `parts` parts each.
-struct Shares {
-  int whole, split, parts = 1;
-  __device__ explicit Shares(const Arguments& a) {
-    const int tiles = (*a.n_blocks + a.group - 1) / a.group;
-    whole = tiles / a.workers * a.workers;
-    split = tiles - whole;
-    // In units of a token's time in a tile; to store and to add a part costs the whole device as
-    // much as six tokens (a model for an H100).
-    long long least = a.tokens;
-    for (int p = 2; p <= MOST_PARTS && split * p <= PARTS_A_WORKER * a.workers; ++p) {
-      const long long rounds = (split * p + a.workers - 1) / a.workers;
-      const long long cost = rounds * a.tokens / p + 6 * split * p;
-      if (cost < least) least = cost, parts = p;
-    }
-  }
-};
-
-// Where a piece of a tile is: block `block` of the tile, and of that block these strips.
-struct Place {
-  int block, dy_strip, x_strip;
-};
-
-// A warpgroup has the whole of a block's columns and, where the block has two strips of dy, one.
-__device__ inline Place place_of(int piece) {
-  return {piece / (WIDE * WIDE), piece / WIDE % WIDE, piece % WIDE};
+__device__ inline int first_of(const Arguments& a, int group) {
+  return (int)((long long)*a.n_blocks * group / a.groups);
 }
 
-// Stores the sums of one piece into its block.
-__device__ inline void store_piece(const Arguments& a, int entry, Place at, const float* sums,
-                                   char* staging) {
-  const long long slot = a.entries[entry].y;
-  const int first_row = at.dy_strip * STRIP + threadIdx.x / 32 % 4 * 16;
-  T* to = a.dw + (slot * B + first_row) * B + at.x_strip * STRIP;
+// How many of a group's n blocks the first warpgroup computes, where each computes whole blocks.
+__device__ inline int half_of(int n) { return (n + 1) / 2; }
+
+// One warp: plans n of the blocks as one job. In lane i is the i-th block, and whether a row
+// begins.
+__device__ inline void plan_job(const Arguments& a, Planner& planner, int first, int n, int part,
+                                int2 block, bool begins_row) {
+  const int lane = threadIdx.x % 32;
+  const unsigned begins = __ballot_sync(0xffffffff, lane < n && (lane == 0 || begins_row));
+  const int row = __popc(begins & ((2u << lane) - 1)) - 1;  // of the job's rows
+  const long long steps = (a.tokens + STEP - 1) / STEP;
+  planner.add([&](Job& job) {
+    if (lane < n)
+      for (int i = 0; i < WIDE; ++i) {
+        job.features[lane * WIDE + i] = block.y * B + i * STRIP;
+        if (begins >> lane & 1) job.features[(n + row) * WIDE + i] = block.x * B + i * STRIP;
+      }
+    // One strip of dy each of all the blocks (B = 128), or half of the blocks.
+    const int half = half_of(n);
+    for (int g = 0; g < WARPGROUPS; ++g) {
+      const int from = WIDE > 1 || g == 0 ? 0 : half, to = WIDE > 1 || g == 1 ? n : half;
+      const int row_of_first = __shfl_sync(0xffffffff, row, from % 32);
+      if (lane != 0) continue;
+      job.x[g] = from * WIDE;
+      job.dy[g] = (n + row_of_first) * WIDE + (WIDE > 1 ? g : 0);
+      int runs = 1 << (to - from) * WIDE;
+      for (int i = from; i < to; ++i)
+        if (i == from || begins >> i & 1) runs |= 1 << (i - from) * WIDE;
+      job.runs[g] = runs;
+    }
+    if (lane == 0) {
+      job.end = false;
+      job.first_step = (int)(steps * part / PARTS);
+      job.end_step = (int)(steps * (part + 1) / PARTS);
+      job.n_x = n * WIDE;
+      job.n_strips = (n + __popc(begins)) * WIDE;
+      job.where = first;
+    }
+  });
+}
+
+// One warp: plans a group.
+__device__ inline void plan_group(const Arguments& a, Planner& planner, int group, int part) {
+  const int lane = threadIdx.x % 32;
+  const int first = first_of(a, group), n = first_of(a, group + 1) - first;
+  if (n == 0) return;
+  int2 block = lane < n ? a.coords[a.entries[first + lane].y] : make_int2(-1, 0);
+  const int above = __shfl_up_sync(0xffffffff, block.x, 1);
+  const bool begins_row = block.x != above;
+  // Two wide blocks of different rows need as much of dy as of x. Together they would wait for
+  // shared memory, and where there is no other reason to, they are computed one after the other.
+  if (WIDE > 1 && PARTS == 1 && n == 2 && __shfl_sync(0xffffffff, begins_row, 1)) {
+    plan_job(a, planner, first, 1, part, block, begins_row);
+    block.x = __shfl_down_sync(0xffffffff, block.x, 1);
+    block.y = __shfl_down_sync(0xffffffff, block.y, 1);
+    plan_job(a, planner, first + 1, 1, part, block, begins_row);
+  } else {
+    plan_job(a, planner, first, n, part, block, begins_row);
+  }
+}
+
+// Stores the sums of a strip by a strip: strip `x_strip` of x, as the job has them.
+__device__ inline void store_strip(const Arguments& a, int first, int x_strip, int dy_strip,
+                                   const float* sums, char* staging) {
+  const long long slot = a.entries[first + x_strip / WIDE].y;
+  const int first_row = dy_strip * STRIP + threadIdx.x / 32 % 4 * 16;
+  T* to = a.dw + (slot * B + first_row) * B + x_strip % WIDE * STRIP;
   store_rows<T>(staging, sums, [&](int row, int col) { return to + row * B + col; });
 }
 
-// One warp: plans the segments of a tile, or of part `part` of it.
-__device__ inline void plan_tile(const Arguments& a, Planner& planner, int tile, int part,
-                                 int parts, int where) {
-  const int lane = threadIdx.x % 32, steps = (int)((a.tokens + STEP - 1) / STEP);
-  const int first = tile * a.group, n = min(a.group, *a.n_blocks - first);
-  const int2 block = lane < n ? a.coords[a.entries[first + lane].y] : make_int2(-1, 0);
-  int begin = 0;
-  while (begin < n) {
-    const int row = __shfl_sync(0xffffffff, block.x, begin);
-    const unsigned same = __ballot_sync(0xffffffff, block.x == row);  // they follow each other
-    const int end = 32 - __clz(same), blocks = end - begin;
-    planner.add([&](Segment& segment) {
-      if (lane >= begin && lane < end)
-        for (int i = 0; i < WIDE; ++i)
-          segment.x_features[(lane - begin) * WIDE + i] = block.y * B + i * STRIP;
-      if (lane < WARPGROUPS) {
-        // Both have all of the blocks, each with its own strip of dy, or half of the blocks.
-        const int half = (blocks + 1) / 2;
-        segment.first[lane] = WIDE > 1 || lane == 0 ? 0 : half;
-        segment.n[lane] = WIDE > 1 ? blocks * WIDE : lane == 0 ? half : blocks - half;
-      }
-      if (lane == 0) {
-        segment.end = false;
-        segment.first_step = (int)((long long)steps * part / parts);
-        segment.end_step = (int)((long long)steps * (part + 1) / parts);
-        segment.dy_feature = row * B;
-        segment.n_strips = blocks * WIDE;
-        segment.where[0] = where;
-        segment.where[1] = first;
-        segment.where[2] = begin;
-      }
-    });
-    begin = end;
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
     block_linear_dw(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int worker = blockIdx.x;
+  const int part = PARTS > 1 ? rank_in_cluster() : 0;
 
   auto plan = [&](Planner& planner) {
     // Empty slots hold zeros.
-    for (int entry = *a.n_blocks + worker; entry < a.capacity; entry += a.workers) {
+    for (int entry = *a.n_blocks + blockIdx.x; entry < a.capacity; entry += gridDim.x) {
       uint4* block = reinterpret_cast<uint4*>(a.dw + (long long)a.entries[entry].y * B * B);
       for (int i = threadIdx.x % 32; i < B * B / 8; i += 32) block[i] = make_uint4(0, 0, 0, 0);
     }
-    const Shares shares(a);
-    for (int tile = worker; tile < shares.whole; tile += a.workers)
-      plan_tile(a, planner, tile, 0, 1, -1);
-    for (int i = worker; i < shares.split * shares.parts; i += a.workers)
-      plan_tile(a, planner, shares.whole + i / shares.parts, i % shares.parts, shares.parts,
-                shares.parts > 1 ? i : -1);
+    for (int group = blockIdx.x / PARTS; group < a.groups; group += gridDim.x / PARTS)
+      plan_group(a, planner, group, part);
   };
 
-  auto store = [&](const Segment& segment, int warpgroup, const float* sums) {
+  auto store = [&](const Job& job, int warpgroup, float* sums) {
+    const int first = job.where, dy_strip = WIDE > 1 ? warpgroup : 0;
+    const int n = 31 - __clz(job.runs[warpgroup]);
+    char* staging = s.results[threadIdx.x / 32 - 4];
+    if constexpr (PARTS == 1) {
 #pragma unroll
-    for (int i = 0; i < MOST; ++i) {
-      if (i >= segment.n[warpgroup]) break;
-      const int x_strip = segment.first[warpgroup] + i;
-      const Place at = {segment.where[2] + x_strip / WIDE, WIDE > 1 ? warpgroup : 0,
-                        x_strip % WIDE};
-      if (segment.where[0] < 0) {
-        store_piece(a, segment.where[1] + at.block, at, sums + 32 * i,
-                    s.results[threadIdx.x / 32 - 4]);
-      } else {
-        const int piece = (at.block * WIDE + at.dy_strip) * WIDE + at.x_strip;
-        float* to = a.partial + ((long long)segment.where[0] * PIECES + piece) * PIECE;
+      for (int i = 0; i < MOST; ++i)
+        if (i < n) store_strip(a, first, job.x[warpgroup] + i, dy_strip, sums + 32 * i, staging);
+    } else {
+      // The ring is free: this was the only job, and its last copies have been read by both.
+      warps_sync<32 * WARPS>();
+      const int thread = threadIdx.x % 128;
+      float4* own = reinterpret_cast<float4*>(s.ring);  // [warpgroup][strip][8][thread]
 #pragma unroll
-        for (int j = 0; j < 32; ++j) to[j * 128 + threadIdx.x % 128] = sums[32 * i + j];
-      }
+      for (int i = 0; i < MOST; ++i)
+        if (i < n)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            own[((warpgroup * MOST + i) * 8 + j) * 128 + thread] =
+                make_float4(sums[32 * i + 4 * j], sums[32 * i + 4 * j + 1],
+                            sums[32 * i + 4 * j + 2], sums[32 * i + 4 * j + 3]);
     }
   };
-  run_segments(s, a.dy, a.x, plan, store);
-}
-
-// blockIdx.x: one of the tiles that were split; blockIdx.y: a piece of it. 128 threads.
-extern "C" __global__ void __launch_bounds__(128) add_parts(const __grid_constant__ Arguments a) {
-  __shared__ __align__(128) char staging[4][16 * 128];
-  const Shares shares(a);
-  const int tile = blockIdx.x, piece = blockIdx.y;
-  if (tile >= shares.split || shares.parts == 1) return;
-  const Place at = place_of(piece);
-  const int entry = (shares.whole + tile) * a.group + at.block;
-  if (at.block >= a.group || entry >= *a.n_blocks) return;
-  float sums[32] = {};
-  const float* from = a.partial + ((long long)tile * shares.parts * PIECES + piece) * PIECE;
-  for (int part = 0; part < shares.parts; ++part, from += PART)
+  auto add_parts = [&](bool warpgroups) {
+    if constexpr (PARTS == 1) return;
+    cluster_sync();
+    if (warpgroups) {
+      const int group = blockIdx.x / PARTS, first = first_of(a, group);
+      const int n = first_of(a, group + 1) - first, half = half_of(n), thread = threadIdx.x % 128;
+      // The warpgroups of the cluster take pieces, a strip by a strip, in turn.
+      for (int piece = part + PARTS * (threadIdx.x / 128 - 1); piece < WARPGROUPS * MOST;
+           piece += PARTS * WARPGROUPS) {
+        const int of = piece / MOST, i = piece % MOST;  // the warpgroup's i-th strip of x
+        if (i >= (WIDE > 1 ? n * WIDE : of == 0 ? half : n - half)) continue;
+        float sums[32] = {};
+#pragma unroll 1
+        for (int from = 0; from < PARTS; ++from) {
+          const unsigned there = in_cluster(s.ring, from) + (piece * 8 * 128 + thread) * 16;
 #pragma unroll
-    for (int j = 0; j < 32; ++j) sums[j] += from[j * 128 + threadIdx.x];
-  store_piece(a, entry, at, sums, staging[threadIdx.x / 32]);
+          for (int j = 0; j < 8; ++j) {
+            const float4 four = load_in_cluster(there + j * 128 * 16);
+            sums[4 * j] += four.x, sums[4 * j + 1] += four.y;
+            sums[4 * j + 2] += four.z, sums[4 * j + 3] += four.w;
+          }
+        }
+        store_strip(a, first, i + (WIDE > 1 || of == 0 ? 0 : half), WIDE > 1 ? of : 0, sums,
+                    s.results[threadIdx.x / 32 - 4]);
+      }
+    }
+    cluster_sync();  // the others have read
+  };
+  run_jobs(s, a.dy, a.x, plan, store, add_parts);
 }

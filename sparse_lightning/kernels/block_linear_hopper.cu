@@ -36,7 +36,7 @@ constexpr int SUBS = B < SLAB ? SLAB / B : 1;  // input blocks of a slab
 constexpr int K = B < SLAB ? B : SLAB;         // of a block that lie in a slab
 
 constexpr int LINE = 2 * K;  // bytes in a row of W in shared memory
-constexpr int X_BYTES = TOKENS * SLAB * 2, PART_BYTES = X_BYTES / 2;  // a part: 64 tokens
+constexpr int X_BYTES = TOKENS * SLAB * 2, PART_BYTES = 64 * SLAB * 2;  // a part: 64 tokens
 constexpr int BLOCK_BYTES = B * K * 2, UNIT_BYTES = SUBS * BLOCK_BYTES;
 constexpr int GRANULE = UNIT_BYTES > PART_BYTES ? UNIT_BYTES : PART_BYTES;
 constexpr int X_GRANULES = X_BYTES / GRANULE, UNITS = GRANULE / UNIT_BYTES;  // of a granule
@@ -261,16 +261,7 @@ __device__ void multiply(const Arguments& a, Shared& s, int rank, int clusters) 
           unit += rows_of(present) >> row & 1;
         }
         // All but this slab's.
-        if (groups == 0)
-          products_wait<0>();
-        else if (groups == 1)
-          products_wait<1>();
-        else if (groups == 2)
-          products_wait<2>();
-        else if (groups == 3)
-          products_wait<3>();
-        else
-          products_wait<4>();
+        products_wait_but<OWN * SUBS>(groups);
         release();
         before = n;
       },

@@ -12,9 +12,7 @@
 #include "gradient_hopper.cuh"
 
 constexpr int SQUARE = 16;  // the smallest block size
-constexpr int TM = DY_STRIPS * STRIP, TN = X_STRIPS * STRIP;
-static_assert(DY_STRIPS == WARPGROUPS && X_STRIPS == MOST,
-              "a warpgroup has a strip of dy, all of x");
+constexpr int TM = WARPGROUPS * STRIP, TN = MOST * STRIP;
 
 struct Arguments {
   TensorMap dy, x;  // boxes of a strip, STEP tokens
@@ -31,19 +29,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (!*a.armed) return;
 
+  const int tiles_n = (a.in_features + TN - 1) / TN;
   auto plan = [&](Planner& planner) {
-    const int lane = threadIdx.x % 32, tiles_n = (a.in_features + TN - 1) / TN;
+    const int lane = threadIdx.x % 32;
     const int tiles = (a.out_features + TM - 1) / TM * tiles_n;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
-      planner.add([&](Segment& segment) {
-        if (lane < X_STRIPS) segment.x_features[lane] = tile % tiles_n * TN + lane * STRIP;
-        if (lane < WARPGROUPS) segment.first[lane] = 0, segment.n[lane] = X_STRIPS;
+      planner.add([&](Job& job) {
+        const int row = tile / tiles_n * TM, col = tile % tiles_n * TN;
+        if (lane < MOST + WARPGROUPS)
+          job.features[lane] = lane < MOST ? col + lane * STRIP : row + (lane - MOST) * STRIP;
+        if (lane < WARPGROUPS) {  // each has a strip of dy and all of x
+          job.x[lane] = 0;
+          job.dy[lane] = MOST + lane;
+          job.runs[lane] = 1 << MOST | 1;
+        }
         if (lane == 0) {
-          segment.end = false;
-          segment.first_step = 0;
-          segment.end_step = (int)((a.tokens + STEP - 1) / STEP);
-          segment.dy_feature = tile / tiles_n * TM;
-          segment.n_strips = X_STRIPS;
+          job.end = false;
+          job.first_step = 0;
+          job.end_step = (int)((a.tokens + STEP - 1) / STEP);
+          job.n_x = MOST;
+          job.n_strips = MOST + WARPGROUPS;
+          job.where = tile;
         }
       });
   };
@@ -51,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   typedef float Squares[TM / SQUARE][TN / SQUARE];
   Squares& squares = *reinterpret_cast<Squares*>(s.results);
   static_assert(sizeof(Squares) <= sizeof(s.results), "they lie where results do elsewhere");
-  auto store = [&](const Segment& segment, int, const float* sums) {
+  auto store = [&](const Job& job, int, const float* sums) {
     const int lane = threadIdx.x % 32, thread = threadIdx.x - 128;
     // A warp has 16 rows: one row of squares. An element of the sums is 8 columns wide, each four.
 #pragma unroll
@@ -69,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int blocks_n = TN / a.block_size, blocks = TM / a.block_size * blocks_n;
     if (thread < blocks) {
       const int m = thread / blocks_n, n = thread % blocks_n;
-      const int row = segment.dy_feature / a.block_size + m;
-      const int col = segment.x_features[0] / a.block_size + n;
+      const int row = job.where / tiles_n * TM / a.block_size + m;
+      const int col = job.where % tiles_n * TN / a.block_size + n;
       if (row * a.block_size < a.out_features && col * a.block_size < a.in_features) {
         float sum = 0;
         for (int i = 0; i < per_block; ++i)
@@ -80,5 +86,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     warps_sync<32 * WARPS>();
   };
-  run_segments(s, a.dy, a.x, plan, store);
+  run_jobs(s, a.dy, a.x, plan, store, [](bool) {});
 }

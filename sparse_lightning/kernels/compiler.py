@@ -70,10 +70,12 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> Cubin:
     nvrtc = _nvrtc()
     path = FOLDER / source
     program = nvrtc.createProgram(path.read_text(), str(path), [], [])
-    flags = (f"-arch={arch}", "-std=c++17", f"-I{FOLDER}", "--ptxas-options=-v", *options)
+    flags = [f"-arch={arch}", "-std=c++17", f"-I{FOLDER}", "--ptxas-options=-v", *options]
+    if nvrtc.getVersion() >= (12, 9):
+        flags.append("--no-cache")  # its own: what comes from there comes without the log
     try:
         try:
-            nvrtc.compileProgram(program, list(flags))
+            nvrtc.compileProgram(program, flags)
         except nvrtc.NVRTCError as error:
             raise RuntimeError(
                 f"'{source}' did not compile for {arch}: {error}\n"

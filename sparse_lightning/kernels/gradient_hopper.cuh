@@ -1,162 +1,194 @@
 // The pipeline of the kernels that multiply dy^T x on sm_90a; what is to be multiplied, and what
 // becomes of it, is theirs.
 //
-// A thread block works on one segment after another: 64-wide strips of dy and of x, over a range
-// of steps of STEP tokens. Of the first four warps one plans the segments and the others copy, a
-// step each in turn; two warpgroups multiply, each one strip of dy with a row of strips of x.
+// A thread block works on one job after another: 64-wide strips of dy and of x, over a range of
+// steps of STEP tokens. Of the first four warps one plans the jobs and the others copy, a step each
+// in turn; two warpgroups multiply, each up to MOST strips of x with strips of dy.
 
 #pragma once
 #include "hopper.cuh"
 
-constexpr int STEP = CONFIG_STEP, STAGES = CONFIG_STAGES;
-constexpr int DY_STRIPS = CONFIG_DY_STRIPS, X_STRIPS = CONFIG_X_STRIPS;
+constexpr int STEP = CONFIG_STEP, RING = CONFIG_RING;  // strips that there is room for
+constexpr int DY_STRIDE = CONFIG_DY_STRIDE;  // from a warpgroup's strip of dy to its next one
 constexpr int WARPGROUPS = 2, WARPS = 4 * WARPGROUPS, COPIERS = 3, THREADS = 128 + 32 * WARPS;
 constexpr int STRIP = 64, STRIP_BYTES = STEP * STRIP * 2;
-constexpr int MOST = 4;  // strips of x that a warpgroup multiplies: what its registers hold
-constexpr int SEGMENTS = 4;
+constexpr int MOST = 4;         // strips of x that a warpgroup multiplies: what its registers hold
+constexpr int STRIPS = 16;      // that a job has at most
+constexpr int MOST_STAGES = 8;  // steps that are under way at most
+constexpr int JOBS = 2;         // that are planned at a time
 
-struct Segment {
-  int end;                               // instead of a segment: there is no more
-  int first_step, end_step;              // of the tokens
-  int dy_feature;                        // where its strips of dy begin
-  int n_strips;                          // of x
-  int x_features[X_STRIPS];              // where they begin
-  int first[WARPGROUPS], n[WARPGROUPS];  // of the strips of x, what each warpgroup multiplies
-  int where[3];                          // for whoever stores the result
+struct Job {
+  int end;                   // instead of a job: there is no more
+  int first_step, end_step;  // of the tokens
+  int n_x, n_strips;         // strips of x; of x and dy
+  int features[STRIPS];      // where they begin, first those of x
+  // For each warpgroup: its first strips of x and of dy, and of its strips of x, which begin a run
+  // that is multiplied with one strip of dy: bit i for the i-th; the bit after the last is set too.
+  int x[WARPGROUPS], dy[WARPGROUPS], runs[WARPGROUPS];
+  int where;  // for whoever stores the result
 };
 
 struct alignas(1024) Shared {
-  char strips[STAGES][DY_STRIPS + X_STRIPS][STRIP_BYTES];
+  char ring[RING][STRIP_BYTES];
   char results[WARPS][16 * 128];
-  Segment segments[SEGMENTS];
-  u64 full[STAGES], empty[STAGES], planned[SEGMENTS], done[SEGMENTS];
+  Job jobs[JOBS];
+  u64 full[MOST_STAGES], empty[MOST_STAGES], planned[JOBS], done[JOBS];
 };
 static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
 
-// What the planning warp hands segments to.
+// What the planning warp hands jobs to.
 struct Planner {
   Shared& s;
   int count = 0;
-  // fill(segment) is called by all lanes, in turn with the warps that follow.
+  // fill(job) is called by all lanes, in turn with the warps that follow.
   template <typename Fill>
   __device__ void add(Fill fill) {
-    Segment& segment = s.segments[place<SEGMENTS>(count)];
-    barrier_wait(&s.done[place<SEGMENTS>(count)], parity<SEGMENTS>(count) ^ 1);
-    fill(segment);
+    Job& job = s.jobs[place<JOBS>(count)];
+    barrier_wait(&s.done[place<JOBS>(count)], parity<JOBS>(count) ^ 1);
+    fill(job);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.planned[place<SEGMENTS>(count)]);
+    if (threadIdx.x % 32 == 0) barrier_arrive(&s.planned[place<JOBS>(count)]);
     ++count;
   }
   __device__ void end() {
-    add([](Segment& segment) { segment.end = true; });
+    add([](Job& job) { job.end = true; });
   }
 };
 
 template <typename Each>
-__device__ void follow_segments(Shared& s, Each each) {
+__device__ void follow_jobs(Shared& s, Each each) {
   for (int count = 0;; ++count) {
-    const Segment& segment = s.segments[place<SEGMENTS>(count)];
-    barrier_wait(&s.planned[place<SEGMENTS>(count)], parity<SEGMENTS>(count));
-    if (segment.end) return;
-    each(segment);
+    const Job& job = s.jobs[place<JOBS>(count)];
+    barrier_wait(&s.planned[place<JOBS>(count)], parity<JOBS>(count));
+    if (job.end) return;
+    each(job);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.done[place<SEGMENTS>(count)]);
+    if (threadIdx.x % 32 == 0) barrier_arrive(&s.done[place<JOBS>(count)]);
   }
 }
+
+// Steps of a job take stages of shared memory in turn, as many as fit. How often each was taken, by
+// whichever job, decides the parity of its barriers.
+struct Stages {
+  int n, at = 0;
+  unsigned& taken;  // a bit for each stage: an odd number of times
+  __device__ Stages(const Job& job, unsigned& taken)
+      : n(min(RING / job.n_strips, MOST_STAGES)), taken(taken) {}
+  __device__ int parity() const { return taken >> at & 1; }
+  __device__ void next() {
+    taken ^= 1u << at;
+    at = at + 1 == n ? 0 : at + 1;
+  }
+};
 
 // A warp: copies every COPIERS-th step; a lane copies one strip.
 __device__ inline void copy_strips(Shared& s, const TensorMap& dy, const TensorMap& x, int copier) {
   const int lane = threadIdx.x % 32;
-  int n = 0;  // steps so far
-  follow_segments(s, [&](const Segment& segment) {
-    const bool of_dy = lane < DY_STRIPS, copies = lane < DY_STRIPS + segment.n_strips;
-    const int feature = of_dy    ? segment.dy_feature + lane * STRIP
-                        : copies ? segment.x_features[lane - DY_STRIPS]
-                                 : 0;
-    for (int step = segment.first_step; step < segment.end_step; ++step, ++n) {
-      if (n % COPIERS != copier) continue;
-      const int stage = place<STAGES>(n);
-      barrier_wait(&s.empty[stage], parity<STAGES>(n) ^ 1);
-      if (lane == 0) barrier_expect(&s.full[stage], (DY_STRIPS + segment.n_strips) * STRIP_BYTES);
+  unsigned taken = 0;
+  follow_jobs(s, [&](const Job& job) {
+    // The job before cut the ring otherwise: all of it must be gone.
+    for (int stage = 0; stage < MOST_STAGES; ++stage)
+      barrier_wait(&s.empty[stage], taken >> stage & 1 ^ 1);
+    const int feature = lane < job.n_strips ? job.features[lane] : 0;
+    Stages stages(job, taken);
+    for (int step = job.first_step; step < job.end_step; ++step, stages.next()) {
+      if ((step - job.first_step) % COPIERS != copier) continue;
+      u64* full = &s.full[stages.at];
+      barrier_wait(&s.empty[stages.at], stages.parity() ^ 1);
+      if (lane == 0) barrier_expect(full, job.n_strips * STRIP_BYTES);
       __syncwarp();
-      if (copies)
-        copy_box(s.strips[stage][lane], of_dy ? dy : x, &s.full[stage], feature, step * STEP);
+      if (lane < job.n_strips)
+        copy_box(s.ring[stages.at * job.n_strips + lane], lane < job.n_x ? x : dy, full, feature,
+                 step * STEP);
       __syncwarp();
     }
   });
 }
 
-// Multiplies a strip of dy with N strips of x. `n` counts the steps so far.
-template <int N>
-__device__ void multiply_strips(Shared& s, const Segment& segment, int dy_strip, int x_strip,
-                                int& n, float* sums) {
-  const int steps = segment.end_step - segment.first_step;
-  const unsigned first_left = uniform(describe(s.strips[0][dy_strip]));
-  const unsigned first_right = uniform(describe(s.strips[0][DY_STRIPS + x_strip], STRIP_BYTES));
-  auto release = [&](int of) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[place<STAGES>(of)]);
+// Multiplies the strips of x up to the next set bit of RUNS with one strip of dy, those after it
+// with the next one, until the last bit.
+template <int RUNS, int RUN = 0>
+__device__ void multiply_runs(float* sums, unsigned dy, unsigned x) {
+  if constexpr (RUNS > 1) {
+    constexpr int n = RUNS >> 1 & 1 ? 1 : RUNS >> 2 & 1 ? 2 : RUNS >> 3 & 1 ? 3 : 4;
+    multiply_add<n * STRIP, true, 128, true>(sums, advance(dy, RUN * DY_STRIDE * STRIP_BYTES), x);
+    multiply_runs<(RUNS >> n), RUN + 1>(sums + 32 * n, dy, advance(x, n * STRIP_BYTES));
+  }
+}
+
+// Multiplies all steps of a job. The sums live here from zeros to results: were they common to the
+// kinds of runs, which cut them into products differently, the compiler would move them.
+template <int RUNS, typename Store>
+__device__ void multiply_job(Shared& s, const Job& job, unsigned& taken, int warpgroup,
+                             Store store) {
+  const int strips = uniform(job.n_strips);
+  const unsigned first_x = uniform(describe(s.ring[job.x[warpgroup]], STRIP_BYTES));
+  const unsigned first_dy = uniform(describe(s.ring[job.dy[warpgroup]]));
+  Stages stages(job, taken);
+  float sums[32 * MOST];
+#pragma unroll
+  for (int i = 0; i < 32 * MOST; ++i) sums[i] = 0;
+  int before = -1;  // the stage of the step before, whose products may still be under way
+  auto release = [&] {
+    if (before >= 0 && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[before]);
   };
-  for (int i = 0; i < steps; ++i, ++n) {
-    const int stage = uniform(place<STAGES>(n));
-    barrier_wait(&s.full[stage], parity<STAGES>(n));
-    if constexpr (N > 0) {
-      const int at = stage * (int)sizeof(s.strips[0]);
+  for (int step = job.first_step; step < job.end_step; ++step, stages.next()) {
+    const int stage = uniform(stages.at);
+    barrier_wait(&s.full[stage], stages.parity());
+    if constexpr (RUNS > 1) {
+      const int at = stage * strips * STRIP_BYTES;
       products_begin();
 #pragma unroll
       for (int k = 0; k < STEP; k += 16)
-        multiply_add<N * STRIP, true, 128, true>(sums, advance(first_left, at + k * 128),
-                                                 advance(first_right, at + k * 128));
+        multiply_runs<RUNS>(sums, advance(first_dy, at + k * 128), advance(first_x, at + k * 128));
       products_commit();
       products_wait<1>();
-      if (i > 0) release(n - 1);
-    } else {
-      release(n);
     }
+    release();
+    before = stage;
   }
-  if constexpr (N > 0) {
-    products_wait<0>();
-    if (steps > 0) release(n - 1);
-  }
+  if constexpr (RUNS > 1) products_wait<0>();
+  release();
+  store(job, warpgroup, sums);
 }
 
-// A warpgroup; store(segment, warpgroup, sums) has 32 sums a strip of x, as `multiply_add` lays
-// them out.
-template <typename Store>
-__device__ void multiply_segments(Shared& s, Store store) {
-  const int warpgroup = uniform(threadIdx.x / 128 - 1);
-  int n = 0;
-  float sums[32 * MOST];
-  follow_segments(s, [&](const Segment& segment) {
-#pragma unroll
-    for (int i = 0; i < 32 * MOST; ++i) sums[i] = 0;
-    const int dy_strip = DY_STRIPS > 1 ? warpgroup : 0, x_strip = segment.first[warpgroup];
-    const int strips = uniform(segment.n[warpgroup]);
-    if (strips == 0)
-      multiply_strips<0>(s, segment, dy_strip, x_strip, n, sums);
-    else if (strips == 1)
-      multiply_strips<1>(s, segment, dy_strip, x_strip, n, sums);
-    else if (strips == 2)
-      multiply_strips<2>(s, segment, dy_strip, x_strip, n, sums);
-    else if (strips == 3)
-      multiply_strips<3>(s, segment, dy_strip, x_strip, n, sums);
-    else
-      multiply_strips<4>(s, segment, dy_strip, x_strip, n, sums);
-    store(segment, warpgroup, sums);
-  });
-}
-
-// The whole kernel: plan(planner) is for one warp, store as above.
-template <typename Plan, typename Store>
-__device__ void run_segments(Shared& s, const TensorMap& dy, const TensorMap& x, Plan plan,
+// Calls multiply_job with the runs that the job has for this warpgroup.
+template <int RUNS = 1, typename Store>
+__device__ void multiply_any(Shared& s, const Job& job, unsigned& taken, int warpgroup,
                              Store store) {
+  static_assert(MOST == 4 && (RUNS & 1), "the first strip begins a run");
+  // Where runs take every second strip of dy, they have even numbers of strips.
+  constexpr bool possible = DY_STRIDE == 1 || (RUNS & 10) == 0;
+  if constexpr (RUNS < 32) {
+    if (possible && uniform(job.runs[warpgroup]) == RUNS)
+      multiply_job<possible ? RUNS : 1>(s, job, taken, warpgroup, store);
+    else
+      multiply_any<RUNS + 2>(s, job, taken, warpgroup, store);
+  }
+}
+
+// A warpgroup; store(job, warpgroup, sums) has 32 sums a strip of x, as `multiply_add` lays them
+// out.
+template <typename Store>
+__device__ void multiply_jobs(Shared& s, Store store) {
+  const int warpgroup = uniform(threadIdx.x / 128 - 1);
+  unsigned taken = 0;
+  follow_jobs(s, [&](const Job& job) { multiply_any(s, job, taken, warpgroup, store); });
+}
+
+// The whole kernel: plan(planner) is for one warp, store as above; when all is multiplied, the
+// warpgroups call end(true) and the other warps end(false).
+template <typename Plan, typename Store, typename End>
+__device__ void run_jobs(Shared& s, const TensorMap& dy, const TensorMap& x, Plan plan, Store store,
+                         End end) {
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
+    for (int stage = 0; stage < MOST_STAGES; ++stage) {
       barrier_init(&s.full[stage], 1);
       barrier_init(&s.empty[stage], WARPS);
     }
-    for (int segment = 0; segment < SEGMENTS; ++segment) {
-      barrier_init(&s.planned[segment], 1);
-      barrier_init(&s.done[segment], COPIERS + WARPS);
+    for (int job = 0; job < JOBS; ++job) {
+      barrier_init(&s.planned[job], 1);
+      barrier_init(&s.done[job], COPIERS + WARPS);
     }
     barrier_inits_end();
   }
@@ -171,8 +203,10 @@ __device__ void run_segments(Shared& s, const TensorMap& dy, const TensorMap& x,
       plan(planner);
       planner.end();
     }
+    end(false);
   } else {
     take_registers<224>();
-    multiply_segments(s, store);
+    multiply_jobs(s, store);
+    end(true);
   }
 }

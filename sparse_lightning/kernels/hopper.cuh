@@ -85,6 +85,23 @@ __device__ inline void cluster_sync() {
           : "memory");
 }
 
+// The address of what lies at this place in a thread block of this cluster.
+__device__ inline unsigned in_cluster(const void* own, int block_of_cluster) {
+  unsigned address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(own)), "r"(block_of_cluster));
+  return address;
+}
+__device__ inline float4 load_in_cluster(unsigned address) {
+  float4 four;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(address)
+               : "memory");
+  return four;
+}
+
 // -- bulk copies -----------------------------------------------------------------------------
 
 // A box of a matrix; the barrier counts its bytes. What lies outside the matrix arrives as zeros.
@@ -160,6 +177,14 @@ __device__ inline void products_commit() {
 template <int PENDING>
 __device__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// The same, for a number of at most MOST that is not known when compiling.
+template <int MOST>
+__device__ void products_wait_but(int pending) {
+  if constexpr (MOST > 0)
+    if (pending < MOST) return products_wait_but<MOST - 1>(pending);
+  products_wait<MOST>();
 }
 
 #define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])

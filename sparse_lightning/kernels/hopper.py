@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_lightning.kernels import hopper_programs as programs
 from sparse_lightning.kernels.launch import Kernel, build_once
-from sparse_lightning.kernels.programs import TiledProgram
+from sparse_lightning.kernels.programs import Program, TiledProgram
 from sparse_lightning.kernels.tensor_maps import tensor_map
 
 
@@ -64,25 +64,22 @@ def linear_dw(
 ) -> None:
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     capacity, block_size, _ = dw.shape
-    kernel, add = _dw_kernels(x.dtype, block_size, device)
-    tokens = x.numel() // x.shape[-1]
-    workers, out_blocks = kernel.processors, row_offsets.shape[0] - 1
-    partial = x.new_empty(workers * programs.PARTIAL_FLOATS_A_WORKER, dtype=torch.float32)
-    arguments = (
-        *_strip_maps(kernel, dy, x),
+    tokens, out_blocks = x.numel() // x.shape[-1], row_offsets.shape[0] - 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    parts, groups = programs.dw_split(capacity, out_blocks, block_size, tokens, processors)
+    kernel = _dw_kernel(x.dtype, block_size, parts, device)
+    kernel.launch(
+        min(groups * parts, processors) if parts == 1 else groups * parts,
+        1,
+        *_strip_maps(dy, x),
         dw.data_ptr(),
-        partial.data_ptr(),
         row_entries.data_ptr(),
         row_offsets.data_ptr() + row_offsets.element_size() * out_blocks,  # present blocks
         coords.data_ptr(),
         tokens,
         capacity,
-        programs.blocks_a_tile(capacity, out_blocks, block_size, workers),
-        workers,
+        groups,
     )
-    kernel.launch(workers, 1, *arguments)
-    # Fewer tiles than workers are split; a thread block adds up each piece of one.
-    add.launch(workers, programs.PIECES_OF_A_TILE, *arguments)
 
 
 def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
@@ -92,7 +89,7 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
     kernel.launch(
         kernel.processors,
         1,
-        *_strip_maps(kernel, dy, x),
+        *_strip_maps(dy, x),
         armed.data_ptr(),
         scores.data_ptr(),
         x.numel() // in_features,
@@ -102,8 +99,8 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
     )
 
 
-def _strip_maps(kernel: Kernel[TiledProgram], dy: Tensor, x: Tensor) -> tuple[bytes, bytes]:
-    box = (kernel.program.tiling.tk, programs.STRIP)
+def _strip_maps(dy: Tensor, x: Tensor) -> tuple[bytes, bytes]:
+    box = (programs.STEP, programs.STRIP)
     tokens = x.numel() // x.shape[-1]
     return (
         tensor_map(dy.data_ptr(), dy.dtype, (tokens, dy.shape[-1]), box),
@@ -120,16 +117,11 @@ def _linear_kernel(
 
 
 @build_once
-def _dw_kernels(
-    dtype: torch.dtype, block_size: int, device: int
-) -> tuple[Kernel[TiledProgram], Kernel[TiledProgram]]:
-    program, layout = programs.dw_program(dtype, block_size), "128s128sPPPPPqiii"
-    return (
-        Kernel(program, "block_linear_dw", layout, device),
-        Kernel(program, "add_parts", layout, device, threads=128),
-    )
+def _dw_kernel(dtype: torch.dtype, block_size: int, parts: int, device: int) -> Kernel[Program]:
+    program = programs.dw_program(dtype, block_size, parts)
+    return Kernel(program, "block_linear_dw", "128s128sPPPPqii", device)
 
 
 @build_once
-def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel[TiledProgram]:
+def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel[Program]:
     return Kernel(programs.norms_program(dtype), "block_norms", "128s128sPPqiii", device)

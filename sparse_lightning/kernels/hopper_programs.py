@@ -6,29 +6,40 @@ How their tiles are cut was chosen on an H100; NOTES.md has the measurements.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 
-from sparse_lightning.kernels.programs import DTYPES, TiledProgram, Tiling, compiler_options
+from sparse_lightning.kernels.programs import (
+    DTYPES,
+    Program,
+    TiledProgram,
+    Tiling,
+    compiler_options,
+)
 from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 
 CAPABILITY = (9, 0)
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTER = 2  # thread blocks that share copies of W
 STRIP = 64  # columns of dy and x that a copy brings for a gradient
+STEP = 32  # tokens of such a copy
 DW_BLOCK_SIZES = (64, 128)
+DW_PARTS = (1, 2, 4, 8)  # of the tokens, one for each thread block of a cluster
 PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
 # groups_n: warpgroups that share the outputs.
 _LINEAR = {
     16: Tiling(128, 256, 64, 16, 1, 4),
-    32: Tiling(128, 256, 64, 16, 1, 4),
+    32: Tiling(64, 512, 64, 16, 1, 4),
     64: Tiling(128, 256, 64, 16, 1, 4),
     128: Tiling(128, 256, 64, 16, 1, 2),
 }
-_DW = {64: Tiling(64, 512, 32, 5, 1, 2), 128: Tiling(128, 256, 32, 8, 2, 1)}
-_NORMS = Tiling(128, 256, 32, 8, 2, 1)
+_RING = 52  # strips of dy and x in shared memory
+_DW_SUMS = 8  # strips by strips that a thread block's registers hold
+_SHARED = {1: 1.0, 2: 0.8, 4: 0.7, 8: 0.6}
 
 
 def serve(capability: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -69,7 +80,7 @@ def linear_boxes(t: Tiling, block_size: int) -> tuple[tuple[int, int], tuple[int
 
 
 def _granule_bytes(t: Tiling, block_size: int) -> int:
-    return max(t.tm * t.tk, 2 * t.tk * block_size)
+    return 2 * t.tk * max(64, block_size)
 
 
 def _bytes_beside_granules(t: Tiling, block_size: int) -> int:
@@ -79,88 +90,93 @@ def _bytes_beside_granules(t: Tiling, block_size: int) -> int:
     return results + slabs + _round_up(plans, 8) + 8 * (2 * t.stages + 2 * 4)
 
 
-def dw_program(dtype: torch.dtype, block_size: int) -> TiledProgram:
-    """Return the program of dW, for one of `DW_BLOCK_SIZES`: `block_linear_dw`, `add_parts`."""
-    options = {"B": block_size}
-    return _gradient_program("block_linear_dw_hopper.cu", dtype, _DW[block_size], options)
+def dw_program(dtype: torch.dtype, block_size: int, parts: int) -> Program:
+    """Return the program of dW, for one of `DW_BLOCK_SIZES` and `DW_PARTS`: `block_linear_dw`."""
+    options = {"B": block_size, "PARTS": parts}
+    return _gradient_program("block_linear_dw_hopper.cu", dtype, block_size // STRIP, options)
 
 
-def norms_program(dtype: torch.dtype) -> TiledProgram:
+def norms_program(dtype: torch.dtype) -> Program:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
-    return _gradient_program("block_norms_hopper.cu", dtype, _NORMS, {})
+    return _gradient_program("block_norms_hopper.cu", dtype, 2, {})
 
 
-def all_programs() -> Iterator[TiledProgram]:
+def all_programs() -> Iterator[Program]:
     """Yield every program for Hopper."""
     for dtype in PTX_TYPES:
         yield norms_program(dtype)
-        yield from (dw_program(dtype, block_size) for block_size in DW_BLOCK_SIZES)
+        for block_size, parts in itertools.product(DW_BLOCK_SIZES, DW_PARTS):
+            yield dw_program(dtype, block_size, parts)
         for block_size in BLOCK_SIZES:
             yield linear_program(dtype, block_size, forward=True)
             yield linear_program(dtype, block_size, forward=False)
 
 
 def _gradient_program(
-    source: str, dtype: torch.dtype, t: Tiling, options: dict[str, int]
-) -> TiledProgram:
-    dy_strips, x_strips = t.tm // STRIP, t.tn // STRIP
+    source: str, dtype: torch.dtype, dy_stride: int, options: dict[str, int]
+) -> Program:
     # As `Shared` in gradient_hopper.cuh has it.
-    strips = t.stages * (dy_strips + x_strips) * 2 * STRIP * t.tk
-    results, segments = 8 * 16 * 128, 4 * 4 * (12 + x_strips)
-    barriers = 8 * (2 * t.stages + 2 * 4)
-    shared_bytes = _round_up(_round_up(strips + results + segments, 8) + barriers, 1024)
+    ring = _RING * 2 * STRIP * STEP
+    results, jobs, barriers = 8 * 16 * 128, 2 * 4 * 28, 8 * (2 * 8 + 2 * 2)
+    shared_bytes = _round_up(ring + results + jobs + barriers, 1024)
     defines: dict[str, str | int] = {
         "T": DTYPES[dtype],
         "PTX_TYPE": PTX_TYPES[dtype],
-        "STEP": t.tk,
-        "STAGES": t.stages,
-        "DY_STRIPS": dy_strips,
-        "X_STRIPS": x_strips,
+        "STEP": STEP,
+        "RING": _RING,
+        "DY_STRIDE": dy_stride,
         "SHARED_BYTES": shared_bytes,
         **options,
     }
-    return TiledProgram(source, compiler_options(defines), 384, shared_bytes, t)
+    return Program(source, compiler_options(defines), 384, shared_bytes)
 
 
 def _round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-# As block_linear_dw_hopper.cu has it: the sums of a part of dW are pieces, a strip by a strip each,
-# and the workspace holds two parts a worker.
-PIECES_OF_A_TILE = 8
-PARTIAL_FLOATS_A_WORKER = 2 * PIECES_OF_A_TILE * STRIP * STRIP
-
-
 @functools.cache  # a training asks for few combinations, and at every step
-def blocks_a_tile(n_blocks: int, out_blocks: int, block_size: int, workers: int) -> int:
-    """Return of how many blocks dW makes a tile.
+def dw_split(
+    capacity: int, out_blocks: int, block_size: int, tokens: int, processors: int
+) -> tuple[int, int]:
+    """Return in how many parts dW cuts the tokens, and in how many groups the blocks.
 
-    Large tiles load less of dy; small ones leave fewer workers idle.
+    A cluster of so many thread blocks takes a group: many where there are few blocks.
 
     Args:
-        n_blocks: that are present, or may be: how many, only the device knows.
+        capacity: blocks that may be present: how many are, only the device knows.
         out_blocks: block rows.
         block_size: one of `DW_BLOCK_SIZES`.
-        workers: thread blocks that take tiles.
+        tokens: of the input.
+        processors: multiprocessors of the device.
 
-    >>> [blocks_a_tile(n, 64, 64, 132) for n in (2048, 1024, 410, 205)]
-    [8, 8, 3, 5]
+    >>> [dw_split(n, 64, 64, 8192, 132) for n in (2048, 1024, 410, 205, 82)]
+    [(1, 264), (1, 128), (1, 82), (1, 103), (1, 82)]
     """
-    most = _DW[block_size].tn // block_size
+    wide, steps = block_size // STRIP, -(-tokens // STEP)
 
-    def cost(blocks: int) -> float:
-        # In strips of dy and x that are copied; dy's once for each block row that a tile meets.
-        rows = min(blocks, 1 + (blocks - 1) * out_blocks / max(1, n_blocks))
-        return (rows + blocks) * _rounds(-(-n_blocks // blocks), workers)
+    def cost(parts: int, groups: int) -> float:
+        # In strips of dy and x, STEP tokens of them, that one thread block copies; fitted on an
+        # H100. All of them together copy as much as 74 could alone: less where tokens are cut, as
+        # then fewer ask for the same at the same time.
+        blocks = capacity / groups
+        rows = min(blocks, 1 + (blocks - 1) * out_blocks / capacity)
+        together = groups * (rows + blocks) / (74 * _SHARED[parts])
+        one = math.ceil(blocks) + math.ceil(rows)
+        rounds = 1 if parts > 1 else -(-groups // processors)
+        return wide * steps * max(together, rounds * one / parts) + (100 if parts > 1 else 0)
 
-    return min(range(1, most + 1), key=lambda blocks: (cost(blocks), -blocks))
-
-
-def _rounds(tiles: int, workers: int) -> float:
-    """Return how long the workers take, in units of a tile; as `Shares` in the kernel decides."""
-    whole, split = divmod(tiles, workers)
-    parts = [p for p in range(1, 9) if p == 1 or split * p <= 2 * workers]
-    return whole + min(
-        -(-split * p // workers) / p + (6 / 8192 * split * p if p > 1 else 0) for p in parts
-    )
+    fewest = -(-capacity // (_DW_SUMS // wide**2))
+    # One round of thread blocks with as many blocks each as it takes, or several full rounds.
+    counts = {min(capacity, _round_up(fewest, processors))}
+    counts |= {-(-capacity // blocks) for blocks in range(1, -(-capacity // fewest) + 1)}
+    choices = [(1, groups) for groups in counts if groups <= processors or groups % processors == 0]
+    for parts in DW_PARTS[1:]:
+        # Multiprocessors come in clusters of 16 or 18, less what is defective.
+        clusters = processors // parts if parts == 2 else processors // parts * 10 // 11
+        choices += [
+            (parts, groups)
+            for groups in {min(capacity, clusters), *counts}
+            if fewest <= groups <= clusters
+        ]
+    return min(choices, key=lambda choice: (cost(*choice), choice))

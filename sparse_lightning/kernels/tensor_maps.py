@@ -16,11 +16,11 @@ import torch
 
 BYTES = 128
 
-# The driver's enumerations: CUtensorMapDataType, ...Swizzle (by the bytes of a box's row) and
-# ...L2promotion.
+# The driver's enumerations: CUtensorMapDataType, and by the bytes of a box's row ...Swizzle and
+# ...L2promotion: the cache is asked for no more than a row, or the rest would come in vain.
 _DTYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLES = {32: 1, 64: 2, 128: 3}
-_L2_PROMOTION_128B = 2
+_L2_PROMOTIONS = {32: 0, 64: 1, 128: 2}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,7 +55,7 @@ def tensor_map(
         (ctypes.c_uint32 * n)(*[1] * n),
         0,  # not interleaved
         _SWIZZLES[box[-1] * dtype.itemsize],
-        _L2_PROMOTION_128B,
+        _L2_PROMOTIONS[box[-1] * dtype.itemsize],
         0,  # what lies outside is zero
     )
     if error:

@@ -21,7 +21,7 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
     programs = list(portable_programs.all_programs())
     assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 2 + 2 * 4)
+    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 * 4)
 
 
 @pytest.mark.parametrize(
@@ -62,16 +62,25 @@ def test_forward_on_hopper_fills_the_shared_memory_there_is(block_size: int) -> 
 
 
 @given(
-    n_blocks=st.integers(0, 10**5),
+    capacity=st.integers(1, 10**5),
     out_blocks=st.integers(1, 1000),
     block_size=st.sampled_from(hopper_programs.DW_BLOCK_SIZES),
-    workers=st.integers(1, 200),
+    tokens=st.integers(1, 10**6),
+    processors=st.integers(1, 200),
 )
-def test_a_tile_of_dw_fits_the_registers(
-    n_blocks: int, out_blocks: int, block_size: int, workers: int
+def test_a_group_of_dw_fits_the_registers_and_a_cluster_the_device(
+    capacity: int, out_blocks: int, block_size: int, tokens: int, processors: int
 ) -> None:
-    blocks = hopper_programs.blocks_a_tile(n_blocks, out_blocks, block_size, workers)
-    assert 1 <= blocks <= (8 if block_size == 64 else 2)
+    parts, groups = hopper_programs.dw_split(capacity, out_blocks, block_size, tokens, processors)
+    assert 1 <= groups <= capacity
+    assert -(-capacity // groups) <= (8 if block_size == 64 else 2)
+    assert parts in hopper_programs.DW_PARTS
+    assert parts == 1 or groups * parts <= processors  # a cluster computes one group
+
+
+def test_tokens_are_split_where_blocks_are_few() -> None:
+    few, many = (hopper_programs.dw_split(n, 32, 128, 8192, 132) for n in (51, 512))
+    assert few == (2, 51) and many[0] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)
