@@ -100,7 +100,7 @@ class Problem:
                 lambda: ops.block_linear(x, values, None, at.coords, *rows, *cols, *unused)
             ),
             "dx": Contender(lambda: ops.block_linear_dx(dy, values, *cols)),
-            "dw": Contender(lambda: ops.block_linear_dw(dy, x, at.coords, *rows, at.block_size)),
+            "dw": Contender(lambda: ops.block_linear_dw(dy, x, at.coords, *rows, at.slots)),
             "norms": Contender(norms),
             "layer": step,
             "host": step,

@@ -107,7 +107,7 @@ def measure(problem: Problem, op: str, repeats: int) -> Measured:
     """
     layer, x = problem.layer, problem.x
     capability = torch.cuda.get_device_capability(x.device)
-    kinds = choice.serving(op, x.dtype, layer.block_size, capability)
+    kinds = choice.serving(op, x.dtype, capability)
     contenders = {}
     for kind in kinds:
         ours = problem.ours(op)

@@ -49,8 +49,8 @@ __device__ inline void plan_job(const Arguments& a, Planner& planner, int first,
   planner.add([&](Job& job) {
     if (lane < n)
       for (int i = 0; i < WIDE; ++i) {
-        job.features[lane * WIDE + i] = block.y * B + i * STRIP;
-        if (begins >> lane & 1) job.features[(n + row) * WIDE + i] = block.x * B + i * STRIP;
+        job.x_features[lane * WIDE + i] = block.y * B + i * STRIP;
+        if (begins >> lane & 1) job.dy_features[row * WIDE + i] = block.x * B + i * STRIP;
       }
     // One strip of dy each of all the blocks (B = 128), or half of the blocks.
     const int half = half_of(n);
@@ -59,7 +59,7 @@ __device__ inline void plan_job(const Arguments& a, Planner& planner, int first,
       const int row_of_first = __shfl_sync(0xffffffff, row, from % 32);
       if (lane != 0) continue;
       job.x[g] = from * WIDE;
-      job.dy[g] = (n + row_of_first) * WIDE + (WIDE > 1 ? g : 0);
+      job.dy[g] = row_of_first * WIDE + (WIDE > 1 ? g : 0);
       int runs = 1 << (to - from) * WIDE;
       for (int i = from; i < to; ++i)
         if (i == from || begins >> i & 1) runs |= 1 << (i - from) * WIDE;
@@ -70,7 +70,7 @@ __device__ inline void plan_job(const Arguments& a, Planner& planner, int first,
       job.first_step = (int)(steps * part / PARTS);
       job.end_step = (int)(steps * (part + 1) / PARTS);
       job.n_x = n * WIDE;
-      job.n_strips = (n + __popc(begins)) * WIDE;
+      job.n_dy = __popc(begins) * WIDE;
       job.where = first;
     }
   });

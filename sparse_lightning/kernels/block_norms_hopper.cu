@@ -36,11 +36,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
       planner.add([&](Job& job) {
         const int row = tile / tiles_n * TM, col = tile % tiles_n * TN;
-        if (lane < MOST + WARPGROUPS)
-          job.features[lane] = lane < MOST ? col + lane * STRIP : row + (lane - MOST) * STRIP;
+        if (lane < MOST) job.x_features[lane] = col + lane * STRIP;
         if (lane < WARPGROUPS) {  // each has a strip of dy and all of x
+          job.dy_features[lane] = row + lane * STRIP;
           job.x[lane] = 0;
-          job.dy[lane] = MOST + lane;
+          job.dy[lane] = lane;
           job.runs[lane] = 1 << MOST | 1;
         }
         if (lane == 0) {
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           job.first_step = 0;
           job.end_step = (int)((a.tokens + STEP - 1) / STEP);
           job.n_x = MOST;
-          job.n_strips = MOST + WARPGROUPS;
+          job.n_dy = WARPGROUPS;
           job.where = tile;
         }
       });

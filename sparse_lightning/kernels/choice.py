@@ -147,16 +147,14 @@ def forced(kind: str) -> Iterator[None]:
 _forced: str | None = None
 
 
-def serving(op: str, dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> list[str]:
+def serving(op: str, dtype: torch.dtype, capability: tuple[int, int]) -> list[str]:
     """Return the kinds that serve a product on a device.
 
-    >>> serving("dw", torch.bfloat16, 32, (9, 0)), serving("fwd", torch.bfloat16, 32, (9, 0))
-    (['portable', 'dense'], ['portable', 'hopper', 'dense'])
+    >>> serving("dw", torch.bfloat16, (9, 0)), serving("norms", torch.float32, (9, 0))
+    (['portable', 'hopper', 'dense'], ['portable'])
     """
     kinds = [PORTABLE]
-    if hopper_programs.serve(capability, dtype) and (
-        op != "dw" or block_size in hopper_programs.DW_BLOCK_SIZES
-    ):
+    if hopper_programs.serve(capability, dtype):
         kinds.append(HOPPER)
     if op != "norms":
         kinds.append(DENSE)
@@ -187,7 +185,7 @@ def choose(
         return PORTABLE
     if _forced is not None:
         capability = torch.cuda.get_device_capability(device)
-        return _forced if _forced in serving(op, dtype, block_size, capability) else PORTABLE
+        return _forced if _forced in serving(op, dtype, capability) else PORTABLE
     # Within a factor of two of the tokens, so that inputs of any length find their choice made.
     return _chosen(op, dtype, block_size, capacity, grid, tokens.bit_length(), device)
 
@@ -241,7 +239,7 @@ def _chosen(
         return PORTABLE
     shape = (3 << token_bits >> 2, grid[1] * block_size, grid[0] * block_size)
     density = 1.0 if op == "norms" else capacity / (grid[0] * grid[1])
-    kinds = serving(op, dtype, block_size, torch.cuda.get_device_capability(device))
+    kinds = serving(op, dtype, torch.cuda.get_device_capability(device))
     return table.choose(op, _DTYPES[dtype], block_size, shape, density, kinds)
 
 

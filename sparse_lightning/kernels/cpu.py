@@ -204,10 +204,11 @@ def block_linear_dw(
     coords: Tensor,
     row_offsets: Tensor,
     row_entries: Tensor,
-    block_size: int,
+    slots: Tensor,
 ) -> Tensor:
     """Return the present blocks of dy^T x, zeros in empty slots; see `ops` for shapes."""
-    out_blocks, in_blocks = row_offsets.shape[0] - 1, x.shape[-1] // block_size
+    out_blocks, in_blocks = slots.shape
+    block_size = x.shape[-1] // in_blocks
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     bounds = row_offsets.tolist()
     n_blocks = bounds[-1]

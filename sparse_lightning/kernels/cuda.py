@@ -80,20 +80,21 @@ def block_linear_dw(
     coords: Tensor,
     row_offsets: Tensor,
     row_entries: Tensor,
-    block_size: int,
+    slots: Tensor,
 ) -> Tensor:
     """Return the present blocks of dy^T x, zeros in empty slots; see `ops` for shapes."""
-    device = _device_of(x, dy, row_offsets, row_entries, coords)
-    capacity, out_blocks = coords.shape[0], row_offsets.shape[0] - 1
+    device = _device_of(x, dy, row_offsets, row_entries, coords, slots)
+    capacity, (out_blocks, in_blocks) = coords.shape[0], slots.shape
+    block_size = x.shape[-1] // in_blocks
     _check_pair(dy, x, out_blocks * block_size)
     dw = x.new_empty(capacity, block_size, block_size)
     if capacity == 0:
         return dw
     dy, x = _packed(dy), _packed(x)
-    grid, tokens = (out_blocks, x.shape[-1] // block_size), x.numel() // x.shape[-1]
+    grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
     kind = choice.choose("dw", x.dtype, block_size, capacity, grid, tokens, device)
     if kind == choice.HOPPER:
-        hopper.linear_dw(dy, x, coords, row_offsets, row_entries, dw, device)
+        hopper.linear_dw(dy, x, coords, row_offsets, row_entries, slots, dw, device)
     elif kind == choice.DENSE:
         densified.linear_dw(dy, x, coords, dw, device)
     else:

@@ -1,35 +1,41 @@
 // The pipeline of the kernels that multiply dy^T x on sm_90a; what is to be multiplied, and what
 // becomes of it, is theirs.
 //
-// A thread block works on one job after another: 64-wide strips of dy and of x, over a range of
-// steps of STEP tokens. Of the first four warps one plans the jobs and the others copy, a step each
-// in turn; two warpgroups multiply, each up to MOST strips of x with strips of dy.
+// A thread block works on one job after another: strips of dy, 64 features wide, and strips of x,
+// X_WIDTH wide, over a range of steps of STEP tokens. Of the first four warps one plans the jobs
+// and the others copy, a step each in turn; two warpgroups multiply, each up to 256 features of x
+// with strips of dy. In shared memory the strips of a step lie beside each other, those of dy
+// first.
 
 #pragma once
 #include "hopper.cuh"
 
-constexpr int STEP = CONFIG_STEP, RING = CONFIG_RING;  // strips that there is room for
+constexpr int STEP = CONFIG_STEP, X_WIDTH = CONFIG_X_WIDTH;
+constexpr int RING = CONFIG_RING;            // strips of x that there is room for
 constexpr int DY_STRIDE = CONFIG_DY_STRIDE;  // from a warpgroup's strip of dy to its next one
 constexpr int WARPGROUPS = 2, WARPS = 4 * WARPGROUPS, COPIERS = 3, THREADS = 128 + 32 * WARPS;
 constexpr int STRIP = 64, STRIP_BYTES = STEP * STRIP * 2;
-constexpr int MOST = 4;         // strips of x that a warpgroup multiplies: what its registers hold
-constexpr int STRIPS = 16;      // that a job has at most
+constexpr int X_LINE = 2 * X_WIDTH, X_BYTES = STEP * X_LINE, PER_STRIP = STRIP / X_WIDTH;
+constexpr int MOST = 4;  // times 64 features of x, for a warpgroup: what its registers hold
+constexpr int DY_STRIPS = X_WIDTH < STRIP ? 1 : 8;  // of a job, at most
+constexpr int X_STRIPS = WARPGROUPS * MOST * PER_STRIP;
 constexpr int MOST_STAGES = 8;  // steps that are under way at most
 constexpr int JOBS = 2;         // that are planned at a time
 
 struct Job {
-  int end;                   // instead of a job: there is no more
-  int first_step, end_step;  // of the tokens
-  int n_x, n_strips;         // strips of x; of x and dy
-  int features[STRIPS];      // where they begin, first those of x
-  // For each warpgroup: its first strips of x and of dy, and of its strips of x, which begin a run
-  // that is multiplied with one strip of dy: bit i for the i-th; the bit after the last is set too.
-  int x[WARPGROUPS], dy[WARPGROUPS], runs[WARPGROUPS];
+  int end;                                           // instead of a job: there is no more
+  int first_step, end_step;                          // of the tokens
+  int n_dy, n_x;                                     // strips
+  int dy_features[DY_STRIPS], x_features[X_STRIPS];  // where they begin
+  // For each warpgroup: its first strips of dy and of x, and where in its features of x runs begin,
+  // each of which is multiplied with one strip of dy: bit i for 64 i; the end of the last is a bit
+  // too. If strips are narrower, the end is rounded up.
+  int dy[WARPGROUPS], x[WARPGROUPS], runs[WARPGROUPS];
   int where;  // for whoever stores the result
 };
 
 struct alignas(1024) Shared {
-  char ring[RING][STRIP_BYTES];
+  char ring[RING][X_BYTES];
   char results[WARPS][16 * 128];
   Job jobs[JOBS];
   u64 full[MOST_STAGES], empty[MOST_STAGES], planned[JOBS], done[JOBS];
@@ -70,10 +76,10 @@ __device__ void follow_jobs(Shared& s, Each each) {
 // Steps of a job take stages of shared memory in turn, as many as fit. How often each was taken, by
 // whichever job, decides the parity of its barriers.
 struct Stages {
-  int n, at = 0;
-  unsigned& taken;  // a bit for each stage: an odd number of times
+  int size, n, at = 0;  // size: in strips of x
+  unsigned& taken;      // a bit for each stage: an odd number of times
   __device__ Stages(const Job& job, unsigned& taken)
-      : n(min(RING / job.n_strips, MOST_STAGES)), taken(taken) {}
+      : size(job.n_dy * PER_STRIP + job.n_x), n(min(RING / size, MOST_STAGES)), taken(taken) {}
   __device__ int parity() const { return taken >> at & 1; }
   __device__ void next() {
     taken ^= 1u << at;
@@ -81,38 +87,43 @@ struct Stages {
   }
 };
 
-// A warp: copies every COPIERS-th step; a lane copies one strip.
+// A warp: copies every COPIERS-th step, a lane a strip of x and a strip of dy.
 __device__ inline void copy_strips(Shared& s, const TensorMap& dy, const TensorMap& x, int copier) {
+  static_assert(DY_STRIPS <= 32 && X_STRIPS <= 32, "a lane each");
   const int lane = threadIdx.x % 32;
   unsigned taken = 0;
   follow_jobs(s, [&](const Job& job) {
     // The job before cut the ring otherwise: all of it must be gone.
     for (int stage = 0; stage < MOST_STAGES; ++stage)
       barrier_wait(&s.empty[stage], taken >> stage & 1 ^ 1);
-    const int feature = lane < job.n_strips ? job.features[lane] : 0;
+    const int n_dy = job.n_dy, n_x = job.n_x, end_step = job.end_step;
+    const int dy_feature = lane < n_dy ? job.dy_features[lane] : 0;
+    const int x_feature = lane < n_x ? job.x_features[lane] : 0;
     Stages stages(job, taken);
-    for (int step = job.first_step; step < job.end_step; ++step, stages.next()) {
-      if ((step - job.first_step) % COPIERS != copier) continue;
+    for (int step = job.first_step, own = copier; step < end_step; ++step, stages.next()) {
+      if (own-- > 0) continue;
+      own = COPIERS - 1;
       u64* full = &s.full[stages.at];
+      char (*to)[X_BYTES] = s.ring + stages.at * stages.size;
       barrier_wait(&s.empty[stages.at], stages.parity() ^ 1);
-      if (lane == 0) barrier_expect(full, job.n_strips * STRIP_BYTES);
+      if (lane == 0) barrier_expect(full, stages.size * X_BYTES);
       __syncwarp();
-      if (lane < job.n_strips)
-        copy_box(s.ring[stages.at * job.n_strips + lane], lane < job.n_x ? x : dy, full, feature,
-                 step * STEP);
+      if (lane < n_dy) copy_box(to[lane * PER_STRIP], dy, full, dy_feature, step * STEP);
+      if (lane < n_x) copy_box(to[n_dy * PER_STRIP + lane], x, full, x_feature, step * STEP);
       __syncwarp();
     }
   });
 }
 
-// Multiplies the strips of x up to the next set bit of RUNS with one strip of dy, those after it
+// Multiplies the features of x up to the next set bit of RUNS with one strip of dy, those after it
 // with the next one, until the last bit.
 template <int RUNS, int RUN = 0>
 __device__ void multiply_runs(float* sums, unsigned dy, unsigned x) {
   if constexpr (RUNS > 1) {
     constexpr int n = RUNS >> 1 & 1 ? 1 : RUNS >> 2 & 1 ? 2 : RUNS >> 3 & 1 ? 3 : 4;
-    multiply_add<n * STRIP, true, 128, true>(sums, advance(dy, RUN * DY_STRIDE * STRIP_BYTES), x);
-    multiply_runs<(RUNS >> n), RUN + 1>(sums + 32 * n, dy, advance(x, n * STRIP_BYTES));
+    multiply_add<n * STRIP, true, X_LINE, true>(sums, advance(dy, RUN * DY_STRIDE * STRIP_BYTES),
+                                                x);
+    multiply_runs<(RUNS >> n), RUN + 1>(sums + 32 * n, dy, advance(x, n * PER_STRIP * X_BYTES));
   }
 }
 
@@ -121,10 +132,11 @@ __device__ void multiply_runs(float* sums, unsigned dy, unsigned x) {
 template <int RUNS, typename Store>
 __device__ void multiply_job(Shared& s, const Job& job, unsigned& taken, int warpgroup,
                              Store store) {
-  const int strips = uniform(job.n_strips);
-  const unsigned first_x = uniform(describe(s.ring[job.x[warpgroup]], STRIP_BYTES));
-  const unsigned first_dy = uniform(describe(s.ring[job.dy[warpgroup]]));
+  const int first_of_x = job.n_dy * PER_STRIP + job.x[warpgroup];
+  const unsigned first_dy = uniform(describe(s.ring[job.dy[warpgroup] * PER_STRIP]));
+  const unsigned first_x = uniform(describe(s.ring[first_of_x], X_BYTES));
   Stages stages(job, taken);
+  const int stage_bytes = uniform(stages.size * X_BYTES);
   float sums[32 * MOST];
 #pragma unroll
   for (int i = 0; i < 32 * MOST; ++i) sums[i] = 0;
@@ -136,11 +148,12 @@ __device__ void multiply_job(Shared& s, const Job& job, unsigned& taken, int war
     const int stage = uniform(stages.at);
     barrier_wait(&s.full[stage], stages.parity());
     if constexpr (RUNS > 1) {
-      const int at = stage * strips * STRIP_BYTES;
+      const int at = stage * stage_bytes;
       products_begin();
 #pragma unroll
       for (int k = 0; k < STEP; k += 16)
-        multiply_runs<RUNS>(sums, advance(first_dy, at + k * 128), advance(first_x, at + k * 128));
+        multiply_runs<RUNS>(sums, advance(first_dy, at + k * 128),
+                            advance(first_x, at + k * X_LINE));
       products_commit();
       products_wait<1>();
     }
@@ -157,8 +170,10 @@ template <int RUNS = 1, typename Store>
 __device__ void multiply_any(Shared& s, const Job& job, unsigned& taken, int warpgroup,
                              Store store) {
   static_assert(MOST == 4 && (RUNS & 1), "the first strip begins a run");
-  // Where runs take every second strip of dy, they have even numbers of strips.
-  constexpr bool possible = DY_STRIDE == 1 || (RUNS & 10) == 0;
+  // Where runs take every second strip of dy, they have even numbers of strips of x; narrow strips
+  // come in one run.
+  constexpr bool one_run = (RUNS - 1 & RUNS - 2) == 0;
+  constexpr bool possible = (DY_STRIDE == 1 || (RUNS & 10) == 0) && (PER_STRIP == 1 || one_run);
   if constexpr (RUNS < 32) {
     if (possible && uniform(job.runs[warpgroup]) == RUNS)
       multiply_job<possible ? RUNS : 1>(s, job, taken, warpgroup, store);
@@ -167,8 +182,8 @@ __device__ void multiply_any(Shared& s, const Job& job, unsigned& taken, int war
   }
 }
 
-// A warpgroup; store(job, warpgroup, sums) has 32 sums a strip of x, as `multiply_add` lays them
-// out.
+// A warpgroup; store(job, warpgroup, sums) has 32 sums for 64 features of x, as `multiply_add` lays
+// them out.
 template <typename Store>
 __device__ void multiply_jobs(Shared& s, Store store) {
   const int warpgroup = uniform(threadIdx.x / 128 - 1);

@@ -59,22 +59,42 @@ def linear_dw(
     coords: Tensor,
     row_offsets: Tensor,
     row_entries: Tensor,
+    slots: Tensor,
     dw: Tensor,
     device: int,
 ) -> None:
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     capacity, block_size, _ = dw.shape
-    tokens, out_blocks = x.numel() // x.shape[-1], row_offsets.shape[0] - 1
+    tokens, (out_blocks, in_blocks) = x.numel() // x.shape[-1], slots.shape
     processors = torch.cuda.get_device_properties(device).multi_processor_count
+    n_blocks = row_offsets.data_ptr() + row_offsets.element_size() * out_blocks
+    maps = _strip_maps(dy, x, min(block_size, programs.STRIP))
+    if block_size < programs.STRIP:
+        slices = programs.dw_slices(capacity, (out_blocks, in_blocks), block_size, processors)
+        bands = -(-out_blocks * block_size // programs.STRIP)
+        _narrow_dw_kernel(x.dtype, block_size, device).launch(
+            min(bands * slices, processors),
+            1,
+            *maps,
+            dw.data_ptr(),
+            slots.data_ptr(),
+            row_entries.data_ptr(),
+            n_blocks,
+            tokens,
+            capacity,
+            out_blocks,
+            in_blocks,
+            slices,
+        )
+        return
     parts, groups = programs.dw_split(capacity, out_blocks, block_size, tokens, processors)
-    kernel = _dw_kernel(x.dtype, block_size, parts, device)
-    kernel.launch(
-        min(groups * parts, processors) if parts == 1 else groups * parts,
+    _wide_dw_kernel(x.dtype, block_size, parts, device).launch(
+        min(groups, processors) if parts == 1 else groups * parts,
         1,
-        *_strip_maps(dy, x),
+        *maps,
         dw.data_ptr(),
         row_entries.data_ptr(),
-        row_offsets.data_ptr() + row_offsets.element_size() * out_blocks,  # present blocks
+        n_blocks,
         coords.data_ptr(),
         tokens,
         capacity,
@@ -89,7 +109,7 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
     kernel.launch(
         kernel.processors,
         1,
-        *_strip_maps(dy, x),
+        *_strip_maps(dy, x, programs.STRIP),
         armed.data_ptr(),
         scores.data_ptr(),
         x.numel() // in_features,
@@ -99,12 +119,12 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
     )
 
 
-def _strip_maps(dy: Tensor, x: Tensor) -> tuple[bytes, bytes]:
-    box = (programs.STEP, programs.STRIP)
+def _strip_maps(dy: Tensor, x: Tensor, x_width: int) -> tuple[bytes, bytes]:
     tokens = x.numel() // x.shape[-1]
+    dy_shape, x_shape = (tokens, dy.shape[-1]), (tokens, x.shape[-1])
     return (
-        tensor_map(dy.data_ptr(), dy.dtype, (tokens, dy.shape[-1]), box),
-        tensor_map(x.data_ptr(), x.dtype, (tokens, x.shape[-1]), box),
+        tensor_map(dy.data_ptr(), dy.dtype, dy_shape, (programs.STEP, programs.STRIP)),
+        tensor_map(x.data_ptr(), x.dtype, x_shape, (programs.STEP, x_width)),
     )
 
 
@@ -117,9 +137,17 @@ def _linear_kernel(
 
 
 @build_once
-def _dw_kernel(dtype: torch.dtype, block_size: int, parts: int, device: int) -> Kernel[Program]:
+def _wide_dw_kernel(
+    dtype: torch.dtype, block_size: int, parts: int, device: int
+) -> Kernel[Program]:
     program = programs.dw_program(dtype, block_size, parts)
     return Kernel(program, "block_linear_dw", "128s128sPPPPqii", device)
+
+
+@build_once
+def _narrow_dw_kernel(dtype: torch.dtype, block_size: int, device: int) -> Kernel[Program]:
+    program = programs.dw_program(dtype, block_size)
+    return Kernel(program, "block_linear_dw", "128s128sPPPPqiiii", device)
 
 
 @build_once

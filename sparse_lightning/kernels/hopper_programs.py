@@ -6,7 +6,6 @@ How their tiles are cut was chosen on an H100; NOTES.md has the measurements.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -24,9 +23,8 @@ from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 CAPABILITY = (9, 0)
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTER = 2  # thread blocks that share copies of W
-STRIP = 64  # columns of dy and x that a copy brings for a gradient
+STRIP = 64  # features of dy, and of x for wide blocks, that a copy brings for a gradient
 STEP = 32  # tokens of such a copy
-DW_BLOCK_SIZES = (64, 128)
 DW_PARTS = (1, 2, 4, 8)  # of the tokens, one for each thread block of a cluster
 PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
@@ -90,40 +88,48 @@ def _bytes_beside_granules(t: Tiling, block_size: int) -> int:
     return results + slabs + _round_up(plans, 8) + 8 * (2 * t.stages + 2 * 4)
 
 
-def dw_program(dtype: torch.dtype, block_size: int, parts: int) -> Program:
-    """Return the program of dW, for one of `DW_BLOCK_SIZES` and `DW_PARTS`: `block_linear_dw`."""
+def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1) -> Program:
+    """Return the program of dW: `block_linear_dw`; only wide blocks have several `DW_PARTS`."""
+    check_block_size(block_size)
+    if block_size < STRIP:
+        options = {"B": block_size}
+        return _gradient_program("block_linear_dw_narrow_hopper.cu", dtype, block_size, 1, options)
     options = {"B": block_size, "PARTS": parts}
-    return _gradient_program("block_linear_dw_hopper.cu", dtype, block_size // STRIP, options)
+    stride = block_size // STRIP
+    return _gradient_program("block_linear_dw_hopper.cu", dtype, STRIP, stride, options)
 
 
 def norms_program(dtype: torch.dtype) -> Program:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
-    return _gradient_program("block_norms_hopper.cu", dtype, 2, {})
+    return _gradient_program("block_norms_hopper.cu", dtype, STRIP, 2, {})
 
 
 def all_programs() -> Iterator[Program]:
     """Yield every program for Hopper."""
     for dtype in PTX_TYPES:
         yield norms_program(dtype)
-        for block_size, parts in itertools.product(DW_BLOCK_SIZES, DW_PARTS):
-            yield dw_program(dtype, block_size, parts)
         for block_size in BLOCK_SIZES:
+            for parts in DW_PARTS if block_size >= STRIP else (1,):
+                yield dw_program(dtype, block_size, parts)
             yield linear_program(dtype, block_size, forward=True)
             yield linear_program(dtype, block_size, forward=False)
 
 
 def _gradient_program(
-    source: str, dtype: torch.dtype, dy_stride: int, options: dict[str, int]
+    source: str, dtype: torch.dtype, x_width: int, dy_stride: int, options: dict[str, int]
 ) -> Program:
     # As `Shared` in gradient_hopper.cuh has it.
-    ring = _RING * 2 * STRIP * STEP
-    results, jobs, barriers = 8 * 16 * 128, 2 * 4 * 28, 8 * (2 * 8 + 2 * 2)
-    shared_bytes = _round_up(ring + results + jobs + barriers, 1024)
+    ring = _RING * STRIP // x_width
+    dy_strips, x_strips = (8, 8) if x_width == STRIP else (1, 8 * STRIP // x_width)
+    jobs = 2 * 4 * (12 + dy_strips + x_strips)
+    results, barriers = 8 * 16 * 128, 8 * (2 * 8 + 2 * 2)
+    shared_bytes = _round_up(ring * 2 * x_width * STEP + results + jobs + barriers, 1024)
     defines: dict[str, str | int] = {
         "T": DTYPES[dtype],
         "PTX_TYPE": PTX_TYPES[dtype],
         "STEP": STEP,
-        "RING": _RING,
+        "RING": ring,
+        "X_WIDTH": x_width,
         "DY_STRIDE": dy_stride,
         "SHARED_BYTES": shared_bytes,
         **options,
@@ -146,7 +152,7 @@ def dw_split(
     Args:
         capacity: blocks that may be present: how many are, only the device knows.
         out_blocks: block rows.
-        block_size: one of `DW_BLOCK_SIZES`.
+        block_size: 64 or 128.
         tokens: of the input.
         processors: multiprocessors of the device.
 
@@ -180,3 +186,32 @@ def dw_split(
             if fewest <= groups <= clusters
         ]
     return min(choices, key=lambda choice: (cost(*choice), choice))
+
+
+@functools.cache
+def dw_slices(capacity: int, grid: tuple[int, int], block_size: int, processors: int) -> int:
+    """Return in how many slices dW of narrow blocks cuts the columns of each band of block rows.
+
+    Args:
+        capacity: blocks that may be present.
+        grid: (block rows, block columns).
+        block_size: 16 or 32.
+        processors: multiprocessors of the device.
+
+    >>> [dw_slices(n, (128, 128), 32, 132) for n in (4096, 1638, 819)]
+    [2, 2, 2]
+    """
+    rows = STRIP // block_size
+    bands = -(-grid[0] // rows)
+    # Of a band, for blocks anywhere.
+    columns = grid[1] * (1 - (1 - capacity / (grid[0] * grid[1])) ** rows)
+    most = _DW_SUMS * rows
+
+    def cost(slices: int) -> float:
+        # As in `dw_split`, in strips of 64 features: dy's once for every job of a slice.
+        jobs = math.ceil(columns / slices / most)
+        strips = jobs + columns / slices / rows
+        rounds = -(-bands * slices // processors)
+        return max(bands * slices * strips / 74, rounds * strips)
+
+    return min(range(1, math.ceil(columns) + 1), key=lambda slices: (cost(slices), slices))

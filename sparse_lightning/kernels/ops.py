@@ -40,7 +40,7 @@ _library.define(
 )
 _library.define(
     "block_linear_dw(Tensor dy, Tensor x, Tensor coords, Tensor row_offsets, Tensor row_entries, "
-    "int block_size) -> Tensor"
+    "Tensor slots) -> Tensor"
 )
 _library.define("block_norms_(Tensor dy, Tensor x, Tensor armed, Tensor(a!) scores) -> ()")
 
@@ -79,7 +79,7 @@ class _BlockLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = block_linear_dx(dy, values, *by_column)
         if ctx.needs_input_grad[1]:
-            dvalues = block_linear_dw(dy, x, coords, row_offsets, row_entries, values.shape[1])
+            dvalues = block_linear_dw(dy, x, coords, row_offsets, row_entries, by_column[-1])
             block_norms_(dy, x, ctx.armed, ctx.scores)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
@@ -105,8 +105,9 @@ def _fake_block_linear_dx(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: T
 
 
 def _fake_block_linear_dw(
-    dy: Tensor, x: Tensor, coords: Tensor, row_offsets: Tensor, row_entries: Tensor, block_size: int
+    dy: Tensor, x: Tensor, coords: Tensor, row_offsets: Tensor, row_entries: Tensor, slots: Tensor
 ) -> Tensor:
+    block_size = x.shape[-1] // slots.shape[1]
     return x.new_empty(coords.shape[0], block_size, block_size)
 
 

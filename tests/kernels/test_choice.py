@@ -35,9 +35,13 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     choice.forget_tables()
 
 
-def choose(op: str = "fwd", block_size: int = 64, capacity: int = 1024, tokens: int = 8192) -> str:
-    grid = (4096 // block_size, 4096 // block_size)
-    return choice.choose(op, torch.bfloat16, block_size, capacity, grid, tokens, 0)
+def choose(
+    op: str = "fwd",
+    capacity: int = 1024,
+    tokens: int = 8192,
+    dtype: torch.dtype = torch.bfloat16,
+) -> str:
+    return choice.choose(op, dtype, 64, capacity, (64, 64), tokens, 0)
 
 
 def test_between_densities_logarithms_are_linear() -> None:
@@ -71,21 +75,18 @@ def test_only_kinds_that_serve_and_were_measured_are_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype", "block_size", "capability", "expected"),
+    ("op", "dtype", "capability", "expected"),
     [
-        ("fwd", torch.bfloat16, 16, (9, 0), KINDS),
-        ("dw", torch.float16, 64, (9, 0), KINDS),
-        ("dw", torch.float16, 32, (9, 0), ("portable", "dense")),
-        ("norms", torch.bfloat16, 16, (9, 0), ("portable", "hopper")),
-        ("fwd", torch.float32, 64, (9, 0), ("portable", "dense")),
-        ("fwd", torch.bfloat16, 64, (8, 0), ("portable", "dense")),
-        ("norms", torch.bfloat16, 64, (10, 0), ("portable",)),
+        ("fwd", torch.bfloat16, (9, 0), KINDS),
+        ("dw", torch.float16, (9, 0), KINDS),
+        ("norms", torch.bfloat16, (9, 0), ("portable", "hopper")),
+        ("fwd", torch.float32, (9, 0), ("portable", "dense")),
+        ("fwd", torch.bfloat16, (8, 0), ("portable", "dense")),
+        ("norms", torch.bfloat16, (10, 0), ("portable",)),
     ],
 )
-def test_who_serves(
-    op: str, dtype: torch.dtype, block_size: int, capability: Any, expected: Any
-) -> None:
-    assert tuple(choice.serving(op, dtype, block_size, capability)) == expected
+def test_who_serves(op: str, dtype: torch.dtype, capability: Any, expected: Any) -> None:
+    assert tuple(choice.serving(op, dtype, capability)) == expected
 
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
@@ -132,9 +133,9 @@ def test_what_has_no_work_is_portable(device: Path) -> None:
 def test_forcing_a_kind(device: Path) -> None:
     with choice.forced("hopper"):
         assert choose() == "hopper"
-        assert choose("dw", block_size=32) == "portable"  # which hopper does not serve
+        assert choose(dtype=torch.float32) == "portable"  # which hopper does not serve
         with choice.forced("dense"):
-            assert choose("dw", block_size=32) == "dense"
+            assert choose(dtype=torch.float32) == "dense"
             assert choose("norms") == "portable"
         assert choose() == "hopper"
     assert choose() == "portable"

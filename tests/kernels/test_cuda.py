@@ -145,9 +145,30 @@ def test_every_way_to_cut_dw_on_hopper(
             split = parts, groups
             monkeypatch.setattr(hopper_programs, "dw_split", lambda *_, split=split: split)
             dw = ops.block_linear_dw(
-                dy, x, at.coords, at.row_offsets, at.row_entries, block_size
+                dy, x, at.coords, at.row_offsets, at.row_entries, at.slots
             ).float()
             torch.testing.assert_close(dw, expected, rtol=1e-2, atol=1e-2 * tokens**0.5)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("in_blocks", [3, 40, 1100], ids="{} columns".format)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_dw_of_narrow_blocks_on_hopper(
+    block_size: int, slices: int, in_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices of one job and of several, and columns that a warp does not see at once."""
+    force_kernels(choice.HOPPER, monkeypatch)
+    monkeypatch.setattr(hopper_programs, "dw_slices", lambda *_: slices)
+    mask = torch.rand(7, in_blocks, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[4:] = False
+    mask[1, -1] = True
+    at = BlockTopology.from_mask(mask, block_size, capacity=int(mask.sum()) + 3).to_(DEVICE)
+    x = torch.randn(100, in_blocks * block_size, device=DEVICE, dtype=torch.bfloat16)
+    dy = torch.randn(100, 7 * block_size, device=DEVICE, dtype=torch.bfloat16)
+    dw = ops.block_linear_dw(dy, x, at.coords, at.row_offsets, at.row_entries, at.slots)
+    expected = at.pack(dy.float().T @ x.float())
+    torch.testing.assert_close(dw.float(), expected, rtol=1e-2, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -379,7 +400,7 @@ def test_more_than_two_to_the_31_values() -> None:
     dx = ops.block_linear_dx(dy, values, *cols)
     last = values[in_blocks - 1 :: in_blocks].reshape(-1, size)  # the last block column
     _assert_near(dx[:, -size:], dy.float() @ last.float())
-    dw = ops.block_linear_dw(dy, x, at.coords, *rows, size)
+    dw = ops.block_linear_dw(dy, x, at.coords, *rows, at.slots)
     _assert_near(dw[-1], dy[:, -size:].float().T @ x[:, -size:].float())
 
 

@@ -48,7 +48,7 @@ def op_arguments(
     return {
         "block_linear": (x, values, bias, at.coords, *rows, *cols, armed, scores),
         "block_linear_dx": (dy, values, *cols),
-        "block_linear_dw": (dy, x, at.coords, *rows, 16),
+        "block_linear_dw": (dy, x, at.coords, *rows, at.slots),
         "block_norms_": (dy, x, armed, scores),
     }[op]
 

@@ -201,7 +201,7 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     size_dx = reference.block_linear_dx(squares[1], squares[2], coords, grid).sqrt()
     assert_close("block_linear_dx", dx, expected, size_dx, case, *sums(grid[0]))
 
-    dw = kernels.block_linear_dw(dy, x, topology.coords, *rows, size)
+    dw = kernels.block_linear_dw(dy, x, topology.coords, *rows, topology.slots)
     expected = reference.block_linear_dw(dy64, x64, coords, size)
     size_dw = reference.block_linear_dw(squares[1], squares[0], coords, size).sqrt()
     assert_close("block_linear_dw", dw, expected, size_dw, case, math.prod(case.lead), fp32)

@@ -21,7 +21,7 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
     programs = list(portable_programs.all_programs())
     assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 * 4)
+    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 + 2 * 4)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_forward_on_hopper_fills_the_shared_memory_there_is(block_size: int) -> 
 @given(
     capacity=st.integers(1, 10**5),
     out_blocks=st.integers(1, 1000),
-    block_size=st.sampled_from(hopper_programs.DW_BLOCK_SIZES),
+    block_size=st.sampled_from([64, 128]),
     tokens=st.integers(1, 10**6),
     processors=st.integers(1, 200),
 )
@@ -76,6 +76,19 @@ def test_a_group_of_dw_fits_the_registers_and_a_cluster_the_device(
     assert -(-capacity // groups) <= (8 if block_size == 64 else 2)
     assert parts in hopper_programs.DW_PARTS
     assert parts == 1 or groups * parts <= processors  # a cluster computes one group
+
+
+@given(
+    grid=st.tuples(st.integers(1, 600), st.integers(1, 600)),
+    share=st.floats(0, 1),
+    block_size=st.sampled_from([16, 32]),
+    processors=st.integers(1, 200),
+)
+def test_slices_of_dw(
+    grid: tuple[int, int], share: float, block_size: int, processors: int
+) -> None:
+    capacity = max(1, int(share * grid[0] * grid[1]))
+    assert 1 <= hopper_programs.dw_slices(capacity, grid, block_size, processors) <= grid[1]
 
 
 def test_tokens_are_split_where_blocks_are_few() -> None:
