@@ -3,15 +3,17 @@
 //
 //   dy      [tokens, out_features]   x [tokens, in_features]   dw [capacity, B, B]
 //   entries int2 [capacity]          (block column, slot), by block row; the empty slots last
-//   n_blocks int                     present blocks: the last of the rows' offsets into `entries`
+//   row_offsets int [out_blocks + 1] where each row begins in `entries`, and where the last ends
 //   coords  int2 [capacity]          (block row, block column) of each slot
 //
-// The present blocks, as they follow each other in `entries`, are cut evenly into `groups`. Blocks
-// of a group are computed in one pass over the tokens, and the dy of each block row is read once.
-// Thread blocks that pass over the same tokens at the same time spare L2 much: what several ask for
-// at once it reads once. Where there are few groups, a cluster of PARTS thread blocks takes each,
-// every one a part of the tokens; then they add up their sums, always in the same order, each a
-// share of them.
+// The present blocks, as they follow each other in `entries`, are cut into groups. Blocks of a
+// group are computed in one pass over the tokens, and the dy of each block row is read once. Groups
+// should be of one row and alike: thread blocks that pass over the same tokens at the same time
+// spare L2 much, what several ask for at once it reads once. If not so many can be computed at
+// once, the blocks are cut evenly instead, over the ends of rows.
+//
+// A cluster of PARTS thread blocks takes a group, each a part of the tokens. Where groups are few,
+// so all have work; they add up their sums, always in the same order, each a share of them.
 
 #include "gradient_hopper.cuh"
 
@@ -24,16 +26,60 @@ struct Arguments {
   TensorMap dy, x;  // boxes of a strip, STEP tokens
   T* dw;
   const int2* entries;
-  const int* n_blocks;
+  const int* row_offsets;
   const int2* coords;
   long long tokens;
   int capacity;
-  int groups;  // if PARTS > 1, as many as there are clusters
+  int out_blocks;
+  int even_groups;  // if cut evenly: as many as registers ask for; if PARTS > 1, one a cluster
 };
 
-__device__ inline int first_of(const Arguments& a, int group) {
-  return (int)((long long)*a.n_blocks * group / a.groups);
-}
+constexpr int BLOCKS = WARPGROUPS * MOST / WIDE / WIDE;  // of a group, at most
+
+// How the blocks are cut; to be asked by whole warps.
+struct Cut {
+  const Arguments& a;
+  int n_blocks, groups, of_row = 0;  // of_row: blocks of a group, at most, if groups are of one row
+
+  __device__ explicit Cut(const Arguments& a)
+      : a(a), n_blocks(a.row_offsets[a.out_blocks]), groups(a.even_groups) {
+    int totals[BLOCKS] = {};
+    for (int row = threadIdx.x % 32; row < a.out_blocks; row += 32) {
+      const int n = a.row_offsets[row + 1] - a.row_offsets[row];
+#pragma unroll
+      for (int i = 0; i < BLOCKS; ++i) totals[i] += (n + i) / (i + 1);
+    }
+    // The smallest groups of which there are not more than can be computed at once.
+#pragma unroll
+    for (int i = BLOCKS - 1; i >= 0; --i) {
+      const int total = __reduce_add_sync(0xffffffff, totals[i]);
+      if (total <= gridDim.x / PARTS) of_row = i + 1, groups = total;
+    }
+  }
+
+  // The first block of a group, and how many there are.
+  __device__ int2 blocks(int group) const {
+    if (of_row == 0) {
+      const int first = (int)((long long)n_blocks * group / groups);
+      return make_int2(first, (int)((long long)n_blocks * (group + 1) / groups) - first);
+    }
+    for (int first_row = 0; first_row < a.out_blocks; first_row += 32) {
+      const int row = min(first_row + threadIdx.x % 32, a.out_blocks);
+      const int begin = a.row_offsets[row], n = a.row_offsets[min(row + 1, a.out_blocks)] - begin;
+      const int own = (n + of_row - 1) / of_row, upto = through(own), i = group - (upto - own);
+      const unsigned has = __ballot_sync(0xffffffff, 0 <= i && i < own);
+      if (has) {
+        const int lane = __ffs(has) - 1, first = own ? begin + n * i / own : 0;
+        const int end = own ? begin + n * (i + 1) / own : 0;
+        const int2 found =
+            make_int2(__shfl_sync(0xffffffff, first, lane), __shfl_sync(0xffffffff, end, lane));
+        return make_int2(found.x, found.y - found.x);
+      }
+      group -= __shfl_sync(0xffffffff, upto, 31);
+    }
+    return make_int2(0, 0);
+  }
+};
 
 // How many of a group's n blocks the first warpgroup computes, where each computes whole blocks.
 __device__ inline int half_of(int n) { return (n + 1) / 2; }
@@ -77,9 +123,9 @@ __device__ inline void plan_job(const Arguments& a, Planner& planner, int first,
 }
 
 // One warp: plans a group.
-__device__ inline void plan_group(const Arguments& a, Planner& planner, int group, int part) {
+__device__ inline void plan_group(const Arguments& a, Planner& planner, int first, int n,
+                                  int part) {
   const int lane = threadIdx.x % 32;
-  const int first = first_of(a, group), n = first_of(a, group + 1) - first;
   if (n == 0) return;
   int2 block = lane < n ? a.coords[a.entries[first + lane].y] : make_int2(-1, 0);
   const int above = __shfl_up_sync(0xffffffff, block.x, 1);
@@ -112,13 +158,16 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
   const int part = PARTS > 1 ? rank_in_cluster() : 0;
 
   auto plan = [&](Planner& planner) {
+    const Cut cut(a);
+    for (int group = blockIdx.x / PARTS; group < cut.groups; group += gridDim.x / PARTS) {
+      const int2 blocks = cut.blocks(group);
+      plan_group(a, planner, blocks.x, blocks.y, part);
+    }
     // Empty slots hold zeros.
-    for (int entry = *a.n_blocks + blockIdx.x; entry < a.capacity; entry += gridDim.x) {
+    for (int entry = cut.n_blocks + blockIdx.x; entry < a.capacity; entry += gridDim.x) {
       uint4* block = reinterpret_cast<uint4*>(a.dw + (long long)a.entries[entry].y * B * B);
       for (int i = threadIdx.x % 32; i < B * B / 8; i += 32) block[i] = make_uint4(0, 0, 0, 0);
     }
-    for (int group = blockIdx.x / PARTS; group < a.groups; group += gridDim.x / PARTS)
-      plan_group(a, planner, group, part);
   };
 
   auto store = [&](const Job& job, int warpgroup, float* sums) {
@@ -148,8 +197,10 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     if constexpr (PARTS == 1) return;
     cluster_sync();
     if (warpgroups) {
-      const int group = blockIdx.x / PARTS, first = first_of(a, group);
-      const int n = first_of(a, group + 1) - first, half = half_of(n), thread = threadIdx.x % 128;
+      const Cut cut(a);
+      const int group = blockIdx.x / PARTS;
+      const int2 blocks = group < cut.groups ? cut.blocks(group) : make_int2(0, 0);
+      const int first = blocks.x, n = blocks.y, half = half_of(n), thread = threadIdx.x % 128;
       // The warpgroups of the cluster take pieces, a strip by a strip, in turn.
       for (int piece = part + PARTS * (threadIdx.x / 128 - 1); piece < WARPGROUPS * MOST;
            piece += PARTS * WARPGROUPS) {

@@ -52,16 +52,6 @@ __device__ inline unsigned needed(const Arguments& a, int band, int window) {
   return own;
 }
 
-// Sums over the lanes up to this.
-__device__ inline int through(int own) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int below = __shfl_up_sync(0xffffffff, own, distance);
-    if (threadIdx.x % 32 >= distance) own += below;
-  }
-  return own;
-}
-
 // One warp: plans the jobs of a slice.
 __device__ inline void plan_slice(const Arguments& a, Planner& planner, int band, int slice) {
   const int lane = threadIdx.x % 32;

@@ -42,6 +42,16 @@ struct alignas(1024) Shared {
 };
 static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
 
+// Sums over the lanes up to this.
+__device__ inline int through(int own) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int below = __shfl_up_sync(0xffffffff, own, distance);
+    if (threadIdx.x % 32 >= distance) own += below;
+  }
+  return own;
+}
+
 // What the planning warp hands jobs to.
 struct Planner {
   Shared& s;

@@ -67,7 +67,6 @@ def linear_dw(
     capacity, block_size, _ = dw.shape
     tokens, (out_blocks, in_blocks) = x.numel() // x.shape[-1], slots.shape
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    n_blocks = row_offsets.data_ptr() + row_offsets.element_size() * out_blocks
     maps = _strip_maps(dy, x, min(block_size, programs.STRIP))
     if block_size < programs.STRIP:
         slices = programs.dw_slices(capacity, (out_blocks, in_blocks), block_size, processors)
@@ -79,7 +78,7 @@ def linear_dw(
             dw.data_ptr(),
             slots.data_ptr(),
             row_entries.data_ptr(),
-            n_blocks,
+            row_offsets.data_ptr() + row_offsets.element_size() * out_blocks,  # present blocks
             tokens,
             capacity,
             out_blocks,
@@ -87,17 +86,20 @@ def linear_dw(
             slices,
         )
         return
-    parts, groups = programs.dw_split(capacity, out_blocks, block_size, tokens, processors)
+    parts, clusters, groups = programs.dw_split(
+        capacity, out_blocks, block_size, tokens, processors
+    )
     _wide_dw_kernel(x.dtype, block_size, parts, device).launch(
-        min(groups, processors) if parts == 1 else groups * parts,
+        clusters * parts,
         1,
         *maps,
         dw.data_ptr(),
         row_entries.data_ptr(),
-        n_blocks,
+        row_offsets.data_ptr(),
         coords.data_ptr(),
         tokens,
         capacity,
+        out_blocks,
         groups,
     )
 
@@ -141,7 +143,7 @@ def _wide_dw_kernel(
     dtype: torch.dtype, block_size: int, parts: int, device: int
 ) -> Kernel[Program]:
     program = programs.dw_program(dtype, block_size, parts)
-    return Kernel(program, "block_linear_dw", "128s128sPPPPqii", device)
+    return Kernel(program, "block_linear_dw", "128s128sPPPPqiii", device)
 
 
 @build_once

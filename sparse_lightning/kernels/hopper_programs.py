@@ -144,10 +144,11 @@ def _round_up(n: int, to: int) -> int:
 @functools.cache  # a training asks for few combinations, and at every step
 def dw_split(
     capacity: int, out_blocks: int, block_size: int, tokens: int, processors: int
-) -> tuple[int, int]:
-    """Return in how many parts dW cuts the tokens, and in how many groups the blocks.
+) -> tuple[int, int, int]:
+    """Return how dW of wide blocks is shared out: token parts, clusters, and groups of blocks.
 
-    A cluster of so many thread blocks takes a group: many where there are few blocks.
+    A cluster of as many thread blocks as there are parts takes a group; parts pay where there are
+    few blocks. The groups are those to cut the blocks into if not by rows, which the device knows.
 
     Args:
         capacity: blocks that may be present: how many are, only the device knows.
@@ -156,8 +157,8 @@ def dw_split(
         tokens: of the input.
         processors: multiprocessors of the device.
 
-    >>> [dw_split(n, 64, 64, 8192, 132) for n in (2048, 1024, 410, 205, 82)]
-    [(1, 264), (1, 128), (1, 82), (1, 103), (1, 82)]
+    >>> [dw_split(n, 64, 64, 8192, 132) for n in (2048, 1024, 205, 10)]
+    [(1, 132, 264), (1, 132, 128), (1, 132, 103), (8, 10, 10)]
     """
     wide, steps = block_size // STRIP, -(-tokens // STEP)
 
@@ -176,16 +177,21 @@ def dw_split(
     # One round of thread blocks with as many blocks each as it takes, or several full rounds.
     counts = {min(capacity, _round_up(fewest, processors))}
     counts |= {-(-capacity // blocks) for blocks in range(1, -(-capacity // fewest) + 1)}
-    choices = [(1, groups) for groups in counts if groups <= processors or groups % processors == 0]
-    for parts in DW_PARTS[1:]:
-        # Multiprocessors come in clusters of 16 or 18, less what is defective.
-        clusters = processors // parts if parts == 2 else processors // parts * 10 // 11
-        choices += [
-            (parts, groups)
-            for groups in {min(capacity, clusters), *counts}
-            if fewest <= groups <= clusters
-        ]
-    return min(choices, key=lambda choice: (cost(*choice), choice))
+    choices = []
+    for parts in DW_PARTS:
+        clusters = min(capacity, _clusters(processors, parts))
+        for groups in {clusters, *counts}:
+            full_rounds = parts == 1 and groups % processors == 0
+            if groups >= fewest and (groups <= clusters or full_rounds):
+                choices.append((parts, clusters, groups))
+    return min(choices, key=lambda choice: (cost(choice[0], choice[2]), choice))
+
+
+def _clusters(processors: int, thread_blocks: int) -> int:
+    """Return how many clusters of thread blocks run at once, cautiously."""
+    # Multiprocessors come in clusters of 16 or 18, less what is defective.
+    clusters = processors // thread_blocks
+    return clusters if thread_blocks <= 2 else clusters * 10 // 11
 
 
 @functools.cache

@@ -141,8 +141,9 @@ def test_every_way_to_cut_dw_on_hopper(
         x = torch.randn(tokens, 9 * block_size, device=DEVICE, dtype=torch.bfloat16)
         dy = torch.randn(tokens, 7 * block_size, device=DEVICE, dtype=torch.bfloat16)
         expected = at.pack(dy.float().T @ x.float())
-        for groups in {fewest, (fewest + capacity) // 2, capacity}:
-            split = parts, groups
+        # By rows where clusters are many, evenly where they are few.
+        for clusters in {fewest, fewest + 2, (fewest + capacity) // 2, capacity}:
+            split = parts, clusters, fewest
             monkeypatch.setattr(hopper_programs, "dw_split", lambda *_, split=split: split)
             dw = ops.block_linear_dw(
                 dy, x, at.coords, at.row_offsets, at.row_entries, at.slots

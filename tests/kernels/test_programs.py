@@ -71,11 +71,13 @@ def test_forward_on_hopper_fills_the_shared_memory_there_is(block_size: int) -> 
 def test_a_group_of_dw_fits_the_registers_and_a_cluster_the_device(
     capacity: int, out_blocks: int, block_size: int, tokens: int, processors: int
 ) -> None:
-    parts, groups = hopper_programs.dw_split(capacity, out_blocks, block_size, tokens, processors)
+    parts, clusters, groups = hopper_programs.dw_split(
+        capacity, out_blocks, block_size, tokens, processors
+    )
     assert 1 <= groups <= capacity
     assert -(-capacity // groups) <= (8 if block_size == 64 else 2)
-    assert parts in hopper_programs.DW_PARTS
-    assert parts == 1 or groups * parts <= processors  # a cluster computes one group
+    assert parts in hopper_programs.DW_PARTS and 1 <= clusters * parts <= processors
+    assert parts == 1 or groups <= clusters  # a cluster computes one group
 
 
 @given(
@@ -93,7 +95,7 @@ def test_slices_of_dw(
 
 def test_tokens_are_split_where_blocks_are_few() -> None:
     few, many = (hopper_programs.dw_split(n, 32, 128, 8192, 132) for n in (51, 512))
-    assert few == (2, 51) and many[0] == 1
+    assert few == (2, 51, 51) and many[0] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)
