@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_lightning.kernels import hopper_programs as programs
-from sparse_lightning.kernels.launch import Kernel, build_once
+from sparse_lightning.kernels.launch import Kernel, build_once, processors
 from sparse_lightning.kernels.programs import Program, TiledProgram
 from sparse_lightning.kernels.tensor_maps import tensor_map
 
@@ -66,13 +66,12 @@ def linear_dw(
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     capacity, block_size, _ = dw.shape
     tokens, (out_blocks, in_blocks) = x.numel() // x.shape[-1], slots.shape
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     maps = _strip_maps(dy, x, min(block_size, programs.STRIP))
     if block_size < programs.STRIP:
-        slices = programs.dw_slices(capacity, (out_blocks, in_blocks), block_size, processors)
+        slices = programs.dw_slices(capacity, (out_blocks, in_blocks), block_size, processors(device))
         bands = -(-out_blocks * block_size // programs.STRIP)
         _narrow_dw_kernel(x.dtype, block_size, device).launch(
-            min(bands * slices, processors),
+            min(bands * slices, processors(device)),
             1,
             *maps,
             dw.data_ptr(),
@@ -87,7 +86,7 @@ def linear_dw(
         )
         return
     parts, clusters, groups = programs.dw_split(
-        capacity, out_blocks, block_size, tokens, processors
+        capacity, out_blocks, block_size, tokens, processors(device)
     )
     _wide_dw_kernel(x.dtype, block_size, parts, device).launch(
         clusters * parts,

@@ -31,7 +31,7 @@ PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 # groups_n: warpgroups that share the outputs.
 _LINEAR = {
     16: Tiling(128, 256, 64, 16, 1, 4),
-    32: Tiling(64, 512, 64, 16, 1, 4),
+    32: Tiling(128, 256, 64, 16, 1, 4),
     64: Tiling(128, 256, 64, 16, 1, 4),
     128: Tiling(128, 256, 64, 16, 1, 2),
 }
@@ -209,8 +209,9 @@ def dw_slices(capacity: int, grid: tuple[int, int], block_size: int, processors:
     """
     rows = STRIP // block_size
     bands = -(-grid[0] // rows)
-    # Of a band, for blocks anywhere.
-    columns = grid[1] * (1 - (1 - capacity / (grid[0] * grid[1])) ** rows)
+    # Of a band, for blocks anywhere; slots may be more than there are places for blocks.
+    density = min(1.0, capacity / (grid[0] * grid[1]))
+    columns = grid[1] * (1 - (1 - density) ** rows)
     most = _DW_SUMS * rows
 
     def cost(slices: int) -> float:

@@ -38,6 +38,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+@functools.cache
+def processors(device: int) -> int:
+    """Return the number of multiprocessors of the CUDA device of that index."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 class Kernel(Generic[AnyProgram]):
     """One kernel of a program, loaded on one device.
 
@@ -63,7 +69,7 @@ class Kernel(Generic[AnyProgram]):
         from cupy_backends.cuda.api import driver
 
         self.program = program
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.processors = processors(device)
         self._device = device
         self._threads = program.threads if threads is None else threads
         self._shared_bytes = program.shared_bytes if threads is None else 0

@@ -82,7 +82,7 @@ def test_a_group_of_dw_fits_the_registers_and_a_cluster_the_device(
 
 @given(
     grid=st.tuples(st.integers(1, 600), st.integers(1, 600)),
-    share=st.floats(0, 1),
+    share=st.floats(0, 3),
     block_size=st.sampled_from([16, 32]),
     processors=st.integers(1, 200),
 )
