@@ -49,13 +49,13 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def shipped_files(root: Path) -> set[str]:
-    """What belongs in the wheel: modules, kernels, configs and the marker of the two folders."""
+    """What belongs in the wheel of the two folders: modules, kernels and their tables, configs."""
     folders = {"sparse_lightning": "sparse_lightning", "configs": "sparse_lightning/configs"}
     return {
         f"{shipped_as}/{path.relative_to(root / folder).as_posix()}"
         for folder, shipped_as in folders.items()
         for path in (root / folder).rglob("*")
-        if path.suffix in {".py", ".cu", ".cuh", ".yaml"} or path.name == "py.typed"
+        if path.suffix in {".py", ".cu", ".cuh", ".json", ".yaml"} or path.name == "py.typed"
     }
 
 

@@ -68,7 +68,9 @@ def linear_dw(
     tokens, (out_blocks, in_blocks) = x.numel() // x.shape[-1], slots.shape
     maps = _strip_maps(dy, x, min(block_size, programs.STRIP))
     if block_size < programs.STRIP:
-        slices = programs.dw_slices(capacity, (out_blocks, in_blocks), block_size, processors(device))
+        slices = programs.dw_slices(
+            capacity, (out_blocks, in_blocks), block_size, processors(device)
+        )
         bands = -(-out_blocks * block_size // programs.STRIP)
         _narrow_dw_kernel(x.dtype, block_size, device).launch(
             min(bands * slices, processors(device)),
