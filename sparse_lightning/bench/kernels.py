@@ -10,7 +10,7 @@ import torch
 
 from sparse_lightning.bench.peers import PEERS
 from sparse_lightning.bench.problem import Contender, Problem
-from sparse_lightning.bench.timing import Times, device_times, host_times
+from sparse_lightning.bench.timing import Times, device_times, host_times, speedup
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,7 @@ def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Ro
         )
     )
 
-    def speedup(name: str) -> float:
-        ratios = [d / s for d, s in zip(samples["dense"], samples[name], strict=True)]
-        return Times.of(ratios).median
-
+    speedups = {name: speedup(samples["dense"], times) for name, times in samples.items()}
     sparse = Times.of(samples["ours"])
     return Row(
         op=op,
@@ -91,8 +88,8 @@ def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Ro
         sparse=sparse,
         dense=Times.of(samples["dense"]),
         tflops=problem.flops(op) / sparse.median / 1e9,
-        speedup=speedup("ours"),
-        peers={name: speedup(name) if name in samples else None for name in peers},
+        speedup=speedups["ours"],
+        peers={name: speedups.get(name) for name in peers},
         peer_times={name: Times.of(samples[name]) for name in peers if name in samples},
         remarks=remarks,
     )

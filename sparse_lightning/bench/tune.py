@@ -20,7 +20,7 @@ from sparse_lightning.bench.options import (
     write_text,
 )
 from sparse_lightning.bench.problem import Contender, Problem
-from sparse_lightning.bench.timing import Times, device_times
+from sparse_lightning.bench.timing import device_times, speedup
 from sparse_lightning.kernels import choice
 from sparse_lightning.kernels.choice import STEP, Measured, Shape
 from sparse_lightning.topology import BLOCK_SIZES
@@ -55,12 +55,12 @@ def run(options: argparse.Namespace) -> None:
         ValueError: for wrong options, before anything is measured.
         AssertionError: if a kernel's result is wrong.
     """
-    if not torch.cuda.is_available() or find_device(options.device).type != "cuda":
+    device = find_device(options.device) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type != "cuda":
         raise ValueError(
             f"`--device` must be a CUDA GPU that is there; got '{options.device}'. "
             "On a CPU there is nothing to tune."
         )
-    device = find_device(options.device)
     check_count("repeats", options.repeats)
     path = options.output or choice.user_file(torch.cuda.get_device_name(device))
     with suppress(OSError):  # the check says so
@@ -120,13 +120,10 @@ def measure(problem: Problem, op: str, repeats: int) -> Measured:
                 f"{layer.density:.2f} is wrong: {error}"
             ) from None
     dense, *samples = device_times([problem.dense(op).run, *contenders.values()], repeats, x.device)
-    speedups = {
-        kind: Times.of([d / s for d, s in zip(dense, times, strict=True)]).median
-        for kind, times in zip(kinds, samples, strict=True)
-    }
+    speedups = {kind: speedup(dense, times) for kind, times in zip(kinds, samples, strict=True)}
     return Measured(
         op=op,
-        dtype="fp32" if x.dtype == torch.float32 else "half",
+        dtype=choice.DTYPES[x.dtype],
         block_size=layer.block_size,
         shape=(x.shape[0], layer.in_features, layer.out_features),
         density=1.0 if op == "norms" else layer.density,

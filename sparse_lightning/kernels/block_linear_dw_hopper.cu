@@ -163,11 +163,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
       const int2 blocks = cut.blocks(group);
       plan_group(a, planner, blocks.x, blocks.y, part);
     }
-    // Empty slots hold zeros.
-    for (int entry = cut.n_blocks + blockIdx.x; entry < a.capacity; entry += gridDim.x) {
-      uint4* block = reinterpret_cast<uint4*>(a.dw + (long long)a.entries[entry].y * B * B);
-      for (int i = threadIdx.x % 32; i < B * B / 8; i += 32) block[i] = make_uint4(0, 0, 0, 0);
-    }
+    clear_slots<B>(a.dw, a.entries, cut.n_blocks, a.capacity);
   };
 
   auto store = [&](const Job& job, int warpgroup, float* sums) {

@@ -95,11 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Shared& s = *reinterpret_cast<Shared*>(memory);
 
   auto plan = [&](Planner& planner) {
-    // Empty slots hold zeros.
-    for (int entry = *a.n_blocks + blockIdx.x; entry < a.capacity; entry += gridDim.x) {
-      uint4* block = reinterpret_cast<uint4*>(a.dw + (long long)a.entries[entry].y * B * B);
-      for (int i = threadIdx.x % 32; i < B * B / 8; i += 32) block[i] = make_uint4(0, 0, 0, 0);
-    }
+    clear_slots<B>(a.dw, a.entries, *a.n_blocks, a.capacity);
     const int bands = (a.out_blocks + ROWS - 1) / ROWS;
     for (int i = blockIdx.x; i < bands * a.slices; i += gridDim.x)
       plan_slice(a, planner, i / a.slices, i % a.slices);

@@ -117,16 +117,11 @@ __device__ void plan(const Arguments& a, Shared& s, int clusters) {
       const bool needed = lane % SUBS == 0 && present;
       const unsigned slabs = __ballot_sync(0xffffffff, needed);
       const int own = needed ? granules_of(present) : 0;
-      int through = own;  // summed over the lanes up to this
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int below = __shfl_up_sync(0xffffffff, through, distance);
-        if (lane >= distance) through += below;
-      }
+      const int upto = through(own);
       if (needed)
         s.slabs[place<SLABS>(n + __popc(slabs & ((1u << lane) - 1)))] = {
-            present, granules + through - own, (first_slab + lane / SUBS) * SLAB + lane};
-      granules += __shfl_sync(0xffffffff, through, 31);
+            present, granules + upto - own, (first_slab + lane / SUBS) * SLAB + lane};
+      granules += __shfl_sync(0xffffffff, upto, 31);
       n += __popc(slabs);
       if (lane == 0) p.n = __popc(slabs);
       __syncwarp();

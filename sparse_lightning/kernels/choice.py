@@ -28,7 +28,7 @@ OPS = (*STEP, "norms")
 SHIPPED = Path(__file__).parent
 
 # Half precision is one: both dtypes have the same kernels, and the same rates.
-_DTYPES = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "fp32"}
 # Of a layer whose input has not been seen.
 _TOKENS = 8192
 
@@ -198,12 +198,12 @@ def predicted_speedup(
     A step is the forward and both products of the backward, at 8192 tokens.
     """
     table = _table(device)
-    if table is None or dtype not in _DTYPES:
+    if table is None or dtype not in DTYPES:
         return None
     shape = (_TOKENS, grid[1] * block_size, grid[0] * block_size)
     time = 0.0
     for op in STEP:
-        predicted = table.predict(op, _DTYPES[dtype], block_size, shape, density)
+        predicted = table.predict(op, DTYPES[dtype], block_size, shape, density)
         if not predicted:
             return None
         time += 1 / max(predicted.values())
@@ -235,12 +235,12 @@ def _chosen(
     device: int,
 ) -> str:
     table = _table(device)
-    if table is None or dtype not in _DTYPES:
+    if table is None or dtype not in DTYPES:
         return PORTABLE
     shape = (3 << token_bits >> 2, grid[1] * block_size, grid[0] * block_size)
     density = 1.0 if op == "norms" else capacity / (grid[0] * grid[1])
     kinds = serving(op, dtype, torch.cuda.get_device_capability(device))
-    return table.choose(op, _DTYPES[dtype], block_size, shape, density, kinds)
+    return table.choose(op, DTYPES[dtype], block_size, shape, density, kinds)
 
 
 @functools.cache

@@ -42,16 +42,6 @@ struct alignas(1024) Shared {
 };
 static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
 
-// Sums over the lanes up to this.
-__device__ inline int through(int own) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int below = __shfl_up_sync(0xffffffff, own, distance);
-    if (threadIdx.x % 32 >= distance) own += below;
-  }
-  return own;
-}
-
 // What the planning warp hands jobs to.
 struct Planner {
   Shared& s;
@@ -80,6 +70,16 @@ __device__ void follow_jobs(Shared& s, Each each) {
     each(job);
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(&s.done[place<JOBS>(count)]);
+  }
+}
+
+// One warp of each thread block: writes zeros into the slots of dW that `entries` has from `first`
+// on, the empty ones.
+template <int B, typename T>
+__device__ void clear_slots(T* dw, const int2* entries, int first, int capacity) {
+  for (int entry = first + blockIdx.x; entry < capacity; entry += gridDim.x) {
+    uint4* block = reinterpret_cast<uint4*>(dw + (long long)entries[entry].y * B * B);
+    for (int i = threadIdx.x % 32; i < B * B / 8; i += 32) block[i] = make_uint4(0, 0, 0, 0);
   }
 }
 

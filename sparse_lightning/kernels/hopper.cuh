@@ -132,6 +132,16 @@ __device__ void warps_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
+// Sums over the lanes up to this.
+__device__ inline int through(int own) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int below = __shfl_up_sync(0xffffffff, own, distance);
+    if (threadIdx.x % 32 >= distance) own += below;
+  }
+  return own;
+}
+
 // Returns a number that is the same in all lanes of a warp, and lets the compiler know.
 __device__ inline unsigned uniform(unsigned number) { return __shfl_sync(0xffffffff, number, 0); }
 

@@ -37,7 +37,9 @@ _LINEAR = {
 }
 _RING = 52  # strips of dy and x in shared memory
 _DW_SUMS = 8  # strips by strips that a thread block's registers hold
-_SHARED = {1: 1.0, 2: 0.8, 4: 0.7, 8: 0.6}
+# So many thread blocks copy as fast together as each alone, if all pass over the same tokens: then
+# L2 is asked for the same by several at once. In parts of the tokens it is less. Fitted on an H100.
+_TOGETHER = {1: 74.0, 2: 59.2, 4: 51.8, 8: 44.4}
 
 
 def serve(capability: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -91,12 +93,11 @@ def _bytes_beside_granules(t: Tiling, block_size: int) -> int:
 def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1) -> Program:
     """Return the program of dW: `block_linear_dw`; only wide blocks have several `DW_PARTS`."""
     check_block_size(block_size)
+    source, options = "block_linear_dw_hopper.cu", {"B": block_size, "PARTS": parts}
     if block_size < STRIP:
-        options = {"B": block_size}
-        return _gradient_program("block_linear_dw_narrow_hopper.cu", dtype, block_size, 1, options)
-    options = {"B": block_size, "PARTS": parts}
-    stride = block_size // STRIP
-    return _gradient_program("block_linear_dw_hopper.cu", dtype, STRIP, stride, options)
+        source, options = "block_linear_dw_narrow_hopper.cu", {"B": block_size}
+    x_width, dy_stride = min(block_size, STRIP), max(1, block_size // STRIP)
+    return _gradient_program(source, dtype, x_width, dy_stride, options)
 
 
 def norms_program(dtype: torch.dtype) -> Program:
@@ -120,7 +121,8 @@ def _gradient_program(
 ) -> Program:
     # As `Shared` in gradient_hopper.cuh has it.
     ring = _RING * STRIP // x_width
-    dy_strips, x_strips = (8, 8) if x_width == STRIP else (1, 8 * STRIP // x_width)
+    dy_strips = _DW_SUMS if x_width == STRIP else 1
+    x_strips = _DW_SUMS * STRIP // x_width
     jobs = 2 * 4 * (12 + dy_strips + x_strips)
     results, barriers = 8 * 16 * 128, 8 * (2 * 8 + 2 * 2)
     shared_bytes = _round_up(ring * 2 * x_width * STEP + results + jobs + barriers, 1024)
@@ -141,7 +143,7 @@ def _round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-@functools.cache  # a training asks for few combinations, and at every step
+@functools.lru_cache(maxsize=4096)  # asked at every step, of inputs of any length
 def dw_split(
     capacity: int, out_blocks: int, block_size: int, tokens: int, processors: int
 ) -> tuple[int, int, int]:
@@ -163,12 +165,10 @@ def dw_split(
     wide, steps = block_size // STRIP, -(-tokens // STEP)
 
     def cost(parts: int, groups: int) -> float:
-        # In strips of dy and x, STEP tokens of them, that one thread block copies; fitted on an
-        # H100. All of them together copy as much as 74 could alone: less where tokens are cut, as
-        # then fewer ask for the same at the same time.
+        # In strips of dy and x, STEP tokens of them, that one thread block copies.
         blocks = capacity / groups
         rows = min(blocks, 1 + (blocks - 1) * out_blocks / capacity)
-        together = groups * (rows + blocks) / (74 * _SHARED[parts])
+        together = groups * (rows + blocks) / _TOGETHER[parts]
         one = math.ceil(blocks) + math.ceil(rows)
         rounds = 1 if parts > 1 else -(-groups // processors)
         return wide * steps * max(together, rounds * one / parts) + (100 if parts > 1 else 0)
@@ -194,7 +194,7 @@ def _clusters(processors: int, thread_blocks: int) -> int:
     return clusters if thread_blocks <= 2 else clusters * 10 // 11
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def dw_slices(capacity: int, grid: tuple[int, int], block_size: int, processors: int) -> int:
     """Return in how many slices dW of narrow blocks cuts the columns of each band of block rows.
 
@@ -219,6 +219,6 @@ def dw_slices(capacity: int, grid: tuple[int, int], block_size: int, processors:
         jobs = math.ceil(columns / slices / most)
         strips = jobs + columns / slices / rows
         rounds = -(-bands * slices // processors)
-        return max(bands * slices * strips / 74, rounds * strips)
+        return max(bands * slices * strips / _TOGETHER[1], rounds * strips)
 
     return min(range(1, math.ceil(columns) + 1), key=lambda slices: (cost(slices), slices))
