@@ -93,7 +93,7 @@ gpu-sanitize: $(DEV)  ## Look for memory errors and races in the kernels; needs 
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		$(BIN)/python -m pytest -m gpu tests/kernels -k "(test_parity and empty_row) or many_tokens"
 	$(call heading,Races)
-	compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kernel_substring=block_ \
+	compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kernel_substring=block \
 		$(BIN)/python -m pytest -m gpu tests/kernels -k "test_parity and empty_row"
 
 .PHONY: fmt

@@ -9,8 +9,8 @@
 // The present blocks, as they follow each other in `entries`, are cut into groups. Blocks of a
 // group are computed in one pass over the tokens, and the dy of each block row is read once. Groups
 // should be of one row and alike: thread blocks that pass over the same tokens at the same time
-// spare L2 much, what several ask for at once it reads once. If not so many can be computed at
-// once, the blocks are cut evenly instead, over the ends of rows.
+// spare L2 much, what several ask for at once it reads once. Where that would take more rounds, the
+// blocks are cut evenly instead, over the ends of rows.
 //
 // A cluster of PARTS thread blocks takes a group, each a part of the tokens. Where groups are few,
 // so all have work; they add up their sums, always in the same order, each a share of them.
@@ -49,11 +49,17 @@ struct Cut {
 #pragma unroll
       for (int i = 0; i < BLOCKS; ++i) totals[i] += (n + i) / (i + 1);
     }
-    // The smallest groups of which there are not more than can be computed at once.
+    // The smallest groups of which there are not more than can be computed at once. Wide blocks,
+    // which alone keep both warpgroups busy, may take several rounds: as long as these have fewer
+    // strips in all than if the blocks are cut evenly, where most groups need dy of two rows.
+    const int clusters = gridDim.x / PARTS;
+    auto rounds = [&](int groups) { return (groups + clusters - 1) / clusters; };
+    int least = rounds(groups) * ((n_blocks + groups - 1) / groups + 2);
 #pragma unroll
     for (int i = BLOCKS - 1; i >= 0; --i) {
-      const int total = __reduce_add_sync(0xffffffff, totals[i]);
-      if (total <= gridDim.x / PARTS) of_row = i + 1, groups = total;
+      const int total = __reduce_add_sync(0xffffffff, totals[i]), cost = rounds(total) * (i + 2);
+      if (total <= clusters || WIDE > 1 && PARTS == 1 && cost <= least)
+        of_row = i + 1, groups = total, least = cost;
     }
   }
 
@@ -166,6 +172,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     clear_slots<B>(a.dw, a.entries, cut.n_blocks, a.capacity);
   };
 
+  int own_first = 0, own_blocks = 0;  // of the group, if PARTS > 1: the only one there is
   auto store = [&](const Job& job, int warpgroup, float* sums) {
     const int first = job.where, dy_strip = WIDE > 1 ? warpgroup : 0;
     const int n = 31 - __clz(job.runs[warpgroup]);
@@ -175,6 +182,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
       for (int i = 0; i < MOST; ++i)
         if (i < n) store_strip(a, first, job.x[warpgroup] + i, dy_strip, sums + 32 * i, staging);
     } else {
+      own_first = first, own_blocks = job.n_x / WIDE;
       // The ring is free: this was the only job, and its last copies have been read by both.
       warps_sync<32 * WARPS>();
       const int thread = threadIdx.x % 128;
@@ -193,10 +201,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     if constexpr (PARTS == 1) return;
     cluster_sync();
     if (warpgroups) {
-      const Cut cut(a);
-      const int group = blockIdx.x / PARTS;
-      const int2 blocks = group < cut.groups ? cut.blocks(group) : make_int2(0, 0);
-      const int first = blocks.x, n = blocks.y, half = half_of(n), thread = threadIdx.x % 128;
+      const int first = own_first, n = own_blocks, half = half_of(n), thread = threadIdx.x % 128;
       // The warpgroups of the cluster take pieces, a strip by a strip, in turn.
       for (int piece = part + PARTS * (threadIdx.x / 128 - 1); piece < WARPGROUPS * MOST;
            piece += PARTS * WARPGROUPS) {

@@ -1,5 +1,5 @@
 // y = x W^T + bias (FORWARD), or dx = dy W, on sm_90a: what block_linear.cu computes, for bf16 and
-// fp16, with bulk copies and warpgroup products.
+// fp16 and B = 64 or 128, with bulk copies and warpgroup products.
 //
 //   x      [tokens, in_features]       values [capacity, B, B]      y [tokens, out_features]
 //   bias   [out_features] or null
@@ -13,10 +13,9 @@
 // the other warpgroups multiply, each with its share of the outputs. The thread blocks of a cluster
 // do the same for different tokens, and share the copies of W.
 //
-// Shared memory is one ring of granules. A slab takes those of x, [TOKENS][64], and then as many
-// as its units of W need; a unit is what one output block has in a slab: one block (B = 64), half
-// a block (128), or up to 64 / B blocks. Sums run over ascending k, so results depend neither on
-// slots nor on timing.
+// Shared memory is one ring of granules. A slab takes those of x, [TOKENS][64], and then one for
+// each output block that is present in it: the block (B = 64), or half of it (128). Sums run over
+// ascending k, so results depend neither on slots nor on timing.
 
 #include "hopper.cuh"
 
@@ -29,21 +28,15 @@ constexpr int CLUSTER = CONFIG_CLUSTER;
 constexpr int WARPGROUPS = CONFIG_WARPGROUPS, WARPS = 4 * WARPGROUPS, COPIERS = 3;
 constexpr int THREADS = 128 + 32 * WARPS;
 constexpr int STAGES = CONFIG_STAGES;  // slabs that can be under way, if they fit
-static_assert(SLAB == 64, "a line of shared memory");
+static_assert(SLAB == 64 && B % SLAB == 0, "a line of shared memory, in one block");
 
-constexpr int ROWS = OUTPUTS / B;              // output blocks of a tile
-constexpr int SUBS = B < SLAB ? SLAB / B : 1;  // input blocks of a slab
-constexpr int K = B < SLAB ? B : SLAB;         // of a block that lie in a slab
-
-constexpr int LINE = 2 * K;  // bytes in a row of W in shared memory
-constexpr int X_BYTES = TOKENS * SLAB * 2, PART_BYTES = 64 * SLAB * 2;  // a part: 64 tokens
-constexpr int BLOCK_BYTES = B * K * 2, UNIT_BYTES = SUBS * BLOCK_BYTES;
-constexpr int GRANULE = UNIT_BYTES > PART_BYTES ? UNIT_BYTES : PART_BYTES;
-constexpr int X_GRANULES = X_BYTES / GRANULE, UNITS = GRANULE / UNIT_BYTES;  // of a granule
-constexpr int GRANULES = CONFIG_GRANULES;
+constexpr int ROWS = OUTPUTS / B;                               // output blocks of a tile
+constexpr int LINE = 2 * SLAB;                                  // bytes in a row of shared memory
+constexpr int X_BYTES = TOKENS * LINE, PART_BYTES = 64 * LINE;  // a part: 64 tokens
+constexpr int GRANULE = B * LINE, GRANULES = CONFIG_GRANULES, X_GRANULES = X_BYTES / GRANULE;
 
 struct Arguments {
-  TensorMap x, values;  // boxes: 64 inputs of TOKENS; K x K of a block
+  TensorMap x, values;  // boxes: B tokens, or 64 rows of a block, by 64 inputs
   const T* bias;
   const int* slots;
   T* y;
@@ -53,19 +46,19 @@ struct Arguments {
   int token_tiles, output_tiles;  // of TOKENS * CLUSTER, and of OUTPUTS
 };
 
-// A lane of the planning warp looks at K inputs; a window is what the warp looks at at once.
-constexpr int WINDOW = 32 / SUBS, PLANS = 4;
+constexpr int WINDOW = 32;  // slabs that the planning warp looks at at once, a lane each
+constexpr int PLANS = 4;
 
 struct Plan {
-  int n;                // slabs of the window in which the tile has any block
-  int slots[32][ROWS];  // by lane
+  int n;  // slabs of the window in which the tile has any block
+  int slots[WINDOW][ROWS];
 };
 
 // A slab that is to be multiplied; they are counted over all tiles of the thread block.
 struct alignas(16) Slab {
-  u64 present;        // blocks: bit sub * ROWS + row
+  unsigned present;   // its output blocks, a bit each
   int first_granule;  // that it takes, counted likewise
-  int k_and_lane;     // its first input, and in the lowest bits the lane whose slots are its first
+  int first_k;        // its first input
 };
 constexpr int SLABS = 256;  // more than can be planned ahead, or under way
 
@@ -78,54 +71,37 @@ struct alignas(1024) Shared {
 };
 static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
 
-// The output blocks of which any input block of a slab is present.
-__device__ inline unsigned rows_of(u64 present) {
-  unsigned rows = 0;
-#pragma unroll
-  for (int sub = 0; sub < SUBS; ++sub) rows |= (unsigned)(present >> sub * ROWS);
-  return rows & ((1u << ROWS) - 1);
-}
-
-__device__ inline int granules_of(u64 present) {
-  return X_GRANULES + (__popc(rows_of(present)) + UNITS - 1) / UNITS;
-}
+__device__ inline int granules_of(unsigned present) { return X_GRANULES + __popc(present); }
 
 // One warp: looks up which blocks are present, ahead of the copies.
 __device__ void plan(const Arguments& a, Shared& s, int clusters) {
-  const int lane = threadIdx.x % 32, n_slabs = (a.in_blocks * B + SLAB - 1) / SLAB;
+  const int lane = threadIdx.x % 32, n_slabs = a.in_blocks * B / SLAB;
   int window = 0, n = 0, granules = 0;  // so far
   for (int tile = blockIdx.x / CLUSTER; tile < a.token_tiles * a.output_tiles; tile += clusters) {
     const int first_out = tile % a.output_tiles * ROWS;
     for (int first_slab = 0; first_slab < n_slabs; first_slab += WINDOW, ++window) {
       Plan& p = s.plans[place<PLANS>(window)];
-      const int in_block = (first_slab * SLAB + lane * K) / B;
+      const int first_k = (first_slab + lane) * SLAB, in_block = first_k / B;
       const int* at = a.slots + (long long)in_block * a.in_stride;
       barrier_wait(&s.done[place<PLANS>(window)], parity<PLANS>(window) ^ 1);
-      unsigned rows = 0;
-#pragma unroll 8
+      unsigned present = 0;
+#pragma unroll
       for (int row = 0; row < ROWS; ++row) {
         const int out_block = first_out + row;
         const bool inside = in_block < a.in_blocks && out_block < a.out_blocks;
         const int slot = inside ? __ldg(at + (long long)out_block * a.out_stride) : -1;
-        rows |= (unsigned)(slot >= 0) << row;
+        present |= (unsigned)(slot >= 0) << row;
         p.slots[lane][row] = slot;
       }
-      u64 present = (u64)rows << lane % SUBS * ROWS;
-#pragma unroll
-      for (int distance = 1; distance < SUBS; distance *= 2)
-        present |= __shfl_xor_sync(0xffffffff, present, distance);
-      const bool needed = lane % SUBS == 0 && present;
-      const unsigned slabs = __ballot_sync(0xffffffff, needed);
-      const int own = needed ? granules_of(present) : 0;
-      const int upto = through(own);
-      if (needed)
+      const unsigned slabs = __ballot_sync(0xffffffff, present);
+      const int own = present ? granules_of(present) : 0, upto = through(own);
+      if (present)
         s.slabs[place<SLABS>(n + __popc(slabs & ((1u << lane) - 1)))] = {
-            present, granules + upto - own, (first_slab + lane / SUBS) * SLAB + lane};
+            present, granules + upto - own, first_k};
       granules += __shfl_sync(0xffffffff, upto, 31);
       n += __popc(slabs);
       if (lane == 0) p.n = __popc(slabs);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&s.planned[place<PLANS>(window)]);
+      barrier_arrive(&s.planned[place<PLANS>(window)]);
     }
   }
 }
@@ -134,7 +110,7 @@ __device__ void plan(const Arguments& a, Shared& s, int clusters) {
 template <typename Begin, typename Each, typename End>
 __device__ void follow_plan(const Arguments& a, Shared& s, int clusters, Begin begin, Each each,
                             End end) {
-  const int n_slabs = (a.in_blocks * B + SLAB - 1) / SLAB;
+  const int n_slabs = a.in_blocks * B / SLAB;
   int window = 0, n = 0;
   for (int tile = blockIdx.x / CLUSTER; tile < a.token_tiles * a.output_tiles; tile += clusters) {
     begin(tile);
@@ -142,8 +118,7 @@ __device__ void follow_plan(const Arguments& a, Shared& s, int clusters, Begin b
       const Plan& p = s.plans[place<PLANS>(window)];
       barrier_wait(&s.planned[place<PLANS>(window)], parity<PLANS>(window));
       for (const int end_of_window = n + p.n; n < end_of_window; ++n) each(n, p);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(&s.done[place<PLANS>(window)]);
+      barrier_arrive(&s.done[place<PLANS>(window)]);
     }
     end(tile);
   }
@@ -158,8 +133,6 @@ __device__ void copy(const Arguments& a, Shared& s, int rank, int copier, int cl
       [&](int n, const Plan& p) {
         if (n % COPIERS != copier) return;
         const Slab slab = s.slabs[place<SLABS>(n)];
-        const int first_k = slab.k_and_lane / SLAB * SLAB, stage = place<STAGES>(n);
-        const unsigned rows = rows_of(slab.present);
         // The slab that had these barriers must be gone, and any that still holds these granules.
         const int end = slab.first_granule + granules_of(slab.present), older = n - STAGES + lane;
         const bool in_the_way =
@@ -168,28 +141,24 @@ __device__ void copy(const Arguments& a, Shared& s, int rank, int copier, int cl
         const int last = n - STAGES + __popc(__ballot_sync(0xffffffff, in_the_way)) - 1;
         if (last >= 0) barrier_wait(&s.empty[place<STAGES>(last)], parity<STAGES>(last));
 
-        u64* full = &s.full[stage];
+        u64* full = &s.full[place<STAGES>(n)];
         if (lane == 0) {
-          barrier_expect(full, X_BYTES + __popcll(slab.present) * BLOCK_BYTES);
+          barrier_expect(full, X_BYTES + __popc(slab.present) * GRANULE);
 #pragma unroll
           for (int i = 0; i < X_GRANULES; ++i)
-            copy_box(s.granules[place<GRANULES>(slab.first_granule + i)], a.x, full, first_k,
-                     token + i * (TOKENS / X_GRANULES));
+            copy_box(s.granules[place<GRANULES>(slab.first_granule + i)], a.x, full, slab.first_k,
+                     token + i * B);
         }
+        if (lane < ROWS && slab.present >> lane & 1 && lane % CLUSTER == rank) {
+          const int before = X_GRANULES + __popc(slab.present & ((1u << lane) - 1));
+          const int slot = p.slots[slab.first_k / SLAB % WINDOW][lane];
+          const int half = slab.first_k % B;  // of a block that is wider than a slab
+          char* to = s.granules[place<GRANULES>(slab.first_granule + before)];
 #pragma unroll
-        for (int entry = lane; entry < ROWS * SUBS; entry += 32)
-          if (slab.present >> entry & 1 && entry % ROWS % CLUSTER == rank) {
-            const int row = entry % ROWS, sub = entry / ROWS;
-            const int unit = __popc(rows & ((1u << row) - 1));
-            const int slot = p.slots[slab.k_and_lane % SLAB + sub][row];
-            const int half = first_k % B;  // of a block that is wider than a slab
-            char* to = s.granules[place<GRANULES>(slab.first_granule + X_GRANULES + unit / UNITS)] +
-                       unit % UNITS * UNIT_BYTES + sub * BLOCK_BYTES;
-#pragma unroll
-            for (int part = 0; part < B; part += K)
-              copy_box_to_all(to + part * LINE, a.values, full, FORWARD ? half : part,
-                              FORWARD ? part : half, slot, (1 << CLUSTER) - 1);
-          }
+          for (int part = 0; part < B; part += SLAB)
+            copy_box_to_all(to + part * LINE, a.values, full, FORWARD ? half : part,
+                            FORWARD ? part : half, slot, (1 << CLUSTER) - 1);
+        }
         __syncwarp();
       },
       [](int) {});
@@ -201,7 +170,7 @@ __device__ void multiply(const Arguments& a, Shared& s, int rank, int clusters) 
   constexpr int SUMS = OWN * B / 2;  // of a thread, for 64 tokens
   const int warpgroup = uniform(threadIdx.x / 128 - 1), lane = threadIdx.x % 32;
   const unsigned first_left = uniform(describe(s.granules));
-  const unsigned first_right = uniform(describe(s.granules, FORWARD ? 16 : K * LINE));
+  const unsigned first_right = uniform(describe(s.granules, FORWARD ? 16 : PART_BYTES));
   int before = -1;  // the slab before, whose products may still be under way
   float sums[PARTS * SUMS];
   auto release = [&] {
@@ -217,11 +186,10 @@ __device__ void multiply(const Arguments& a, Shared& s, int rank, int clusters) 
         // Alike in all lanes, which the compiler must know: it keeps descriptions in uniform
         // registers.
         const Slab& slab = s.slabs[place<SLABS>(n)];
-        u64 present = uniform((unsigned)slab.present);
-        if (ROWS * SUBS > 32) present |= (u64)uniform((unsigned)(slab.present >> 32)) << 32;
+        const unsigned all = uniform(slab.present);
         const int granule = uniform(place<GRANULES>(slab.first_granule));
-        int unit = __popc(rows_of(present) & ((1u << warpgroup * OWN) - 1));
-        present >>= warpgroup * OWN;
+        const unsigned present = all >> warpgroup * OWN;
+        int next = X_GRANULES + __popc(all & ((1u << warpgroup * OWN) - 1));  // granule of W
         auto granule_at = [&](unsigned first, int i) {
           const int at = granule + i;
           return advance(first, (at < GRANULES ? at : at - GRANULES) * GRANULE);
@@ -234,29 +202,23 @@ __device__ void multiply(const Arguments& a, Shared& s, int rank, int clusters) 
         barrier_wait(&s.full[place<STAGES>(n)], parity<STAGES>(n));
         int groups = 0;
 #pragma unroll
-        for (int row = 0; row < OWN; ++row) {
-          // Forward, W has k along its rows; for dx it has a row for each k, and those of a block
-          // that is wider than a slab are in two parts.
-          const unsigned right = advance(granule_at(first_right, X_GRANULES + unit / UNITS),
-                                         unit % UNITS * UNIT_BYTES);
+        for (int row = 0; row < OWN; ++row)
+          if (present >> row & 1) {
+            // Forward, W has k along its rows; for dx it has a row for each k, and those of a block
+            // that is wider than a slab are in two parts.
+            const unsigned right = granule_at(first_right, next++);
+            products_begin();
 #pragma unroll
-          for (int sub = 0; sub < SUBS; ++sub)
-            if (present >> (sub * ROWS + row) & 1) {
-              products_begin();
+            for (int k = 0; k < SLAB; k += 16)
 #pragma unroll
-              for (int k = 0; k < K; k += 16)
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part)
-                  multiply_add<B, false, LINE, !FORWARD>(
-                      sums + part * SUMS + row * B / 2, advance(left[part], (sub * K + k) * 2),
-                      advance(right, sub * BLOCK_BYTES + k * (FORWARD ? 2 : LINE)));
-              products_commit();
-              ++groups;
-            }
-          unit += rows_of(present) >> row & 1;
-        }
-        // All but this slab's.
-        products_wait_but<OWN * SUBS>(groups);
+              for (int part = 0; part < PARTS; ++part)
+                multiply_add<B, false, LINE, !FORWARD>(sums + part * SUMS + row * B / 2,
+                                                       advance(left[part], k * 2),
+                                                       advance(right, k * (FORWARD ? 2 : LINE)));
+            products_commit();
+            ++groups;
+          }
+        products_wait_but<OWN>(groups);  // all but this slab's
         release();
         before = n;
       },
@@ -303,8 +265,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       barrier_init(&s.empty[stage], CLUSTER * WARPS);
     }
     for (int plan = 0; plan < PLANS; ++plan) {
-      barrier_init(&s.planned[plan], 1);
-      barrier_init(&s.done[plan], COPIERS + WARPS);
+      // Each lane arrives, for what it has written or read.
+      barrier_init(&s.planned[plan], 32);
+      barrier_init(&s.done[plan], 32 * (COPIERS + WARPS));
     }
     barrier_inits_end();
   }

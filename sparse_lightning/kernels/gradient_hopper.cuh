@@ -20,7 +20,10 @@ constexpr int MOST = 4;  // times 64 features of x, for a warpgroup: what its re
 constexpr int DY_STRIPS = X_WIDTH < STRIP ? 1 : 8;  // of a job, at most
 constexpr int X_STRIPS = WARPGROUPS * MOST * PER_STRIP;
 constexpr int MOST_STAGES = 8;  // steps that are under way at most
-constexpr int JOBS = 2;         // that are planned at a time
+// Steps take barriers in turn: twice as many, so that a warp that is behind or ahead of the others
+// cannot take the barrier of one step for that of another.
+constexpr int BARRIERS = 2 * MOST_STAGES;
+constexpr int JOBS = 2;  // that are planned at a time
 
 struct Job {
   int end;                                           // instead of a job: there is no more
@@ -38,7 +41,7 @@ struct alignas(1024) Shared {
   char ring[RING][X_BYTES];
   char results[WARPS][16 * 128];
   Job jobs[JOBS];
-  u64 full[MOST_STAGES], empty[MOST_STAGES], planned[JOBS], done[JOBS];
+  u64 full[BARRIERS], empty[BARRIERS], planned[JOBS], done[JOBS];
 };
 static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
 
@@ -52,8 +55,7 @@ struct Planner {
     Job& job = s.jobs[place<JOBS>(count)];
     barrier_wait(&s.done[place<JOBS>(count)], parity<JOBS>(count) ^ 1);
     fill(job);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.planned[place<JOBS>(count)]);
+    barrier_arrive(&s.planned[place<JOBS>(count)]);
     ++count;
   }
   __device__ void end() {
@@ -68,8 +70,7 @@ __device__ void follow_jobs(Shared& s, Each each) {
     barrier_wait(&s.planned[place<JOBS>(count)], parity<JOBS>(count));
     if (job.end) return;
     each(job);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.done[place<JOBS>(count)]);
+    barrier_arrive(&s.done[place<JOBS>(count)]);
   }
 }
 
@@ -83,16 +84,19 @@ __device__ void clear_slots(T* dw, const int2* entries, int first, int capacity)
   }
 }
 
-// Steps of a job take stages of shared memory in turn, as many as fit. How often each was taken, by
-// whichever job, decides the parity of its barriers.
+// Steps take stages of shared memory in turn, as many as fit; a job goes on where the one before
+// has ended, unless it needs another number of them.
 struct Stages {
-  int size, n, at = 0;  // size: in strips of x
-  unsigned& taken;      // a bit for each stage: an odd number of times
-  __device__ Stages(const Job& job, unsigned& taken)
-      : size(job.n_dy * PER_STRIP + job.n_x), n(min(RING / size, MOST_STAGES)), taken(taken) {}
-  __device__ int parity() const { return taken >> at & 1; }
+  int n = 0, size, at = 0;   // size: in strips of x
+  int count = 0, first = 0;  // steps of all jobs so far; when the stages were last cut
+  __device__ void follow(const Job& job) {
+    const int fit = min(RING / (job.n_dy * PER_STRIP + job.n_x), MOST_STAGES);
+    if (fit != n) n = fit, size = RING / fit, at = 0, first = count;
+  }
+  // The last step that must be gone before the next may be copied; -1: none.
+  __device__ int in_the_way() const { return max(count - n, first - 1); }
   __device__ void next() {
-    taken ^= 1u << at;
+    ++count;
     at = at + 1 == n ? 0 : at + 1;
   }
 };
@@ -101,22 +105,21 @@ struct Stages {
 __device__ inline void copy_strips(Shared& s, const TensorMap& dy, const TensorMap& x, int copier) {
   static_assert(DY_STRIPS <= 32 && X_STRIPS <= 32, "a lane each");
   const int lane = threadIdx.x % 32;
-  unsigned taken = 0;
+  Stages stages;
   follow_jobs(s, [&](const Job& job) {
-    // The job before cut the ring otherwise: all of it must be gone.
-    for (int stage = 0; stage < MOST_STAGES; ++stage)
-      barrier_wait(&s.empty[stage], taken >> stage & 1 ^ 1);
+    stages.follow(job);
     const int n_dy = job.n_dy, n_x = job.n_x, end_step = job.end_step;
     const int dy_feature = lane < n_dy ? job.dy_features[lane] : 0;
     const int x_feature = lane < n_x ? job.x_features[lane] : 0;
-    Stages stages(job, taken);
+    const int bytes = (n_dy * PER_STRIP + n_x) * X_BYTES;
     for (int step = job.first_step, own = copier; step < end_step; ++step, stages.next()) {
       if (own-- > 0) continue;
       own = COPIERS - 1;
-      u64* full = &s.full[stages.at];
+      u64* full = &s.full[place<BARRIERS>(stages.count)];
       char (*to)[X_BYTES] = s.ring + stages.at * stages.size;
-      barrier_wait(&s.empty[stages.at], stages.parity() ^ 1);
-      if (lane == 0) barrier_expect(full, stages.size * X_BYTES);
+      const int older = stages.in_the_way();
+      if (older >= 0) barrier_wait(&s.empty[place<BARRIERS>(older)], parity<BARRIERS>(older));
+      if (lane == 0) barrier_expect(full, bytes);
       __syncwarp();
       if (lane < n_dy) copy_box(to[lane * PER_STRIP], dy, full, dy_feature, step * STEP);
       if (lane < n_x) copy_box(to[n_dy * PER_STRIP + lane], x, full, x_feature, step * STEP);
@@ -140,25 +143,24 @@ __device__ void multiply_runs(float* sums, unsigned dy, unsigned x) {
 // Multiplies all steps of a job. The sums live here from zeros to results: were they common to the
 // kinds of runs, which cut them into products differently, the compiler would move them.
 template <int RUNS, typename Store>
-__device__ void multiply_job(Shared& s, const Job& job, unsigned& taken, int warpgroup,
+__device__ void multiply_job(Shared& s, const Job& job, Stages& stages, int warpgroup,
                              Store store) {
   const int first_of_x = job.n_dy * PER_STRIP + job.x[warpgroup];
   const unsigned first_dy = uniform(describe(s.ring[job.dy[warpgroup] * PER_STRIP]));
   const unsigned first_x = uniform(describe(s.ring[first_of_x], X_BYTES));
-  Stages stages(job, taken);
   const int stage_bytes = uniform(stages.size * X_BYTES);
   float sums[32 * MOST];
 #pragma unroll
   for (int i = 0; i < 32 * MOST; ++i) sums[i] = 0;
-  int before = -1;  // the stage of the step before, whose products may still be under way
+  int before = -1;  // the step before, whose products may still be under way
   auto release = [&] {
-    if (before >= 0 && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[before]);
+    if (before >= 0 && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[place<BARRIERS>(before)]);
   };
   for (int step = job.first_step; step < job.end_step; ++step, stages.next()) {
-    const int stage = uniform(stages.at);
-    barrier_wait(&s.full[stage], stages.parity());
+    const int count = stages.count;
+    barrier_wait(&s.full[place<BARRIERS>(count)], parity<BARRIERS>(count));
     if constexpr (RUNS > 1) {
-      const int at = stage * stage_bytes;
+      const int at = uniform(stages.at) * stage_bytes;
       products_begin();
 #pragma unroll
       for (int k = 0; k < STEP; k += 16)
@@ -168,7 +170,7 @@ __device__ void multiply_job(Shared& s, const Job& job, unsigned& taken, int war
       products_wait<1>();
     }
     release();
-    before = stage;
+    before = count;
   }
   if constexpr (RUNS > 1) products_wait<0>();
   release();
@@ -177,7 +179,7 @@ __device__ void multiply_job(Shared& s, const Job& job, unsigned& taken, int war
 
 // Calls multiply_job with the runs that the job has for this warpgroup.
 template <int RUNS = 1, typename Store>
-__device__ void multiply_any(Shared& s, const Job& job, unsigned& taken, int warpgroup,
+__device__ void multiply_any(Shared& s, const Job& job, Stages& stages, int warpgroup,
                              Store store) {
   static_assert(MOST == 4 && (RUNS & 1), "the first strip begins a run");
   // Where runs take every second strip of dy, they have even numbers of strips of x; narrow strips
@@ -186,9 +188,9 @@ __device__ void multiply_any(Shared& s, const Job& job, unsigned& taken, int war
   constexpr bool possible = (DY_STRIDE == 1 || (RUNS & 10) == 0) && (PER_STRIP == 1 || one_run);
   if constexpr (RUNS < 32) {
     if (possible && uniform(job.runs[warpgroup]) == RUNS)
-      multiply_job<possible ? RUNS : 1>(s, job, taken, warpgroup, store);
+      multiply_job<possible ? RUNS : 1>(s, job, stages, warpgroup, store);
     else
-      multiply_any<RUNS + 2>(s, job, taken, warpgroup, store);
+      multiply_any<RUNS + 2>(s, job, stages, warpgroup, store);
   }
 }
 
@@ -197,8 +199,11 @@ __device__ void multiply_any(Shared& s, const Job& job, unsigned& taken, int war
 template <typename Store>
 __device__ void multiply_jobs(Shared& s, Store store) {
   const int warpgroup = uniform(threadIdx.x / 128 - 1);
-  unsigned taken = 0;
-  follow_jobs(s, [&](const Job& job) { multiply_any(s, job, taken, warpgroup, store); });
+  Stages stages;
+  follow_jobs(s, [&](const Job& job) {
+    stages.follow(job);
+    multiply_any(s, job, stages, warpgroup, store);
+  });
 }
 
 // The whole kernel: plan(planner) is for one warp, store as above; when all is multiplied, the
@@ -207,13 +212,14 @@ template <typename Plan, typename Store, typename End>
 __device__ void run_jobs(Shared& s, const TensorMap& dy, const TensorMap& x, Plan plan, Store store,
                          End end) {
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < MOST_STAGES; ++stage) {
-      barrier_init(&s.full[stage], 1);
-      barrier_init(&s.empty[stage], WARPS);
+    for (int i = 0; i < BARRIERS; ++i) {
+      barrier_init(&s.full[i], 1);
+      barrier_init(&s.empty[i], WARPS);
     }
     for (int job = 0; job < JOBS; ++job) {
-      barrier_init(&s.planned[job], 1);
-      barrier_init(&s.done[job], COPIERS + WARPS);
+      // Each lane arrives, for what it has written or read.
+      barrier_init(&s.planned[job], 32);
+      barrier_init(&s.done[job], 32 * (COPIERS + WARPS));
     }
     barrier_inits_end();
   }

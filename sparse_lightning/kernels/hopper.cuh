@@ -124,6 +124,15 @@ __device__ inline void copy_box_to_all(void* to, const TensorMap& map, u64* barr
       : "memory");
 }
 
+// Bytes as they lie in global memory, a multiple of 16.
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // -- warpgroups ------------------------------------------------------------------------------
 
 // Waits for THREADS threads, all of which call this: not for those of warps with other roles.
@@ -242,9 +251,7 @@ __device__ void products_wait_but(int pending) {
 // 16 warp + lane / 4 + {0, 0, 8, 8}.
 template <int N, bool A_K_ROWS, int B_ROW_BYTES, bool B_K_ROWS>
 __device__ void multiply_add(float* c, unsigned a, unsigned b) {
-  static_assert(N == 16 || N == 32 || N % 64 == 0 && N <= 256, "a width that is needed");
-  if constexpr (N == 16) PRODUCT(16, NAMES8, SUMS8(0), "%8", "%9", "%10", "%11", "%12", "%13");
-  if constexpr (N == 32) PRODUCT(32, NAMES16, SUMS16(0), "%16", "%17", "%18", "%19", "%20", "%21");
+  static_assert(N % 64 == 0 && N > 0 && N <= 256, "a width that is needed");
   if constexpr (N == 64) PRODUCT(64, NAMES32, SUMS32(0), "%32", "%33", "%34", "%35", "%36", "%37");
   if constexpr (N == 128)
     PRODUCT(128, NAMES64, SUMS64(0), "%64", "%65", "%66", "%67", "%68", "%69");

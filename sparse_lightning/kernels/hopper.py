@@ -26,12 +26,17 @@ def linear(
     forward: bool,
 ) -> None:
     """Fill `y` with x W^T + bias, or with x W (not `forward`); `slots` is W's in both cases."""
-    capacity, block_size, _ = values.shape
+    block_size = values.shape[1]
     kernel = _linear_kernel(x.dtype, block_size, forward, device)
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
-    tiling, cluster = kernel.program.tiling, programs.CLUSTER
-    x_box, block_box = programs.linear_boxes(tiling, block_size)
+    tiling = kernel.program.tiling
+    if block_size < programs.STRIP:
+        cluster, x_box = 1, (tiling.tm, tiling.tk)
+        blocks: int | bytes = values.data_ptr()
+    else:
+        cluster, x_box = programs.CLUSTER, (block_size, tiling.tk)
+        blocks = tensor_map(values.data_ptr(), x.dtype, tuple(values.shape), (1, 64, 64))
     token_tiles = -(-tokens // (tiling.tm * cluster))
     output_tiles = -(-out_features // tiling.tn)
     clusters = min(token_tiles * output_tiles, kernel.processors // cluster)
@@ -40,7 +45,7 @@ def linear(
         clusters * cluster,
         1,
         tensor_map(x.data_ptr(), x.dtype, (tokens, in_features), x_box),
-        tensor_map(values.data_ptr(), x.dtype, (capacity, block_size, block_size), block_box),
+        blocks,
         0 if bias is None else bias.data_ptr(),
         slots.data_ptr(),
         y.data_ptr(),
@@ -136,7 +141,8 @@ def _linear_kernel(
     dtype: torch.dtype, block_size: int, forward: bool, device: int
 ) -> Kernel[TiledProgram]:
     program = programs.linear_program(dtype, block_size, forward=forward)
-    return Kernel(program, "block_linear", "128s128sPPPiiiiqii", device)
+    blocks = "P" if block_size < programs.STRIP else "128s"
+    return Kernel(program, "block_linear", f"128s{blocks}PPPiiiiqii", device)
 
 
 @build_once

@@ -30,8 +30,8 @@ PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
 # groups_n: warpgroups that share the outputs.
 _LINEAR = {
-    16: Tiling(128, 256, 64, 16, 1, 4),
-    32: Tiling(128, 256, 64, 16, 1, 4),
+    16: Tiling(128, 256, 64, 8, 1, 2),
+    32: Tiling(128, 256, 32, 16, 1, 2),
     64: Tiling(128, 256, 64, 16, 1, 4),
     128: Tiling(128, 256, 64, 16, 1, 2),
 }
@@ -50,44 +50,45 @@ def serve(capability: tuple[int, int], dtype: torch.dtype) -> bool:
 def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> TiledProgram:
     """Return the program of y = x W^T (forward) or dx = dy W: `block_linear`."""
     check_block_size(block_size)
-    t = _LINEAR[block_size]
-    granule, beside = _granule_bytes(t, block_size), _bytes_beside_granules(t, block_size)
-    granules = (MAX_SHARED_BYTES - beside) // granule
-    shared_bytes = _round_up(granules * granule + beside, 1024)
+    tiling = _LINEAR[block_size]
+    source, shared_bytes, more = (_narrow_linear if block_size < STRIP else _wide_linear)(
+        tiling, block_size
+    )
     defines: dict[str, str | int] = {
         "T": DTYPES[dtype],
         "PTX_TYPE": PTX_TYPES[dtype],
         "B": block_size,
         "FORWARD": int(forward),
-        "TOKENS": t.tm,
-        "OUTPUTS": t.tn,
-        "SLAB": t.tk,
-        "STAGES": t.stages,
-        "WARPGROUPS": t.groups_n,
-        "CLUSTER": CLUSTER,
-        "GRANULES": granules,
+        "TOKENS": tiling.tm,
+        "OUTPUTS": tiling.tn,
+        "SLAB": tiling.tk,
+        "STAGES": tiling.stages,
         "SHARED_BYTES": shared_bytes,
     }
-    threads = 128 * (1 + t.groups_n)
-    options = compiler_options(defines)
-    return TiledProgram("block_linear_hopper.cu", options, threads, shared_bytes, t)
+    options = compiler_options({**defines, **more})
+    return TiledProgram(source, options, 128 * (1 + tiling.groups_n), shared_bytes, tiling)
 
 
-def linear_boxes(t: Tiling, block_size: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """Return what one copy brings of x, rows and columns, and of the blocks of W."""
-    side = min(block_size, t.tk)
-    return (_granule_bytes(t, block_size) // (2 * t.tk), t.tk), (1, side, side)
-
-
-def _granule_bytes(t: Tiling, block_size: int) -> int:
-    return 2 * t.tk * max(64, block_size)
-
-
-def _bytes_beside_granules(t: Tiling, block_size: int) -> int:
-    """Return the bytes of `Shared` in block_linear_hopper.cu after its first member."""
+def _wide_linear(t: Tiling, block_size: int) -> tuple[str, int, dict[str, int]]:
+    # As `Shared` in block_linear_hopper.cu has it, with as many granules as fit.
     warps, rows = 4 * t.groups_n, t.tn // block_size
     results, slabs, plans = warps * 16 * 128, 256 * 16, 4 * (4 + 32 * rows * 4)
-    return results + slabs + _round_up(plans, 8) + 8 * (2 * t.stages + 2 * 4)
+    beside = results + slabs + _round_up(plans, 8) + 8 * (2 * t.stages + 2 * 4)
+    granule = 2 * t.tk * block_size
+    granules = (MAX_SHARED_BYTES - beside) // granule
+    more = {"WARPGROUPS": t.groups_n, "CLUSTER": CLUSTER, "GRANULES": granules}
+    return "block_linear_hopper.cu", _round_up(granules * granule + beside, 1024), more
+
+
+def _narrow_linear(t: Tiling, block_size: int) -> tuple[str, int, dict[str, int]]:
+    # As `Shared` in block_linear_narrow_hopper.cu has it; the ring of blocks is a power of two.
+    x, results, slabs = 2 * t.stages * t.tm * t.tk, 8 * 16 * 128, 128 * 16
+    plans = 3 * 4 * (1 + 32 * (t.tn // block_size + 1))
+    beside = x + results + slabs + _round_up(plans, 8) + 8 * (2 * 128 + 2 * 3)
+    block = 2 * block_size**2
+    blocks = 1 << ((MAX_SHARED_BYTES - beside) // block).bit_length() - 1
+    more = {"BLOCKS": blocks}
+    return "block_linear_narrow_hopper.cu", _round_up(blocks * block + beside, 1024), more
 
 
 def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1) -> Program:
@@ -124,7 +125,7 @@ def _gradient_program(
     dy_strips = _DW_SUMS if x_width == STRIP else 1
     x_strips = _DW_SUMS * STRIP // x_width
     jobs = 2 * 4 * (12 + dy_strips + x_strips)
-    results, barriers = 8 * 16 * 128, 8 * (2 * 8 + 2 * 2)
+    results, barriers = 8 * 16 * 128, 8 * (2 * 16 + 2 * 2)
     shared_bytes = _round_up(ring * 2 * x_width * STEP + results + jobs + barriers, 1024)
     defines: dict[str, str | int] = {
         "T": DTYPES[dtype],
