@@ -39,7 +39,8 @@ constexpr int BLOCKS = WARPGROUPS * MOST / WIDE / WIDE;  // of a group, at most
 // How the blocks are cut; to be asked by whole warps.
 struct Cut {
   const Arguments& a;
-  int n_blocks, groups, of_row = 0;  // of_row: blocks of a group, at most, if groups are of one row
+  int n_blocks, groups;
+  int of_row = 0, size = 0;  // blocks of a group: at most, if groups are of one row; or of each
 
   __device__ explicit Cut(const Arguments& a)
       : a(a), n_blocks(a.row_offsets[a.out_blocks]), groups(a.even_groups) {
@@ -49,12 +50,22 @@ struct Cut {
 #pragma unroll
       for (int i = 0; i < BLOCKS; ++i) totals[i] += (n + i) / (i + 1);
     }
-    // The smallest groups of which there are not more than can be computed at once. Wide blocks,
-    // which alone keep both warpgroups busy, may take several rounds: as long as these have fewer
-    // strips in all than if the blocks are cut evenly, where most groups need dy of two rows.
     const int clusters = gridDim.x / PARTS;
     auto rounds = [&](int groups) { return (groups + clusters - 1) / clusters; };
-    int least = rounds(groups) * ((n_blocks + groups - 1) / groups + 2);
+    // Of what is cut over the ends of rows, most groups need dy of two.
+    int least = (n_blocks + groups - 1) / groups + 2;  // rounds, times strips of a group
+    if (PARTS == 1 && groups > clusters) {
+      // Several rounds: with groups of one size, or thread blocks drift apart. Of an odd number of
+      // narrower blocks one warpgroup has one more.
+      least = 1 << 30;
+      for (int of = 1; of <= BLOCKS; ++of) {
+        const int total = (n_blocks + of - 1) / of;
+        const int cost = rounds(total) * (of + (WIDE > 1 ? 0 : of % 2) + 2);
+        if (cost <= least) size = of, groups = total, least = cost;
+      }
+    }
+    // The smallest groups of one row of which there are not more than can be computed at once. Wide
+    // blocks, which alone keep both warpgroups busy, may take several rounds.
 #pragma unroll
     for (int i = BLOCKS - 1; i >= 0; --i) {
       const int total = __reduce_add_sync(0xffffffff, totals[i]), cost = rounds(total) * (i + 2);
@@ -66,6 +77,7 @@ struct Cut {
   // The first block of a group, and how many there are.
   __device__ int2 blocks(int group) const {
     if (of_row == 0) {
+      if (size > 0) return make_int2(size * group, min(size, n_blocks - size * group));
       const int first = (int)((long long)n_blocks * group / groups);
       return make_int2(first, (int)((long long)n_blocks * (group + 1) / groups) - first);
     }

@@ -13,8 +13,8 @@
 // in turn; the other warps multiply, each 64 tokens with the present blocks of 64 outputs.
 //
 // A product of a warpgroup has 64 rows and one set of columns; of narrow blocks in so many rows
-// most would be absent. So these are products of a warp, block by block, at half the rate. Sums run
-// over ascending k, so results depend neither on slots nor on timing.
+// most would be absent. So these are products of a warp, block by block, at two thirds of the rate.
+// Sums run over ascending k, so results depend neither on slots nor on timing.
 
 #include "hopper.cuh"
 #include "product_mma.cuh"
