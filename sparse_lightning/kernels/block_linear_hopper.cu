@@ -34,6 +34,9 @@ constexpr int ROWS = OUTPUTS / B;                               // output blocks
 constexpr int LINE = 2 * SLAB;                                  // bytes in a row of shared memory
 constexpr int X_BYTES = TOKENS * LINE, PART_BYTES = 64 * LINE;  // a part: 64 tokens
 constexpr int GRANULE = B * LINE, GRANULES = CONFIG_GRANULES, X_GRANULES = X_BYTES / GRANULE;
+// A slab is held until the next one has come, and a copier may be some slabs ahead of the others.
+static_assert(2 * (X_GRANULES + ROWS) <= GRANULES, "two slabs fit");
+static_assert(GRANULES / (X_GRANULES + 1) + COPIERS <= STAGES, "no barrier is taken for another's");
 
 struct Arguments {
   TensorMap x, values;  // boxes: B tokens, or 64 rows of a block, by 64 inputs

@@ -23,6 +23,8 @@ constexpr int MOST_STAGES = 8;  // steps that are under way at most
 // Steps take barriers in turn: twice as many, so that a warp that is behind or ahead of the others
 // cannot take the barrier of one step for that of another.
 constexpr int BARRIERS = 2 * MOST_STAGES;
+static_assert(RING / (DY_STRIPS * PER_STRIP + X_STRIPS) >= COPIERS,
+              "steps that are held, and copied");
 constexpr int JOBS = 2;  // that are planned at a time
 
 struct Job {

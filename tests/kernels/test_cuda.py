@@ -147,8 +147,9 @@ def test_every_way_to_cut_dw_on_hopper(
     mask &= torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < fill
     at = BlockTopology.from_mask(mask, block_size, capacity=capacity).to_(DEVICE)
     fewest = -(-capacity // (8 if block_size == 64 else 2))
-    # By rows where clusters are many, evenly where they are few.
-    for clusters in {fewest, fewest + 2, (fewest + capacity) // 2, capacity}:
+    # By rows where clusters are many, evenly where they are few; in several rounds of fewer still.
+    several_rounds = {1, (fewest + 1) // 2} if parts == 1 else set()
+    for clusters in {fewest, fewest + 2, (fewest + capacity) // 2, capacity} | several_rounds:
         split = parts, clusters, fewest
         monkeypatch.setattr(hopper_programs, "dw_split", lambda *_, split=split: split)
         for n in (1, 1000):
