@@ -15,10 +15,10 @@
 // A cluster of PARTS thread blocks takes a group, each a part of the tokens. Where groups are few,
 // so all have work; they add up their sums, always in the same order, each a share of them.
 
-#include "gradient_hopper.cuh"
+#include "product_strips.cuh"
 
 typedef CONFIG_T T;
-constexpr int B = CONFIG_B, PARTS = CONFIG_PARTS;
+constexpr int B = CONFIG_B;
 constexpr int WIDE = B / STRIP;  // strips of dy and of x that a block takes
 static_assert(DY_STRIDE == WIDE, "warpgroups take the strips of a block's dy in turn");
 
@@ -104,45 +104,40 @@ __device__ inline int half_of(int n) { return (n + 1) / 2; }
 
 // One warp: plans n of the blocks as one job. In lane i is the i-th block, and whether a row
 // begins.
-__device__ inline void plan_job(const Arguments& a, Planner& planner, int first, int n, int part,
+__device__ inline void plan_job(const Arguments& a, Planner<Runs>& planner, int first, int n,
                                 int2 block, bool begins_row) {
   const int lane = threadIdx.x % 32;
   const unsigned begins = __ballot_sync(0xffffffff, lane < n && (lane == 0 || begins_row));
   const int row = __popc(begins & ((2u << lane) - 1)) - 1;  // of the job's rows
-  const long long steps = (a.tokens + STEP - 1) / STEP;
-  planner.add([&](Job& job) {
-    if (lane < n)
-      for (int i = 0; i < WIDE; ++i) {
-        job.x_features[lane * WIDE + i] = block.y * B + i * STRIP;
-        if (begins >> lane & 1) job.dy_features[row * WIDE + i] = block.x * B + i * STRIP;
-      }
-    // One strip of dy each of all the blocks (B = 128), or half of the blocks.
-    const int half = half_of(n);
-    for (int g = 0; g < WARPGROUPS; ++g) {
-      const int from = WIDE > 1 || g == 0 ? 0 : half, to = WIDE > 1 || g == 1 ? n : half;
-      const int row_of_first = __shfl_sync(0xffffffff, row, from % 32);
-      if (lane != 0) continue;
-      job.x[g] = from * WIDE;
-      job.dy[g] = row_of_first * WIDE + (WIDE > 1 ? g : 0);
-      int runs = 1 << (to - from) * WIDE;
-      for (int i = from; i < to; ++i)
-        if (i == from || begins >> i & 1) runs |= 1 << (i - from) * WIDE;
-      job.runs[g] = runs;
+  Job<Runs>& job = planner.begin();
+  if (lane < n)
+    for (int i = 0; i < WIDE; ++i) {
+      job.x_features[lane * WIDE + i] = block.y * B + i * STRIP;
+      if (begins >> lane & 1) job.dy_features[row * WIDE + i] = block.x * B + i * STRIP;
     }
-    if (lane == 0) {
-      job.end = false;
-      job.first_step = (int)(steps * part / PARTS);
-      job.end_step = (int)(steps * (part + 1) / PARTS);
-      job.n_x = n * WIDE;
-      job.n_dy = __popc(begins) * WIDE;
-      job.where = first;
-    }
-  });
+  // One strip of dy each of all the blocks (B = 128), or half of the blocks.
+  const int half = half_of(n);
+  for (int g = 0; g < WARPGROUPS; ++g) {
+    const int from = WIDE > 1 || g == 0 ? 0 : half, to = WIDE > 1 || g == 1 ? n : half;
+    const int row_of_first = __shfl_sync(0xffffffff, row, from % 32);
+    if (lane != 0) continue;
+    job.work.x[g] = from * WIDE;
+    job.work.dy[g] = row_of_first * WIDE + (WIDE > 1 ? g : 0);
+    int runs = 1 << (to - from) * WIDE;
+    for (int i = from; i < to; ++i)
+      if (i == from || begins >> i & 1) runs |= 1 << (i - from) * WIDE;
+    job.work.runs[g] = runs;
+  }
+  if (lane == 0) {
+    job.n_x = n * WIDE;
+    job.n_dy = __popc(begins) * WIDE;
+    job.work.where = first;
+  }
+  planner.commit(a.tokens);
 }
 
 // One warp: plans a group.
-__device__ inline void plan_group(const Arguments& a, Planner& planner, int first, int n,
-                                  int part) {
+__device__ inline void plan_group(const Arguments& a, Planner<Runs>& planner, int first, int n) {
   const int lane = threadIdx.x % 32;
   if (n == 0) return;
   int2 block = lane < n ? a.coords[a.entries[first + lane].y] : make_int2(-1, 0);
@@ -151,12 +146,12 @@ __device__ inline void plan_group(const Arguments& a, Planner& planner, int firs
   // Two wide blocks of different rows need as much of dy as of x. Together they would wait for
   // shared memory, and where there is no other reason to, they are computed one after the other.
   if (WIDE > 1 && PARTS == 1 && n == 2 && __shfl_sync(0xffffffff, begins_row, 1)) {
-    plan_job(a, planner, first, 1, part, block, begins_row);
+    plan_job(a, planner, first, 1, block, begins_row);
     block.x = __shfl_down_sync(0xffffffff, block.x, 1);
     block.y = __shfl_down_sync(0xffffffff, block.y, 1);
-    plan_job(a, planner, first + 1, 1, part, block, begins_row);
+    plan_job(a, planner, first + 1, 1, block, begins_row);
   } else {
-    plan_job(a, planner, first, n, part, block, begins_row);
+    plan_job(a, planner, first, n, block, begins_row);
   }
 }
 
@@ -172,69 +167,54 @@ __device__ inline void store_strip(const Arguments& a, int first, int x_strip, i
 extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
     block_linear_dw(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
-  Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int part = PARTS > 1 ? rank_in_cluster() : 0;
+  static_assert(sizeof(Shared<Runs>) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
+  Shared<Runs>& s = *reinterpret_cast<Shared<Runs>*>(memory);
 
-  auto plan = [&](Planner& planner) {
+  auto plan = [&](Planner<Runs>& planner) {
     const Cut cut(a);
     for (int group = blockIdx.x / PARTS; group < cut.groups; group += gridDim.x / PARTS) {
       const int2 blocks = cut.blocks(group);
-      plan_group(a, planner, blocks.x, blocks.y, part);
+      plan_group(a, planner, blocks.x, blocks.y);
     }
     clear_slots<B>(a.dw, a.entries, cut.n_blocks, a.capacity);
   };
 
-  int own_first = 0, own_blocks = 0;  // of the group, if PARTS > 1: the only one there is
-  auto store = [&](const Job& job, int warpgroup, float* sums) {
-    const int first = job.where, dy_strip = WIDE > 1 ? warpgroup : 0;
-    const int n = 31 - __clz(job.runs[warpgroup]);
+  auto store = [&](const Job<Runs>& job, int warpgroup, float* sums) {
+    const int first = job.work.where, dy_strip = WIDE > 1 ? warpgroup : 0;
+    const int n = 31 - __clz(job.work.runs[warpgroup]);  // strips of x
     char* staging = s.results[threadIdx.x / 32 - 4];
     if constexpr (PARTS == 1) {
 #pragma unroll
       for (int i = 0; i < MOST; ++i)
-        if (i < n) store_strip(a, first, job.x[warpgroup] + i, dy_strip, sums + 32 * i, staging);
+        if (i < n)
+          store_strip(a, first, job.work.x[warpgroup] + i, dy_strip, sums + 32 * i, staging);
     } else {
-      own_first = first, own_blocks = job.n_x / WIDE;
-      // The ring is free: this was the only job, and its last copies have been read by both.
-      warps_sync<32 * WARPS>();
       const int thread = threadIdx.x % 128;
-      float4* own = reinterpret_cast<float4*>(s.ring);  // [warpgroup][strip][8][thread]
+      float4* own = sums_to_add(s) + warpgroup * MOST * 8 * 128 + thread;  // [strip][8][thread]
 #pragma unroll
       for (int i = 0; i < MOST; ++i)
         if (i < n)
 #pragma unroll
           for (int j = 0; j < 8; ++j)
-            own[((warpgroup * MOST + i) * 8 + j) * 128 + thread] =
+            own[(i * 8 + j) * 128] =
                 make_float4(sums[32 * i + 4 * j], sums[32 * i + 4 * j + 1],
                             sums[32 * i + 4 * j + 2], sums[32 * i + 4 * j + 3]);
-    }
-  };
-  auto add_parts = [&](bool warpgroups) {
-    if constexpr (PARTS == 1) return;
-    cluster_sync();
-    if (warpgroups) {
-      const int first = own_first, n = own_blocks, half = half_of(n), thread = threadIdx.x % 128;
+      cluster_sync();
+      const int n_blocks = job.n_x / WIDE, half = half_of(n_blocks);
       // The warpgroups of the cluster take pieces, a strip by a strip, in turn.
-      for (int piece = part + PARTS * (threadIdx.x / 128 - 1); piece < WARPGROUPS * MOST;
+      for (int piece = rank_in_cluster() + PARTS * warpgroup; piece < WARPGROUPS * MOST;
            piece += PARTS * WARPGROUPS) {
         const int of = piece / MOST, i = piece % MOST;  // the warpgroup's i-th strip of x
-        if (i >= (WIDE > 1 ? n * WIDE : of == 0 ? half : n - half)) continue;
-        float sums[32] = {};
-#pragma unroll 1
-        for (int from = 0; from < PARTS; ++from) {
-          const unsigned there = in_cluster(s.ring, from) + (piece * 8 * 128 + thread) * 16;
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const float4 four = load_in_cluster(there + j * 128 * 16);
-            sums[4 * j] += four.x, sums[4 * j + 1] += four.y;
-            sums[4 * j + 2] += four.z, sums[4 * j + 3] += four.w;
-          }
-        }
-        store_strip(a, first, i + (WIDE > 1 || of == 0 ? 0 : half), WIDE > 1 ? of : 0, sums,
-                    s.results[threadIdx.x / 32 - 4]);
+        if (i >= (WIDE > 1 ? job.n_x : of == 0 ? half : n_blocks - half)) continue;
+        float total[32] = {};
+        add_parts<8>(s, total, piece * 8 * 128 + thread, 128);
+        store_strip(a, first, i + job.work.x[of], WIDE > 1 ? of : 0, total, staging);
       }
+      copies_follow();
+      cluster_sync();
     }
-    cluster_sync();  // the others have read
   };
-  run_jobs(s, a.dy, a.x, plan, store, add_parts);
+  run_jobs(s, a.dy, a.x, plan, [&](const Job<Runs>& job, Stages& stages) {
+    multiply_any(s, job, stages, uniform(threadIdx.x / 128 - 1), store);
+  });
 }

@@ -9,7 +9,7 @@
 // blocks, the workers, take tiles in turn; each is reduced to sums over 16 x 16 squares, then to
 // the sums of its blocks, always in one order.
 
-#include "gradient_hopper.cuh"
+#include "product_strips.cuh"
 
 constexpr int SQUARE = 16;  // the smallest block size
 constexpr int TM = WARPGROUPS * STRIP, TN = MOST * STRIP;
@@ -26,38 +26,37 @@ struct Arguments {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     block_norms(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
-  Shared& s = *reinterpret_cast<Shared*>(memory);
+  static_assert(sizeof(Shared<Runs>) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
+  Shared<Runs>& s = *reinterpret_cast<Shared<Runs>*>(memory);
   if (!*a.armed) return;
 
   const int tiles_n = (a.in_features + TN - 1) / TN;
-  auto plan = [&](Planner& planner) {
+  auto plan = [&](Planner<Runs>& planner) {
     const int lane = threadIdx.x % 32;
     const int tiles = (a.out_features + TM - 1) / TM * tiles_n;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
-      planner.add([&](Job& job) {
-        const int row = tile / tiles_n * TM, col = tile % tiles_n * TN;
-        if (lane < MOST) job.x_features[lane] = col + lane * STRIP;
-        if (lane < WARPGROUPS) {  // each has a strip of dy and all of x
-          job.dy_features[lane] = row + lane * STRIP;
-          job.x[lane] = 0;
-          job.dy[lane] = lane;
-          job.runs[lane] = 1 << MOST | 1;
-        }
-        if (lane == 0) {
-          job.end = false;
-          job.first_step = 0;
-          job.end_step = (int)((a.tokens + STEP - 1) / STEP);
-          job.n_x = MOST;
-          job.n_dy = WARPGROUPS;
-          job.where = tile;
-        }
-      });
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      Job<Runs>& job = planner.begin();
+      const int row = tile / tiles_n * TM, col = tile % tiles_n * TN;
+      if (lane < MOST) job.x_features[lane] = col + lane * STRIP;
+      if (lane < WARPGROUPS) {  // each has a strip of dy and all of x
+        job.dy_features[lane] = row + lane * STRIP;
+        job.work.x[lane] = 0;
+        job.work.dy[lane] = lane;
+        job.work.runs[lane] = 1 << MOST | 1;
+      }
+      if (lane == 0) {
+        job.n_x = MOST;
+        job.n_dy = WARPGROUPS;
+        job.work.where = tile;
+      }
+      planner.commit(a.tokens);
+    }
   };
 
   typedef float Squares[TM / SQUARE][TN / SQUARE];
   Squares& squares = *reinterpret_cast<Squares*>(s.results);
   static_assert(sizeof(Squares) <= sizeof(s.results), "they lie where results do elsewhere");
-  auto store = [&](const Job& job, int, const float* sums) {
+  auto store = [&](const Job<Runs>& job, int, const float* sums) {
     const int lane = threadIdx.x % 32, thread = threadIdx.x - 128;
     // A warp has 16 rows: one row of squares. An element of the sums is 8 columns wide, each four.
 #pragma unroll
@@ -75,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int blocks_n = TN / a.block_size, blocks = TM / a.block_size * blocks_n;
     if (thread < blocks) {
       const int m = thread / blocks_n, n = thread % blocks_n;
-      const int row = job.where / tiles_n * TM / a.block_size + m;
-      const int col = job.where % tiles_n * TN / a.block_size + n;
+      const int row = job.work.where / tiles_n * TM / a.block_size + m;
+      const int col = job.work.where % tiles_n * TN / a.block_size + n;
       if (row * a.block_size < a.out_features && col * a.block_size < a.in_features) {
         float sum = 0;
         for (int i = 0; i < per_block; ++i)
@@ -86,5 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     warps_sync<32 * WARPS>();
   };
-  run_jobs(s, a.dy, a.x, plan, store, [](bool) {});
+  run_jobs(s, a.dy, a.x, plan, [&](const Job<Runs>& job, Stages& stages) {
+    multiply_any(s, job, stages, uniform(threadIdx.x / 128 - 1), store);
+  });
 }

@@ -124,6 +124,11 @@ __device__ inline void copy_box_to_all(void* to, const TensorMap& map, u64* barr
       : "memory");
 }
 
+// Lets copies that others begin later write what this thread has read or written.
+__device__ inline void copies_follow() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Bytes as they lie in global memory, a multiple of 16.
 __device__ inline void copy_bytes(void* to, const void* from, int bytes, u64* barrier) {
   asm volatile(

@@ -71,25 +71,25 @@ def linear_dw(
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     capacity, block_size, _ = dw.shape
     tokens, (out_blocks, in_blocks) = x.numel() // x.shape[-1], slots.shape
-    maps = _strip_maps(dy, x, min(block_size, programs.STRIP))
     if block_size < programs.STRIP:
-        slices = programs.dw_slices(
-            capacity, (out_blocks, in_blocks), block_size, processors(device)
-        )
-        bands = -(-out_blocks * block_size // programs.STRIP)
-        _narrow_dw_kernel(x.dtype, block_size, device).launch(
-            min(bands * slices, processors(device)),
+        bands = programs.dw_bands(capacity, (out_blocks, in_blocks), block_size, processors(device))
+        kernel = _narrow_dw_kernel(x.dtype, block_size, bands.parts, device)
+        kernel.launch(
+            bands.clusters * bands.parts,
             1,
-            *maps,
+            *_strip_maps(dy, x, programs.NARROW_STEP, programs.NARROW_DW[block_size].x_width),
             dw.data_ptr(),
             slots.data_ptr(),
             row_entries.data_ptr(),
-            row_offsets.data_ptr() + row_offsets.element_size() * out_blocks,  # present blocks
+            row_offsets.data_ptr(),
+            coords.data_ptr(),
             tokens,
             capacity,
             out_blocks,
             in_blocks,
-            slices,
+            bands.rows,
+            bands.cost,
+            bands.groups,
         )
         return
     parts, clusters, groups = programs.dw_split(
@@ -98,7 +98,7 @@ def linear_dw(
     _wide_dw_kernel(x.dtype, block_size, parts, device).launch(
         clusters * parts,
         1,
-        *maps,
+        *_strip_maps(dy, x, programs.STEP, programs.STRIP),
         dw.data_ptr(),
         row_entries.data_ptr(),
         row_offsets.data_ptr(),
@@ -117,7 +117,7 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
     kernel.launch(
         kernel.processors,
         1,
-        *_strip_maps(dy, x, programs.STRIP),
+        *_strip_maps(dy, x, programs.STEP, programs.STRIP),
         armed.data_ptr(),
         scores.data_ptr(),
         x.numel() // in_features,
@@ -127,12 +127,12 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
     )
 
 
-def _strip_maps(dy: Tensor, x: Tensor, x_width: int) -> tuple[bytes, bytes]:
+def _strip_maps(dy: Tensor, x: Tensor, step: int, x_width: int) -> tuple[bytes, bytes]:
     tokens = x.numel() // x.shape[-1]
     dy_shape, x_shape = (tokens, dy.shape[-1]), (tokens, x.shape[-1])
     return (
-        tensor_map(dy.data_ptr(), dy.dtype, dy_shape, (programs.STEP, programs.STRIP)),
-        tensor_map(x.data_ptr(), x.dtype, x_shape, (programs.STEP, x_width)),
+        tensor_map(dy.data_ptr(), dy.dtype, dy_shape, (step, programs.STRIP)),
+        tensor_map(x.data_ptr(), x.dtype, x_shape, (step, x_width)),
     )
 
 
@@ -154,9 +154,11 @@ def _wide_dw_kernel(
 
 
 @build_once
-def _narrow_dw_kernel(dtype: torch.dtype, block_size: int, device: int) -> Kernel[Program]:
-    program = programs.dw_program(dtype, block_size)
-    return Kernel(program, "block_linear_dw", "128s128sPPPPqiiii", device)
+def _narrow_dw_kernel(
+    dtype: torch.dtype, block_size: int, parts: int, device: int
+) -> Kernel[Program]:
+    program = programs.dw_program(dtype, block_size, parts)
+    return Kernel(program, "block_linear_dw", "128s128sPPPPPqiiiiii", device)
 
 
 @build_once

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -25,7 +26,9 @@ MAX_SHARED_BYTES = 227 * 1024
 CLUSTER = 2  # thread blocks that share copies of W
 STRIP = 64  # features of dy, and of x for wide blocks, that a copy brings for a gradient
 STEP = 32  # tokens of such a copy
+NARROW_STEP = 16  # and for dW of narrow blocks
 DW_PARTS = (1, 2, 4, 8)  # of the tokens, one for each thread block of a cluster
+NARROW_DW_PARTS = (1, 2)
 PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
 # groups_n: warpgroups that share the outputs.
@@ -35,11 +38,34 @@ _LINEAR = {
     64: Tiling(128, 256, 64, 16, 1, 4),
     128: Tiling(128, 256, 64, 16, 1, 2),
 }
-_RING = 52  # strips of dy and x in shared memory
+
+
+class NarrowDw(NamedTuple):
+    """How dW of narrow blocks is computed.
+
+    Attributes:
+        x_width: features of x that a copy brings.
+        warps: that multiply.
+        own: blocks of a warp, at most.
+    """
+
+    x_width: int
+    warps: int
+    own: int
+
+    @property
+    def blocks(self) -> int:
+        """Of a job, at most."""
+        return self.warps * self.own
+
+
+NARROW_DW = {16: NarrowDw(64, 16, 8), 32: NarrowDw(32, 8, 4)}
+_DY_STRIPS = 16  # of a job of narrow blocks, at most
 _DW_SUMS = 8  # strips by strips that a thread block's registers hold
 # So many thread blocks copy as fast together as each alone, if all pass over the same tokens: then
 # L2 is asked for the same by several at once. In parts of the tokens it is less. Fitted on an H100.
 _TOGETHER = {1: 74.0, 2: 59.2, 4: 51.8, 8: 44.4}
+_LEAST_STRIPS = 10.5  # of narrow blocks, in the time that a step takes even if it copies fewer
 
 
 def serve(capability: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -92,18 +118,23 @@ def _narrow_linear(t: Tiling, block_size: int) -> tuple[str, int, dict[str, int]
 
 
 def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1) -> Program:
-    """Return the program of dW: `block_linear_dw`; only wide blocks have several `DW_PARTS`."""
+    """Return the program of dW: `block_linear_dw`, with tokens in as many parts."""
     check_block_size(block_size)
-    source, options = "block_linear_dw_hopper.cu", {"B": block_size, "PARTS": parts}
     if block_size < STRIP:
-        source, options = "block_linear_dw_narrow_hopper.cu", {"B": block_size}
-    x_width, dy_stride = min(block_size, STRIP), max(1, block_size // STRIP)
-    return _gradient_program(source, dtype, x_width, dy_stride, options)
+        return _narrow_dw_program(dtype, block_size, parts)
+    return _strips_program(
+        "block_linear_dw_hopper.cu", dtype, block_size // STRIP, parts, block_size
+    )
 
 
 def norms_program(dtype: torch.dtype) -> Program:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
-    return _gradient_program("block_norms_hopper.cu", dtype, STRIP, 2, {})
+    return _strips_program("block_norms_hopper.cu", dtype, 2, 1, None)
+
+
+def dw_parts(block_size: int) -> tuple[int, ...]:
+    """Return the numbers of parts of the tokens that there are programs of dW for."""
+    return DW_PARTS if block_size >= STRIP else NARROW_DW_PARTS
 
 
 def all_programs() -> Iterator[Program]:
@@ -111,33 +142,75 @@ def all_programs() -> Iterator[Program]:
     for dtype in PTX_TYPES:
         yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
-            for parts in DW_PARTS if block_size >= STRIP else (1,):
+            for parts in dw_parts(block_size):
                 yield dw_program(dtype, block_size, parts)
             yield linear_program(dtype, block_size, forward=True)
             yield linear_program(dtype, block_size, forward=False)
 
 
-def _gradient_program(
-    source: str, dtype: torch.dtype, x_width: int, dy_stride: int, options: dict[str, int]
+def _strips_program(
+    source: str, dtype: torch.dtype, dy_stride: int, parts: int, block_size: int | None
 ) -> Program:
-    # As `Shared` in gradient_hopper.cuh has it.
-    ring = _RING * STRIP // x_width
-    dy_strips = _DW_SUMS if x_width == STRIP else 1
-    x_strips = _DW_SUMS * STRIP // x_width
-    jobs = 2 * 4 * (12 + dy_strips + x_strips)
-    results, barriers = 8 * 16 * 128, 8 * (2 * 16 + 2 * 2)
-    shared_bytes = _round_up(ring * 2 * x_width * STEP + results + jobs + barriers, 1024)
-    defines: dict[str, str | int] = {
-        "T": DTYPES[dtype],
-        "PTX_TYPE": PTX_TYPES[dtype],
-        "STEP": STEP,
-        "RING": ring,
-        "X_WIDTH": x_width,
-        "DY_STRIDE": dy_stride,
-        "SHARED_BYTES": shared_bytes,
-        **options,
-    }
-    return Program(source, compiler_options(defines), 384, shared_bytes)
+    defines = {"DY_STRIDE": dy_stride, "DY_STRIPS": _DW_SUMS, "X_STRIPS": _DW_SUMS}
+    if block_size is not None:
+        defines["B"] = block_size
+    # As `Runs` in product_strips.cuh has it.
+    return _gradient_program(
+        source, dtype, defines, warps=8, parts=parts, step=STEP, x_width=STRIP, work=4 * 7
+    )
+
+
+def _narrow_dw_program(dtype: torch.dtype, block_size: int, parts: int) -> Program:
+    t = NARROW_DW[block_size]
+    page = 1024
+    defines = {"B": block_size, "OWN": t.own, "PAGE": page}
+    defines |= {"DY_STRIPS": _DY_STRIPS, "X_STRIPS": 32}
+    # As `Work` and `Memory` in block_linear_dw_narrow_hopper.cu have it.
+    return _gradient_program(
+        "block_linear_dw_narrow_hopper.cu",
+        dtype,
+        defines,
+        warps=t.warps,
+        parts=parts,
+        step=NARROW_STEP,
+        x_width=t.x_width,
+        work=4 * (1 + t.blocks),
+        beside=4 * page,
+    )
+
+
+def _gradient_program(
+    source: str,
+    dtype: torch.dtype,
+    defines: dict[str, int],
+    *,
+    warps: int,
+    parts: int,
+    step: int,
+    x_width: int,
+    work: int,
+    beside: int = 0,
+) -> Program:
+    # As `Shared` in gradient_hopper.cuh has it, with as many strips as fit.
+    jobs = 2 * (4 * (5 + defines["DY_STRIPS"] + defines["X_STRIPS"]) + work)
+    beside += warps * 16 * 128 + jobs + 8 * (2 * 16 + 2 * 2)
+    strip = 2 * x_width * step
+    ring = (MAX_SHARED_BYTES - beside) // strip
+    shared_bytes = _round_up(ring * strip + beside, 1024)
+    options = compiler_options(
+        {
+            "T": DTYPES[dtype],
+            "PTX_TYPE": PTX_TYPES[dtype],
+            **defines,
+            "WARPS": warps,
+            "PARTS": parts,
+            "STEP": step,
+            "X_WIDTH": x_width,
+            "RING": ring,
+            "SHARED_BYTES": shared_bytes,
+        }
+    )
+    return Program(source, options, 128 + 32 * warps, shared_bytes)
 
 
 def _round_up(n: int, to: int) -> int:
@@ -195,31 +268,63 @@ def _clusters(processors: int, thread_blocks: int) -> int:
     return clusters if thread_blocks <= 2 else clusters * 10 // 11
 
 
+class Bands(NamedTuple):
+    """How dW of narrow blocks is shared out.
+
+    Attributes:
+        parts: of the tokens.
+        clusters: of as many thread blocks as there are parts.
+        groups: of blocks, which clusters take in turn.
+        rows: block rows of a band; blocks are grouped by band, then by column.
+        cost: of copying the dy of a band, in blocks; groups are alike when it is counted.
+    """
+
+    parts: int
+    clusters: int
+    groups: int
+    rows: int
+    cost: int
+
+
 @functools.lru_cache(maxsize=4096)
-def dw_slices(capacity: int, grid: tuple[int, int], block_size: int, processors: int) -> int:
-    """Return in how many slices dW of narrow blocks cuts the columns of each band of block rows.
+def dw_bands(capacity: int, grid: tuple[int, int], block_size: int, processors: int) -> Bands:
+    """Return how dW of narrow blocks is shared out.
 
     Args:
-        capacity: blocks that may be present.
+        capacity: blocks that may be present: how many are, only the device knows.
         grid: (block rows, block columns).
         block_size: 16 or 32.
         processors: multiprocessors of the device.
 
-    >>> [dw_slices(n, (128, 128), 32, 132) for n in (4096, 1638, 819)]
-    [2, 2, 2]
+    >>> dw_bands(4096, (128, 128), 32, 132)
+    Bands(parts=1, clusters=132, groups=132, rows=8, cost=8)
+    >>> dw_bands(819, (128, 128), 32, 132)
+    Bands(parts=2, clusters=66, groups=66, rows=2, cost=1)
     """
-    rows = STRIP // block_size
-    bands = -(-grid[0] // rows)
-    # Of a band, for blocks anywhere; slots may be more than there are places for blocks.
+    program = NARROW_DW[block_size]
+    # Of blocks anywhere; slots may be more than there are places for blocks.
     density = min(1.0, capacity / (grid[0] * grid[1]))
-    columns = grid[1] * (1 - (1 - density) ** rows)
-    most = _DW_SUMS * rows
+    most_rows = _DY_STRIPS // 2 * STRIP // block_size  # a group may have two bands
 
-    def cost(slices: int) -> float:
-        # As in `dw_split`, in strips of 64 features: dy's once for every job of a slice.
-        jobs = math.ceil(columns / slices / most)
-        strips = jobs + columns / slices / rows
-        rounds = -(-bands * slices // processors)
-        return max(bands * slices * strips / _TOGETHER[1], rounds * strips)
+    def choice(parts: int, rows: int) -> tuple[float, float, Bands]:
+        clusters = processors // parts
+        rounds = -(-capacity // (clusters * program.blocks))
+        groups, bands = clusters * rounds, -(-grid[0] // rows)
+        # Strips that the blocks of a group need, if they lie at random.
+        columns = program.x_width // block_size  # of a strip
+        strips = capacity / groups / density / rows / columns
+        x = strips * (1 - (1 - density) ** (rows * columns)) + 1 - 1 / columns
+        dy_of_band = -(-rows * block_size // STRIP)
+        dy = dy_of_band * (1 + bands / groups)
+        # As in `dw_split`; narrow strips ask L2 for less, but take the copy engine as long.
+        together = groups * (dy + x * program.x_width / STRIP) / _TOGETHER[parts]
+        one = max(dy + x, _LEAST_STRIPS) / parts
+        room = groups * program.blocks - capacity
+        cost = min(round(dy_of_band * capacity / groups / x), room // bands)
+        return max(together, rounds * one), together, Bands(parts, clusters, groups, rows, cost)
 
-    return min(range(1, math.ceil(columns) + 1), key=lambda slices: (cost(slices), slices))
+    rows = [2**i for i in range(6) if 2**i <= most_rows]
+    choices = [choice(1, n) for n in rows]
+    if capacity <= processors // 2 * program.blocks:  # a cluster takes one group
+        choices += [choice(2, n) for n in rows]
+    return min(choices)[-1]

@@ -157,20 +157,23 @@ def test_every_way_to_cut_dw_on_hopper(
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("parts", hopper_programs.NARROW_DW_PARTS)
 @pytest.mark.parametrize("in_blocks", [3, 40, 1100], ids="{} columns".format)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_dw_of_narrow_blocks_on_hopper(
-    block_size: int, slices: int, in_blocks: int, monkeypatch: pytest.MonkeyPatch
+def test_every_way_to_cut_dw_of_narrow_blocks_on_hopper(
+    block_size: int, parts: int, in_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slices of one job and of several, and columns that a warp does not see at once."""
+    """Groups of one job and of several, and columns that are not looked up at once."""
     force_kernels(choice.HOPPER, monkeypatch)
-    monkeypatch.setattr(hopper_programs, "dw_slices", lambda *_: slices)
-    mask = torch.rand(7, in_blocks, generator=torch.Generator().manual_seed(0)) < 0.3
-    mask[4:] = False
+    mask = torch.rand(37, in_blocks, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[4:9] = False
     mask[1, -1] = True
     at = BlockTopology.from_mask(mask, block_size, capacity=int(mask.sum()) + 3).to_(DEVICE)
-    check_dw(at, 100)
+    for clusters, groups in (1, 1), (3, 7), (50, 50):
+        for rows, cost in (1, 0), (4, 9), (16, 100):
+            cut = hopper_programs.Bands(parts, clusters, groups, rows, cost)
+            monkeypatch.setattr(hopper_programs, "dw_bands", lambda *_, cut=cut: cut)
+            check_dw(at, 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -21,7 +21,7 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
     programs = list(portable_programs.all_programs())
     assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 + 2 * 4)
+    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 * 2 + 2 * 4)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,18 @@ def test_a_group_of_dw_fits_the_registers_and_a_cluster_the_device(
     block_size=st.sampled_from([16, 32]),
     processors=st.integers(1, 200),
 )
-def test_slices_of_dw(
+def test_a_group_of_narrow_dw_fits_a_job_and_a_cluster_the_device(
     grid: tuple[int, int], share: float, block_size: int, processors: int
 ) -> None:
     capacity = max(1, int(share * grid[0] * grid[1]))
-    assert 1 <= hopper_programs.dw_slices(capacity, grid, block_size, processors) <= grid[1]
+    cut = hopper_programs.dw_bands(capacity, grid, block_size, processors)
+    assert cut.parts in hopper_programs.NARROW_DW_PARTS
+    assert 1 <= cut.clusters * cut.parts <= processors
+    assert cut.groups == cut.clusters if cut.parts > 1 else cut.groups % cut.clusters == 0
+    assert cut.rows * block_size <= 512 and cut.cost >= 0
+    bands = -(-grid[0] // cut.rows)
+    blocks = -(-(capacity + bands * cut.cost) // cut.groups)
+    assert blocks <= hopper_programs.NARROW_DW[block_size].blocks
 
 
 def test_tokens_are_split_where_blocks_are_few() -> None:
