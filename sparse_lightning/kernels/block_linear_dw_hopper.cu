@@ -31,10 +31,9 @@ struct Arguments {
   long long tokens;
   int capacity;
   int out_blocks;
-  int even_groups;  // if cut evenly: as many as registers ask for; if PARTS > 1, one a cluster
 };
 
-constexpr int BLOCKS = WARPGROUPS * MOST / WIDE / WIDE;  // of a group, at most
+constexpr int BLOCKS = SHARERS * WARPGROUPS * MOST / WIDE / WIDE;  // of a group, at most
 
 // How the blocks are cut; to be asked by whole warps.
 struct Cut {
@@ -42,33 +41,36 @@ struct Cut {
   int n_blocks, groups;
   int of_row = 0, size = 0;  // blocks of a group: at most, if groups are of one row; or of each
 
-  __device__ explicit Cut(const Arguments& a)
-      : a(a), n_blocks(a.row_offsets[a.out_blocks]), groups(a.even_groups) {
+  __device__ explicit Cut(const Arguments& a) : a(a), n_blocks(a.row_offsets[a.out_blocks]) {
+    const int clusters = gridDim.x / CLUSTER;
+    auto rounds = [&](int groups) { return (groups + clusters - 1) / clusters; };
+    auto share = [](int of) { return (of + SHARERS - 1) / SHARERS; };
+    // Rounds, times what a thread block copies of a group. Of what is cut over the ends of rows,
+    // most groups need dy of two.
+    groups = clusters;
+    int least = share((n_blocks + groups - 1) / groups) + 2;
+    if (n_blocks > clusters * BLOCKS) {
+      // Several rounds: with groups of one size, or thread blocks drift apart. Of an odd number of
+      // narrower blocks one warpgroup has one more.
+      least = 1 << 30;
+      for (int of = 1; of <= BLOCKS; ++of) {
+        const int total = (n_blocks + of - 1) / of, own = share(of);
+        const int cost = rounds(total) * (own + (WIDE > 1 ? 0 : own % 2) + 2);
+        if (cost <= least) size = of, groups = total, least = cost;
+      }
+    }
     int totals[BLOCKS] = {};
     for (int row = threadIdx.x % 32; row < a.out_blocks; row += 32) {
       const int n = a.row_offsets[row + 1] - a.row_offsets[row];
 #pragma unroll
       for (int i = 0; i < BLOCKS; ++i) totals[i] += (n + i) / (i + 1);
     }
-    const int clusters = gridDim.x / PARTS;
-    auto rounds = [&](int groups) { return (groups + clusters - 1) / clusters; };
-    // Of what is cut over the ends of rows, most groups need dy of two.
-    int least = (n_blocks + groups - 1) / groups + 2;  // rounds, times strips of a group
-    if (PARTS == 1 && groups > clusters) {
-      // Several rounds: with groups of one size, or thread blocks drift apart. Of an odd number of
-      // narrower blocks one warpgroup has one more.
-      least = 1 << 30;
-      for (int of = 1; of <= BLOCKS; ++of) {
-        const int total = (n_blocks + of - 1) / of;
-        const int cost = rounds(total) * (of + (WIDE > 1 ? 0 : of % 2) + 2);
-        if (cost <= least) size = of, groups = total, least = cost;
-      }
-    }
     // The smallest groups of one row of which there are not more than can be computed at once. Wide
     // blocks, which alone keep both warpgroups busy, may take several rounds.
 #pragma unroll
     for (int i = BLOCKS - 1; i >= 0; --i) {
-      const int total = __reduce_add_sync(0xffffffff, totals[i]), cost = rounds(total) * (i + 2);
+      const int total = __reduce_add_sync(0xffffffff, totals[i]);
+      const int cost = rounds(total) * (share(i + 1) + 1);
       if (total <= clusters || WIDE > 1 && PARTS == 1 && cost <= least)
         of_row = i + 1, groups = total, least = cost;
     }
@@ -99,29 +101,35 @@ struct Cut {
   }
 };
 
-// How many of a group's n blocks the first warpgroup computes, where each computes whole blocks.
+// How many of n blocks the first of two takes: of those that share dy, or of warpgroups.
 __device__ inline int half_of(int n) { return (n + 1) / 2; }
 
-// One warp: plans n of the blocks as one job. In lane i is the i-th block, and whether a row
-// begins.
-__device__ inline void plan_job(const Arguments& a, Planner<Runs>& planner, int first, int n,
-                                int2 block, bool begins_row) {
+// One warp: plans a group of n blocks.
+__device__ inline void plan_group(const Arguments& a, Planner<Runs>& planner, int first, int n) {
+  static_assert(SHARERS <= 2 && BLOCKS <= 32, "halves, and a lane each");
   const int lane = threadIdx.x % 32;
-  const unsigned begins = __ballot_sync(0xffffffff, lane < n && (lane == 0 || begins_row));
-  const int row = __popc(begins & ((2u << lane) - 1)) - 1;  // of the job's rows
+  if (n == 0) return;
+  // In lane i is the i-th block.
+  const int2 block = lane < n ? a.coords[a.entries[first + lane].y] : make_int2(-1, 0);
+  const int above = __shfl_up_sync(0xffffffff, block.x, 1);
+  const unsigned begins = __ballot_sync(0xffffffff, lane < n && (lane == 0 || block.x != above));
+  const int row = __popc(begins & ((2u << lane) - 1)) - 1;  // of the group's rows
+  // Those of this thread block.
+  const int most = SHARERS > 1 ? half_of(n) : n;
+  const int begin = own_share() == 0 ? 0 : most, end = own_share() == 0 ? most : n;
   Job<Runs>& job = planner.begin();
-  if (lane < n)
-    for (int i = 0; i < WIDE; ++i) {
-      job.x_features[lane * WIDE + i] = block.y * B + i * STRIP;
-      if (begins >> lane & 1) job.dy_features[row * WIDE + i] = block.x * B + i * STRIP;
-    }
+  for (int i = 0; i < WIDE; ++i) {
+    if (begins >> lane & 1) job.dy_features[row * WIDE + i] = block.x * B + i * STRIP;
+    if (begin <= lane && lane < end)
+      job.x_features[(lane - begin) * WIDE + i] = block.y * B + i * STRIP;
+  }
   // One strip of dy each of all the blocks (B = 128), or half of the blocks.
-  const int half = half_of(n);
+  const int middle = begin + half_of(end - begin);
   for (int g = 0; g < WARPGROUPS; ++g) {
-    const int from = WIDE > 1 || g == 0 ? 0 : half, to = WIDE > 1 || g == 1 ? n : half;
+    const int from = WIDE > 1 || g == 0 ? begin : middle, to = WIDE > 1 || g == 1 ? end : middle;
     const int row_of_first = __shfl_sync(0xffffffff, row, from % 32);
     if (lane != 0) continue;
-    job.work.x[g] = from * WIDE;
+    job.work.x[g] = (from - begin) * WIDE;
     job.work.dy[g] = row_of_first * WIDE + (WIDE > 1 ? g : 0);
     int runs = 1 << (to - from) * WIDE;
     for (int i = from; i < to; ++i)
@@ -129,30 +137,11 @@ __device__ inline void plan_job(const Arguments& a, Planner<Runs>& planner, int 
     job.work.runs[g] = runs;
   }
   if (lane == 0) {
-    job.n_x = n * WIDE;
+    job.n_x = (end - begin) * WIDE;
     job.n_dy = __popc(begins) * WIDE;
-    job.work.where = first;
+    job.work.where = first + begin;
   }
-  planner.commit(a.tokens);
-}
-
-// One warp: plans a group.
-__device__ inline void plan_group(const Arguments& a, Planner<Runs>& planner, int first, int n) {
-  const int lane = threadIdx.x % 32;
-  if (n == 0) return;
-  int2 block = lane < n ? a.coords[a.entries[first + lane].y] : make_int2(-1, 0);
-  const int above = __shfl_up_sync(0xffffffff, block.x, 1);
-  const bool begins_row = block.x != above;
-  // Two wide blocks of different rows need as much of dy as of x. Together they would wait for
-  // shared memory, and where there is no other reason to, they are computed one after the other.
-  if (WIDE > 1 && PARTS == 1 && n == 2 && __shfl_sync(0xffffffff, begins_row, 1)) {
-    plan_job(a, planner, first, 1, block, begins_row);
-    block.x = __shfl_down_sync(0xffffffff, block.x, 1);
-    block.y = __shfl_down_sync(0xffffffff, block.y, 1);
-    plan_job(a, planner, first + 1, 1, block, begins_row);
-  } else {
-    plan_job(a, planner, first, n, block, begins_row);
-  }
+  planner.commit(a.tokens, most * WIDE);
 }
 
 // Stores the sums of a strip by a strip: strip `x_strip` of x, as the job has them.
@@ -164,7 +153,7 @@ __device__ inline void store_strip(const Arguments& a, int first, int x_strip, i
   store_rows<T>(staging, sums, [&](int row, int col) { return to + row * B + col; });
 }
 
-extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     block_linear_dw(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
   static_assert(sizeof(Shared<Runs>) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
@@ -172,7 +161,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
 
   auto plan = [&](Planner<Runs>& planner) {
     const Cut cut(a);
-    for (int group = blockIdx.x / PARTS; group < cut.groups; group += gridDim.x / PARTS) {
+    for (int group = blockIdx.x / CLUSTER; group < cut.groups; group += gridDim.x / CLUSTER) {
       const int2 blocks = cut.blocks(group);
       plan_group(a, planner, blocks.x, blocks.y);
     }
@@ -202,7 +191,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
       cluster_sync();
       const int n_blocks = job.n_x / WIDE, half = half_of(n_blocks);
       // The warpgroups of the cluster take pieces, a strip by a strip, in turn.
-      for (int piece = rank_in_cluster() + PARTS * warpgroup; piece < WARPGROUPS * MOST;
+      for (int piece = own_part() + PARTS * warpgroup; piece < WARPGROUPS * MOST;
            piece += PARTS * WARPGROUPS) {
         const int of = piece / MOST, i = piece % MOST;  // the warpgroup's i-th strip of x
         if (i >= (WIDE > 1 ? job.n_x : of == 0 ? half : n_blocks - half)) continue;

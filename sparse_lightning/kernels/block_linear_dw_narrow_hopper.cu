@@ -122,7 +122,7 @@ __device__ inline void plan_group(const Arguments& a, Memory& s, Planner<Work>& 
       job->n_x = n_x;
       job->work.n = n;
     }
-    planner.commit(a.tokens);
+    planner.commit(a.tokens, n_x);
     job = nullptr;
   };
   for (; band < bands.n && bands.begin(band) < end; ++band) {
@@ -285,7 +285,7 @@ __device__ inline void multiply(const Arguments& a, Shared<Work>& s, const Job<W
               multiply_add(sums[i][m][j], left[k][m], right[k][j / 2] + j % 2 * 2, T());
       }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&s.empty[place<BARRIERS>(count)]);
+    give_back(s, count);
   }
   char* staging = s.results[warp];
   if constexpr (PARTS == 1) {
@@ -310,7 +310,7 @@ __device__ inline void multiply(const Arguments& a, Shared<Work>& s, const Job<W
           own[((first + i) * FOURS + j) * 32] = make_float4(four[0], four[1], four[2], four[3]);
         }
     cluster_sync();
-    for (int block = rank_in_cluster() + PARTS * warp; block < n_blocks; block += PARTS * WARPS) {
+    for (int block = own_part() + PARTS * warp; block < n_blocks; block += PARTS * WARPS) {
       const long long slot = slot_of(a, job, block);
       Sums total = {};
       add_parts<FOURS>(s, total[0][0], block * FOURS * 32 + lane, 32);
@@ -321,7 +321,7 @@ __device__ inline void multiply(const Arguments& a, Shared<Work>& s, const Job<W
   }
 }
 
-extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     block_linear_dw(const __grid_constant__ Arguments a) {
   static_assert(sizeof(Memory) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
   extern __shared__ __align__(1024) char memory[];
@@ -329,7 +329,7 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
   auto plan = [&](Planner<Work>& planner) {
     const int n_blocks = a.row_offsets[a.out_blocks];
     const Bands bands(a);
-    for (int group = blockIdx.x / PARTS; group < a.groups; group += gridDim.x / PARTS)
+    for (int group = blockIdx.x / CLUSTER; group < a.groups; group += gridDim.x / CLUSTER)
       plan_group(a, s, planner, bands.first(group), bands.first(group + 1));
     clear_slots<B>(a.dw, a.entries, n_blocks, a.capacity);
   };

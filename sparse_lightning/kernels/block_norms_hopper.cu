@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         job.n_dy = WARPGROUPS;
         job.work.where = tile;
       }
-      planner.commit(a.tokens);
+      planner.commit(a.tokens, MOST);
     }
   };
 

@@ -19,15 +19,25 @@ constexpr int MOST_STAGES = 8;  // steps that are under way at most
 // Steps take barriers in turn: twice as many, so that a warp that is behind or ahead of the others
 // cannot take the barrier of one step for that of another.
 constexpr int BARRIERS = 2 * MOST_STAGES;
-constexpr int JOBS = 2;              // that are planned at a time
-constexpr int PARTS = CONFIG_PARTS;  // of the tokens: a thread block of a cluster takes one each
+// Thread blocks that are in step spare L2 much: what several ask for at once it reads once. So no
+// more is under way than copies need to arrive in time, in strips of x, if that is enough steps.
+constexpr int UNDER_WAY = CONFIG_UNDER_WAY, ENOUGH = 5;
+constexpr int JOBS = 2;  // that are planned at a time
+
+// The thread blocks of a cluster: each part of the tokens has some, which share copies of dy.
+constexpr int PARTS = CONFIG_PARTS, SHARERS = CONFIG_SHARERS, CLUSTER = PARTS * SHARERS;
+__device__ inline int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
+__device__ inline int own_part() { return rank() / SHARERS; }
+__device__ inline int own_share() { return rank() % SHARERS; }
 
 // Work: what those who multiply have to know.
 template <typename Work>
 struct Job {
-  int end;                                           // instead of a job: there is no more
-  int first_step, end_step;                          // of the tokens
-  int n_dy, n_x;                                     // strips
+  int end;                   // instead of a job: there is no more
+  int first_step, end_step;  // of the tokens
+  int n_dy, n_x;             // strips; of dy, what all that share it need
+  int room, copies;  // of a step: what it takes of shared memory, and what this thread block copies
+                     // of it at most, both in strips of x
   int dy_features[DY_STRIPS], x_features[X_STRIPS];  // where they begin
   Work work;
 };
@@ -40,8 +50,8 @@ struct alignas(1024) Shared {
   u64 full[BARRIERS], empty[BARRIERS], planned[JOBS], done[JOBS];
 };
 
-// The thread blocks of a cluster work on the same jobs, and after each meet twice: when the sums
-// of all lie in their rings, and when they have been added up.
+// Where there are parts, the thread blocks of a cluster meet twice after each job: when the sums of
+// all lie in their rings, and when they have been added up.
 __device__ inline void meet() {
   if (PARTS > 1) {
     cluster_sync();
@@ -59,12 +69,15 @@ struct Planner {
     barrier_wait(&s.done[place<JOBS>(count)], parity<JOBS>(count) ^ 1);
     return s.jobs[place<JOBS>(count)];
   }
-  // Hands it to the other warps: for all tokens, or this thread block's part of them.
-  __device__ void commit(long long tokens) {
+  // Hands it to the other warps: for all tokens, or this thread block's part of them. Those that
+  // share dy must have the same `most_x`: the most strips of x that one of them has.
+  __device__ void commit(long long tokens, int most_x) {
     if (threadIdx.x % 32 == 0) {
       Job<Work>& job = s.jobs[place<JOBS>(count)];
       const long long steps = (tokens + STEP - 1) / STEP;
-      const int part = PARTS > 1 ? rank_in_cluster() : 0;
+      const int part = own_part();
+      job.room = job.n_dy * PER_STRIP + most_x;
+      job.copies = (job.n_dy * PER_STRIP + SHARERS - 1) / SHARERS + most_x;
       job.end = false;
       job.first_step = (int)(steps * part / PARTS);
       job.end_step = (int)(steps * (part + 1) / PARTS);
@@ -107,7 +120,7 @@ struct Stages {
   int count = 0, first = 0;  // steps of all jobs so far; when the stages were last cut
   template <typename Work>
   __device__ void follow(const Job<Work>& job) {
-    const int fit = min(RING / (job.n_dy * PER_STRIP + job.n_x), MOST_STAGES);
+    const int fit = min(max(UNDER_WAY / job.copies, ENOUGH), min(RING / job.room, MOST_STAGES));
     if (fit != n) n = fit, size = RING / fit, at = 0, first = count;
   }
   // The last step that must be gone before the next may be copied; -1: none.
@@ -117,6 +130,18 @@ struct Stages {
     at = at + 1 == n ? 0 : at + 1;
   }
 };
+
+// A warp gives back a step: to all that copy into it.
+template <typename Work>
+__device__ void give_back(Shared<Work>& s, int step) {
+  u64* empty = &s.empty[place<BARRIERS>(step)];
+  const int lane = threadIdx.x % 32;
+  if (SHARERS == 1) {
+    if (lane == 0) barrier_arrive(empty);
+  } else if (lane < SHARERS) {
+    barrier_arrive(empty, own_part() * SHARERS + lane);
+  }
+}
 
 // Where a thread block of a cluster puts its sums, to be added up: in the ring. Called by all that
 // multiply, when they have multiplied all steps.
@@ -131,7 +156,7 @@ template <int N, typename Work>
 __device__ void add_parts(Shared<Work>& s, float* total, int first, int stride) {
 #pragma unroll 2
   for (int from = 0; from < PARTS; ++from) {
-    const unsigned there = in_cluster(s.ring, from) + first * 16;
+    const unsigned there = in_cluster(s.ring, from * SHARERS + own_share()) + first * 16;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float4 four = load_in_cluster(there + i * stride * 16);
@@ -152,6 +177,8 @@ __device__ void copy_strips(Shared<Work>& s, const TensorMap& dy, const TensorMa
   const int dy_feature = lane < n_dy ? job.dy_features[lane] : 0;
   const int x_feature = lane < n_x ? job.x_features[lane] : 0;
   const int bytes = (n_dy * PER_STRIP + n_x) * X_BYTES;
+  const bool copies_dy = lane < n_dy && lane % SHARERS == own_share();
+  const unsigned short sharers = (1 << SHARERS) - 1 << own_part() * SHARERS;
   int own = threadIdx.x / 32;
   for (int step = job.first_step; step < end_step; ++step, stages.next()) {
     if (own-- > 0) continue;
@@ -162,7 +189,13 @@ __device__ void copy_strips(Shared<Work>& s, const TensorMap& dy, const TensorMa
     if (older >= 0) barrier_wait(&s.empty[place<BARRIERS>(older)], parity<BARRIERS>(older));
     if (lane == 0) barrier_expect(full, bytes);
     __syncwarp();
-    if (lane < n_dy) copy_box(to[lane * PER_STRIP], dy, full, dy_feature, step * STEP);
+    if (copies_dy) {
+      void* place = to[lane * PER_STRIP];
+      if (SHARERS == 1)
+        copy_box(place, dy, full, dy_feature, step * STEP);
+      else
+        copy_box_to_all(place, dy, full, dy_feature, step * STEP, sharers);
+    }
     if (lane < n_x) copy_box(to[n_dy * PER_STRIP + lane], x, full, x_feature, step * STEP);
     __syncwarp();
   }
@@ -180,7 +213,7 @@ __device__ void run_jobs(Shared<Work>& s, const TensorMap& dy, const TensorMap& 
   if (threadIdx.x == 0) {
     for (int i = 0; i < BARRIERS; ++i) {
       barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], WARPS);
+      barrier_init(&s.empty[i], WARPS * SHARERS);
     }
     for (int job = 0; job < JOBS; ++job) {
       // Each lane arrives, for what it has written or read.
@@ -190,6 +223,7 @@ __device__ void run_jobs(Shared<Work>& s, const TensorMap& dy, const TensorMap& 
     barrier_inits_end();
   }
   __syncthreads();
+  if (SHARERS > 1) cluster_sync();
   Stages stages;
   if (threadIdx.x >= 128) {
     take_registers<MANY_REGISTERS>();
@@ -210,4 +244,5 @@ __device__ void run_jobs(Shared<Work>& s, const TensorMap& dy, const TensorMap& 
       planner.end();
     }
   }
+  if (SHARERS > 1) cluster_sync();  // nothing of the others may arrive after the end
 }

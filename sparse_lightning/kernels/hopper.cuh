@@ -113,6 +113,17 @@ __device__ inline void copy_box(void* to, const TensorMap& map, u64* barrier, in
       : "memory");
 }
 
+// The same, to the same place in each thread block of the cluster that `blocks` has a bit for; each
+// one's own barrier counts its bytes.
+__device__ inline void copy_box_to_all(void* to, const TensorMap& map, u64* barrier, int col,
+                                       int row, unsigned short blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
+      : "memory");
+}
+
 // A box of the matrix with that index, to the same place in each thread block of the cluster that
 // `blocks` has a bit for; each one's own barrier counts its bytes.
 __device__ inline void copy_box_to_all(void* to, const TensorMap& map, u64* barrier, int col,

@@ -92,11 +92,10 @@ def linear_dw(
             bands.groups,
         )
         return
-    parts, clusters, groups = programs.dw_split(
-        capacity, out_blocks, block_size, tokens, processors(device)
-    )
-    _wide_dw_kernel(x.dtype, block_size, parts, device).launch(
-        clusters * parts,
+    split = programs.dw_split(capacity, out_blocks, block_size, tokens, processors(device))
+    kernel = _wide_dw_kernel(x.dtype, block_size, split.parts, split.sharers, device)
+    kernel.launch(
+        split.clusters * split.parts * split.sharers,
         1,
         *_strip_maps(dy, x, programs.STEP, programs.STRIP),
         dw.data_ptr(),
@@ -106,7 +105,6 @@ def linear_dw(
         tokens,
         capacity,
         out_blocks,
-        groups,
     )
 
 
@@ -147,10 +145,10 @@ def _linear_kernel(
 
 @build_once
 def _wide_dw_kernel(
-    dtype: torch.dtype, block_size: int, parts: int, device: int
+    dtype: torch.dtype, block_size: int, parts: int, sharers: int, device: int
 ) -> Kernel[Program]:
-    program = programs.dw_program(dtype, block_size, parts)
-    return Kernel(program, "block_linear_dw", "128s128sPPPPqiii", device)
+    program = programs.dw_program(dtype, block_size, parts, sharers)
+    return Kernel(program, "block_linear_dw", "128s128sPPPPqii", device)
 
 
 @build_once

@@ -27,8 +27,13 @@ CLUSTER = 2  # thread blocks that share copies of W
 STRIP = 64  # features of dy, and of x for wide blocks, that a copy brings for a gradient
 STEP = 32  # tokens of such a copy
 NARROW_STEP = 16  # and for dW of narrow blocks
-DW_PARTS = (1, 2, 4, 8)  # of the tokens, one for each thread block of a cluster
-NARROW_DW_PARTS = (1, 2)
+# Clusters for dW: parts of the tokens, and for each of them thread blocks that share copies of dy.
+DW_CLUSTERS = {
+    16: ((1, 1), (2, 1)),
+    32: ((1, 1), (2, 1)),
+    64: ((1, 1), (2, 1), (4, 1), (8, 1)),
+    128: ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2)),
+}
 PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
 # groups_n: warpgroups that share the outputs.
@@ -65,6 +70,7 @@ _DW_SUMS = 8  # strips by strips that a thread block's registers hold
 # So many thread blocks copy as fast together as each alone, if all pass over the same tokens: then
 # L2 is asked for the same by several at once. In parts of the tokens it is less. Fitted on an H100.
 _TOGETHER = {1: 74.0, 2: 59.2, 4: 51.8, 8: 44.4}
+_UNDER_WAY = 24  # strips of dy and x of blocks of 128
 _LEAST_STRIPS = 10.5  # of narrow blocks, in the time that a step takes even if it copies fewer
 
 
@@ -117,24 +123,19 @@ def _narrow_linear(t: Tiling, block_size: int) -> tuple[str, int, dict[str, int]
     return "block_linear_narrow_hopper.cu", _round_up(blocks * block + beside, 1024), more
 
 
-def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1) -> Program:
-    """Return the program of dW: `block_linear_dw`, with tokens in as many parts."""
+def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1, sharers: int = 1) -> Program:
+    """Return the program of dW: `block_linear_dw`, for clusters as in `DW_CLUSTERS`."""
     check_block_size(block_size)
     if block_size < STRIP:
         return _narrow_dw_program(dtype, block_size, parts)
     return _strips_program(
-        "block_linear_dw_hopper.cu", dtype, block_size // STRIP, parts, block_size
+        "block_linear_dw_hopper.cu", dtype, block_size // STRIP, parts, sharers, {"B": block_size}
     )
 
 
 def norms_program(dtype: torch.dtype) -> Program:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
-    return _strips_program("block_norms_hopper.cu", dtype, 2, 1, None)
-
-
-def dw_parts(block_size: int) -> tuple[int, ...]:
-    """Return the numbers of parts of the tokens that there are programs of dW for."""
-    return DW_PARTS if block_size >= STRIP else NARROW_DW_PARTS
+    return _strips_program("block_norms_hopper.cu", dtype, 2, 1, 1, {})
 
 
 def all_programs() -> Iterator[Program]:
@@ -142,21 +143,32 @@ def all_programs() -> Iterator[Program]:
     for dtype in PTX_TYPES:
         yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
-            for parts in dw_parts(block_size):
-                yield dw_program(dtype, block_size, parts)
+            for parts, sharers in DW_CLUSTERS[block_size]:
+                yield dw_program(dtype, block_size, parts, sharers)
             yield linear_program(dtype, block_size, forward=True)
             yield linear_program(dtype, block_size, forward=False)
 
 
 def _strips_program(
-    source: str, dtype: torch.dtype, dy_stride: int, parts: int, block_size: int | None
+    source: str,
+    dtype: torch.dtype,
+    dy_stride: int,
+    parts: int,
+    sharers: int,
+    defines: dict[str, int],
 ) -> Program:
-    defines = {"DY_STRIDE": dy_stride, "DY_STRIPS": _DW_SUMS, "X_STRIPS": _DW_SUMS}
-    if block_size is not None:
-        defines["B"] = block_size
-    # As `Runs` in product_strips.cuh has it.
+    strips = {"DY_STRIPS": _DW_SUMS * sharers, "X_STRIPS": _DW_SUMS}
     return _gradient_program(
-        source, dtype, defines, warps=8, parts=parts, step=STEP, x_width=STRIP, work=4 * 7
+        source,
+        dtype,
+        {**defines, **strips, "DY_STRIDE": dy_stride},
+        warps=8,
+        parts=parts,
+        sharers=sharers,
+        step=STEP,
+        x_width=STRIP,
+        under_way=_UNDER_WAY if defines.get("B") == 128 else None,
+        work=4 * 7,  # as `Runs` in product_strips.cuh has it
     )
 
 
@@ -189,10 +201,12 @@ def _gradient_program(
     step: int,
     x_width: int,
     work: int,
+    sharers: int = 1,
+    under_way: int | None = None,
     beside: int = 0,
 ) -> Program:
     # As `Shared` in gradient_hopper.cuh has it, with as many strips as fit.
-    jobs = 2 * (4 * (5 + defines["DY_STRIPS"] + defines["X_STRIPS"]) + work)
+    jobs = 2 * (4 * (7 + defines["DY_STRIPS"] + defines["X_STRIPS"]) + work)
     beside += warps * 16 * 128 + jobs + 8 * (2 * 16 + 2 * 2)
     strip = 2 * x_width * step
     ring = (MAX_SHARED_BYTES - beside) // strip
@@ -204,9 +218,11 @@ def _gradient_program(
             **defines,
             "WARPS": warps,
             "PARTS": parts,
+            "SHARERS": sharers,
             "STEP": step,
             "X_WIDTH": x_width,
             "RING": ring,
+            "UNDER_WAY": under_way or ring,
             "SHARED_BYTES": shared_bytes,
         }
     )
@@ -217,14 +233,25 @@ def _round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
+class Split(NamedTuple):
+    """How dW of wide blocks is shared out.
+
+    Attributes:
+        parts: of the tokens.
+        sharers: thread blocks that share dy, for each part.
+        clusters: of as many thread blocks.
+    """
+
+    parts: int
+    sharers: int
+    clusters: int
+
+
 @functools.lru_cache(maxsize=4096)  # asked at every step, of inputs of any length
 def dw_split(
     capacity: int, out_blocks: int, block_size: int, tokens: int, processors: int
-) -> tuple[int, int, int]:
-    """Return how dW of wide blocks is shared out: token parts, clusters, and groups of blocks.
-
-    A cluster of as many thread blocks as there are parts takes a group; parts pay where there are
-    few blocks. The groups are those to cut the blocks into if not by rows, which the device knows.
+) -> Split:
+    """Return how dW of wide blocks is shared out.
 
     Args:
         capacity: blocks that may be present: how many are, only the device knows.
@@ -233,39 +260,42 @@ def dw_split(
         tokens: of the input.
         processors: multiprocessors of the device.
 
-    >>> [dw_split(n, 64, 64, 8192, 132) for n in (2048, 1024, 205, 10)]
-    [(1, 132, 264), (1, 132, 128), (1, 132, 103), (8, 10, 10)]
+    >>> [tuple(dw_split(n, 32, 128, 8192, 132)) for n in (512, 256, 51, 10)]
+    [(1, 1, 132), (1, 2, 66), (2, 1, 51), (8, 1, 10)]
     """
     wide, steps = block_size // STRIP, -(-tokens // STEP)
 
-    def cost(parts: int, groups: int) -> float:
-        # In strips of dy and x, STEP tokens of them, that one thread block copies.
-        blocks = capacity / groups
-        rows = min(blocks, 1 + (blocks - 1) * out_blocks / capacity)
-        together = groups * (rows + blocks) / _TOGETHER[parts]
-        one = math.ceil(blocks) + math.ceil(rows)
-        rounds = 1 if parts > 1 else -(-groups // processors)
-        return wide * steps * max(together, rounds * one / parts) + (100 if parts > 1 else 0)
+    def time(parts: int, sharers: int, clusters: int) -> float:
+        # Of the ways that the device chooses from, in those of a thread block to copy a strip of
+        # STEP tokens, as wide as a block; to multiply one with another takes `wide`.
+        times = []
+        for blocks in range(1, _DW_SUMS * sharers // wide**2 + 1):  # of a group
+            share, more = -(-blocks // sharers), (blocks - 1) / blocks
+            # Groups of one row, blocks being anywhere, and groups over the ends of rows: then
+            # products wait for shared memory, and thread blocks get out of step.
+            by_row = min(capacity, capacity / blocks + out_blocks * more / 2)
+            evenly = capacity / blocks
+            for groups, dy, busy, delay in (
+                (by_row, by_row, max(share + 1, share * wide), 1.0),
+                (evenly, evenly + out_blocks * more, 1.4 * share * wide, 1.3),
+            ):
+                together = delay * (dy + capacity) / _TOGETHER[parts]
+                times.append(max(together, math.ceil(groups / clusters) * busy / parts))
+        return wide * steps * min(times) + (100 if parts > 1 else 0)
 
-    fewest = -(-capacity // (_DW_SUMS // wide**2))
-    # One round of thread blocks with as many blocks each as it takes, or several full rounds.
-    counts = {min(capacity, _round_up(fewest, processors))}
-    counts |= {-(-capacity // blocks) for blocks in range(1, -(-capacity // fewest) + 1)}
     choices = []
-    for parts in DW_PARTS:
-        clusters = min(capacity, _clusters(processors, parts))
-        for groups in {clusters, *counts}:
-            full_rounds = parts == 1 and groups % processors == 0
-            if groups >= fewest and (groups <= clusters or full_rounds):
-                choices.append((parts, clusters, groups))
-    return min(choices, key=lambda choice: (cost(choice[0], choice[2]), choice))
+    for parts, sharers in DW_CLUSTERS[block_size]:
+        if parts * sharers <= processors:
+            clusters = min(capacity, _clusters(processors, parts * sharers))
+            choices.append(Split(parts, sharers, clusters))
+    return min(choices, key=lambda split: (time(*split), split))
 
 
 def _clusters(processors: int, thread_blocks: int) -> int:
     """Return how many clusters of thread blocks run at once, cautiously."""
     # Multiprocessors come in clusters of 16 or 18, less what is defective.
     clusters = processors // thread_blocks
-    return clusters if thread_blocks <= 2 else clusters * 10 // 11
+    return clusters if thread_blocks <= 2 else max(1, clusters * 10 // 11)
 
 
 class Bands(NamedTuple):

@@ -8,7 +8,7 @@ constexpr int DY_STRIDE = CONFIG_DY_STRIDE;  // from a warpgroup's strip of dy t
 constexpr int WARPGROUPS = 2;
 constexpr int MOST = 4;  // times 64 features of x, for a warpgroup: what its registers hold
 static_assert(WARPS == 4 * WARPGROUPS && X_WIDTH == STRIP, "strips are as wide as products");
-static_assert(DY_STRIPS + X_STRIPS <= RING / COPIERS, "steps that are held, and copied");
+static_assert(DY_STRIPS + X_STRIPS <= RING / 2, "a step is held until the next has arrived");
 
 // For each warpgroup: its first strips of dy and of x, and where in its features of x runs begin,
 // each of which is multiplied with one strip of dy: bit i for 64 i; the end of the last is a bit
@@ -42,7 +42,7 @@ __device__ void multiply_job(Shared<Runs>& s, const Job<Runs>& job, Stages& stag
   for (int i = 0; i < 32 * MOST; ++i) sums[i] = 0;
   int before = -1;  // the step before, whose products may still be under way
   auto release = [&] {
-    if (before >= 0 && threadIdx.x % 32 == 0) barrier_arrive(&s.empty[place<BARRIERS>(before)]);
+    if (before >= 0) give_back(s, before);
   };
   for (int step = job.first_step; step < job.end_step; ++step, stages.next()) {
     const int count = stages.count;

@@ -132,12 +132,14 @@ def check_dw(at: BlockTopology, n: int) -> None:
     torch.testing.assert_close(dw.float(), expected, rtol=1e-2, atol=1e-2 * n**0.5)
 
 
-@pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("parts", hopper_programs.DW_PARTS)
+@pytest.mark.parametrize(
+    ("block_size", "parts", "sharers"),
+    [(size, *cluster) for size in (64, 128) for cluster in hopper_programs.DW_CLUSTERS[size]],
+)
 @pytest.mark.parametrize("fill", [1.0, 0.6, 0.0], ids="filled to {:.0%}".format)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_way_to_cut_dw_on_hopper(
-    block_size: int, parts: int, fill: float, monkeypatch: pytest.MonkeyPatch
+    block_size: int, parts: int, sharers: int, fill: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the host, which knows the slots only, expected more blocks than there are."""
     force_kernels(choice.HOPPER, monkeypatch)
@@ -146,18 +148,17 @@ def test_every_way_to_cut_dw_on_hopper(
     capacity = int(mask.sum())
     mask &= torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < fill
     at = BlockTopology.from_mask(mask, block_size, capacity=capacity).to_(DEVICE)
-    fewest = -(-capacity // (8 if block_size == 64 else 2))
+    fewest = -(-capacity // (sharers * (8 if block_size == 64 else 2)))
     # By rows where clusters are many, evenly where they are few; in several rounds of fewer still.
-    several_rounds = {1, (fewest + 1) // 2} if parts == 1 else set()
-    for clusters in {fewest, fewest + 2, (fewest + capacity) // 2, capacity} | several_rounds:
-        split = parts, clusters, fewest
+    for clusters in {1, (fewest + 1) // 2, fewest, fewest + 2, (fewest + capacity) // 2, capacity}:
+        split = hopper_programs.Split(parts, sharers, clusters)
         monkeypatch.setattr(hopper_programs, "dw_split", lambda *_, split=split: split)
         for n in (1, 1000):
             check_dw(at, n)
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("parts", hopper_programs.NARROW_DW_PARTS)
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("in_blocks", [3, 40, 1100], ids="{} columns".format)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_way_to_cut_dw_of_narrow_blocks_on_hopper(

@@ -21,7 +21,7 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
     programs = list(portable_programs.all_programs())
     assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 * 2 + 2 * 4)
+    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 + 2 + 4 + 5)
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,13 @@ def test_forward_of_narrow_blocks_on_hopper_has_room_for_four_slabs(block_size: 
     tokens=st.integers(1, 10**6),
     processors=st.integers(1, 200),
 )
-def test_a_group_of_dw_fits_the_registers_and_a_cluster_the_device(
+def test_clusters_of_dw_fit_the_device(
     capacity: int, out_blocks: int, block_size: int, tokens: int, processors: int
 ) -> None:
-    parts, clusters, groups = hopper_programs.dw_split(
-        capacity, out_blocks, block_size, tokens, processors
-    )
-    assert 1 <= groups <= capacity
-    assert -(-capacity // groups) <= (8 if block_size == 64 else 2)
-    assert parts in hopper_programs.DW_PARTS and 1 <= clusters * parts <= processors
-    assert parts == 1 or groups <= clusters  # a cluster computes one group
+    split = hopper_programs.dw_split(capacity, out_blocks, block_size, tokens, processors)
+    assert (split.parts, split.sharers) in hopper_programs.DW_CLUSTERS[block_size]
+    assert 1 <= split.clusters * split.parts * split.sharers <= processors
+    assert split.clusters <= capacity
 
 
 @given(
@@ -95,7 +92,7 @@ def test_a_group_of_narrow_dw_fits_a_job_and_a_cluster_the_device(
 ) -> None:
     capacity = max(1, int(share * grid[0] * grid[1]))
     cut = hopper_programs.dw_bands(capacity, grid, block_size, processors)
-    assert cut.parts in hopper_programs.NARROW_DW_PARTS
+    assert (cut.parts, 1) in hopper_programs.DW_CLUSTERS[block_size]
     assert 1 <= cut.clusters * cut.parts <= processors
     assert cut.groups == cut.clusters if cut.parts > 1 else cut.groups % cut.clusters == 0
     assert cut.rows * block_size <= 512 and cut.cost >= 0
@@ -106,7 +103,7 @@ def test_a_group_of_narrow_dw_fits_a_job_and_a_cluster_the_device(
 
 def test_tokens_are_split_where_blocks_are_few() -> None:
     few, many = (hopper_programs.dw_split(n, 32, 128, 8192, 132) for n in (51, 512))
-    assert few == (2, 51, 51) and many[0] == 1
+    assert few.parts > 1 and many.parts == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)
