@@ -47,11 +47,13 @@ struct Cut {
     auto share = [](int of) { return (of + SHARERS - 1) / SHARERS; };
     // Rounds, times what a thread block copies of a group. Of what is cut over the ends of rows,
     // most groups need dy of two.
-    groups = clusters;
-    int least = share((n_blocks + groups - 1) / groups) + 2;
+    // Of narrower blocks, an odd number leaves one warpgroup with one more.
+    const int blocks = (n_blocks + clusters - 1) / clusters;
+    if (WIDE == 1) size = blocks;
+    groups = size > 0 ? (n_blocks + size - 1) / size : clusters;
+    int least = share(blocks) + 2;
     if (n_blocks > clusters * BLOCKS) {
-      // Several rounds: with groups of one size, or thread blocks drift apart. Of an odd number of
-      // narrower blocks one warpgroup has one more.
+      // Several rounds: with groups of one size, or thread blocks drift apart.
       least = 1 << 30;
       for (int of = 1; of <= BLOCKS; ++of) {
         const int total = (n_blocks + of - 1) / of, own = share(of);

@@ -70,7 +70,7 @@ _DW_SUMS = 8  # strips by strips that a thread block's registers hold
 # So many thread blocks copy as fast together as each alone, if all pass over the same tokens: then
 # L2 is asked for the same by several at once. In parts of the tokens it is less. Fitted on an H100.
 _TOGETHER = {1: 74.0, 2: 59.2, 4: 51.8, 8: 44.4}
-_UNDER_WAY = 24  # strips of dy and x of blocks of 128
+_UNDER_WAY = {16: 56, 32: 100, 64: 40, 128: 25}  # strips of x, and of dy by their width
 _LEAST_STRIPS = 10.5  # of narrow blocks, in the time that a step takes even if it copies fewer
 
 
@@ -167,7 +167,7 @@ def _strips_program(
         sharers=sharers,
         step=STEP,
         x_width=STRIP,
-        under_way=_UNDER_WAY if defines.get("B") == 128 else None,
+        under_way=_UNDER_WAY.get(defines.get("B", 0)),
         work=4 * 7,  # as `Runs` in product_strips.cuh has it
     )
 
@@ -186,6 +186,7 @@ def _narrow_dw_program(dtype: torch.dtype, block_size: int, parts: int) -> Progr
         parts=parts,
         step=NARROW_STEP,
         x_width=t.x_width,
+        under_way=_UNDER_WAY[block_size],
         work=4 * (1 + t.blocks),
         beside=4 * page,
     )
