@@ -12,6 +12,7 @@ from sparse_lightning.config import (
     UpdateSchedule,
 )
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.mlp import BlockSparseMLP
 from sparse_lightning.patching import SparsityReport, densify, sparsify
 from sparse_lightning.topology import BlockTopology
 
@@ -22,6 +23,7 @@ __version__ = version("sparse-lightning")
 
 __all__ = [
     "BlockSparseLinear",
+    "BlockSparseMLP",
     "BlockTopology",
     "DensitySchedule",
     "DropFractionSchedule",

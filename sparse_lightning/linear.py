@@ -147,37 +147,51 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out_features]` for `x` of `[..., in_features]`, any strides."""
+        self.check_input(x)
+        x = in_autocast_dtype(x)
+        y: Tensor = ops.block_linear(x, *self.operands(x))
+        return y
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` has the layer's input features."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"The input's last dimension must be in_features={self.in_features}; "
                 f"got shape {list(x.shape)}."
             )
+
+    def operands(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """Return what the ops take of this layer: values, bias, indices, `armed` and scores.
+
+        Args:
+            x: the input, already `in_autocast_dtype`; only its dtype and device count.
+
+        Raises:
+            TypeError: if its dtype is not the layer's, without autocast.
+        """
         values: Tensor = self.values
         bias: Tensor | None = self.bias
-        topology = self.topology
-        dtype = _autocast_dtype(x)
-        if dtype is not None:
-            x, values = x.to(dtype), values.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        if _autocast_dtype(x) is not None:
+            values = values.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
         if x.dtype != values.dtype:
             raise TypeError(
                 f"The input must have the layer's dtype {values.dtype}; got {x.dtype}. "
                 "Convert one of them, or run under autocast."
             )
-        y: Tensor = ops.block_linear(
-            x,
+        at = self.topology
+        return (
             values,
             bias,
-            topology.coords,
-            topology.row_offsets,
-            topology.row_entries,
-            topology.col_offsets,
-            topology.col_entries,
-            topology.slots,
+            at.coords,
+            at.row_offsets,
+            at.row_entries,
+            at.col_offsets,
+            at.col_entries,
+            at.slots,
             self.armed,
             self.block_scores,
         )
-        return y
 
     def kernel_choice(self, x: Tensor) -> dict[str, str]:
         """Return what would compute each product of a step with input `x`.
@@ -361,6 +375,12 @@ def largest_blocks(weight: Tensor, block_size: int, density: float) -> BlockTopo
     mask = torch.zeros(out_blocks * in_blocks, dtype=torch.bool, device="cpu")
     mask[norms.argsort(descending=True, stable=True)[:n_blocks].cpu()] = True
     return BlockTopology.from_mask(mask.view(out_blocks, in_blocks), block_size)
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Return `x` in the dtype that autocast wants for a product."""
+    dtype = _autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -17,6 +17,7 @@
 // each output block that is present in it: the block (B = 64), or half of it (128). Sums run over
 // ascending k, so results depend neither on slots nor on timing.
 
+#include "activations.cuh"
 #include "hopper.cuh"
 
 typedef CONFIG_T T;
@@ -47,6 +48,8 @@ struct Arguments {
   int out_blocks, in_blocks;
   long long tokens;
   int token_tiles, output_tiles;  // of TOKENS * CLUSTER, and of OUTPUTS
+  T* other;                       // see `finish`
+  int activation;                 // likewise
 };
 
 constexpr int WINDOW = 32;  // slabs that the planning warp looks at at once, a lane each
@@ -247,12 +250,16 @@ __device__ void multiply(const Arguments& a, Shared& s, int rank, int clusters) 
                 if (col < out_features) of_columns[j] += widen(a.bias[col]);
               }
             }
-            store_rows<T>(s.y[warpgroup * 4 + warp], of_columns, [&](int row, int col) -> T* {
-              const long long token = first_token + part * 64 + row;
-              const int output = first_output + column + col;
-              return token < a.tokens && output < out_features ? a.y + token * out_features + output
-                                                               : nullptr;
-            });
+            store_rows<T>(
+                s.y[warpgroup * 4 + warp], of_columns,
+                [&](int row, int col) -> T* {
+                  const long long token = first_token + part * 64 + row;
+                  const int output = first_output + column + col;
+                  return token < a.tokens && output < out_features
+                             ? a.y + token * out_features + output
+                             : nullptr;
+                },
+                finish<FORWARD, T>(a));
           }
       });
 }

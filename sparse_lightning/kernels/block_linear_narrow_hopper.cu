@@ -16,6 +16,7 @@
 // most would be absent. So these are products of a warp, block by block, at two thirds of the rate.
 // Sums run over ascending k, so results depend neither on slots nor on timing.
 
+#include "activations.cuh"
 #include "hopper.cuh"
 #include "product_mma.cuh"
 
@@ -56,6 +57,8 @@ struct Arguments {
   int out_blocks, in_blocks;
   long long tokens;
   int token_tiles, output_tiles;  // of TOKENS, and of OUTPUTS
+  T* other;                       // see `finish`
+  int activation;                 // likewise
 };
 
 struct Plan {
@@ -318,12 +321,16 @@ __device__ void multiply(const Arguments& a, Shared& s) {
         }
 #pragma unroll
         for (int part = 0; part < 4; ++part)
-          store_rows<T>(s.y[warp], sums[part][0], [&](int row, int col) -> T* {
-            const long long token = first_token + part * 16 + row;
-            const int output = first_output + col;
-            return token < a.tokens && output < out_features ? a.y + token * out_features + output
-                                                             : nullptr;
-          });
+          store_rows<T>(
+              s.y[warp], sums[part][0],
+              [&](int row, int col) -> T* {
+                const long long token = first_token + part * 16 + row;
+                const int output = first_output + col;
+                return token < a.tokens && output < out_features
+                           ? a.y + token * out_features + output
+                           : nullptr;
+              },
+              finish<FORWARD, T>(a));
       });
 }
 

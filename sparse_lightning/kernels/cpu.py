@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sparse_lightning.kernels import activations
+
 # The density from which one dense product is faster, by block size: the smaller a block, the more
 # it costs over its share (measured on x86 with MKL at 1024x1024x1024).
 _DENSIFY_ABOVE = {16: 0.2, 32: 0.5, 64: 0.65, 128: 0.85}
@@ -72,6 +74,40 @@ def block_linear_dx(
     """Return dy W; see `ops` for shapes."""
     in_blocks = dy.shape[-1] // values.shape[1]
     return _multiply(dy, values, None, col_offsets, col_entries, in_blocks, transposed=False)
+
+
+def block_linear_act(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    coords: Tensor,
+    row_offsets: Tensor,
+    row_entries: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
+    slots: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return h = x W^T + bias and its activation; see `ops` for shapes."""
+    activations.check(activation)
+    in_blocks = col_offsets.shape[0] - 1
+    h = _multiply(x, values, bias, row_offsets, row_entries, in_blocks, transposed=True)
+    return h, activations.activate(h, activation)
+
+
+def block_linear_dh(
+    dy: Tensor,
+    values: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
+    slots: Tensor,
+    h: Tensor,
+    activation: str,
+) -> Tensor:
+    """Return the gradient of h, if dy is that of the activation of h times W^T; see `ops`."""
+    activations.check(activation)
+    gradient = block_linear_dx(dy, values, col_offsets, col_entries, slots)
+    return activations.go_back(gradient, h, activation)
 
 
 def _multiply(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_lightning.kernels import choice, densified, hopper, portable
+from sparse_lightning.kernels import activations, choice, densified, hopper, portable
 
 
 def block_linear(
@@ -36,6 +36,67 @@ def block_linear_dx(
     return _multiply(dy, values, None, col_offsets, col_entries, slots, forward=False)
 
 
+def block_linear_act(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    coords: Tensor,
+    row_offsets: Tensor,
+    row_entries: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
+    slots: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return h = x W^T + bias and its activation; see `ops` for shapes."""
+    activations.check(activation)
+    a = x.new_empty(*x.shape[:-1], slots.shape[0] * values.shape[1])
+    h = _multiply(
+        x,
+        values,
+        bias,
+        row_offsets,
+        row_entries,
+        slots,
+        forward=True,
+        other=a,
+        activation=activation,
+    )
+    return h, a
+
+
+def block_linear_dh(
+    dy: Tensor,
+    values: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
+    slots: Tensor,
+    h: Tensor,
+    activation: str,
+) -> Tensor:
+    """Return the gradient of h, if dy is that of the activation of h times W^T; see `ops`."""
+    activations.check(activation)
+    shape = [*dy.shape[:-1], slots.shape[1] * values.shape[1]]
+    if list(h.shape) != shape or h.dtype != dy.dtype:
+        raise ValueError(
+            f"`h` must be {shape} of {dy.dtype}, as dy and the layer say; "
+            f"got {list(h.shape)} of {h.dtype}."
+        )
+    _device_of(dy, h)
+    h = _packed(h)
+    return _multiply(
+        dy,
+        values,
+        None,
+        col_offsets,
+        col_entries,
+        slots,
+        forward=False,
+        other=h,
+        activation=activation,
+    )
+
+
 def _multiply(
     x: Tensor,
     values: Tensor,
@@ -45,7 +106,10 @@ def _multiply(
     slots: Tensor,
     *,
     forward: bool,
+    other: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
+    """Return the product; with an activation, `other` is its output, to fill, or its input."""
     capacity, block_size, _ = values.shape
     shape = x.shape
     n_out, n_in = slots.shape if forward else reversed(slots.shape)
@@ -66,11 +130,18 @@ def _multiply(
     grid = (slots.shape[0], slots.shape[1])
     kind = choice.choose(op, x.dtype, block_size, capacity, grid, tokens, device)
     if kind == choice.HOPPER:
-        hopper.linear(x, values, bias, slots, y, device, forward=forward)
-    elif kind == choice.DENSE:
+        hopper.linear(
+            x, values, bias, slots, y, device, forward=forward, other=other, activation=activation
+        )
+        return y
+    if kind == choice.DENSE:
         densified.linear(x, values, bias, slots, y, device, forward=forward)
     else:
         portable.linear(x, values, bias, offsets, entries, y, device, forward=forward)
+    if activation is not None and other is not None:
+        if not forward:
+            return activations.go_back(y, other, activation)
+        other.copy_(activations.activate(y, activation))
     return y
 
 

@@ -21,7 +21,7 @@ constexpr int MOST_STAGES = 8;  // steps that are under way at most
 constexpr int BARRIERS = 2 * MOST_STAGES;
 // Thread blocks that are in step spare L2 much: what several ask for at once it reads once. So no
 // more is under way than copies need to arrive in time, in strips of x, if that is enough steps.
-constexpr int UNDER_WAY = CONFIG_UNDER_WAY, ENOUGH = 4;
+constexpr int UNDER_WAY = CONFIG_UNDER_WAY, ENOUGH = CONFIG_ENOUGH;
 constexpr int JOBS = 2;  // that are planned at a time
 
 // The thread blocks of a cluster: each part of the tokens has some, which share copies of dy.

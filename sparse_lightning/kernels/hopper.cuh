@@ -277,10 +277,20 @@ __device__ void multiply_add(float* c, unsigned a, unsigned b) {
     PRODUCT(256, NAMES128, SUMS128(0), "%128", "%129", "%130", "%131", "%132", "%133");
 }
 
+// How results are written, eight at a time: first what is needed is read, then, when all is on its
+// way, written.
+template <typename T>
+struct AsItIs {
+  __device__ uint4 read(const T*) const { return {}; }
+  __device__ void write(T* to, uint4 results, uint4) const {
+    *reinterpret_cast<uint4*>(to) = results;
+  }
+};
+
 // Writes a warp's share, 16 rows, of 64 columns of C, through shared memory: so that whole lines
 // are written. `staging` is the warp's own; at(row, col) is where eight elements go, or null.
-template <typename T, typename At>
-__device__ void store_rows(char* staging, const float* sums, At at) {
+template <typename T, typename At, typename Finish = AsItIs<T>>
+__device__ void store_rows(char* staging, const float* sums, At at, Finish finish = {}) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < 64; j += 16) {
@@ -292,14 +302,19 @@ __device__ void store_rows(char* staging, const float* sums, At at) {
     const int row = lane % 16, chunk = (j / 8 + lane / 16) ^ row % 8;
     store_matrices(staging + row * 128 + chunk * 16, words);
   }
+  uint4 read[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const T* to = at(4 * i + lane / 8, lane % 8 * 8);
+    if (to) read[i] = finish.read(to);
+  }
   __syncwarp();
 #pragma unroll
-  for (int first = 0; first < 16; first += 4) {
-    const int row = first + lane / 8, chunk = (lane % 8) ^ row % 8;
+  for (int i = 0; i < 4; ++i) {
+    const int row = 4 * i + lane / 8, chunk = (lane % 8) ^ row % 8;
     T* to = at(row, lane % 8 * 8);
     if (to)
-      *reinterpret_cast<uint4*>(to) =
-          *reinterpret_cast<const uint4*>(staging + row * 128 + chunk * 16);
+      finish.write(to, *reinterpret_cast<const uint4*>(staging + row * 128 + chunk * 16), read[i]);
   }
   __syncwarp();
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_lightning.kernels import hopper_programs as programs
+from sparse_lightning.kernels.activations import ACTIVATIONS
 from sparse_lightning.kernels.launch import Kernel, build_once, processors
 from sparse_lightning.kernels.programs import Program, TiledProgram
 from sparse_lightning.kernels.tensor_maps import tensor_map
@@ -24,10 +25,16 @@ def linear(
     device: int,
     *,
     forward: bool,
+    other: Tensor | None = None,
+    activation: str | None = None,
 ) -> None:
-    """Fill `y` with x W^T + bias, or with x W (not `forward`); `slots` is W's in both cases."""
+    """Fill `y` with x W^T + bias, or with x W (not `forward`); `slots` is W's in both cases.
+
+    With an activation, `other` is filled with that of y (forward), or holds the input that the
+    gradient goes back to, contiguous like y.
+    """
     block_size = values.shape[1]
-    kernel = _linear_kernel(x.dtype, block_size, forward, device)
+    kernel = _linear_kernel(x.dtype, block_size, forward, activation is not None, device)
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
     tiling = kernel.program.tiling
@@ -55,6 +62,8 @@ def linear(
         tokens,
         token_tiles,
         output_tiles,
+        0 if other is None else other.data_ptr(),
+        0 if activation is None else ACTIVATIONS.index(activation),
     )
 
 
@@ -136,11 +145,11 @@ def _strip_maps(dy: Tensor, x: Tensor, step: int, x_width: int) -> tuple[bytes, 
 
 @build_once
 def _linear_kernel(
-    dtype: torch.dtype, block_size: int, forward: bool, device: int
+    dtype: torch.dtype, block_size: int, forward: bool, activated: bool, device: int
 ) -> Kernel[TiledProgram]:
-    program = programs.linear_program(dtype, block_size, forward=forward)
+    program = programs.linear_program(dtype, block_size, forward=forward, activated=activated)
     blocks = "P" if block_size < programs.STRIP else "128s"
-    return Kernel(program, "block_linear", f"128s{blocks}PPPiiiiqii", device)
+    return Kernel(program, "block_linear", f"128s{blocks}PPPiiiiqiiPi", device)
 
 
 @build_once

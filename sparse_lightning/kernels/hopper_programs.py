@@ -6,6 +6,7 @@ How their tiles are cut was chosen on an H100; NOTES.md has the measurements.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -70,7 +71,8 @@ _DW_SUMS = 8  # strips by strips that a thread block's registers hold
 # So many thread blocks copy as fast together as each alone, if all pass over the same tokens: then
 # L2 is asked for the same by several at once. In parts of the tokens it is less. Fitted on an H100.
 _TOGETHER = {1: 74.0, 2: 59.2, 4: 51.8, 8: 44.4}
-_UNDER_WAY = {16: 56, 32: 100, 64: 40, 128: 25}  # strips of x, and of dy by their width
+# Strips of x, and of dy by their width, that are under way; and enough steps, if these are more.
+_UNDER_WAY = {16: (56, 4), 32: (100, 4), 64: (40, 4), 128: (24, 5)}
 _LEAST_STRIPS = 10.5  # of narrow blocks, in the time that a step takes even if it copies fewer
 
 
@@ -79,8 +81,14 @@ def serve(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     return capability == CAPABILITY and dtype in PTX_TYPES
 
 
-def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> TiledProgram:
-    """Return the program of y = x W^T (forward) or dx = dy W: `block_linear`."""
+def linear_program(
+    dtype: torch.dtype, block_size: int, *, forward: bool, activated: bool = False
+) -> TiledProgram:
+    """Return the program of `block_linear`: y = x W^T (forward) or dx = dy W.
+
+    If `activated`, also the activation of y, or the gradient of the input of an activation whose
+    output's gradient dx is.
+    """
     check_block_size(block_size)
     tiling = _LINEAR[block_size]
     source, shared_bytes, more = (_narrow_linear if block_size < STRIP else _wide_linear)(
@@ -91,6 +99,7 @@ def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Til
         "PTX_TYPE": PTX_TYPES[dtype],
         "B": block_size,
         "FORWARD": int(forward),
+        "ACTIVATED": int(activated),
         "TOKENS": tiling.tm,
         "OUTPUTS": tiling.tn,
         "SLAB": tiling.tk,
@@ -145,8 +154,8 @@ def all_programs() -> Iterator[Program]:
         for block_size in BLOCK_SIZES:
             for parts, sharers in DW_CLUSTERS[block_size]:
                 yield dw_program(dtype, block_size, parts, sharers)
-            yield linear_program(dtype, block_size, forward=True)
-            yield linear_program(dtype, block_size, forward=False)
+            for forward, activated in itertools.product((True, False), repeat=2):
+                yield linear_program(dtype, block_size, forward=forward, activated=activated)
 
 
 def _strips_program(
@@ -203,7 +212,7 @@ def _gradient_program(
     x_width: int,
     work: int,
     sharers: int = 1,
-    under_way: int | None = None,
+    under_way: tuple[int, int] | None = None,
     beside: int = 0,
 ) -> Program:
     # As `Shared` in gradient_hopper.cuh has it, with as many strips as fit.
@@ -223,7 +232,8 @@ def _gradient_program(
             "STEP": step,
             "X_WIDTH": x_width,
             "RING": ring,
-            "UNDER_WAY": under_way or ring,
+            "UNDER_WAY": ring if under_way is None else under_way[0],
+            "ENOUGH": 1 if under_way is None else under_way[1],
             "SHARED_BYTES": shared_bytes,
         }
     )

@@ -8,9 +8,16 @@ the capacity of a layer, so that a topology update neither recompiles nor recapt
     block_linear_dw   dW = dy^T x, at the present blocks only; zeros in empty slots
     block_norms_      scores += squared Frobenius norm of each block of dy^T x, if armed
 
+and, for two layers with an activation between them, which saves its passes over memory:
+
+    block_mlp         y  = f(x V^T + bias) W^T + bias                (differentiable)
+    block_linear_act  h  = x W^T + bias and f(h)
+    block_linear_dh   dh = (dy W) * f'(h), elementwise
+
 `x` is `[..., in_features]`, `dy` and `y` are `[..., out_features]`, `values` and `dW` are
 `[capacity, B, B]`; coords, offsets, entries and slots are int32, as in `BlockTopology`; `armed` is
-a 0-dim bool, `scores` is fp32 `[out_blocks, in_blocks]`, both on the device of `x`.
+a 0-dim bool, `scores` is fp32 `[out_blocks, in_blocks]`, both on the device of `x`. The activation
+f is one of `activations.ACTIVATIONS`.
 
 `Library.define` with an `autograd.Function` at the Autograd key is used, rather than
 `torch.library.custom_op`, for its host time: about half, and a kernel at low density lasts no
@@ -19,6 +26,7 @@ longer than its launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -43,13 +51,40 @@ _library.define(
     "Tensor slots) -> Tensor"
 )
 _library.define("block_norms_(Tensor dy, Tensor x, Tensor armed, Tensor(a!) scores) -> ()")
+_library.define(
+    "block_linear_act(Tensor x, Tensor values, Tensor? bias, Tensor coords, "
+    "Tensor row_offsets, Tensor row_entries, Tensor col_offsets, Tensor col_entries, "
+    "Tensor slots, str activation) -> (Tensor, Tensor)"
+)
+_library.define(
+    "block_linear_dh(Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries, "
+    "Tensor slots, Tensor h, str activation) -> Tensor"
+)
+_LAYER = (
+    "Tensor {0}_values, Tensor? {0}_bias, Tensor {0}_coords, Tensor {0}_row_offsets, "
+    "Tensor {0}_row_entries, Tensor {0}_col_offsets, Tensor {0}_col_entries, Tensor {0}_slots, "
+    "Tensor {0}_armed, Tensor {0}_scores"
+)
+_library.define(
+    f"block_mlp(Tensor x, {_LAYER.format('up')}, {_LAYER.format('down')}, str activation) -> Tensor"
+)
 
-OPS = ("block_linear", "block_linear_dx", "block_linear_dw", "block_norms_")
+OPS = (
+    "block_linear",
+    "block_linear_dx",
+    "block_linear_dw",
+    "block_norms_",
+    "block_linear_act",
+    "block_linear_dh",
+)
 
 block_linear = torch.ops.sparse_lightning.block_linear.default
 block_linear_dx = torch.ops.sparse_lightning.block_linear_dx.default
 block_linear_dw = torch.ops.sparse_lightning.block_linear_dw.default
 block_norms_ = torch.ops.sparse_lightning.block_norms_.default
+block_linear_act = torch.ops.sparse_lightning.block_linear_act.default
+block_linear_dh = torch.ops.sparse_lightning.block_linear_dh.default
+block_mlp = torch.ops.sparse_lightning.block_mlp.default
 
 
 def implement(dispatch_key: str, backend: ModuleType) -> None:
@@ -61,12 +96,11 @@ def implement(dispatch_key: str, backend: ModuleType) -> None:
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, values, bias, *indices = args[:9]
+        x, values, _, *indices = args[:9]
         ctx.save_for_backward(x, values, *indices)
         # Not saved for backward: the backward of a layer that was called twice would find the
         # scores changed by its own first half, and autograd would refuse them.
         ctx.armed, ctx.scores = args[9:]
-        ctx.has_bias = bias is not None
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = block_linear(*args)
         return y
@@ -74,19 +108,73 @@ class _BlockLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, coords, row_offsets, row_entries, *by_column = ctx.saved_tensors
-        dx = dvalues = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = block_linear_dx(dy, values, *by_column)
-        if ctx.needs_input_grad[1]:
-            dvalues = block_linear_dw(dy, x, coords, row_offsets, row_entries, by_column[-1])
-            block_norms_(dy, x, ctx.armed, ctx.scores)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dvalues, dbias, *[None] * 8
+        x, values, *indices = ctx.saved_tensors
+        needs_dx, *needs = ctx.needs_input_grad[:3]
+        dx = block_linear_dx(dy, values, *indices[3:]) if needs_dx else None
+        return dx, *_parameter_gradients(dy, x, indices, ctx.armed, ctx.scores, *needs), *[None] * 8
+
+
+class _BlockMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, up, down, activation = args[0], args[1:11], args[11:21], args[21]
+        with torch._C._AutoDispatchBelowAutograd():
+            h, a = block_linear_act(x, *up[:8], activation)
+            y: Tensor = block_linear(a, *down)
+        ctx.save_for_backward(x, h, a, up[0], *up[2:8], down[0], *down[2:8])
+        ctx.scores, ctx.activation = (*up[8:], *down[8:]), activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, a, *layers = ctx.saved_tensors
+        (up, *up_indices), (down, *down_indices) = layers[:7], layers[7:]
+        needs_dx, *needs_up = ctx.needs_input_grad[:3]
+        dx = None
+        of_up: tuple[Tensor | None, Tensor | None] = None, None
+        of_down = _parameter_gradients(
+            dy, a, down_indices, *ctx.scores[2:], *ctx.needs_input_grad[11:13]
+        )
+        if needs_dx or any(needs_up):
+            dh = block_linear_dh(dy, down, *down_indices[3:], h, ctx.activation)
+            of_up = _parameter_gradients(dh, x, up_indices, *ctx.scores[:2], *needs_up)
+            if needs_dx:
+                dx = block_linear_dx(dh, up, *up_indices[3:])
+        return dx, *of_up, *[None] * 8, *of_down, *[None] * 9
+
+
+def _parameter_gradients(
+    dy: Tensor,
+    x: Tensor,
+    indices: Sequence[Tensor],
+    armed: Tensor,
+    scores: Tensor,
+    needs_dvalues: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of values and bias, and add to the scores of the blocks."""
+    dvalues = dbias = None
+    if needs_dvalues:
+        coords, row_offsets, row_entries, *_, slots = indices
+        dvalues = block_linear_dw(dy, x, coords, row_offsets, row_entries, slots)
+        block_norms_(dy, x, armed, scores)
+    if needs_dbias:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dvalues, dbias
 
 
 _library.impl("block_linear", _BlockLinear.apply, "Autograd")
+_library.impl("block_mlp", _BlockMlp.apply, "Autograd")
+
+
+def _block_mlp(*args: Any) -> Tensor:
+    _, a = block_linear_act(*args[:9], args[-1])
+    y: Tensor = block_linear(a, *args[11:21])
+    return y
+
+
+_library.impl("block_mlp", _block_mlp, "CompositeExplicitAutograd")
 
 
 def _fake_block_linear(
@@ -102,6 +190,15 @@ def _fake_block_linear(
 
 def _fake_block_linear_dx(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Tensor) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], (col_offsets.shape[0] - 1) * values.shape[1])
+
+
+def _fake_block_linear_act(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    h = _fake_block_linear(x, *args)
+    return h, torch.empty_like(h)
+
+
+def _fake_block_linear_dh(dy: Tensor, *args: Any) -> Tensor:
+    return _fake_block_linear_dx(dy, *args)
 
 
 def _fake_block_linear_dw(

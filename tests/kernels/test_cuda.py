@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_lightning import BlockSparseLinear, BlockTopology
+from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.evolution import update_topology
 from sparse_lightning.kernels import choice, hopper_programs, ops, portable
+from sparse_lightning.kernels.activations import ACTIVATIONS, activate, go_back
 from tests.kernels.test_parity import (
     DTYPES,
     PATTERNS,
@@ -120,6 +122,38 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
     factor = 2 if dtype == torch.float32 else 1.05
     for ours, theirs in zip(errors([y, dx, dvalues, dbias]), errors(expected), strict=True):
         assert ours <= factor * theirs
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned_memory", "kind")
+def test_activations_on_the_way(activation: str, block_size: int, dtype: torch.dtype) -> None:
+    """Of the products as they are without: rounded, then passed through."""
+    tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    layer = make_layer(5 * block_size, 3 * block_size, block_size=block_size, dtype=dtype)
+    for n in (1, 1000):
+        x, dy = tokens(n, layer)
+        operands = [None if o is None else o.detach() for o in layer.operands(x)]
+        values, *_, col_offsets, col_entries, slots, _, _ = operands
+        h, a = ops.block_linear_act(5 * x, *operands[:8], activation)
+        assert torch.equal(h, ops.block_linear(5 * x, *operands))
+        expected = activate(h.double(), activation)
+        torch.testing.assert_close(a.double(), expected, rtol=tolerance, atol=1e-6)
+
+        h = 3 * torch.randn_like(x)
+        dh = ops.block_linear_dh(dy, values, col_offsets, col_entries, slots, h, activation)
+        dx = ops.block_linear_dx(dy, values, col_offsets, col_entries, slots)
+        expected = go_back(dx.double(), h.double(), activation)
+        torch.testing.assert_close(dh.double(), expected, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kind")
+def test_an_mlp_equals_its_layers() -> None:
+    mlp = BlockSparseMLP(make_layer(256, 192), nn.GELU(), make_layer(192, 256))
+    plain = nn.Sequential(*copy.deepcopy(list(mlp)))
+    x, dy = (torch.randn(2, 500, 256, device=DEVICE).bfloat16() for _ in range(2))
+    assert_same(run(mlp, x, dy), run(plain, x, dy), rtol=2e-2, atol=2e-2)
 
 
 def check_dw(at: BlockTopology, n: int) -> None:

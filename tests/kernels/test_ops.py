@@ -40,6 +40,9 @@ def op_arguments(
     x = torch.randn(2, 3, 64, dtype=dtype, device=device)
     dy = torch.randn(2, 3, 48, dtype=dtype, device=device)
     bias = torch.randn(48, dtype=dtype, device=device)
+    down = BlockSparseLinear(
+        48, 64, topology=BlockTopology.from_mask(at.mask.T.cpu(), 16), dtype=dtype
+    ).to(device)
     rows = at.row_offsets, at.row_entries
     cols = at.col_offsets, at.col_entries, at.slots
     armed, scores = torch.tensor(True, device=device), torch.rand(at.grid, device=device)
@@ -50,12 +53,19 @@ def op_arguments(
         "block_linear_dx": (dy, values, *cols),
         "block_linear_dw": (dy, x, at.coords, *rows, at.slots),
         "block_norms_": (dy, x, armed, scores),
+        "block_linear_act": (x, values, bias, at.coords, *rows, *cols, "gelu"),
+        "block_linear_dh": (dy, values, *cols, torch.randn_like(x), "silu"),
+        "block_mlp": (
+            *(x, values, bias, at.coords, *rows, *cols, armed, scores),
+            *(down.values.detach(), None, *down.operands(x)[2:], "gelu"),
+        ),
     }[op]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("op", "requires_grad"), [*((op, False) for op in ops.OPS), ("block_linear", True)]
+    ("op", "requires_grad"),
+    [*((op, False) for op in ops.OPS), *((op, True) for op in ("block_linear", "block_mlp"))],
 )
 def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype, device: str) -> None:
     arguments = op_arguments(op, dtype, requires_grad, device)

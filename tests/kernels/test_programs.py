@@ -21,7 +21,7 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
     programs = list(portable_programs.all_programs())
     assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 2 * 4 + 2 + 2 + 4 + 5)
+    assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 4 + 2 + 2 + 4 + 5)
 
 
 @pytest.mark.parametrize(

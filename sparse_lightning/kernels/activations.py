@@ -1,0 +1,49 @@
+"""The activations that kernels can compute on the way; here by plain PyTorch, for the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered as in activations.cuh
+
+_aten = torch.ops.aten
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """Return the activation of `h`.
+
+    >>> activate(torch.tensor([-1.0, 2.0]), "relu")
+    tensor([0., 2.])
+    """
+    if activation == "relu":
+        return torch.relu(h)
+    if activation == "silu":
+        return torch.nn.functional.silu(h)
+    return torch.nn.functional.gelu(h, approximate=_approximation(activation))
+
+
+def go_back(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
+    """Return the gradient of `h` from that of its activation.
+
+    >>> go_back(torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 2.0]), "relu")
+    tensor([0., 3.])
+    """
+    if activation == "relu":
+        out: Tensor = _aten.threshold_backward(gradient, h, 0)
+    elif activation == "silu":
+        out = _aten.silu_backward(gradient, h)
+    else:
+        out = _aten.gelu_backward(gradient, h, approximate=_approximation(activation))
+    return out
+
+
+def check(activation: str) -> None:
+    """Raise ValueError unless the activation is offered."""
+    if activation not in ACTIVATIONS:
+        offered = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"`activation` must be one of {offered}; got {activation!r}.")
+
+
+def _approximation(activation: str) -> str:
+    return "tanh" if activation == "gelu_tanh" else "none"
