@@ -12,8 +12,9 @@
 // spare L2 much, what several ask for at once it reads once. Where that would take more rounds, the
 // blocks are cut evenly instead, over the ends of rows.
 //
-// A cluster of PARTS thread blocks takes a group, each a part of the tokens. Where groups are few,
-// so all have work; they add up their sums, always in the same order, each a share of them.
+// A cluster takes a group. Of its thread blocks, SHARERS compute a share of the blocks each, and
+// copy what dy the group needs once for both; and each part of the tokens, of PARTS, has so many.
+// Where groups are few, so all have work; the parts add up their sums, always in the same order.
 
 #include "product_strips.cuh"
 
@@ -45,15 +46,17 @@ struct Cut {
     const int clusters = gridDim.x / CLUSTER;
     auto rounds = [&](int groups) { return (groups + clusters - 1) / clusters; };
     auto share = [](int of) { return (of + SHARERS - 1) / SHARERS; };
-    // Rounds, times what a thread block copies of a group. Of what is cut over the ends of rows,
-    // most groups need dy of two.
-    // Of narrower blocks, an odd number leaves one warpgroup with one more.
+    // One round: of wide blocks evenly, of others in groups of one size, which warpgroups halve
+    // alike.
     const int blocks = (n_blocks + clusters - 1) / clusters;
     if (WIDE == 1) size = blocks;
     groups = size > 0 ? (n_blocks + size - 1) / size : clusters;
+    // Rounds, times what a thread block copies of a group. Of what is cut over the ends of rows,
+    // most groups need dy of two.
     int least = share(blocks) + 2;
     if (n_blocks > clusters * BLOCKS) {
-      // Several rounds: with groups of one size, or thread blocks drift apart.
+      // Several rounds: with groups of one size, or thread blocks drift apart. Of an odd number of
+      // narrower blocks one warpgroup has one more.
       least = 1 << 30;
       for (int of = 1; of <= BLOCKS; ++of) {
         const int total = (n_blocks + of - 1) / of, own = share(of);
