@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 from sparse_lightning.kernels import ops
 from sparse_lightning.linear import BlockSparseLinear, in_autocast_dtype
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class BlockSparseMLP(nn.Sequential):
@@ -19,7 +19,8 @@ class BlockSparseMLP(nn.Sequential):
     Where a `BlockSparseLinear`, an `nn.ReLU`, `nn.GELU` or `nn.SiLU`, and another
     `BlockSparseLinear` follow each other, the first product's kernel also writes the activation,
     and in backward the second's also multiplies by its slope. All else runs as in `nn.Sequential`,
-    as do layers with hooks, which would not be called otherwise. Results are the same.
+    as do layers with hooks, which would not be called otherwise. Results are the same but for the
+    last bit of an activation: see activations.cuh.
 
     `sparsify` makes one of every plain `nn.Sequential` that has such layers.
 
@@ -78,7 +79,7 @@ def _fused(
     if up.out_features != down.in_features or up.values.dtype != down.values.dtype:
         return None
     if torch_module._has_any_global_hook() or any(
-        getattr(module, hooks) for module in modules[:3] for hooks in _HOOKS
+        getattr(module, hooks) for module in modules[:3] for hooks in CALL_HOOKS
     ):
         return None
     return up, activation, down

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from sparse_lightning.criteria import seeded_generator
 from sparse_lightning.distributions import DISTRIBUTIONS, Grid
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, largest_blocks
-from sparse_lightning.mlp import BlockSparseMLP, can_fuse
+from sparse_lightning.mlp import CALL_HOOKS, BlockSparseMLP, can_fuse
 from sparse_lightning.topology import (
     BlockTopology,
     block_grid,
@@ -304,10 +304,7 @@ def _obstacle(linear: nn.Linear, block_size: int, tied: set[int]) -> str | None:
 
 
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+    *CALL_HOOKS,
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
