@@ -1,13 +1,13 @@
-// scores += squared Frobenius norm of each block of dy^T x, if armed.
+// scores += squared Frobenius norm of each block of dy^T x, if armed; if DENSE, scores += dy^T x.
 //
 //   dy     T [tokens, out_features]     contiguous, 16-byte aligned, as is x
 //   x      T [tokens, in_features]
 //   armed  bool                         read on the device: without it the kernel ends at once
-//   scores float [out_features / block_size, in_features / block_size]
+//   scores float [out_features / block_size, in_features / block_size]; a block_size of 1 if DENSE
 //
-// dy^T x is computed in tiles of TM x TN, multiples of every block size, and never stored. A thread
-// block takes tiles in turn; each is reduced to sums over 16 x 16 squares, then to the sums of its
-// blocks, always in one order.
+// dy^T x is computed in tiles of TM x TN, multiples of every block size. A thread block takes tiles
+// in turn; each is added to the scores as it is, or reduced to sums over 16 x 16 squares, then to
+// the sums of its blocks, always in one order.
 //
 // The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
 // with the arithmetic.
@@ -36,9 +36,54 @@ typedef Tile<float, TM, TN> Result;
 static_assert(shared_bytes<STAGES, TileProduct, Result>() == CONFIG_SHARED_BYTES,
               "portable_programs.py must count alike");
 
+// Adds the squared norms of a tile's blocks.
+__device__ inline void add_norms(Result tile, const Arguments& a, int first_m, int first_n) {
+  __shared__ float squares[SQUARES_M][SQUARES_N];
+  // One warp a square: its lanes take every second row of one column, then add up by halves.
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < SQUARES_M * SQUARES_N; i += TileProduct::THREADS / 32) {
+    const int m = i / SQUARES_N, n = i % SQUARES_N;
+    float sum = 0;
+#pragma unroll
+    for (int row = lane / SQUARE; row < SQUARE; row += 32 / SQUARE) {
+      const float g = *tile.at(m * SQUARE + row, n * SQUARE + lane % SQUARE);
+      sum += g * g;
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    if (lane == 0) squares[m][n] = sum;
+  }
+  __syncthreads();
+  const int per_block = a.block_size / SQUARE;  // squares a block has each way
+  const int blocks_n = TN / a.block_size, blocks = TM / a.block_size * blocks_n;
+  for (int i = threadIdx.x; i < blocks; i += TileProduct::THREADS) {
+    const int m = i / blocks_n, n = i % blocks_n;
+    const int block_row = first_m / a.block_size + m, block_col = first_n / a.block_size + n;
+    if (block_row * a.block_size >= a.out_features || block_col * a.block_size >= a.in_features)
+      continue;
+    float sum = 0;
+    for (int row = 0; row < per_block; ++row)
+      for (int col = 0; col < per_block; ++col)
+        sum += squares[m * per_block + row][n * per_block + col];
+    a.scores[(long long)block_row * (a.in_features / a.block_size) + block_col] += sum;
+  }
+}
+
+// Adds the tile itself. Not for atomicity, as nobody else adds to it: L2 adds up, and no thread has
+// to wait for what was there.
+__device__ inline void add_tile(Result tile, const Arguments& a, int first_m, int first_n) {
+  const int rows = min(TM, a.out_features - first_m), cols = min(TN, a.in_features - first_n);
+  float* scores = a.scores + (long long)first_m * a.in_features + first_n;
+  for (int i = threadIdx.x; i < rows * TN; i += TileProduct::THREADS) {
+    const int row = i / TN, col = i % TN;
+    if (col < cols) atomicAdd(scores + (long long)row * a.in_features + col, *tile.at(row, col));
+  }
+  __syncthreads();  // the next tile's operands take this one's place
+}
+
 extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(const Arguments a) {
   extern __shared__ __align__(128) char shared[];
-  __shared__ float squares[SQUARES_M][SQUARES_N];
   if (!*a.armed) return;
 
   const int tiles_n = (a.in_features + TN - 1) / TN;
@@ -61,34 +106,9 @@ extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(c
     Result result(shared);
     product.store(result);
     __syncthreads();
-    // One warp a square: its lanes take every second row of one column, then add up by halves.
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < SQUARES_M * SQUARES_N; i += TileProduct::THREADS / 32) {
-      const int m = i / SQUARES_N, n = i % SQUARES_N;
-      float sum = 0;
-#pragma unroll
-      for (int row = lane / SQUARE; row < SQUARE; row += 32 / SQUARE) {
-        const float g = *result.at(m * SQUARE + row, n * SQUARE + lane % SQUARE);
-        sum += g * g;
-      }
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2)
-        sum += __shfl_xor_sync(0xffffffff, sum, distance);
-      if (lane == 0) squares[m][n] = sum;
-    }
-    __syncthreads();
-    const int per_block = a.block_size / SQUARE;  // squares a block has each way
-    const int blocks_n = TN / a.block_size, blocks = TM / a.block_size * blocks_n;
-    for (int i = threadIdx.x; i < blocks; i += TileProduct::THREADS) {
-      const int m = i / blocks_n, n = i % blocks_n;
-      const int block_row = first_m / a.block_size + m, block_col = first_n / a.block_size + n;
-      if (block_row * a.block_size >= a.out_features || block_col * a.block_size >= a.in_features)
-        continue;
-      float sum = 0;
-      for (int row = 0; row < per_block; ++row)
-        for (int col = 0; col < per_block; ++col)
-          sum += squares[m * per_block + row][n * per_block + col];
-      a.scores[(long long)block_row * (a.in_features / a.block_size) + block_col] += sum;
-    }
+    if constexpr (CONFIG_DENSE)
+      add_tile(result, a, first_m, first_n);
+    else
+      add_norms(result, a, first_m, first_n);
   }
 }

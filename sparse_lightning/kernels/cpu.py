@@ -282,17 +282,20 @@ def block_linear_dw(
 
 
 def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-    """Add the squared norm of each block of dy^T x to `scores`, if armed; see `ops` for shapes."""
+    """Add squared norms of blocks of dy^T x, or itself, to `scores`, if armed; see `ops`."""
     if not armed.item():
         return
     # A product of half-precision inputs is summed and squared in fp32: fp16 would overflow.
     dtype = torch.promote_types(x.dtype, torch.float32)
     dy, x = dy.reshape(-1, dy.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
     out_blocks, in_blocks = scores.shape
-    block_size = x.shape[1] // in_blocks
+    block_size = x.shape[1] // in_blocks  # 1 where the scores are dense
     rows_a_band = max(1, _NORMS_BAND_BYTES // (block_size * x.shape[1] * x.element_size()))
     for first in range(0, out_blocks, rows_a_band):
         band = scores[first : first + rows_a_band]
         rows = slice(first * block_size, (first + band.shape[0]) * block_size)
-        gradient = (dy[:, rows].T @ x).view(band.shape[0], block_size, in_blocks, block_size)
-        band += gradient.square().sum((1, 3))
+        gradient = dy[:, rows].T @ x
+        if block_size > 1:
+            blocks = gradient.view(band.shape[0], block_size, in_blocks, block_size)
+            gradient = blocks.square().sum((1, 3))
+        band += gradient

@@ -174,18 +174,18 @@ def block_linear_dw(
 
 
 def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-    """Add the squared norm of each block of dy^T x to `scores`, if armed; see `ops` for shapes."""
+    """Add squared norms of blocks of dy^T x, or itself, to `scores`, if armed; see `ops`."""
     device = _device_of(x, dy, armed, scores)
     out_blocks, in_blocks = scores.shape
-    block_size = x.shape[-1] // in_blocks
+    block_size = x.shape[-1] // in_blocks  # 1 where the scores are dense
     _check_pair(dy, x, out_blocks * block_size)
     if x.numel() == 0:
         return
     dy, x = _packed(dy), _packed(x)
-    tokens = x.numel() // x.shape[-1]
-    kind = choice.choose(
-        "norms", x.dtype, block_size, scores.numel(), (out_blocks, in_blocks), tokens, device
-    )
+    kind = choice.PORTABLE
+    if block_size > 1:
+        grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
+        kind = choice.choose("norms", x.dtype, block_size, scores.numel(), grid, tokens, device)
     family = hopper if kind == choice.HOPPER else portable
     family.add_norms(dy, x, armed, scores, device)
 

@@ -6,7 +6,8 @@ the capacity of a layer, so that a topology update neither recompiles nor recapt
     block_linear      y  = x W^T + bias                              (differentiable)
     block_linear_dx   dx = dy W
     block_linear_dw   dW = dy^T x, at the present blocks only; zeros in empty slots
-    block_norms_      scores += squared Frobenius norm of each block of dy^T x, if armed
+    block_norms_      scores += squared Frobenius norm of each block of dy^T x, if armed;
+                      of the size of dy^T x, scores += dy^T x itself
 
 and, for two layers with an activation between them, which saves its passes over memory:
 
@@ -16,8 +17,12 @@ and, for two layers with an activation between them, which saves its passes over
 
 `x` is `[..., in_features]`, `dy` and `y` are `[..., out_features]`, `values` and `dW` are
 `[capacity, B, B]`; coords, offsets, entries and slots are int32, as in `BlockTopology`; `armed` is
-a 0-dim bool, `scores` is fp32 `[out_blocks, in_blocks]`, both on the device of `x`. The activation
-f is one of `activations.ACTIVATIONS`.
+a 0-dim bool, `scores` is fp32 and contiguous, both on the device of `x`. The activation f is one of
+`activations.ACTIVATIONS`.
+
+In every op `scores` is `[out_blocks, in_blocks]` or, dense, `[out_features, in_features]`: for the
+memory of a dense matrix a caller has, over several calls, the norms of the summed gradient in place
+of summed norms. No block is a single element, so the shape says which.
 
 `Library.define` with an `autograd.Function` at the Autograd key is used, rather than
 `torch.library.custom_op`, for its host time: about half, and a kernel at low density lasts no

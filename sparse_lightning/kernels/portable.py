@@ -96,9 +96,10 @@ def linear_dw(
 
 
 def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
-    """Add the squared norm of each block of dy^T x to `scores`, if armed."""
+    """Add the squared norm of each block of dy^T x, or itself, to `scores`, if armed."""
     out_features, in_features = dy.shape[-1], x.shape[-1]
-    kernel = _norms_kernel(x.dtype, device)
+    block_size = in_features // scores.shape[1]
+    kernel = _norms_kernel(x.dtype, block_size == 1, device)
     tiling = kernel.program.tiling
     tiles = -(-out_features // tiling.tm) * -(-in_features // tiling.tn)
     kernel.launch(
@@ -111,7 +112,7 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
         x.numel() // in_features,
         out_features,
         in_features,
-        in_features // scores.shape[1],
+        block_size,
     )
 
 
@@ -135,5 +136,5 @@ def _dw_kernels(
 
 
 @build_once
-def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel[TiledProgram]:
-    return Kernel(norms_program(dtype), "block_norms", "PPPPqiii", device)
+def _norms_kernel(dtype: torch.dtype, dense: bool, device: int) -> Kernel[TiledProgram]:
+    return Kernel(norms_program(dtype, dense=dense), "block_norms", "PPPPqiii", device)

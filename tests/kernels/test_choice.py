@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparse_lightning import BlockSparseLinear
 from sparse_lightning.bench.tune import write_table
-from sparse_lightning.kernels import choice
+from sparse_lightning.kernels import choice, cuda, portable
 from sparse_lightning.kernels.choice import KINDS, Measured, Table
 
 SHAPE = (8192, 4096, 4096)
@@ -144,6 +145,18 @@ def test_forcing_a_kind(device: Path) -> None:
         choice.forced("fast"),
     ):
         pass
+
+
+def test_dense_scores_are_never_chosen_for(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the portable kernels have them."""
+    write_table(device, [row(1.0, "norms", portable=1.0, hopper=2.0)], {})
+    added: list[Tensor] = []
+    monkeypatch.setattr(portable, "add_norms", lambda *args: added.append(args[3]))
+    x, scores = torch.zeros(8, 64, dtype=torch.bfloat16), torch.zeros(64, 64)
+    with choice.forced("hopper"):
+        cuda.block_norms_(x, x, torch.tensor(True), scores)
+    cuda.block_norms_(x, x, torch.tensor(True), scores)
+    assert [each is scores for each in added] == [True, True]
 
 
 def test_the_predicted_speedup_of_a_step(device: Path) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.evolution import update_topology
-from sparse_lightning.kernels import choice, hopper_programs, ops, portable
+from sparse_lightning.kernels import choice, hopper_programs, ops, portable, reference
 from sparse_lightning.kernels.activations import ACTIVATIONS, activate, go_back
+from tests.kernels.test_ops import with_dense_scores
 from tests.kernels.test_parity import (
     DTYPES,
     PATTERNS,
@@ -211,6 +212,20 @@ def test_every_way_to_cut_dw_of_narrow_blocks_on_hopper(
             check_dw(at, 100)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 33, 1000])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_dense_scores_of_more_tiles_than_thread_blocks(n: int, dtype: torch.dtype) -> None:
+    """So that one thread block adds several tiles, whole and ragged ones."""
+    x = torch.randn(n, 2048 + 48, device=DEVICE).to(dtype)
+    dy = torch.randn(n, 4096 + 16, device=DEVICE).to(dtype)
+    scores, armed = torch.zeros(4096 + 16, 2048 + 48, device=DEVICE), torch.tensor(True).to(DEVICE)
+    ops.block_norms_(dy, x, armed, scores)
+    expected = reference.dense_gradient(dy.double(), x.double())
+    size = reference.dense_gradient(dy.double().square(), x.double().square()).sqrt()
+    assert ((scores.double() - expected).abs() <= 1e-4 * size).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_misaligned_memory(dtype: torch.dtype, kind: str) -> None:
     layer = make_layer(dtype=dtype)
@@ -233,9 +248,12 @@ def test_misaligned_memory(dtype: torch.dtype, kind: str) -> None:
 
 
 @pytest.mark.parametrize("n", [7, 4096])
+@pytest.mark.parametrize("dense_scores", [False, True], ids=["norms", "dense scores"])
 @pytest.mark.usefixtures("kind")
-def test_two_runs_give_the_same_bits(n: int) -> None:
+def test_two_runs_give_the_same_bits(n: int, dense_scores: bool) -> None:
     layer = make_layer()
+    if dense_scores:
+        with_dense_scores(layer)
     layer.armed.fill_(True)
     x, dy = tokens(n, layer)
     first, scores = run(layer, x, dy), layer.block_scores.clone()
@@ -351,9 +369,30 @@ def test_a_graph_follows_topology_updates(n: int) -> None:
         torch.testing.assert_close(scores_of_graph, layer.block_scores, rtol=0, atol=0)
 
 
+def test_a_graph_adds_to_dense_scores_while_armed() -> None:
+    layer = with_dense_scores(make_layer())
+    x, dy = tokens(64, layer)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(layer, x, dy)  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(layer, x, dy)
+    expected = torch.zeros_like(layer.block_scores)
+    for armed in (False, True, True):
+        layer.armed.fill_(armed)
+        graph.replay()
+        expected += armed * reference.dense_gradient(dy.float(), x.float())
+        torch.testing.assert_close(layer.block_scores, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dense_scores", [False, True], ids=["norms", "dense scores"])
 @pytest.mark.usefixtures("kind")
-def test_a_step_does_not_wait_for_the_device() -> None:
+def test_a_step_does_not_wait_for_the_device(dense_scores: bool) -> None:
     layer = make_layer(dtype=torch.float32)
+    if dense_scores:
+        with_dense_scores(layer)
     layer.armed.fill_(True)
     x = torch.randn(4096, layer.in_features, device=DEVICE, requires_grad=True)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
@@ -419,6 +458,21 @@ def test_more_than_two_to_the_31_activations() -> None:
     ops.block_norms_(dy, x, armed, scores)
     expected = dense.view(16, 64, 16, 64).square().sum((1, 3))
     torch.testing.assert_close(scores, expected, rtol=1e-2, atol=0)
+    scores = torch.zeros_like(dense)
+    ops.block_norms_(dy, x, armed, scores)
+    assert (scores - dense).norm() < 1e-2 * dense.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_free_memory() < 40 << 30, reason="needs 40 GB of GPU memory")
+def test_more_than_two_to_the_31_dense_scores() -> None:
+    x = torch.randn(16, 2**15 + 16, device=DEVICE, dtype=torch.bfloat16)
+    dy = torch.randn(16, 2**16, device=DEVICE, dtype=torch.bfloat16)
+    scores = torch.zeros(dy.shape[1], x.shape[1], device=DEVICE)
+    assert scores.numel() > 2**31
+    ops.block_norms_(dy, x, torch.tensor(True).to(DEVICE), scores)
+    for rows in slice(0, 128), slice(-128, None):
+        _assert_near(scores[rows], dy[:, rows].float().T @ x.float())
 
 
 @pytest.mark.slow
@@ -524,8 +578,13 @@ def test_a_gradient_that_does_not_fit() -> None:
         ops.block_norms_(dy[:2], x, layer.armed, layer.block_scores)
     with pytest.raises(TypeError, match=r"dtype of x, torch\.bfloat16; got torch\.float32"):
         ops.block_norms_(dy.float(), x, layer.armed, layer.block_scores)
+    with pytest.raises(ValueError, match=r"shape \[3, 192\].*got \[2, 192\]"):
+        ops.block_norms_(dy[:2], x, layer.armed, with_dense_scores(layer).block_scores)
+    neither = torch.zeros(12, 256, device=DEVICE)
+    with pytest.raises(ValueError, match=r"shape \[3, 12\].*got \[3, 192\]"):
+        ops.block_norms_(dy, x, layer.armed, neither)
 
 
 def test_a_kernel_is_loaded_once_a_device() -> None:
-    kernel = portable._norms_kernel(torch.bfloat16, 0)
-    assert portable._norms_kernel(torch.bfloat16, 0) is kernel
+    kernel = portable._norms_kernel(torch.bfloat16, False, 0)
+    assert portable._norms_kernel(torch.bfloat16, False, 0) is kernel

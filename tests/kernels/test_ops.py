@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning import BlockSparseLinear, BlockTopology
+from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.kernels import cpu, ops, reference
 
 
@@ -32,8 +33,19 @@ def dense_gradient_norms(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> Ten
     return reference.block_norms(dy.double(), x.detach().double(), layer.topology.grid).float()
 
 
+def with_dense_scores(layer: BlockSparseLinear) -> BlockSparseLinear:
+    """Have backward add the dense gradient itself to the layer's scores."""
+    shape = layer.out_features, layer.in_features
+    layer.block_scores = torch.zeros(shape, device=layer.values.device)
+    return layer
+
+
 def op_arguments(
-    op: str, dtype: torch.dtype, requires_grad: bool = False, device: str = "cpu"
+    op: str,
+    dtype: torch.dtype,
+    requires_grad: bool = False,
+    device: str = "cpu",
+    dense_scores: bool = False,
 ) -> tuple[Any, ...]:
     layer = make_layer(dtype).to(device)
     at, values = layer.topology, layer.values.detach()
@@ -45,7 +57,9 @@ def op_arguments(
     ).to(device)
     rows = at.row_offsets, at.row_entries
     cols = at.col_offsets, at.col_entries, at.slots
-    armed, scores = torch.tensor(True, device=device), torch.rand(at.grid, device=device)
+    if dense_scores:
+        with_dense_scores(layer), with_dense_scores(down)
+    armed, scores = torch.tensor(True, device=device), torch.rand_like(layer.block_scores)
     if requires_grad:
         x, values, bias = (t.requires_grad_() for t in (x, values, bias))
     return {
@@ -69,6 +83,15 @@ def op_arguments(
 )
 def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype, device: str) -> None:
     arguments = op_arguments(op, dtype, requires_grad, device)
+    results = torch.library.opcheck(getattr(ops, op), arguments)
+    assert len(results) >= 4
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["block_linear", "block_norms_", "block_mlp"])
+def test_opcheck_with_dense_scores(op: str, dtype: torch.dtype, device: str) -> None:
+    arguments = op_arguments(op, dtype, op != "block_norms_", device, dense_scores=True)
     results = torch.library.opcheck(getattr(ops, op), arguments)
     assert len(results) >= 4
     assert set(results.values()) == {"SUCCESS"}
@@ -220,17 +243,91 @@ def test_scores_of_half_precision_do_not_overflow() -> None:
     ops.block_norms_(dy, x, layer.armed, layer.block_scores)
     # Every element of dy^T x is 8 * 100 * 50 = 40,000; a block has 256.
     torch.testing.assert_close(layer.block_scores, torch.full((3, 4), 256 * 40_000.0**2))
+    scores = torch.zeros(48, 64)
+    ops.block_norms_(dy, 2 * x, layer.armed, scores)
+    torch.testing.assert_close(scores, torch.full((48, 64), 80_000.0))
 
 
-def test_scores_of_a_large_layer_equal_those_of_its_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(7, 5), (7 * 16, 5 * 16)], ids=["norms", "dense"])
+def test_scores_of_a_large_layer_equal_those_of_its_bands(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dy, x = torch.randn(9, 7 * 16), torch.randn(9, 5 * 16)
-    expected = torch.zeros(7, 5)
+    expected = torch.zeros(shape)
     ops.block_norms_(dy, x, torch.tensor(True), expected)
     monkeypatch.setattr(cpu, "_NORMS_BAND_BYTES", 3 * 16 * x.shape[1] * 4)  # three block rows
-    scores = torch.zeros(7, 5)
+    scores = torch.zeros(shape)
     ops.block_norms_(dy, x, torch.tensor(True), scores)
-    assert (expected > 0).all()
+    assert (expected != 0).all()
     torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_dense_scores_are_the_gradient_of_all_micro_batches(
+    dtype: torch.dtype, device: str
+) -> None:
+    layer = with_dense_scores(make_layer(dtype).to(device))
+    scores, expected = layer.block_scores, torch.zeros(48, 64, dtype=torch.float64, device=device)
+    for armed in (False, True, True, False):
+        layer.armed.fill_(armed)
+        before = scores.clone()
+        x = torch.randn(2, 7, 64, device=device).to(dtype)
+        dy = torch.randn(2, 7, 48, device=device).to(dtype)
+        layer(x).backward(dy)
+        assert torch.equal(scores, before) != armed
+        if armed:
+            expected += reference.dense_gradient(dy.double(), x.double())
+    assert layer.block_scores is scores and scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def make_mlp(device: str) -> BlockSparseMLP:
+    """Two armed layers with an activation between them."""
+    up = make_layer()
+    down = BlockSparseLinear(48, 64, topology=BlockTopology.from_mask(up.topology.mask.T, 16))
+    mlp = BlockSparseMLP(up, nn.GELU(), down.double()).to(device)
+    up.armed.fill_(True), down.armed.fill_(True)
+    return mlp
+
+
+@pytest.mark.parametrize("which", [0, 2], ids=["up", "down"])
+def test_dense_scores_of_an_mlp(which: int, device: str) -> None:
+    mlp = make_mlp(device)
+    with_dense_scores(mlp[which])
+    dense = nn.Sequential(mlp[0].to_linear(), nn.GELU(), mlp[2].to_linear())
+    x = torch.randn(5, 64, dtype=torch.float64, device=device)
+    mlp(x).square().sum().backward()
+    dense(x).square().sum().backward()
+    for part, reference_part in ((mlp[0], dense[0]), (mlp[2], dense[2])):
+        expected = reference_part.weight.grad
+        if part is not mlp[which]:
+            expected = reference.squared_norms(expected, part.topology.grid)
+        torch.testing.assert_close(part.block_scores, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["mlp", "layer"])
+def test_dense_scores_of_a_compiled_model(whole: bool, device: str) -> None:
+    """Arming it compiles nothing anew."""
+    mlp = make_mlp(device)
+    with_dense_scores(mlp[0])
+    model = mlp if whole else mlp[0]
+    eager = copy.deepcopy(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for armed in (True, False, True):
+            for each in (mlp[0], eager[0] if whole else eager):
+                each.armed.fill_(armed)
+            x = torch.randn(5, 64, dtype=torch.float64, device=device)
+            before = mlp[0].block_scores.clone()
+            compiled(x).square().sum().backward()
+            eager(x).square().sum().backward()
+            assert torch.equal(mlp[0].block_scores, before) != armed
+    torch.compiler.reset()
+    scores = (eager[0] if whole else eager).block_scores
+    torch.testing.assert_close(mlp[0].block_scores, scores, rtol=1e-5, atol=1e-5)
 
 
 # -- the choice of kernel, and devices -------------------------------------------------------------

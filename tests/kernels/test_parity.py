@@ -24,6 +24,7 @@ from sparse_lightning.kernels import choice, cpu, hopper_programs, ops, referenc
 METHODS = ("by block", "by row", "densify")  # what cpu.choose returns
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEADS = ((), (0,), (1,), (7,), (2, 3, 5), (2, 0, 3), (300,))
+GUARD = 61  # numbers that must stay on each side of dense scores; not aligned to anything
 
 
 CUDA_KERNELS = [pytest.param(kind, marks=pytest.mark.gpu) for kind in choice.KINDS]
@@ -214,6 +215,24 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     kernels.block_norms_(dy, x, torch.tensor(False, device=device), scores)
     assert torch.equal(scores, before), "unarmed, the scores must stay"
 
+    shape = dy64.shape[-1], x64.shape[-1]
+    memory = torch.full((math.prod(shape) + 2 * GUARD,), torch.nan, device=device)
+    scores = memory[GUARD:-GUARD].view(shape).copy_(torch.rand(shape))
+    expected = scores.double().cpu()
+    size_scores = expected.square() + 4 * reference.dense_gradient(squares[1], squares[0])
+    size_scores.sqrt_()
+    expected += 2 * reference.dense_gradient(dy64, x64)
+    for _ in range(2):
+        kernels.block_norms_(dy, x, torch.tensor(True, device=device), scores)
+    # Of all that was added: tensor cores cut sums off where others round them.
+    error = (scores.cpu().double() - expected).abs()
+    assert (error <= 1e-4 * size_scores).all(), "dense scores"
+    before = scores.clone()
+    kernels.block_norms_(dy, x, torch.tensor(False, device=device), scores)
+    assert torch.equal(scores, before), "unarmed, dense scores must stay"
+    around = torch.cat([memory[:GUARD], memory[-GUARD:]])
+    assert around.isnan().all(), "what lies around dense scores must stay"
+
     for tensor, copy in zip((x, dy, values, topology.coords), untouched, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
@@ -312,6 +331,22 @@ def _mutants() -> dict[str, dict[str, Any]]:
         ops.block_norms_(dy, x, armed, norms)
         scores += norms.sqrt()
 
+    def dense(wrong: Any) -> dict[str, Any]:
+        def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
+            is_dense = scores.shape[1] == x.shape[-1]
+            (wrong if is_dense else ops.block_norms_)(dy, x, armed, scores)
+
+        return {"block_norms_": block_norms_}
+
+    def squared(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
+        gradient = torch.zeros_like(scores)
+        ops.block_norms_(dy, x, armed, gradient)
+        scores += gradient.square()
+
+    def one_row_more(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
+        ops.block_norms_(dy, x, armed, scores)
+        scores.as_strided((1,), (1,), scores.storage_offset() + scores.numel()).zero_()
+
     def nan_leaks(y: Tensor, x: Tensor, values: Tensor, *_: Any) -> Tensor:
         return y + 0 * values.sum()
 
@@ -349,6 +384,11 @@ def _mutants() -> dict[str, dict[str, Any]]:
         "norms forget what was there": {"block_norms_": overwrite},
         "norms are not squared": {"block_norms_": not_squared},
         "norms do nothing": {"block_norms_": lambda *_: None},
+        "dense scores ignore the flag": dense(not_even_armed),
+        "dense scores forget what was there": dense(overwrite),
+        "dense scores are squares": dense(squared),
+        "dense scores go beyond the last row": dense(one_row_more),
+        "dense scores do nothing": dense(lambda *_: None),
     }
 
 
