@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from sparse_lightning.bench import callback_command as callback
 from sparse_lightning.bench import command as bench
+from sparse_lightning.bench import quality_command as quality
 from sparse_lightning.bench import tune
 
 
@@ -29,6 +31,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.add_arguments(kernels)
     kernels.set_defaults(run=bench.run)
+    updates = benchmarks.add_parser(
+        "callback",
+        help="time what topology updates cost",
+        description="Train MLPs by Lightning with each pair of rules, and time what the callback "
+        "takes of the host between updates, and what an update adds to the training.",
+    )
+    callback.add_arguments(updates)
+    updates.set_defaults(run=callback.run)
+    trainings = benchmarks.add_parser(
+        "quality",
+        help="train sparse and dense networks, and compare what they learn",
+        description="Train small networks with each sparse method, and dense ones of the same "
+        "size or cost, over several seeds, and print mean and spread of what they reach.",
+        epilog=quality.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    quality.add_arguments(trainings)
+    trainings.set_defaults(run=quality.run)
     tuning = commands.add_parser(
         "tune",
         help="find the fastest kernels for this machine's GPU",

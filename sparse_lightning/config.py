@@ -12,9 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA
-from sparse_lightning.distributions import DISTRIBUTIONS
-from sparse_lightning.patching import DEFAULT_EXCLUDE, INITS, check_choice, check_patterns
+from torch import Tensor
+
+from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, Criterion, find_criterion
+from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, by_score, share
+from sparse_lightning.patching import (
+    DEFAULT_EXCLUDE,
+    INITS,
+    check_choice,
+    check_layer_density,
+    check_patterns,
+    layer_densities,
+)
 from sparse_lightning.schedules import (
     DENSITY_SCHEDULES,
     DROP_FRACTION_SCHEDULES,
@@ -23,7 +32,7 @@ from sparse_lightning.schedules import (
     is_fraction,
     resolve_time,
 )
-from sparse_lightning.topology import check_block_size, check_density
+from sparse_lightning.topology import check_block_size, check_density, count_blocks
 
 T = TypeVar("T")
 
@@ -33,7 +42,8 @@ class DensitySchedule:
     """The model's density over time.
 
     Attributes:
-        schedule: "cubic", or "constant", which takes either of the next two.
+        schedule: "linear", "cosine", "cubic" (Zhu & Gupta 2017), "stepwise" (four times by the same
+            factor), "one_shot" (all at `until`), or "constant", which takes either of the next two.
         initial: density at `begin`, in (0, 1]; 1.0 if not given.
         final: density from `until` on, in (0, 1]; 0.25 if not given.
         begin, until: step (int >= 2), fraction of the training (float in (0, 1]) or 0.
@@ -63,7 +73,7 @@ class DropFractionSchedule:
     """The share of a layer's blocks that an update exchanges, over update.begin..until.
 
     Attributes:
-        schedule: "cosine", or "constant", which takes either of the next two.
+        schedule: "linear", "cosine", or "constant", which takes either of the next two.
         initial: in [0, 1]; 0.3 if not given.
         final: in [0, 1]; 0.0 if not given.
     """
@@ -106,16 +116,22 @@ class SparsityConfig:
     exclude: Any = DEFAULT_EXCLUDE
     density: Any = 0.25
     distribution: str = "uniform"
+    layer_density: Any = None
+    floor: Any = field(default_factory=Floor)
     update: Any = field(default_factory=UpdateSchedule)
     drop_fraction: Any = field(default_factory=DropFractionSchedule)
-    drop: str = "magnitude"
-    grow: str = "gradient"
+    drop: Any = "magnitude"
+    grow: Any = "gradient"
+    regrow: bool = True
+    exact: bool = False
     init: str = "random"
+    shrink: bool = True
     seed: int = 0
     monitor: Any = field(default_factory=MonitorOptions)
 
     def __post_init__(self) -> None:
         self.density = _coerce(DensitySchedule, self.density, "density")
+        self.floor = _coerce(Floor, self.floor, "floor")
         self.update = _coerce(UpdateSchedule, self.update, "update")
         self.drop_fraction = _coerce(DropFractionSchedule, self.drop_fraction, "drop_fraction")
         if self.monitor is not None:
@@ -126,10 +142,19 @@ class SparsityConfig:
         check_patterns("exclude", self.exclude)
         self.include, self.exclude = tuple(self.include), tuple(self.exclude)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        check_choice("drop", self.drop, DROP_CRITERIA)
-        check_choice("grow", self.grow, GROW_CRITERIA)
+        find_criterion("drop", self.drop, DROP_CRITERIA)
+        find_criterion("grow", self.grow, GROW_CRITERIA)
         check_choice("init", self.init, INITS)
+        for key in ("regrow", "exact", "shrink"):
+            if not isinstance(getattr(self, key), bool):
+                raise TypeError(f"`{key}` must be true or false; got {getattr(self, key)!r}.")
         _check_int("seed", self.seed, 0)
+        _check_int("floor.row", self.floor.row, 0)
+        _check_int("floor.column", self.floor.column, 0)
+        _check_share("floor.layer", self.floor.layer)
+        self.layer_density = {} if self.layer_density is None else self.layer_density
+        check_layer_density(self.layer_density)
+        self.layer_density = dict(self.layer_density)
         self._check_density()
         self._check_update()
         self._check_drop_fraction()
@@ -144,6 +169,13 @@ class SparsityConfig:
         check_time(self.density.begin, "density.begin")
         check_time(self.density.until, "density.until")
         _check_order("density", self.density.begin, self.density.until)
+        if self.distribution == "global" and not self.density.final < self.density.initial:
+            raise ValueError(
+                "`distribution` must not be 'global' unless the density falls: layers compete for "
+                "what is left, and none grows; got a density from "
+                f"{self.density.initial} to {self.density.final}. Take a falling schedule, or "
+                "'uniform' or 'erdos_renyi'."
+            )
 
     def _check_update(self) -> None:
         _check_int("update.every_n_steps", self.update.every_n_steps, 1)
@@ -156,29 +188,81 @@ class SparsityConfig:
     def _check_drop_fraction(self) -> None:
         check_choice("drop_fraction.schedule", self.drop_fraction.schedule, DROP_FRACTION_SCHEDULES)
         for key in ("initial", "final"):
-            value = getattr(self.drop_fraction, key)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (is_number and 0 <= value <= 1):
-                raise ValueError(
-                    f"`drop_fraction.{key}` must be a number in [0, 1]; got {value!r}."
-                )
+            _check_share(f"drop_fraction.{key}", getattr(self.drop_fraction, key))
+
+    @property
+    def drop_criterion(self) -> Criterion:
+        """The function that scores present blocks."""
+        criterion = find_criterion("drop", self.drop, DROP_CRITERIA)
+        assert criterion is not None
+        return criterion
+
+    @property
+    def grow_criterion(self) -> Criterion | None:
+        """The function that scores absent blocks; None for no growth."""
+        return find_criterion("grow", self.grow, GROW_CRITERIA)
 
     @property
     def density_is_constant(self) -> bool:
         """Whether the density never moves."""
         return bool(self.density.schedule == "constant")
 
-    @property
-    def max_density(self) -> float:
-        """The highest density that the schedule reaches; it fixes the capacity of the layers."""
-        if self.density_is_constant:
-            return float(self.density.final)
-        return float(max(self.density.initial, self.density.final))
+    def density_at(self, progress: float, final: float | None = None) -> float:
+        """Return the density at a progress in [0, 1] of the density schedule.
 
-    def density_at(self, progress: float) -> float:
-        """Return the model's density at a progress in [0, 1] of the density schedule."""
+        Args:
+            progress: of the schedule.
+            final: of a layer that has its own, instead of the model's.
+        """
         schedule = DENSITY_SCHEDULES[self.density.schedule]
-        return schedule(progress, self.density.initial, self.density.final)
+        final = self.density.final if final is None else final
+        return schedule(progress, self.density.initial, final)
+
+    def budgets_at(self, progress: float, grids: Mapping[str, Grid]) -> dict[str, int]:
+        """Return the blocks of each layer at a progress in [0, 1] of the density schedule.
+
+        Under the "global" distribution they are a beginning: scores decide once there are some.
+
+        Args:
+            progress: of the schedule.
+            grids: (out_blocks, in_blocks) of each layer, by name.
+        """
+        fixed = {
+            name: self.density_at(progress, final)
+            for name, final in layer_densities(self.layer_density, grids).items()
+        }
+        density = self.density_at(progress)
+        return share(self.distribution, density, grids, fixed, self.floor.layer)
+
+    def budgets_by_score(
+        self, progress: float, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> dict[str, int]:
+        """Return the blocks of each layer at a progress in [0, 1], under any distribution.
+
+        Args:
+            progress: of the density schedule.
+            scores: drop scores `[out_blocks, in_blocks]` of each layer, by name.
+            masks: bool, of the same shapes, the present blocks.
+        """
+        grids = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
+        budgets = self.budgets_at(progress, grids)
+        if self.distribution == "global":
+            fixed = layer_densities(self.layer_density, grids)
+            others = [name for name in grids if name not in fixed]
+            cells = sum(masks[name].numel() for name in others)
+            shares = by_score(
+                count_blocks(self.density_at(progress), cells) if others else 0,
+                [scores[name] for name in others],
+                [masks[name] for name in others],
+                [self.floor.blocks(grids[name]) for name in others],
+            )
+            budgets.update(zip(others, shares, strict=True))
+        return budgets
+
+    def capacities(self, grids: Mapping[str, Grid]) -> dict[str, int]:
+        """Return the most blocks that each layer will ever hold: no budget moves both ways."""
+        ends = (self.budgets_at(0.0, grids), self.budgets_at(1.0, grids))
+        return {name: max(budgets[name] for budgets in ends) for name in grids}
 
     def drop_fraction_at(self, progress: float) -> float:
         """Return the drop fraction at a progress in [0, 1] of the updates."""
@@ -226,11 +310,16 @@ class SparsityNode:
     # A number or a mapping, which OmegaConf cannot express as a type.
     density: Any = 0.25
     distribution: str = "uniform"
+    layer_density: Any = None  # not a mapping: that would take no new keys from a command line
+    floor: Floor = field(default_factory=Floor)
     update: UpdateSchedule = field(default_factory=UpdateSchedule)
     drop_fraction: Any = field(default_factory=lambda: dataclasses.asdict(DropFractionSchedule()))
     drop: str = "magnitude"
     grow: str = "gradient"
+    regrow: bool = True
+    exact: bool = False
     init: str = "random"
+    shrink: bool = True
     seed: int = 0
     monitor: MonitorOptions | None = field(default_factory=MonitorOptions)
 
@@ -288,6 +377,12 @@ def _fill_in(
 def _check_int(argument: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{argument}` must be an integer of at least {least}; got {value!r}.")
+
+
+def _check_share(argument: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 <= value <= 1):
+        raise ValueError(f"`{argument}` must be a number in [0, 1]; got {value!r}.")
 
 
 def _same_kind(a: int | float, b: int | float) -> bool:

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from sparse_lightning.topology import count_blocks
 
 Grid = tuple[int, int]
 
 
-def uniform(density: float, grids: Sequence[Grid]) -> list[int]:
+@dataclass
+class Floor:
+    """What every layer keeps, as far as its budget allows.
+
+    Attributes:
+        layer: density that no layer falls below, in [0, 1].
+        row: blocks that each block row holds, so that no output is dead; 0 to allow that.
+        column: blocks that each block column holds, so that every input is read.
+    """
+
+    layer: float = 0.0
+    row: int = 1
+    column: int = 1
+
+    def blocks(self, grid: Grid) -> int:
+        """Return the fewest blocks of a layer that can hold all of this; at least one.
+
+        >>> Floor(layer=0.1).blocks((4, 8)), Floor(row=2).blocks((8, 8)), Floor(0.5).blocks((4, 4))
+        (8, 16, 8)
+        """
+        rows, cols = grid
+        floor = max(1, math.ceil(self.layer * rows * cols), self.row * rows, self.column * cols)
+        return min(floor, rows * cols)
+
+
+def uniform(density: float, grids: Sequence[Grid], least: float = 0.0) -> list[int]:
     """Give every layer the same density, each rounded to its own nearest number of blocks.
 
     Args:
         density: in (0, 1].
         grids: (out_blocks, in_blocks) of each layer.
+        least: density that no layer falls below, in [0, 1].
 
     Returns:
         The budget of each layer, in blocks; at least one.
@@ -22,10 +53,13 @@ def uniform(density: float, grids: Sequence[Grid]) -> list[int]:
     >>> uniform(0.25, [(4, 4), (2, 8), (8, 8)])
     [4, 4, 16]
     """
-    return [count_blocks(density, rows * cols) for rows, cols in grids]
+    return [
+        max(count_blocks(density, rows * cols), floor)
+        for (rows, cols), floor in zip(grids, _floors(grids, least), strict=True)
+    ]
 
 
-def erdos_renyi(density: float, grids: Sequence[Grid]) -> list[int]:
+def erdos_renyi(density: float, grids: Sequence[Grid], least: float = 0.0) -> list[int]:
     """Give a layer a density proportional to (rows + cols) / (rows * cols), never above 1.
 
     The budgets sum exactly to the model's, `round(density * all blocks)`. Layers that would pass
@@ -36,6 +70,7 @@ def erdos_renyi(density: float, grids: Sequence[Grid]) -> list[int]:
     Args:
         density: in (0, 1], of all layers together.
         grids: (out_blocks, in_blocks) of each layer.
+        least: density that no layer falls below, in [0, 1].
 
     Returns:
         The budget of each layer, in blocks; at least one.
@@ -50,12 +85,14 @@ def erdos_renyi(density: float, grids: Sequence[Grid]) -> list[int]:
         return []
     weights = [rows + cols for rows, cols in grids]
     caps = [rows * cols for rows, cols in grids]
-    total = max(count_blocks(density, sum(caps)), len(grids))
+    floors = _floors(grids, least)
+    total = max(count_blocks(density, sum(caps)), sum(floors))
 
     def budgets(divisor: float) -> list[int]:
         # Webster: half a block rounds up. The floor of one block keeps every layer alive.
         return [
-            max(1, min(cap, int(w * divisor + 0.5))) for w, cap in zip(weights, caps, strict=True)
+            max(floor, min(cap, int(w * divisor + 0.5)))
+            for w, cap, floor in zip(weights, caps, floors, strict=True)
         ]
 
     low, high = 0.0, float(max(caps))
@@ -75,7 +112,82 @@ def erdos_renyi(density: float, grids: Sequence[Grid]) -> list[int]:
     return shares
 
 
-DISTRIBUTIONS: dict[str, Callable[[float, Sequence[Grid]], list[int]]] = {
+def by_score(
+    total: int, scores: Sequence[Tensor], masks: Sequence[Tensor], floors: Sequence[int]
+) -> list[int]:
+    """Give every layer as many blocks as it has among the most useful ones of the whole model.
+
+    Args:
+        total: blocks of all layers together; at most the present ones are given out.
+        scores: `[out_blocks, in_blocks]` of each layer, read at present blocks.
+        masks: bool, of the same shapes, the present blocks.
+        floors: blocks that each layer shall keep, at least one; they shrink alike where they sum
+            to more than `total`.
+
+    Returns:
+        The budget of each layer, in blocks; at least one, never more than are present. Ties go to
+        the layer, and in it the block, of lower index. A NaN or infinite score counts as lowest.
+
+    >>> scores = [torch.tensor([[5.0, 4.0]]), torch.tensor([[9.0, 1.0]])]
+    >>> masks = [torch.ones(1, 2, dtype=torch.bool)] * 2
+    >>> by_score(3, scores, masks, [1, 1]), by_score(2, scores, masks, [1, 1])
+    ([2, 1], [1, 1])
+    """
+    if not masks:
+        return []
+    present = [int(mask.sum()) for mask in masks]
+    floors = [min(*pair) for pair in zip(floors, present, strict=True)]
+    if sum(floors) > total:
+        floors = [max(1, floor * total // sum(floors)) for floor in floors]
+    # Each layer's best blocks are its floor; what is left goes to the best of the others.
+    contenders, layers = [], []
+    for i, (score, mask, floor) in enumerate(zip(scores, masks, floors, strict=True)):
+        mine = score[mask].cpu().float().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        contenders.append(mine.sort(descending=True).values[floor:])
+        layers.append(torch.full((present[i] - floor,), i))
+    order = torch.cat(contenders).argsort(descending=True, stable=True)
+    winners = torch.cat(layers)[order[: max(0, total - sum(floors))]]
+    won = torch.bincount(winners, minlength=len(masks)).tolist()
+    return [floor + more for floor, more in zip(floors, won, strict=True)]
+
+
+def _floors(grids: Sequence[Grid], least: float) -> list[int]:
+    """Return the fewest blocks of each layer: at least one."""
+    return [max(1, math.ceil(least * rows * cols)) for rows, cols in grids]
+
+
+def share(
+    distribution: str,
+    density: float,
+    grids: Mapping[str, Grid],
+    fixed: Mapping[str, float],
+    least: float = 0.0,
+) -> dict[str, int]:
+    """Return the budget of each layer of a model, in blocks.
+
+    Args:
+        distribution: a name in `DISTRIBUTIONS`.
+        density: in (0, 1], of all layers together that are not fixed.
+        grids: (out_blocks, in_blocks) of each layer.
+        fixed: density of the layers that have one of their own.
+        least: density that no other layer falls below, in [0, 1].
+
+    >>> share("uniform", 0.5, {"a": (4, 4), "b": (4, 4)}, {"b": 1.0})
+    {'a': 8, 'b': 16}
+    """
+    others = {name: grid for name, grid in grids.items() if name not in fixed}
+    shares = DISTRIBUTIONS[distribution](density, list(others.values()), least)
+    budgets = dict(zip(others, shares, strict=True))
+    for name, own in fixed.items():
+        budgets[name] = count_blocks(own, grids[name][0] * grids[name][1])
+    return {name: budgets[name] for name in grids}
+
+
+Distribution = Callable[[float, Sequence[Grid], float], list[int]]
+
+# "global" begins as "uniform"; once there are scores, updates share by them (`by_score`).
+DISTRIBUTIONS: dict[str, Distribution] = {
     "uniform": uniform,
     "erdos_renyi": erdos_renyi,
+    "global": uniform,
 }

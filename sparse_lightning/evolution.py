@@ -58,6 +58,9 @@ def update_topology(
     grow_scores: Tensor | None,
     n_target: int,
     fraction: float,
+    *,
+    floor: tuple[int, int] = (0, 0),
+    regrow: bool = True,
 ) -> TopologyUpdate:
     """Decide an update: keep the most useful blocks, drop the rest, grow the most promising.
 
@@ -66,6 +69,7 @@ def update_topology(
     score become present. A block that was just dropped may be chosen again and then stays as it
     was (as in RigL). Ties go to the lower index (row-major). A NaN or infinite score is never
     chosen: a place that growth cannot fill goes to the best of the blocks it would have replaced.
+    The choice is made on the CPU, whatever device the arguments are on.
 
     Args:
         topology: the present blocks; not changed.
@@ -74,6 +78,9 @@ def update_topology(
         n_target: present blocks afterwards, at most the capacity. Without enough blocks that may
             be chosen, fewer.
         fraction: of `n_target` to exchange, in [0, 1].
+        floor: blocks that each block row and each block column shall hold, if there are enough
+            for all (`choose_blocks`): both when blocks stay and when they are grown.
+        regrow: whether a block that was just dropped may be chosen again.
 
     Raises:
         ValueError: if `n_target` is above the capacity or below 1, the fraction is outside
@@ -89,43 +96,136 @@ def update_topology(
     ([1], [1], [[0, 0], [1, 1]])
     """
     _check(topology, drop_scores, grow_scores, n_target, fraction)
-    mask = topology.mask.flatten()
-    total, n_before = mask.numel(), topology.n_blocks
+    mask, device = topology.mask.cpu(), topology.device
+    floor = within_reach(floor, topology.grid, n_target)
     n_exchanged = 0 if grow_scores is None else round(fraction * n_target)
-    n_exchanged = min(n_exchanged, total - n_target)
+    n_exchanged = min(n_exchanged, mask.numel() - n_target)
 
-    usefulness = drop_scores.flatten()
-    keep = _best(usefulness, mask, n_target - n_exchanged)
+    usefulness = drop_scores.cpu()
+    keep = choose_blocks(usefulness, mask, n_target - n_exchanged, floor=floor)
     if grow_scores is not None:
-        keep |= _best(grow_scores.flatten(), ~keep, n_target - int(keep.sum()))
+        candidates = ~keep if regrow else ~mask
+        keep = choose_blocks(grow_scores.cpu(), candidates, n_target, floor=floor, chosen=keep)
     # What growth could not fill falls back to present blocks, and the unscorable come last.
-    keep |= _best(usefulness, mask & ~keep, n_target - int(keep.sum()))
-    keep |= _best(torch.zeros_like(usefulness), mask & ~keep, n_target - int(keep.sum()))
+    for scores in (usefulness, torch.zeros_like(usefulness)):
+        keep = choose_blocks(scores, mask, n_target, floor=floor, chosen=keep)
 
-    coords = topology.coords.clone()
+    coords = topology.coords.cpu().clone()
     rows, cols = coords.long().unbind(1)
     present = rows >= 0
-    kept = present & keep[torch.where(present, rows * topology.grid[1] + cols, 0)]
+    kept = present & keep[rows, cols]
     dropped = (present & ~kept).nonzero().squeeze(1)
-    new_blocks = (keep & ~mask).nonzero().squeeze(1)
+    new_blocks = (keep & ~mask).nonzero()
     # Slots of dropped blocks are recycled before slots that were empty already.
     free = torch.cat([dropped, (~present).nonzero().squeeze(1)])
     grown = free[: len(new_blocks)]
     coords[dropped] = -1
-    width = topology.grid[1]
-    coords[grown] = torch.stack([new_blocks // width, new_blocks % width], 1).to(coords.dtype)
-    return TopologyUpdate(coords, dropped, grown, n_before)
+    coords[grown] = new_blocks.to(coords.dtype)
+    n_before = int(present.sum())
+    return TopologyUpdate(coords.to(device), dropped.to(device), grown.to(device), n_before)
+
+
+def within_reach(floor: tuple[int, int], grid: tuple[int, int], n: int) -> tuple[int, int]:
+    """Return a floor of rows and columns; none if `n` blocks are too few for it.
+
+    Every block would go into trying, wherever the useful ones are.
+
+    >>> within_reach((1, 1), (2, 4), 4), within_reach((1, 1), (2, 4), 3)
+    ((1, 1), (0, 0))
+    """
+    return floor if n >= max(floor[0] * grid[0], floor[1] * grid[1]) else (0, 0)
+
+
+def choose_blocks(
+    scores: Tensor,
+    candidates: Tensor,
+    n: int,
+    *,
+    floor: tuple[int, int] = (0, 0),
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Choose the blocks of highest score, but so that no block row or column stays empty.
+
+    The best blocks are chosen. Where they leave a row or column below its floor, blocks there
+    take the places of the least useful others, best first, and those in both such a row and such a
+    column before all. With candidates everywhere and a floor of 1 that always succeeds if `n` is
+    at least the number of rows and of columns; otherwise as far as it goes.
+
+    Args:
+        scores: `[rows, cols]`, on the CPU; a NaN or infinite one is never chosen.
+        candidates: bool `[rows, cols]`, what may be chosen.
+        n: blocks to have, with those in `chosen`; fewer if there are not as many candidates.
+        floor: (of each row, of each column) in blocks, counting those in `chosen`.
+        chosen: bool `[rows, cols]`, blocks that are chosen already, and stay.
+
+    Returns:
+        bool `[rows, cols]`, the chosen blocks, `chosen` among them.
+
+    >>> scores = torch.tensor([[9.0, 8.0], [1.0, 2.0]])
+    >>> choose_blocks(scores, torch.ones(2, 2, dtype=torch.bool), 2).int().tolist()
+    [[1, 1], [0, 0]]
+    >>> choose_blocks(scores, torch.ones(2, 2, dtype=torch.bool), 2, floor=(1, 1)).int().tolist()
+    [[1, 0], [0, 1]]
+    """
+    if chosen is None:
+        chosen = torch.zeros_like(candidates)
+    candidates = candidates & ~chosen & scores.isfinite()
+    n -= int(chosen.sum())
+    cover = torch.zeros_like(candidates)
+    while True:
+        n_cover = int(cover.sum())
+        best = cover | _best(scores, candidates & ~cover, n - n_cover)
+        missing = _cover(scores, candidates & ~best, n - n_cover, floor, chosen | best)
+        if not missing.any():
+            break
+        cover |= missing
+    if n_cover == n and not _reaches(chosen | best, floor):
+        # All places went to rows and columns that were empty while others, later given up, were
+        # not: cover from the start.
+        cover = _cover(scores, candidates, n, floor, chosen)
+        best = cover | _best(scores, candidates & ~cover, n - int(cover.sum()))
+    return chosen | best
+
+
+def _cover(
+    scores: Tensor, candidates: Tensor, n: int, floor: tuple[int, int], present: Tensor
+) -> Tensor:
+    """Return up to `n` candidates that bring rows and columns up to their floor, greedily."""
+    picked = torch.zeros_like(candidates)
+    while n > 0:
+        together = present | picked
+        rows = (together.sum(1) < floor[0]).unsqueeze(1)
+        cols = (together.sum(0) < floor[1]).unsqueeze(0)
+        useful = rows.int() + cols.int()
+        useful = torch.where(candidates & ~picked, useful, 0)
+        gain = int(useful.max())
+        if gain == 0:
+            break
+        # The best of its row and column can be taken at once with all others that are.
+        here = torch.where(useful == gain, scores, -torch.inf)
+        of_row = torch.zeros_like(picked).scatter(1, here.argmax(1, keepdim=True), True)
+        of_col = torch.zeros_like(picked).scatter(0, here.argmax(0, keepdim=True), True)
+        pick = (of_row & of_col) if gain == 2 else (of_row & rows) | (of_col & cols)
+        picked |= _best(scores, pick & (useful == gain), n)
+        n -= int((picked & ~together).sum())
+    return picked
+
+
+def _reaches(mask: Tensor, floor: tuple[int, int]) -> bool:
+    return bool((mask.sum(1) >= floor[0]).all() and (mask.sum(0) >= floor[1]).all())
 
 
 def _best(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
-    """Return a bool mask of the `n` candidates of highest finite score, ties by lower index."""
-    chosen = torch.zeros_like(candidates)
-    candidates = candidates & scores.isfinite()
+    """Return the `n` candidates of highest score, ties by lower index (row-major)."""
     n = min(n, int(candidates.sum()))
-    if n > 0:
-        ranked = torch.where(candidates, scores, -torch.inf).argsort(descending=True, stable=True)
-        chosen[ranked[:n]] = True
-    return chosen
+    if n <= 0:
+        return torch.zeros_like(candidates)
+    # By the n-th highest score: a selection takes linear time, where sorting does not.
+    least = scores[candidates].kthvalue(int(candidates.sum()) - n + 1).values
+    above = candidates & (scores > least)
+    ties = candidates & (scores == least)
+    first = ties.flatten().cumsum(0).view_as(ties) <= n - int(above.sum())
+    return above | (ties & first)
 
 
 def _check(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning.criteria import block_magnitudes
-from sparse_lightning.evolution import TopologyUpdate
+from sparse_lightning.criteria import block_magnitudes, dense_block_norms
+from sparse_lightning.evolution import TopologyUpdate, choose_blocks
 from sparse_lightning.kernels import choice, ops
 from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
 
@@ -30,7 +30,8 @@ class BlockSparseLinear(nn.Module):
         topology: `BlockTopology`, which block each slot holds. Part of the state dict.
         armed: 0-dim bool tensor; while set, backward adds to `block_scores`.
         block_scores: fp32 `[out_blocks, in_blocks]`, sums of the squared norms of each block of
-            the dense weight gradient, absent blocks too.
+            the dense weight gradient, absent blocks too; or, after `score_exactly`, that gradient
+            itself, `[out_features, in_features]`.
         locked: True while an optimizer holds `values`; then a state dict of another capacity is
             refused, since the optimizer's state could not follow.
 
@@ -116,7 +117,9 @@ class BlockSparseLinear(nn.Module):
         weight = linear.weight.detach()
         if topology is None:
             assert density is not None
-            topology = largest_blocks(weight, block_size, density)
+            grid = block_grid(linear.out_features, linear.in_features, block_size)
+            mask = largest_blocks(weight, grid, count_blocks(density, grid[0] * grid[1]))
+            topology = BlockTopology.from_mask(mask, block_size)
         layer = cls.__new__(cls)
         # On meta nothing is drawn, so the random state of the user's program stays as it was.
         cls.__init__(
@@ -252,6 +255,21 @@ class BlockSparseLinear(nn.Module):
         """Return the Frobenius norm of each block, fp32 `[out_blocks, in_blocks]`; 0 if absent."""
         return self.topology.scatter(block_magnitudes(self.values), fill=0.0)
 
+    @property
+    def scores_exactly(self) -> bool:
+        """Whether `block_scores` is the dense gradient."""
+        return self.block_scores.shape[0] == self.out_features
+
+    def score_exactly(self, exact: bool) -> None:
+        """Choose what backward adds to `block_scores`, and begin at zero.
+
+        Args:
+            exact: the dense gradient, in memory of the size of the dense weight in fp32, so that
+                it can be summed over micro-batches; otherwise the squared norms of its blocks.
+        """
+        shape = (self.out_features, self.in_features) if exact else self.topology.grid
+        self.block_scores = torch.zeros(shape, device=self.block_scores.device)
+
     @torch.no_grad()
     def apply_update(self, update: TopologyUpdate) -> None:
         """Make a topology update real: changed slots become zero, in value and in gradient."""
@@ -259,6 +277,49 @@ class BlockSparseLinear(nn.Module):
         if self.values.grad is not None:
             self.values.grad[update.changed] = 0
         self.topology.assign_(update.coords)
+
+    @torch.no_grad()
+    def shrink(self, capacity: int) -> Tensor:
+        """Give up empty slots, so that their memory is free; the blocks stay.
+
+        The parameter object stays and takes another shape: what an optimizer keeps for it has to
+        follow (`optimizer_state.keep_slots`). `topology` becomes another object. Call it between
+        steps, as the backward of an earlier forward would bring a gradient of the old shape.
+
+        Args:
+            capacity: slots to have, at least the present blocks.
+
+        Returns:
+            int64 `[capacity]`, ascending: which slots were kept, at their new places.
+
+        Raises:
+            ValueError: if there are more blocks, or fewer slots.
+            RuntimeError: if `values` is sharded.
+        """
+        at = self.topology
+        if not at.n_blocks <= capacity <= at.capacity:
+            raise ValueError(
+                f"`capacity` must be in {at.n_blocks}..{at.capacity}, from the present blocks to "
+                f"the present slots; got {capacity}."
+            )
+        if type(self.values).__name__ == "DTensor":
+            raise RuntimeError(
+                "`values` must be whole when a layer shrinks, as fully_shard holds it in the shape "
+                "that it had; got a DTensor. Shrink before fully_shard, or keep the capacity."
+            )
+        present = at.coords[:, 0] >= 0
+        kept = (~present).int().argsort(stable=True)[:capacity].sort().values
+        self.topology = BlockTopology(at.coords[kept], at.grid, at.block_size)
+        values, grad = self.values, self.values.grad
+        data = values.detach()[kept]
+        values.grad = None
+        # A graph that is still held remembers the old shape for the gradient of this parameter, and
+        # autograd would refuse the next one. It forgets when the dtype changes.
+        other = torch.float32 if data.dtype == torch.float64 else torch.float64
+        values.data = data.new_empty(0, dtype=other)
+        values.data = data
+        values.grad = None if grad is None else grad[kept]
+        return kept
 
     def extra_repr(self) -> str:
         return (
@@ -356,7 +417,7 @@ class BlockSparseLinear(nn.Module):
                 f"{topology.block_size}. Load it before the optimizer is built."
             )
         self.topology, self.block_size = topology, topology.block_size
-        self.block_scores = torch.zeros(topology.grid, device=self.block_scores.device)
+        self.score_exactly(self.scores_exactly)
         # The parameter object stays, so that ties and optimizers yet without state still hold it.
         shape = (topology.capacity, topology.block_size, topology.block_size)
         self.values.data = self.values.data.new_zeros(shape)
@@ -364,17 +425,17 @@ class BlockSparseLinear(nn.Module):
         self._follow_device()
 
 
-def largest_blocks(weight: Tensor, block_size: int, density: float) -> BlockTopology:
-    """Return the topology of the blocks of largest Frobenius norm of a dense weight."""
-    out_blocks, in_blocks = block_grid(weight.shape[0], weight.shape[1], block_size)
-    everywhere = torch.ones(out_blocks, in_blocks, dtype=torch.bool, device="cpu")
-    full = BlockTopology.from_mask(everywhere, block_size)
-    # All blocks in row-major order, so that the stable sort gives ties to the lower index.
-    norms = block_magnitudes(full.pack(weight)).nan_to_num(-1.0, -1.0, -1.0)
-    n_blocks = count_blocks(density, norms.numel())
-    mask = torch.zeros(out_blocks * in_blocks, dtype=torch.bool, device="cpu")
-    mask[norms.argsort(descending=True, stable=True)[:n_blocks].cpu()] = True
-    return BlockTopology.from_mask(mask.view(out_blocks, in_blocks), block_size)
+def largest_blocks(weight: Tensor, grid: tuple[int, int], n_blocks: int) -> Tensor:
+    """Return the mask of the blocks of largest Frobenius norm of a dense weight, on the CPU.
+
+    Args:
+        weight: `[out_features, in_features]`.
+        grid: (out_blocks, in_blocks).
+        n_blocks: how many.
+    """
+    # Blocks with a NaN come last, but they are chosen where nothing else is left.
+    norms = dense_block_norms(weight, grid).cpu().nan_to_num(-1.0, -1.0, -1.0)
+    return choose_blocks(norms, torch.ones_like(norms, dtype=torch.bool), n_blocks)
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

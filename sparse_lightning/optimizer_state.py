@@ -1,4 +1,4 @@
-"""What happens to optimizer state when blocks are dropped and grown.
+"""What happens to optimizer state when blocks are dropped and grown, and when slots are given up.
 
 A changed slot starts from the optimizer's initial state. That alone would make a grown block jump:
 late in training, a second moment that starts from zero without its bias correction lets the first
@@ -18,29 +18,55 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class StateRule:
-    """How one optimizer class keeps state of the parameter's shape.
+    """How one optimizer class keeps state of slots.
 
     Attributes:
-        zero: names of the tensors that begin at zero.
-        second_moments: those among them that are running means of g^2, each bias-corrected by
-            `1 - beta2 ** step` with `betas[1]` of the parameter's group.
+        tensors: names of the state that follows the slots: tensors of the parameter's shape, or
+            with 1 in place of some sizes but the first.
+        second_moments: those among them that are running means of g^2.
+        bias_corrected: whether the optimizer divides these by `1 - beta2 ** step`, with `betas[1]`
+            of the parameter's group.
+        starts_at: the option that holds what the tensors begin with; None if they begin at zero.
     """
 
-    zero: tuple[str, ...]
+    tensors: tuple[str, ...]
     second_moments: tuple[str, ...] = ()
+    bias_corrected: bool = True
+    starts_at: str | None = None
 
 
-_ADAM = StateRule(
-    zero=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    second_moments=("exp_avg_sq", "max_exp_avg_sq"),
-)
+_ADAM = StateRule(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), ("exp_avg_sq", "max_exp_avg_sq"))
 
 # By exact class: a subclass may keep other state. Users may add their own.
 STATE_RULES: dict[type[torch.optim.Optimizer], StateRule] = {
-    torch.optim.SGD: StateRule(zero=("momentum_buffer",)),
+    torch.optim.SGD: StateRule(("momentum_buffer",)),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
+    torch.optim.NAdam: _ADAM,
+    torch.optim.RAdam: _ADAM,
+    # Where RMSprop is centered, `grad_avg` stays at zero: the variance then begins as all of g^2,
+    # so that the first update is the smallest.
+    torch.optim.RMSprop: StateRule(
+        ("square_avg", "momentum_buffer", "grad_avg"), ("square_avg",), bias_corrected=False
+    ),
+    # Its sum needs no warm start: the first update of an empty one is the learning rate, and
+    # every later one is smaller.
+    torch.optim.Adagrad: StateRule(("sum",), starts_at="initial_accumulator_value"),
+    # Its beta2 is 0 at the first step, so its means are unbiased from there on.
+    torch.optim.Adafactor: StateRule(
+        ("row_var", "col_var"), ("row_var", "col_var"), bias_corrected=False
+    ),
 }
+
+# By name, as there are several of them and not every PyTorch has its own.
+_REMEDIES = {
+    "Muon": "It orthogonalises whole matrices, which packed blocks are not. Put every `values` "
+    "into AdamW, and keep Muon for dense matrices."
+}
+_REMEDY = (
+    "Use one of these, or describe its state: "
+    "sparse_lightning.optimizer_state.STATE_RULES[YourOptimizer] = StateRule(...)."
+)
 
 
 def state_rule(optimizer: torch.optim.Optimizer) -> StateRule:
@@ -52,10 +78,10 @@ def state_rule(optimizer: torch.optim.Optimizer) -> StateRule:
     rule = STATE_RULES.get(type(optimizer))
     if rule is None:
         known = ", ".join(sorted(cls.__name__ for cls in STATE_RULES))
+        name = type(optimizer).__name__
         raise ValueError(
-            f"The optimizer must be one whose state can follow the blocks ({known}); got "
-            f"{type(optimizer).__name__}. Use one of these, or describe its state: "
-            "sparse_lightning.optimizer_state.STATE_RULES[YourOptimizer] = StateRule(...)."
+            f"The optimizer must be one whose state can follow the blocks ({known}); got {name}. "
+            f"{_REMEDIES.get(name, _REMEDY)}"
         )
     return rule
 
@@ -71,6 +97,29 @@ def find_optimizer(
     return None
 
 
+def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Check that state, as restored from a checkpoint, has the slots of a parameter.
+
+    Args:
+        optimizer: holds `parameter`; its class must have a rule.
+        parameter: `[capacity, block_size, block_size]`.
+
+    Raises:
+        RuntimeError: for a tensor of another shape, naming it.
+    """
+    slots, *sizes = parameter.shape
+    allowed = [{slots}, *({1, size} for size in sizes)]
+    for name, tensor in _slot_state(optimizer, parameter).items():
+        pairs = zip(tensor.shape, allowed, strict=False)
+        if tensor.dim() != len(allowed) or any(size not in choices for size, choices in pairs):
+            raise RuntimeError(
+                f"The restored optimizer state `{name}` must have the shape of `values`, "
+                f"{list(parameter.shape)}, or 1 in place of its last sizes; "
+                f"got {list(tensor.shape)}. "
+                "The checkpoint's model and optimizer do not belong together."
+            )
+
+
 @torch.no_grad()
 def reset_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Tensor) -> None:
     """Put the state of some slots back to its beginning.
@@ -80,11 +129,28 @@ def reset_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots
         parameter: `[capacity, block_size, block_size]`.
         slots: int64 `[n]`.
     """
-    rule = state_rule(optimizer)
-    state = optimizer.state.get(parameter, {})
-    for name in rule.zero:
-        if isinstance(state.get(name), Tensor):
-            state[name][slots] = 0
+    starts_at = state_rule(optimizer).starts_at
+    # PyTorch, too, takes the default and not the group's option.
+    start = 0.0 if starts_at is None else optimizer.defaults[starts_at]
+    for tensor in _slot_state(optimizer, parameter).values():
+        # `tensor[slots] = start` would have the host wait for a GPU.
+        tensor.index_fill_(0, slots.to(tensor.device), start)
+
+
+@torch.no_grad()
+def keep_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor) -> None:
+    """Give up the state of all slots but some, and its memory.
+
+    With Adafactor alone that changes what follows: it takes the RMS of weights and updates over
+    all slots, and so its steps are larger without the empty ones.
+
+    Args:
+        optimizer: holds `parameter`; its class must have a rule.
+        parameter: may have its new shape already; only its identity counts.
+        kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
+    """
+    for name, tensor in _slot_state(optimizer, parameter).items():
+        optimizer.state[parameter][name] = tensor[kept]
 
 
 @torch.no_grad()
@@ -97,10 +163,13 @@ def warm_start(
 ) -> Tensor:
     """Give grown slots a second moment from the first gradient they see.
 
-    The moment becomes c * max(g^2, mean of g^2 over the block), with c = 1 - beta2^step: what a
-    constant gradient of that size would have left there after the steps taken so far. The mean
-    guards the elements whose own first gradient happens to be small. Call it just before the
-    optimizer steps.
+    The moment becomes c * max(g^2, mean of g^2 over the block): what a constant gradient of that
+    size would have left there after the steps taken so far. So c is 1 - beta2^step where the
+    optimizer corrects that bias (the Adams), and 1 where it does not (RMSprop, Adafactor). The
+    mean guards the elements whose own first gradient happens to be small. Where only means over
+    rows and columns are kept (Adafactor) they are those of that moment; an element may then begin
+    with up to sqrt(2) times the update that its gradient would have later, where a block's
+    gradient is all in a few elements. Call it just before the optimizer steps.
 
     Args:
         optimizer: holds `parameter`; its class must have a rule.
@@ -119,10 +188,23 @@ def warm_start(
     squared = (parameter.grad / grad_scale).square()
     mean = squared.mean((1, 2), keepdim=True)
     ready = pending & (mean.flatten() > 0) & mean.flatten().isfinite()
-    state = optimizer.state.get(parameter, {})
-    for name in rule.second_moments:
-        if isinstance(state.get(name), Tensor):
-            correction = 1 - group["betas"][1] ** state["step"]
-            moment = correction * torch.maximum(squared, mean)
-            state[name].copy_(torch.where(ready.view(-1, 1, 1), moment, state[name]))
+    for name, tensor in _slot_state(optimizer, parameter).items():
+        if name in rule.second_moments:
+            moment = torch.maximum(squared, mean)
+            if rule.bias_corrected:
+                moment *= 1 - group["betas"][1] ** optimizer.state[parameter]["step"]
+            moment = _mean_to(moment, tensor.shape)
+            tensor.copy_(torch.where(ready.view(-1, 1, 1), moment, tensor))
     return pending & ~ready
+
+
+def _slot_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the state that has slots by the rule, as far as the optimizer has made it."""
+    rule, state = state_rule(optimizer), optimizer.state.get(parameter, {})
+    return {name: state[name] for name in rule.tensors if isinstance(state.get(name), Tensor)}
+
+
+def _mean_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Return the means over those dimensions in which `shape` has 1 instead."""
+    reduced = [d for d, size in enumerate(shape) if size != tensor.shape[d]]
+    return tensor.mean(reduced, keepdim=True) if reduced else tensor

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_lightning.criteria import seeded_generator
-from sparse_lightning.distributions import DISTRIBUTIONS, Grid
+from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, share
+from sparse_lightning.evolution import choose_blocks, within_reach
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, largest_blocks
 from sparse_lightning.mlp import CALL_HOOKS, BlockSparseMLP, can_fuse
 from sparse_lightning.topology import (
@@ -91,6 +92,7 @@ def sparsify(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     distribution: str = "uniform",
+    layer_density: Mapping[str, float] | None = None,
     init: str = "random",
     seed: int = 0,
     max_density: float | None = None,
@@ -110,8 +112,11 @@ def sparsify(
             expression that must match the whole name. A layer named exactly must be swappable.
         exclude: patterns of layers to leave alone, read the same way.
         distribution: how the budget is shared: "uniform" or "erdos_renyi".
+        layer_density: densities of layers that have their own, by pattern as in `include`; the
+            other layers share `density`.
         init: "random" keeps random blocks, scaled by density ** -0.5 so that the variance of the
-            output is as before; "magnitude" keeps the largest blocks, unscaled.
+            output is as before, and one in every block row and column as far as the density
+            allows; "magnitude" keeps the largest blocks, unscaled.
         seed: of the random blocks; a layer's draw also depends on its name.
         max_density: the highest density the model shall ever reach, which fixes the slots a layer
             has; `density` if None.
@@ -135,21 +140,50 @@ def sparsify(
         )
     check_choice("distribution", distribution, DISTRIBUTIONS)
     check_choice("init", init, INITS)
+    own = {} if layer_density is None else layer_density
+    check_layer_density(own)
 
+    def budgets(grids: Mapping[str, Grid]) -> tuple[dict[str, int], dict[str, int]]:
+        check_layers_found(own, grids)
+        fixed = layer_densities(own, grids)
+        now, most = (share(distribution, d, grids, fixed) for d in (density, max_density))
+        return now, {name: max(now[name], most[name]) for name in grids}
+
+    return swap_layers(model, block_size, include, exclude, budgets, init, seed, Floor())
+
+
+def swap_layers(
+    model: nn.Module,
+    block_size: int,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    budgets: Callable[[Mapping[str, Grid]], tuple[Mapping[str, int], Mapping[str, int]]],
+    init: str,
+    seed: int,
+    floor: Floor,
+) -> SparsityReport:
+    """Do the work of `sparsify`, for budgets of any kind.
+
+    Args:
+        model, block_size, include, exclude, init, seed: as for `sparsify`.
+        budgets: from the block grid of each layer to its blocks and its slots.
+        floor: whose rows and columns random blocks keep to.
+    """
     if isinstance(model, nn.Linear):
         raise ValueError(
             "`model` must contain the layers to replace; got a bare nn.Linear. "
             "Use BlockSparseLinear.from_linear(...)."
         )
     chosen, skipped = _select(model, block_size, include, exclude)
-    grids = [block_grid(m.out_features, m.in_features, block_size) for m in chosen.values()]
-    budgets = DISTRIBUTIONS[distribution](density, grids)
-    capacities = DISTRIBUTIONS[distribution](max_density, grids)
+    grids = {
+        name: block_grid(linear.out_features, linear.in_features, block_size)
+        for name, linear in chosen.items()
+    }
+    n_blocks, capacities = budgets(grids) if grids else ({}, {})
     layers = {}
-    for (name, linear), n_blocks, capacity in zip(chosen.items(), budgets, capacities, strict=True):
-        topology, scale = _initial_topology(
-            linear, block_size, n_blocks, max(n_blocks, capacity), init, seed, name
-        )
+    for name, linear in chosen.items():
+        mask, scale = _initial_mask(linear, grids[name], n_blocks[name], init, seed, name, floor)
+        topology = BlockTopology.from_mask(mask, block_size, capacity=capacities[name])
         layer = BlockSparseLinear.from_linear(linear, topology=topology)
         with torch.no_grad():
             layer.values.mul_(scale)
@@ -201,6 +235,48 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
 
 
+def is_chosen(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Tell whether the patterns of `include` and `exclude` choose a module's name."""
+    return any(matches(pattern, name) for pattern in include) and not any(
+        matches(pattern, name) for pattern in exclude
+    )
+
+
+def layer_densities(layer_density: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Return the density of each layer that has its own; the first pattern that matches counts.
+
+    >>> layer_densities({"up": 0.5, "*.1.*": 0.1}, ["mlp.0.up", "mlp.1.up", "mlp.1.down"])
+    {'mlp.0.up': 0.5, 'mlp.1.up': 0.5, 'mlp.1.down': 0.1}
+    """
+    found = {}
+    for name in names:
+        own = [density for pattern, density in layer_density.items() if matches(pattern, name)]
+        found.update({name: own[0]} if own else {})
+    return found
+
+
+def check_layer_density(layer_density: Mapping[str, float]) -> None:
+    """Raise unless patterns are valid and each density is in (0, 1]."""
+    if not isinstance(layer_density, Mapping):
+        raise TypeError(
+            f"`layer_density` must map patterns of layers to densities; got {layer_density!r}."
+        )
+    check_patterns("layer_density", [*layer_density])
+    for pattern, density in layer_density.items():
+        check_density(density, f"layer_density[{pattern!r}]")
+
+
+def check_layers_found(layer_density: Mapping[str, float], names: Iterable[str]) -> None:
+    """Raise unless every pattern of `layer_density` matches one of the layers."""
+    names = list(names)
+    for pattern in layer_density:
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(
+                "`layer_density` must name layers that become block-sparse; got "
+                f"{pattern!r}, which matches none of {', '.join(map(repr, names))}."
+            )
+
+
 def check_patterns(argument: str, patterns: Sequence[str]) -> None:
     """Raise unless every pattern is a string, and a valid regular expression after "re:"."""
     is_list = isinstance(patterns, Sequence) and not isinstance(patterns, str)
@@ -244,9 +320,9 @@ def _select(
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if not any(matches(pattern, name) for pattern in include):
+        if not is_chosen(name, include, ()):
             skipped[name] = "not included"
-        elif any(matches(pattern, name) for pattern in exclude):
+        elif is_chosen(name, exclude, ()):
             skipped[name] = "excluded"
         elif reason := _obstacle(module, block_size, tied):
             if name in include:
@@ -321,30 +397,23 @@ def _tied_weights(model: nn.Module) -> set[int]:
     return tied
 
 
-def _initial_topology(
+def _initial_mask(
     linear: nn.Linear,
-    block_size: int,
+    grid: Grid,
     n_blocks: int,
-    capacity: int,
     init: str,
     seed: int,
     name: str,
-) -> tuple[BlockTopology, float]:
-    """Return the first topology of a layer, and the factor for the values it keeps."""
-    grid: Grid = block_grid(linear.out_features, linear.in_features, block_size)
-    density = n_blocks / (grid[0] * grid[1])
+    floor: Floor,
+) -> tuple[Tensor, float]:
+    """Return the first block mask of a layer, and the factor for the values it keeps."""
     if init == "magnitude" and linear.weight.device.type != "meta":
-        mask = largest_blocks(linear.weight.detach(), block_size, density).mask
-        return BlockTopology.from_mask(mask, block_size, capacity=capacity), 1.0
-    topology = BlockTopology.random(
-        linear.out_features,
-        linear.in_features,
-        block_size,
-        n_blocks=n_blocks,
-        capacity=capacity,
-        generator=seeded_generator(seed, 0, name),
-    )
-    return topology, density**-0.5
+        return largest_blocks(linear.weight, grid, n_blocks), 1.0
+    drawn = torch.rand(grid, generator=seeded_generator(seed, 0, name), device="cpu")
+    everywhere = torch.ones_like(drawn, dtype=torch.bool)
+    density = n_blocks / (grid[0] * grid[1])
+    lines = within_reach((floor.row, floor.column), grid, n_blocks)
+    return choose_blocks(drawn, everywhere, n_blocks, floor=lines), density**-0.5
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,6 +18,15 @@ def constant(progress: float, initial: float, final: float) -> float:
     return final
 
 
+def linear(progress: float, initial: float, final: float) -> float:
+    """Move from `initial` to `final` evenly.
+
+    >>> linear(0.25, 1.0, 0.2)
+    0.8
+    """
+    return final + (initial - final) * (1 - progress)
+
+
 def cubic(progress: float, initial: float, final: float) -> float:
     """Move from `initial` to `final`, fast at first: final + (initial - final) (1 - progress)^3.
 
@@ -40,8 +49,71 @@ def cosine(progress: float, initial: float, final: float) -> float:
     return final + (initial - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-DENSITY_SCHEDULES: dict[str, Schedule] = {"constant": constant, "cubic": cubic}
-DROP_FRACTION_SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine}
+STAGES = 4
+
+
+def stepwise(progress: float, initial: float, final: float) -> float:
+    """Move from `initial` to `final` in `STAGES` stages, each by the same factor, the last at 1.
+
+    Source: Han et al. 2015, iterative pruning, with a constant share in each round as in Frankle
+    & Carbin 2019.
+
+    >>> [round(stepwise(p, 1.0, 0.0625), 4) for p in (0.0, 0.24, 0.25, 0.5, 0.75, 1.0)]
+    [1.0, 1.0, 0.5, 0.25, 0.125, 0.0625]
+    """
+    if progress >= 1:
+        return final
+    stages: float = (final / initial) ** (math.floor(progress * STAGES) / STAGES)
+    return initial * stages
+
+
+def one_shot(progress: float, initial: float, final: float) -> float:
+    """Stay at `initial` and take the whole way to `final` at the end.
+
+    >>> one_shot(0.0, 1.0, 0.25), one_shot(0.99, 1.0, 0.25), one_shot(1.0, 1.0, 0.25)
+    (1.0, 1.0, 0.25)
+    """
+    return final if progress >= 1 else initial
+
+
+DENSITY_SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "cubic": cubic,
+    "stepwise": stepwise,
+    "one_shot": one_shot,
+}
+DROP_FRACTION_SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+}
+
+
+MOST_SHRINKS = 5
+
+
+def should_shrink(
+    capacity: int, needed: int, initial: float, final: float, progress: float
+) -> bool:
+    """Decide whether memory follows a density that has fallen: at most `MOST_SHRINKS` times.
+
+    Args:
+        capacity: slots of all layers.
+        needed: the most blocks they will hold from now on.
+        initial, final: of the density schedule.
+        progress: of the schedule, in [0, 1].
+
+    >>> [should_shrink(100, needed, 1.0, 0.1, 0.5) for needed in (60, 50)]
+    [False, True]
+    >>> should_shrink(100, 99, 1.0, 0.1, 1.0)
+    True
+    """
+    if progress >= 1:
+        return needed < capacity
+    ratio: float = min(0.5, (final / initial) ** (1 / MOST_SHRINKS))
+    return needed <= ratio * capacity
 
 
 def progress(step: int, begin: int, until: int) -> float:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from types import MappingProxyType
 
 import pytest
+import torch
 
 from sparse_lightning import (
     DensitySchedule,
@@ -15,6 +16,7 @@ from sparse_lightning import (
     UpdateSchedule,
 )
 from sparse_lightning.config import SparsityConfig, SparsityNode
+from sparse_lightning.criteria import magnitude, random
 
 NAN, INF = math.nan, math.inf
 
@@ -71,7 +73,7 @@ def test_a_number_is_held_constant(density: float) -> None:
     assert config.density_is_constant
     assert [config.density_at(p) for p in (0.0, 0.3, 1.0)] == [density] * 3
     assert [config.drop_fraction_at(p) for p in (0.0, 0.3, 1.0)] == [0] * 3
-    assert config.max_density == density
+    assert config.capacities({"fc": (10, 10)}) == {"fc": density * 100}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_a_number_is_held_constant(density: float) -> None:
 )
 def test_the_highest_density_fixes_the_capacity(density: dict, highest: float) -> None:
     config = SparsityConfig(density=density)
-    assert config.max_density == highest
+    assert config.capacities({"fc": (10, 10)}) == {"fc": highest * 100}
     assert max(config.density_at(p / 10) for p in range(11)) == highest
 
 
@@ -132,7 +134,7 @@ BAD_TIMES = [-1, -0.5, 1.5, NAN, INF]
             for name in ("distribution", "drop", "grow", "init")
             for value in ("foo", "", None, 3, ["random"], {"random": 1})
         ),
-        refused("density.schedule", "cosine", density={"schedule": "cosine"}),
+        refused("density.schedule", "cosin", density={"schedule": "cosin"}),
         refused("density.schedule", None, density={"schedule": None}),
         refused("drop_fraction.schedule", "cubic", drop_fraction={"schedule": "cubic"}),
         # Patterns.
@@ -231,11 +233,14 @@ def test_the_density_must_arrive_before_updates_end(density: float, update: floa
     ("argument", "choices"),
     [
         ("distribution", ["uniform", "erdos_renyi"]),
-        ("drop", ["magnitude"]),
-        ("grow", ["gradient", "random", "none"]),
+        ("drop", ["magnitude", "gradient", "saliency", "movement", "random"]),
+        ("grow", ["gradient", "momentum", "random", "none"]),
         ("init", ["random", "magnitude"]),
-        ("density.schedule", ["constant", "cubic"]),
-        ("drop_fraction.schedule", ["constant", "cosine"]),
+        (
+            "density.schedule",
+            ["constant", "linear", "cosine", "cubic", "stepwise", "one_shot"],
+        ),
+        ("drop_fraction.schedule", ["constant", "linear", "cosine"]),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_known_ones(argument: str, choices: list) -> None:
@@ -272,6 +277,86 @@ def test_a_mistyped_key_is_answered_with_the_right_one(argument, typo, meant) ->
     assert message.startswith(f"`{argument}` has no key {typo!r}")
     assert message.endswith(f"accepted keys: {', '.join(map(repr, accepted))}.")
     assert (f"did you mean {meant!r}?" in message) if meant else ("did you mean" not in message)
+
+
+# -- budgets ------------------------------------------------------------------------------------
+
+GRIDS = {"up.0": (4, 4), "up.1": (8, 8), "down": (8, 8)}
+
+
+def test_budgets_follow_the_schedule() -> None:
+    config = SparsityConfig(density={"schedule": "linear", "initial": 1.0, "final": 0.5})
+    assert config.budgets_at(0.0, GRIDS) == {"up.0": 16, "up.1": 64, "down": 64}
+    assert config.budgets_at(0.5, GRIDS) == {"up.0": 12, "up.1": 48, "down": 48}
+    assert config.budgets_at(1.0, GRIDS) == {"up.0": 8, "up.1": 32, "down": 32}
+    assert config.capacities(GRIDS) == {"up.0": 16, "up.1": 64, "down": 64}
+
+
+def test_layers_with_a_final_density_of_their_own() -> None:
+    own = {"up.*": 0.25, "down": 1.0}
+    config = SparsityConfig(density={"schedule": "linear", "final": 0.5}, layer_density=own)
+    assert config.budgets_at(0.5, GRIDS) == {"up.0": 10, "up.1": 40, "down": 64}
+    assert config.budgets_at(1.0, GRIDS) == {"up.0": 4, "up.1": 16, "down": 64}
+    constant = SparsityConfig(density=0.5, layer_density={"down": 0.75})
+    assert constant.capacities(GRIDS) == {"up.0": 8, "up.1": 32, "down": 48}
+    assert SparsityConfig(density=0.5, layer_density=None).layer_density == {}
+
+
+def test_a_density_that_rises_has_its_slots_from_the_beginning() -> None:
+    config = SparsityConfig(density={"schedule": "cubic", "initial": 0.25, "final": 0.5})
+    assert config.budgets_at(0.0, GRIDS) == {"up.0": 4, "up.1": 16, "down": 16}
+    assert config.capacities(GRIDS) == {"up.0": 8, "up.1": 32, "down": 32}
+
+
+def test_budgets_by_score_of_the_global_distribution() -> None:
+    config = SparsityConfig(
+        density={"schedule": "linear", "initial": 1.0, "final": 0.5},
+        distribution="global",
+        layer_density={"c": 0.5},
+        floor={"row": 0, "column": 0},
+    )
+    scores = {"a": torch.ones(2, 2), "b": torch.full((2, 2), 2.0), "c": torch.zeros(2, 2)}
+    masks = dict.fromkeys(scores, torch.ones(2, 2, dtype=torch.bool))
+    assert config.budgets_at(0.0, dict.fromkeys(scores, (2, 2))) == {"a": 4, "b": 4, "c": 4}
+    assert config.budgets_by_score(0.5, scores, masks) == {"a": 2, "b": 4, "c": 3}
+    assert config.budgets_by_score(1.0, scores, masks) == {"a": 1, "b": 3, "c": 2}
+    uniform = SparsityConfig(density=0.5)
+    assert uniform.budgets_by_score(1.0, scores, masks) == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.parametrize("density", [0.25, {"schedule": "cubic", "initial": 0.1, "final": 0.25}])
+def test_global_needs_a_density_that_falls(density) -> None:
+    with pytest.raises(ValueError, match=r"`distribution` must not be 'global' unless .*falls"):
+        SparsityConfig(distribution="global", density=density)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"layer_density": {"a": 0.0}}, ValueError, r"`layer_density\['a'\]` must .*got 0\.0"),
+        ({"layer_density": {"re:(": 0.5}}, ValueError, r"`layer_density` must hold valid regular"),
+        ({"layer_density": 0.5}, TypeError, r"`layer_density` must map patterns.*got 0\.5"),
+        ({"floor": {"layer": 1.5}}, ValueError, r"`floor\.layer` must be a number in \[0, 1\]"),
+        ({"floor": {"row": -1}}, ValueError, r"`floor\.row` must be an integer of at least 0"),
+        ({"floor": {"column": 0.5}}, ValueError, r"`floor\.column` must be an integer"),
+        ({"floor": {"col": 1}}, ValueError, r"has no key 'col' \(did you mean 'column'\?\)"),
+        ({"floor": 1}, TypeError, r"`floor` must be a mapping"),
+        ({"regrow": "no"}, TypeError, r"`regrow` must be true or false; got 'no'"),
+        ({"exact": 1}, TypeError, r"`exact` must be true or false; got 1"),
+        ({"shrink": None}, TypeError, r"`shrink` must be true or false; got None"),
+        ({"drop": "none"}, ValueError, r"`drop` must be one of"),
+        ({"drop": None}, ValueError, r"`drop` must be one of"),
+    ],
+)
+def test_what_is_refused_of_the_dynamics(arguments: dict, error, says: str) -> None:
+    with pytest.raises(error, match=says):
+        SparsityConfig(**arguments)
+
+
+def test_criteria_may_be_functions_and_paths() -> None:
+    config = SparsityConfig(drop=magnitude, grow="sparse_lightning.criteria.random")
+    assert config.drop_criterion is magnitude and config.grow_criterion is random
+    assert SparsityConfig(grow="none").grow_criterion is None
 
 
 def test_a_mistyped_argument_is_named() -> None:

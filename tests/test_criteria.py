@@ -1,39 +1,123 @@
 """Scores of blocks, and the generator behind random ones."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from sparse_lightning.criteria import (
     DROP_CRITERIA,
+    GATHERED,
     GROW_CRITERIA,
     BlockScores,
     block_magnitudes,
+    block_work,
+    dense_block_norms,
+    find_criterion,
     gradient,
     magnitude,
+    momentum,
+    movement,
+    needed_by,
+    needs,
     random,
+    saliency,
     seeded_generator,
 )
 
 
 def scores(seed: int = 0, shape: tuple[int, int] = (2, 3)) -> BlockScores:
+    whole = torch.arange(float(shape[0] * shape[1])).view(shape)
     return BlockScores(
         mask=torch.ones(shape, dtype=torch.bool),
-        magnitude=torch.arange(6.0).view(2, 3) if shape == (2, 3) else torch.zeros(shape),
-        gradient=torch.arange(6.0).view(2, 3).neg() if shape == (2, 3) else torch.zeros(shape),
+        magnitude=whole,
         generator=seeded_generator(seed, 0, "fc"),
+        gathered={name: whole + 10 * i for i, name in enumerate(GATHERED, 1)},
     )
 
 
 def test_what_is_on_offer() -> None:
-    assert {"magnitude": magnitude} == DROP_CRITERIA
-    assert {"gradient": gradient, "random": random, "none": None} == GROW_CRITERIA
+    assert {
+        "magnitude": magnitude,
+        "gradient": gradient,
+        "saliency": saliency,
+        "movement": movement,
+        "random": random,
+    } == DROP_CRITERIA
+    assert {
+        "gradient": gradient,
+        "momentum": momentum,
+        "random": random,
+        "none": None,
+    } == GROW_CRITERIA
 
 
-def test_magnitude_and_gradient_are_read_as_they_are() -> None:
-    assert magnitude(scores()).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert gradient(scores()).tolist() == [[0, -1, -2], [-3, -4, -5]]
+@pytest.mark.parametrize(
+    ("criterion", "first"),
+    [(magnitude, 0), (gradient, 10), (momentum, 20), (saliency, 30), (movement, 40)],
+)
+def test_gathered_scores_are_read_as_they_are(criterion, first: int) -> None:
+    assert criterion(scores()).flatten().tolist() == list(range(first, first + 6))
+
+
+def test_criteria_say_what_they_need() -> None:
+    assert needed_by([magnitude, random, None]) == frozenset()
+    assert needed_by([saliency, momentum]) == {"saliency", "momentum"}
+    assert needed_by([movement, gradient]) == {"movement", "gradient"}
+    assert needed_by([lambda scores: scores.magnitude]) == frozenset()
+    with pytest.raises(ValueError, match=r"'gradient', .*; got 'gradeint'\."):
+        needs("gradeint")
+
+
+def test_what_was_not_asked_for_is_answered_with_the_way_to_ask() -> None:
+    bare = BlockScores(torch.ones(1, 1) > 0, torch.ones(1, 1), seeded_generator(0, 0, ""))
+    with pytest.raises(ValueError, match=r"`scores.momentum` must .*@needs\('momentum'\)"):
+        momentum(bare)
+
+
+def test_a_criterion_is_found_by_name_by_path_and_as_itself() -> None:
+    assert find_criterion("drop", "movement", DROP_CRITERIA) is movement
+    assert find_criterion("grow", "none", GROW_CRITERIA) is None
+    assert find_criterion("drop", random, DROP_CRITERIA) is random
+    path = "sparse_lightning.criteria.saliency"
+    assert find_criterion("drop", path, DROP_CRITERIA) is saliency
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("magnitud", r"got 'magnitud'\.$"),
+        ("no_such_module.f", "got 'no_such_module.f': No module named 'no_such_module'"),
+        ("sparse_lightning.criteria.nothing", "has no attribute 'nothing'"),
+        ("sparse_lightning.criteria.GATHERED", "which is a tuple"),
+        (".f", "got '.f': "),
+        (3, "got 3"),
+        (None, "got None"),
+    ],
+)
+def test_a_criterion_that_is_none_is_refused(value: object, says: str) -> None:
+    rule = "`drop` must be one of 'magnitude', .* or the dotted path of a function; "
+    with pytest.raises(ValueError, match=rule) as error:
+        find_criterion("drop", value, DROP_CRITERIA)
+    assert re.search(says, str(error.value))
+
+
+def test_work_by_hand() -> None:
+    values = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, -1.0]]])
+    gradients = torch.tensor([[[1.0, 1.0], [-1.0, 0.5]], [[7.0, 9.0], [9.0, 7.0]]])
+    assert block_work(values, gradients).tolist() == [1 + 2 - 3 + 2, 0]
+    assert block_work(values.bfloat16(), gradients.bfloat16()).dtype == torch.float32
+
+
+def test_dense_block_norms_are_those_of_the_blocks() -> None:
+    matrix = torch.randn(32, 48, dtype=torch.float64)
+    norms = dense_block_norms(matrix, (2, 3))
+    assert norms.dtype == torch.float32
+    for r in range(2):
+        for c in range(3):
+            block = matrix[16 * r : 16 * r + 16, 16 * c : 16 * c + 16]
+            assert float(norms[r, c]) == pytest.approx(float(block.norm()), rel=1e-6)
 
 
 def test_random_scores_depend_on_the_generator_alone() -> None:
@@ -114,7 +198,7 @@ def test_a_seeded_generator_is_the_same_on_every_machine_and_version() -> None:
 def test_random_scores_ignore_the_default_device() -> None:
     """The generator is on the CPU, so the draw must be, whatever device is the default."""
     nothing = torch.zeros(2, 3)
-    scores = BlockScores(nothing.bool(), nothing, nothing, seeded_generator(0, 1, "layer"))
+    scores = BlockScores(nothing.bool(), nothing, seeded_generator(0, 1, "layer"))
     with torch.device("meta"):
         drawn = random(scores)
     assert drawn.device.type == "cpu"

@@ -1,13 +1,23 @@
 """Budgets: hand-worked, then the laws that Webster's divisor method promises."""
 
+import math
 from fractions import Fraction
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparse_lightning.distributions import DISTRIBUTIONS, Grid, erdos_renyi, uniform
+from sparse_lightning.distributions import (
+    DISTRIBUTIONS,
+    Floor,
+    Grid,
+    by_score,
+    erdos_renyi,
+    share,
+    uniform,
+)
 from sparse_lightning.topology import count_blocks
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)
@@ -138,3 +148,110 @@ def test_the_order_of_layers_decides_only_ties(density, grids, random) -> None:
 def test_wide_layers_keep_more_of_a_small_budget_than_square_ones() -> None:
     wide, square = erdos_renyi(0.1, [(2, 32), (8, 8)])
     assert wide > square and wide + square == round(0.1 * 128)
+
+
+# -- floors of layers, and layers with a density of their own -----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("floor", "grid", "blocks"),
+    [
+        (Floor(), (4, 8), 8),
+        (Floor(), (9, 2), 9),
+        (Floor(row=0, column=0), (4, 8), 1),
+        (Floor(row=0, column=0, layer=0.1), (4, 8), 4),
+        (Floor(layer=0.5), (4, 8), 16),
+        (Floor(row=3, column=0), (4, 8), 12),
+        (Floor(row=9), (2, 2), 4),
+    ],
+)
+def test_the_floor_of_a_layer_by_hand(floor: Floor, grid: Grid, blocks: int) -> None:
+    assert floor.blocks(grid) == blocks
+
+
+def test_no_layer_falls_below_its_floor() -> None:
+    # Without: 5 of 257 as 0.3 : 4.7, so [1, 4].
+    assert erdos_renyi(0.1, [(4, 4), (16, 16)]) == [5, 22]
+    assert erdos_renyi(0.1, [(4, 4), (16, 16)], 0.5) == [8, 128]
+    assert erdos_renyi(0.25, [(4, 4), (16, 16)], 0.2) == [14, 54]
+    assert erdos_renyi(0.25, [(4, 4), (16, 16)], 0.21) == [14, 54]
+    assert uniform(0.1, [(4, 4), (16, 16)], 0.2) == [4, 52]
+
+
+@quick
+@given(DENSITY, GRIDS, st.floats(0, 1))
+def test_floors_hold_and_the_rest_is_shared(density: float, grids: list[Grid], least) -> None:
+    budgets = erdos_renyi(density, grids, least)
+    floors = [max(1, math.ceil(least * n)) for n in blocks(grids)]
+    assert all(n >= floor for n, floor in zip(budgets, floors, strict=True))
+    assert sum(budgets) == max(count_blocks(density, sum(blocks(grids))), sum(floors))
+
+
+def test_layers_with_a_density_of_their_own_take_no_part() -> None:
+    grids = {"a": (4, 4), "b": (8, 8), "c": (16, 16)}
+    budgets = share("erdos_renyi", 0.25, grids, {"b": 0.5})
+    assert budgets == {"a": 14, "b": 32, "c": 54}
+    assert list(budgets) == list(grids)
+    assert share("uniform", 0.25, grids, {"a": 1.0, "b": 1.0, "c": 0.1}) == {
+        "a": 16,
+        "b": 64,
+        "c": 26,
+    }
+    assert share("erdos_renyi", 0.25, {}, {}) == {}
+
+
+# -- by score -----------------------------------------------------------------------------------
+
+ONE_ROW = [torch.tensor([[9.0, 5.0, 3.0]]), torch.tensor([[8.0, 7.0, 1.0]])]
+
+
+@pytest.mark.parametrize(
+    ("total", "floors", "budgets"),
+    [
+        (6, [1, 1], [3, 3]),
+        (4, [1, 1], [2, 2]),
+        (3, [1, 1], [1, 2]),
+        (2, [1, 1], [1, 1]),
+        # A floor keeps the best of a layer, whatever the others have.
+        (4, [3, 1], [3, 1]),
+        # Floors that do not fit shrink alike; one block each is the least.
+        (3, [3, 3], [1, 2]),
+        (1, [1, 1], [1, 1]),
+        # More than there are.
+        (9, [1, 1], [3, 3]),
+    ],
+)
+def test_by_score_by_hand(total: int, floors: list[int], budgets: list[int]) -> None:
+    masks = [torch.ones(1, 3, dtype=torch.bool)] * 2
+    assert by_score(total, ONE_ROW, masks, floors) == budgets
+
+
+def test_absent_blocks_do_not_count_and_unscorable_ones_come_last() -> None:
+    masks = [torch.tensor([[False, True, True]]), torch.ones(1, 3, dtype=torch.bool)]
+    assert by_score(3, ONE_ROW, masks, [1, 1]) == [1, 2]
+    assert by_score(5, ONE_ROW, masks, [3, 1]) == [2, 3]
+    nan = [torch.tensor([[math.nan, math.inf, 3.0]]), ONE_ROW[1]]
+    everywhere = [torch.ones(1, 3, dtype=torch.bool)] * 2
+    assert by_score(4, nan, everywhere, [1, 1]) == [1, 3]
+    assert by_score(5, nan, everywhere, [1, 1]) == [2, 3]
+
+
+def test_ties_go_to_the_earlier_layer() -> None:
+    same = [torch.zeros(2, 2), torch.zeros(2, 2)]
+    everywhere = [torch.ones(2, 2, dtype=torch.bool)] * 2
+    assert by_score(5, same, everywhere, [1, 1]) == [4, 1]
+
+
+@quick
+@given(GRIDS, st.integers(0, 2**31), st.floats(0, 1), st.integers(1, 3))
+def test_budgets_by_score_sum_to_the_total_and_only_fall(grids, seed, part, floor) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.randint(0, 9, grid, generator=generator).float() for grid in grids]
+    masks = [torch.rand(grid, generator=generator) < 0.7 for grid in grids]
+    present = [int(mask.sum()) for mask in masks]
+    total = round(part * sum(present))
+    budgets = by_score(total, scores, masks, [floor] * len(grids))
+    assert all(n <= most for n, most in zip(budgets, present, strict=True))
+    assert all(n >= min(1, most) for n, most in zip(budgets, present, strict=True))
+    least = sum(min(1, most) for most in present)
+    assert sum(budgets) == max(total, least) or total < len(grids) * floor

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, update_topology
+from sparse_lightning.evolution import (
+    ModelUpdate,
+    TopologyUpdate,
+    choose_blocks,
+    update_topology,
+)
 from sparse_lightning.topology import BlockTopology
 
 NAN, INF = math.nan, math.inf
@@ -333,3 +338,129 @@ def test_only_the_scores_matter_not_the_slots(case: dict, random) -> None:
     shuffled = update_topology(**case | {"topology": topology_of(slots, topology.grid)})
     assert sorted(shuffled.coords.tolist()) == sorted(first.coords.tolist())
     assert shuffled.survival == first.survival
+
+
+# -- blocks that were just dropped ---------------------------------------------------------------
+
+
+def test_a_block_just_dropped_may_be_kept_from_coming_back() -> None:
+    # (0, 1) is dropped; its gradient is the largest of all, then (1, 0)'s.
+    grow = table([0, 9, 5], [7, 6, 0])
+    again = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1 / 3)
+    assert outcome(again) == ([(0, 0), (0, 1), (1, 2)], [], [])
+    never = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1 / 3, regrow=False)
+    assert outcome(never) == ([(0, 0), (1, 0), (1, 2)], [1], [1])
+
+
+def test_without_other_blocks_the_dropped_ones_stay_after_all() -> None:
+    grow = table([0, 0, NAN], [NAN, NAN, 0])
+    update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1.0, regrow=False)
+    assert outcome(update) == (SLOTS, [], [])
+
+
+# -- floors of rows and columns ------------------------------------------------------------------
+
+EVERYWHERE = torch.ones(3, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("n", "floor", "chosen"),
+    [
+        # The three best are a row.
+        (3, (0, 0), [[1, 1, 1], [0, 0, 0], [0, 0, 0]]),
+        # One in each row: the best of rows 1 and 2, and the best of all.
+        (3, (1, 0), [[1, 0, 0], [0, 0, 1], [1, 0, 0]]),
+        # In each column there is one already.
+        (3, (0, 1), [[1, 1, 1], [0, 0, 0], [0, 0, 0]]),
+        # Both: what covers a row and a column comes first, so 6 before 5.
+        (3, (1, 1), [[0, 1, 0], [0, 0, 1], [1, 0, 0]]),
+        (4, (1, 1), [[1, 1, 0], [0, 0, 1], [1, 0, 0]]),
+        # Too few for all: as many rows and columns as go.
+        (2, (1, 1), [[1, 0, 0], [0, 0, 1], [0, 0, 0]]),
+        (1, (1, 1), [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
+        (0, (1, 1), [[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
+    ],
+)
+def test_floors_by_hand(n: int, floor: tuple[int, int], chosen: list[list[int]]) -> None:
+    scores = table([9, 8, 7], [3, 2, 6], [5, 4, 1])
+    assert choose_blocks(scores, EVERYWHERE, n, floor=floor).int().tolist() == chosen
+
+
+def test_the_last_block_of_a_row_and_of_a_column_stays() -> None:
+    slots = [(0, 0), (0, 1), (1, 2)]
+    drop = table([3, 2, 0], [0, 0, 1])
+    free = update_topology(topology_of(slots, GRID), drop, None, 2, 0.0)
+    assert outcome(free)[0] == [(0, 0), (0, 1), EMPTY]
+    kept = update_topology(topology_of(slots, GRID), drop, None, 2, 0.0, floor=(1, 0))
+    assert outcome(kept)[0] == [(0, 0), EMPTY, (1, 2)]
+
+
+def test_a_floor_out_of_reach_does_not_count() -> None:
+    """Two blocks cannot be in three columns: they stay where they are most useful."""
+    slots = [(0, 0), (0, 1), (1, 2)]
+    drop = table([3, 2, 0], [0, 0, 1])
+    update = update_topology(topology_of(slots, GRID), drop, None, 2, 0.0, floor=(1, 1))
+    assert outcome(update)[0] == [(0, 0), (0, 1), EMPTY]
+    update = update_topology(topology_of(slots, GRID), drop, None, 2, 0.0, floor=(1, 0))
+    assert outcome(update)[0] == [(0, 0), EMPTY, (1, 2)]
+
+
+def test_growth_revives_dead_rows_and_columns_first() -> None:
+    slots = [(0, 0), (0, 1), EMPTY]
+    grow = table([0, 0, 9], [2, 3, 1])
+    free = update_topology(topology_of(slots, GRID), DROP, grow, 3, 0.0)
+    assert free.n_after == 3 and outcome(free)[0][2] == (0, 2)
+    alive = update_topology(topology_of(slots, GRID), DROP, grow, 3, 0.0, floor=(1, 1))
+    assert outcome(alive)[0] == [(0, 0), (0, 1), (1, 2)], "row 1 and column 2 at once"
+
+
+SCORES = st.integers(0, 6).map(float) | st.floats(0, 1, width=32)
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[Tensor, int]:
+    rows, cols = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    flat = draw(st.lists(SCORES, min_size=rows * cols, max_size=rows * cols))
+    return torch.tensor(flat).view(rows, cols), draw(st.integers(0, rows * cols))
+
+
+@quick
+@given(choices())
+def test_rows_and_columns_are_covered_whenever_the_budget_allows(choice) -> None:
+    scores, n = choice
+    everywhere = torch.ones_like(scores, dtype=torch.bool)
+    chosen = choose_blocks(scores, everywhere, n, floor=(1, 1))
+    assert int(chosen.sum()) == n
+    rows, cols = int(chosen.any(1).sum()), int(chosen.any(0).sum())
+    plain = choose_blocks(scores, everywhere, n)
+    if n >= max(scores.shape):
+        assert (rows, cols) == scores.shape
+    else:
+        assert rows == min(n, scores.shape[0]) and cols == min(n, scores.shape[1])
+    if plain.any(1).all() and plain.any(0).all():
+        assert torch.equal(chosen, plain), "where nothing is missing, the best are chosen"
+
+
+@quick
+@given(cases(), st.tuples(st.integers(0, 2), st.integers(0, 2)), st.booleans())
+def test_floors_and_regrowth_leave_the_budget_exact(case: dict, floor, regrow: bool) -> None:
+    plain = update_topology(**case)
+    update = update_topology(**case, floor=floor, regrow=regrow)
+    assert update.n_after == plain.n_after
+    case["topology"].assign_(update.coords)
+    assert case["topology"].n_blocks == update.n_after
+
+
+@quick
+@given(cases(), st.tuples(st.integers(0, 1), st.integers(0, 1)))
+def test_no_row_or_column_dies_of_an_update(case: dict, floor) -> None:
+    """With growth everywhere and budget enough, whatever was dead or alive before."""
+    grid = case["topology"].grid
+    case = case | {"grow_scores": torch.rand(grid), "drop_scores": torch.rand(grid)}
+    case["n_target"] = min(max(case["n_target"], *grid), case["topology"].capacity)
+    update = update_topology(**case, floor=floor)
+    case["topology"].assign_(update.coords)
+    mask = case["topology"].mask
+    if case["n_target"] >= sum(grid):
+        assert not floor[0] or mask.any(1).all()
+        assert not floor[1] or mask.any(0).all()

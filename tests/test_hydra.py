@@ -16,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparse_lightning import DensitySchedule, DropFractionSchedule, MonitorOptions, UpdateSchedule
 from sparse_lightning.config import SparsityConfig
+from sparse_lightning.criteria import momentum, saliency
+from sparse_lightning.distributions import Floor
 
-CHOICES = ("rigl", "set", "cubic", "static")
+CHOICES = ("rigl", "set", "snfs", "cubic", "granet", "movement", "static")
 
 # A user's application: it finds the choices by the search path alone.
 USERS_CONFIG = """
@@ -69,6 +71,8 @@ def changed(config: SparsityConfig) -> dict[str, Any]:
 
 
 CUBIC = DensitySchedule("cubic", 1.0, 0.25, 0, 0.5)
+HALVED = DensitySchedule("cubic", 0.5, 0.25, 0, 0.5)
+LATE = DensitySchedule("cubic", 1.0, 0.25, 0.1, 0.7)
 QUARTER = DensitySchedule("constant", 0.25, 0.25)
 
 
@@ -80,18 +84,23 @@ def test_every_choice_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "density", "distribution", "grow"),
+    ("choice", "density", "distribution", "drop", "grow"),
     [
-        ("rigl", QUARTER, "erdos_renyi", "gradient"),
-        ("set", QUARTER, "erdos_renyi", "random"),
-        ("cubic", CUBIC, "erdos_renyi", "gradient"),
-        ("static", QUARTER, "uniform", "none"),
+        ("rigl", QUARTER, "erdos_renyi", "magnitude", "gradient"),
+        ("set", QUARTER, "erdos_renyi", "magnitude", "random"),
+        ("snfs", QUARTER, "erdos_renyi", "magnitude", "momentum"),
+        ("cubic", CUBIC, "erdos_renyi", "magnitude", "gradient"),
+        ("granet", HALVED, "erdos_renyi", "magnitude", "gradient"),
+        ("movement", LATE, "global", "movement", "none"),
+        ("static", QUARTER, "uniform", "magnitude", "none"),
     ],
 )
-def test_choices(choice: str, density: DensitySchedule, distribution: str, grow: str) -> None:
+def test_choices(
+    choice: str, density: DensitySchedule, distribution: str, drop: str, grow: str
+) -> None:
     config = config_of(f"callbacks/sparsity={choice}")
     assert config.density == density
-    assert (config.distribution, config.drop, config.grow) == (distribution, "magnitude", grow)
+    assert (config.distribution, config.drop, config.grow) == (distribution, drop, grow)
     assert (config.block_size, config.update) == (64, UpdateSchedule())
     assert config.monitor == MonitorOptions()
     if choice == "set":
@@ -114,12 +123,29 @@ def test_every_choice_takes_a_number_over_its_density(choice: str) -> None:
     config = config_of(
         f"callbacks/sparsity={choice}",
         "callbacks.sparsity.density=0.1",
+        "callbacks.sparsity.distribution=uniform",  # "global" wants a density that falls
         "callbacks.sparsity.drop_fraction=0.2",
         "callbacks.sparsity.monitor=null",
     )
     assert config.density == DensitySchedule("constant", 0.1, 0.1)
     assert config.drop_fraction == DropFractionSchedule("constant", 0.2, 0.2)
     assert config.monitor is None
+
+
+def test_overrides_of_the_dynamics() -> None:
+    config = config_of(
+        "callbacks.sparsity.drop=sparse_lightning.criteria.saliency",
+        "callbacks.sparsity.grow=momentum",
+        "callbacks.sparsity.floor={row: 2, layer: 0.05}",
+        "callbacks.sparsity.layer_density={up: 0.5, down: 0.1}",
+        "callbacks.sparsity.regrow=false",
+        "callbacks.sparsity.exact=true",
+        "callbacks.sparsity.shrink=false",
+    )
+    assert config.drop_criterion is saliency and config.grow_criterion is momentum
+    assert config.floor == Floor(layer=0.05, row=2, column=1)
+    assert config.layer_density == {"up": 0.5, "down": 0.1}
+    assert (config.regrow, config.exact, config.shrink) == (False, True, False)
 
 
 def test_overrides() -> None:

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, BlockTopology
 from sparse_lightning.evolution import update_topology
+from sparse_lightning.mlp import BlockSparseMLP
+from sparse_lightning.optimizer_state import keep_slots
 
 
 def make_layer(density: float = 0.5, seed: int = 0, **kwargs: Any) -> BlockSparseLinear:
@@ -656,3 +660,155 @@ def test_training_equals_the_masked_dense_model() -> None:
         ):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     assert (sparse[0].dense_weight() - first).abs().max() > 0.1
+
+
+# -- giving up empty slots ------------------------------------------------------------------------
+
+
+def roomy(dtype: torch.dtype = torch.float32) -> BlockSparseLinear:
+    """Three blocks of 2 x 4 in slots 4, 0 and 2 of six."""
+    coords = torch.tensor([[1, 3], [-1, -1], [0, 1], [-1, -1], [0, 0], [-1, -1]])
+    topology = BlockTopology(coords, (2, 4), 16)
+    return BlockSparseLinear(64, 32, topology=topology, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "kept"),
+    [(3, [0, 2, 4]), (4, [0, 1, 2, 4]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 3, 4, 5])],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shrinking_changes_nothing_but_the_slots(
+    capacity: int, kept: list[int], dtype: torch.dtype
+) -> None:
+    layer = roomy(dtype)
+    x = torch.randn(8, 64, dtype=dtype)
+    y = layer(x)
+    y.sum().backward()
+    parameter, before, bias = layer.values, layer.dense_weight(), layer.bias.grad.clone()
+    gradient = layer.topology.unpack(layer.values.grad)
+    old_memory = layer.values.untyped_storage().data_ptr()
+    assert layer.shrink(capacity).tolist() == kept
+    assert layer.values is parameter and layer.values.shape == (capacity, 16, 16)
+    assert layer.values.untyped_storage().data_ptr() != old_memory
+    assert layer.values.untyped_storage().nbytes() == layer.values.nbytes
+    assert layer.topology.capacity == capacity and layer.topology.n_blocks == 3
+    assert torch.equal(layer.dense_weight(), before)
+    assert torch.equal(layer.topology.unpack(layer.values.grad), gradient)
+    assert torch.equal(layer(x), y)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert torch.equal(layer.topology.unpack(layer.values.grad), gradient)
+    assert torch.equal(layer.bias.grad, bias)
+
+
+def test_shrinking_while_a_graph_is_held() -> None:
+    """As with a loss that somebody keeps: the old graph goes nowhere, the next one works."""
+    layer = roomy()
+    x = torch.randn(8, 64)
+    held = layer(x)
+    held.sum().backward(retain_graph=True)
+    expected = layer.topology.unpack(layer.values.grad)
+    layer.shrink(3)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert torch.equal(layer.topology.unpack(layer.values.grad), expected)
+    assert held.requires_grad
+
+
+def test_a_shrunk_layer_in_training_is_saved_and_loaded() -> None:
+    layer, other = roomy(), roomy()
+    layer.locked = True
+    layer.shrink(3)
+    other.load_state_dict(layer.state_dict())
+    assert other.topology.capacity == 3
+    assert torch.equal(other.dense_weight(), layer.dense_weight())
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    # With these options its steps do not depend on the RMS over all slots.
+    "adafactor": lambda p: torch.optim.Adafactor(p, eps=(None, 10.0), d=10.0),
+}
+
+
+def roomy_mlp() -> BlockSparseMLP:
+    torch.manual_seed(1)
+    coords = torch.tensor([[-1, -1], [3, 0], [0, 1], [-1, -1], [1, 1]])
+    down = BlockSparseLinear(32, 64, topology=BlockTopology(coords, (4, 2), 16))
+    return BlockSparseMLP(roomy(), nn.GELU(), down)
+
+
+def train(model: BlockSparseMLP, optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
+    """Train for two steps; return the last loss, with its graph."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        optimizer.zero_grad()
+        x, target = (torch.randn(8, 64, generator=generator) for _ in range(2))
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+    return loss
+
+
+def shrink_in_training(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer) -> None:
+    layer.locked = True
+    keep_slots(optimizer, layer.values, layer.shrink(layer.topology.n_blocks))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_as_if_nothing_had_shrunk(name: str) -> None:
+    shrunk, whole = roomy_mlp(), roomy_mlp()
+    optimizers = [OPTIMIZERS[name](model.parameters()) for model in (shrunk, whole)]
+    held = train(shrunk, optimizers[0], seed=2)
+    train(whole, optimizers[1], seed=2)
+    for layer in (shrunk[0], shrunk[2]):
+        shrink_in_training(layer, optimizers[0])
+        assert len(layer.values) == 3
+    losses = [train(m, o, seed=3) for m, o in zip((shrunk, whole), optimizers, strict=True)]
+    assert torch.equal(losses[0], losses[1]) and held.requires_grad
+    for a, b in zip((shrunk[0], shrunk[2]), (whole[0], whole[2]), strict=True):
+        assert torch.equal(a.dense_weight(), b.dense_weight()) and torch.equal(a.bias, b.bias)
+
+
+def test_adafactor_takes_larger_steps_without_the_empty_slots() -> None:
+    """It takes the RMS of the weights over all slots: of half as many it is sqrt(2) as large."""
+    layers = roomy(), roomy()
+    optimizers = [torch.optim.Adafactor([m.values], weight_decay=0.0, d=10.0) for m in layers]
+    gradient = torch.randn(3, 16, 16)
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        layer.values.grad = torch.zeros_like(layer.values)
+        optimizer.step()
+        if layer is layers[1]:
+            shrink_in_training(layer, optimizer)
+        layer.values.grad[layer.topology.coords[:, 0] >= 0] = gradient
+    before = layers[0].dense_weight()
+    for optimizer in optimizers:
+        optimizer.step()
+    moved, moved_more = (layer.dense_weight() - before for layer in layers)
+    assert moved.count_nonzero() == 3 * 16 * 16
+    torch.testing.assert_close(moved_more, 2**0.5 * moved, rtol=1e-4, atol=1e-6)
+
+
+def test_sharded_values_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = roomy()
+        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(RuntimeError, match=r"`values` must be whole.*got a DTensor"):
+            layer.shrink(3)
+        assert layer.topology.capacity == 6 and len(layer.values) == 6
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("capacity", [2, 7, 0, -1])
+def test_shrinking_below_the_blocks_or_above_the_slots_is_refused(capacity: int) -> None:
+    layer = roomy()
+    with pytest.raises(ValueError, match=rf"`capacity` must be in 3\.\.6.*got {capacity}"):
+        layer.shrink(capacity)
+    assert layer.topology.capacity == 6 and len(layer.values) == 6

@@ -11,14 +11,19 @@ from sparse_lightning.config import SparsityConfig
 from sparse_lightning.schedules import (
     DENSITY_SCHEDULES,
     DROP_FRACTION_SCHEDULES,
+    MOST_SHRINKS,
     Timetable,
     check_time,
     constant,
     cosine,
     cubic,
     is_fraction,
+    linear,
+    one_shot,
     progress,
     resolve_time,
+    should_shrink,
+    stepwise,
 )
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)
@@ -76,6 +81,21 @@ def test_the_int_1_could_mean_either() -> None:
         (cubic, [(0.0, 1.0), (0.25, 0.5375), (0.5, 0.3), (0.75, 0.2125), (1.0, 0.2)]),
         # 0.2 + 0.4 (1 + cos(pi p))
         (cosine, [(0.0, 1.0), (1 / 3, 0.8), (0.5, 0.6), (2 / 3, 0.4), (1.0, 0.2)]),
+        (linear, [(0.0, 1.0), (0.25, 0.8), (0.5, 0.6), (0.75, 0.4), (1.0, 0.2)]),
+        (one_shot, [(0.0, 1.0), (0.5, 1.0), (0.999, 1.0), (1.0, 0.2)]),
+        # 0.2^(1/4) a stage
+        (
+            stepwise,
+            [
+                (0.0, 1.0),
+                (0.2, 1.0),
+                (0.25, 0.668740304976422),
+                (0.5, 0.447213595499958),
+                (0.74, 0.447213595499958),
+                (0.75, 0.299069756244724),
+                (1.0, 0.2),
+            ],
+        ),
     ],
 )
 def test_schedules_by_hand(schedule, values: list[tuple[float, float]]) -> None:
@@ -83,7 +103,10 @@ def test_schedules_by_hand(schedule, values: list[tuple[float, float]]) -> None:
         assert schedule(at, 1.0, 0.2) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [cubic, cosine])
+MOVING = [linear, cosine, cubic, stepwise, one_shot]
+
+
+@pytest.mark.parametrize("schedule", MOVING)
 @pytest.mark.parametrize(("initial", "final"), [(1.0, 0.25), (0.3, 0.1), (0.3, 0.0), (0.1, 0.7)])
 def test_schedules_end_exactly_and_never_turn_back(schedule, initial: float, final: float) -> None:
     assert schedule(0.0, initial, final) == pytest.approx(initial)
@@ -93,8 +116,28 @@ def test_schedules_end_exactly_and_never_turn_back(schedule, initial: float, fin
 
 
 def test_schedules_on_offer() -> None:
-    assert set(DENSITY_SCHEDULES) == {"constant", "cubic"}
-    assert set(DROP_FRACTION_SCHEDULES) == {"constant", "cosine"}
+    assert set(DENSITY_SCHEDULES.values()) == {constant, *MOVING}
+    assert set(DROP_FRACTION_SCHEDULES.values()) == {constant, linear, cosine}
+
+
+@pytest.mark.parametrize("schedule", MOVING)
+@pytest.mark.parametrize("final", [0.5, 0.25, 0.1, 0.031, 0.01, 0.001])
+@pytest.mark.parametrize("updates", [1, 3, 40, 1000])
+def test_memory_follows_in_few_steps(schedule, final: float, updates: int) -> None:
+    """However the density falls, at most five shrinks leave no slot empty."""
+    capacity, shrinks = 100_000, 0
+    for k in range(1, updates + 1):
+        needed = round(100_000 * schedule(k / updates, 1.0, final))
+        if should_shrink(capacity, needed, 1.0, final, k / updates):
+            assert needed < capacity
+            capacity, shrinks = needed, shrinks + 1
+    assert capacity == round(100_000 * final)
+    assert shrinks <= MOST_SHRINKS
+
+
+def test_a_density_that_does_not_fall_keeps_its_memory() -> None:
+    assert not should_shrink(100, 100, 0.25, 0.25, 1.0)
+    assert not should_shrink(100, 100, 0.1, 0.25, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,28 @@ This file only wires: what is decided lives in `schedules`, `distributions`, `cr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_lightning.callbacks.monitor import SparsityMonitor
+from sparse_lightning.callbacks.trainer import (
+    averaged_copies,
+    averaging_callbacks,
+    can_shrink,
+    forget_old_shapes,
+    grad_scale,
+    unscale_factor,
+)
 from sparse_lightning.config import (
     DensitySchedule,
     DropFractionSchedule,
@@ -26,27 +35,30 @@ from sparse_lightning.config import (
     SparsityConfig,
     UpdateSchedule,
 )
-from sparse_lightning.criteria import (
-    DROP_CRITERIA,
-    GROW_CRITERIA,
-    BlockScores,
-    gradient,
-    seeded_generator,
-)
-from sparse_lightning.distributions import DISTRIBUTIONS
+from sparse_lightning.criteria import Criterion, needed_by, seeded_generator
+from sparse_lightning.distributions import Floor, Grid
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, update_topology
+from sparse_lightning.gathering import Gatherer, score
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.optimizer_state import find_optimizer, reset_slots, state_rule, warm_start
+from sparse_lightning.optimizer_state import (
+    check_state,
+    find_optimizer,
+    keep_slots,
+    reset_slots,
+    warm_start,
+)
 from sparse_lightning.patching import (
     DEFAULT_EXCLUDE,
     SparsityReport,
-    matches,
+    check_layers_found,
+    is_chosen,
     sparse_layers,
-    sparsify,
+    swap_layers,
 )
-from sparse_lightning.schedules import Timetable
+from sparse_lightning.schedules import Timetable, should_shrink
 
 _REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+_FLOOR = Floor()
 _UPDATES = UpdateSchedule()
 _DROP_FRACTION = DropFractionSchedule()
 _MONITOR = MonitorOptions()
@@ -61,13 +73,25 @@ class SparsityCallback(Callback):
             a module's name, one with a dot the whole name; "re:..." is a regular expression.
         exclude: patterns of those to leave alone.
         density: present blocks / all blocks: a number, or a `DensitySchedule`.
-        distribution: how the budget is shared among layers: "uniform" or "erdos_renyi".
+        distribution: how the budget is shared among layers: "uniform", "erdos_renyi", or "global",
+            by the drop scores of all layers together, while the density falls.
+        layer_density: final densities of layers that have their own, by pattern as in `include`;
+            the others share `density`.
+        floor: blocks that every layer, block row and block column keeps, a `Floor`.
         update: when blocks are exchanged, an `UpdateSchedule`.
         drop_fraction: share of the blocks that an update exchanges: a number, or a
             `DropFractionSchedule`.
-        drop: what a block is kept for: "magnitude".
-        grow: what a block is grown for: "gradient" (RigL), "random" (SET) or "none".
+        drop: what a block is kept for: "magnitude", "gradient", "saliency", "movement", "random",
+            or a function of yours or its dotted path (see `criteria`).
+        grow: what a block is grown for: "gradient" (RigL), "momentum" (SNFS), "random" (SET),
+            "none", or a function of yours.
+        regrow: whether a block that an update drops may be grown by the same update, and then
+            keeps its weights (as in RigL).
+        exact: whether gradients are summed over micro-batches and ranks before their norm is
+            taken, at the cost of a dense gradient in memory.
         init: "random" keeps random blocks of the first weights, scaled; "magnitude" the largest.
+        shrink: whether memory follows a density that falls, in at most five steps of a fit. Turn
+            it off where you captured a CUDA graph yourself.
         seed: of random blocks and random growth.
         monitor: what is logged, a `MonitorOptions`; None for nothing.
 
@@ -87,11 +111,16 @@ class SparsityCallback(Callback):
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
         density: float | DensitySchedule | Mapping[str, Any] = 0.25,
         distribution: str = "uniform",
+        layer_density: Mapping[str, float] | None = None,
+        floor: Floor | Mapping[str, Any] = _FLOOR,
         update: UpdateSchedule | Mapping[str, Any] = _UPDATES,
         drop_fraction: float | DropFractionSchedule | Mapping[str, Any] = _DROP_FRACTION,
-        drop: str = "magnitude",
-        grow: str = "gradient",
+        drop: str | Criterion = "magnitude",
+        grow: str | Criterion = "gradient",
+        regrow: bool = True,
+        exact: bool = False,
         init: str = "random",
+        shrink: bool = True,
         seed: int = 0,
         monitor: MonitorOptions | Mapping[str, Any] | None = _MONITOR,
     ) -> None:
@@ -101,14 +130,20 @@ class SparsityCallback(Callback):
             exclude=exclude,
             density=density,
             distribution=distribution,
+            layer_density=layer_density,
+            floor=floor,
             update=update,
             drop_fraction=drop_fraction,
             drop=drop,
             grow=grow,
+            regrow=regrow,
+            exact=exact,
             init=init,
+            shrink=shrink,
             seed=seed,
             monitor=monitor,
         )
+        self._drop, self._grow = self.config.drop_criterion, self.config.grow_criterion
         self.monitor = None if self.config.monitor is None else SparsityMonitor(self.config.monitor)
         self.report: SparsityReport | None = None
         # Of Lightning's steps and scale, as last seen.
@@ -119,6 +154,7 @@ class SparsityCallback(Callback):
     def _begin_anew(self, layers: dict[str, BlockSparseLinear]) -> None:
         """Forget an earlier training: these layers are at their beginning."""
         self._layers = layers
+        self._gatherer = Gatherer(layers, needed_by([self._drop, self._grow]), self.config.exact)
         self.last_update: ModelUpdate | None = None
         self.timetable: Timetable | None = None
         self._step = 0
@@ -153,18 +189,22 @@ class SparsityCallback(Callback):
     def _swap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         config = self.config
         known = {id(layer) for _, layer in sparse_layers(pl_module)}
-        report = sparsify(
+
+        def budgets(grids: Mapping[str, Grid]) -> tuple[dict[str, int], dict[str, int]]:
+            check_layers_found(config.layer_density, [*grids, *self._managed(pl_module)])
+            return config.budgets_at(0.0, grids), config.capacities(grids)
+
+        report = swap_layers(
             pl_module,
-            block_size=config.block_size,
-            density=config.density_at(0.0),
-            include=config.include,
-            exclude=config.exclude,
-            distribution=config.distribution,
-            init=config.init,
-            seed=config.seed,
-            max_density=config.max_density,
+            config.block_size,
+            config.include,
+            config.exclude,
+            budgets,
+            config.init,
+            config.seed,
+            config.floor,
         )
-        layers = {name: layer for name, layer in sparse_layers(pl_module) if self._manages(name)}
+        layers = self._managed(pl_module)
         if [*map(id, layers.values())] != [*map(id, self._layers.values())]:
             self._begin_anew(layers)
         for layer in layers.values():
@@ -178,10 +218,9 @@ class SparsityCallback(Callback):
             if trainer.is_global_zero:
                 print(report)
 
-    def _manages(self, name: str) -> bool:
-        return any(matches(p, name) for p in self.config.include) and not any(
-            matches(p, name) for p in self.config.exclude
-        )
+    def _managed(self, pl_module: pl.LightningModule) -> dict[str, BlockSparseLinear]:
+        include, exclude = self.config.include, self.config.exclude
+        return {n: m for n, m in sparse_layers(pl_module) if is_chosen(n, include, exclude)}
 
     @staticmethod
     @torch.no_grad()
@@ -208,7 +247,7 @@ class SparsityCallback(Callback):
         # Averaging callbacks copy the model in their own setup, so they must find it swapped.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[: callbacks.index(self)]:
-            if isinstance(callback, _averaging_callbacks()):
+            if isinstance(callback, averaging_callbacks()):
                 raise ValueError(
                     "`callbacks` must list SparsityCallback before callbacks that average "
                     f"weights; got it after {type(callback).__name__}. Put it first."
@@ -229,8 +268,11 @@ class SparsityCallback(Callback):
             self.timetable = self._resolve_times(trainer)
             self._next_update = self.timetable.next_update(self._step)
         rank_zero_info(f"Block-sparse training: {self.timetable}.")
+        if self._gatherer.exact_memory:
+            mib = self._gatherer.exact_memory / 2**20
+            rank_zero_info(f"Exact scores: dense gradients take {mib:.1f} MiB.")
         self._global_step = trainer.global_step
-        self._grad_scale = _grad_scale(trainer)
+        self._grad_scale = grad_scale(trainer)
 
     def _resolve_times(self, trainer: pl.Trainer) -> Timetable:
         total = trainer.estimated_stepping_batches
@@ -254,30 +296,35 @@ class SparsityCallback(Callback):
                 f"holds it (layer '{name}'). Build the parameter groups in configure_optimizers "
                 "from self.parameters(), not in __init__."
             )
-        optimizer, _ = found
-        state_rule(optimizer)
-        for key, tensor in optimizer.state.get(layer.values, {}).items():
-            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape != layer.values.shape:
-                raise RuntimeError(
-                    f"The restored optimizer state `{key}` must have the shape of `values`, "
-                    f"{list(layer.values.shape)}; got {list(tensor.shape)} (layer '{name}'). "
-                    "The checkpoint's model and optimizer do not belong together."
-                )
+        try:
+            check_state(found[0], layer.values)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error} (layer '{name}')") from error
 
     def _check_capacities(self) -> None:
-        budgets = self._budgets(self.config.max_density)
+        # From here on: memory may have shrunk already, in a run that is resumed.
+        needed = self._most_needed(self._progress())
         for name, layer in self._layers.items():
-            if budgets[name] > layer.topology.capacity:
+            if needed[name] > layer.topology.capacity:
                 raise ValueError(
                     f"`density` must leave every layer within its capacity; got a budget of "
-                    f"{budgets[name]} blocks for {layer.topology.capacity} slots (layer "
+                    f"{needed[name]} blocks for {layer.topology.capacity} slots (layer "
                     f"'{name}'). Build the layer at a higher density, or exclude it."
                 )
 
-    def _budgets(self, density: float) -> dict[str, int]:
-        grids = [layer.topology.grid for layer in self._layers.values()]
-        budgets = DISTRIBUTIONS[self.config.distribution](density, grids)
-        return dict(zip(self._layers, budgets, strict=True))
+    def _most_needed(self, progress: float) -> dict[str, int]:
+        """Return the most blocks that each layer may hold from here on."""
+        if self.config.distribution == "global":  # budgets only fall
+            return {name: layer.topology.n_blocks for name, layer in self._layers.items()}
+        grids = {name: layer.topology.grid for name, layer in self._layers.items()}
+        ends = (self.config.budgets_at(at, grids) for at in (progress, 1.0))
+        return {
+            name: max(budgets)
+            for name, *budgets in zip(grids, *map(dict.values, ends), strict=True)
+        }
+
+    def _progress(self) -> float:
+        return 0.0 if self.timetable is None else self.timetable.density_progress(self._step)
 
     def _check_ranks(self, trainer: pl.Trainer) -> None:
         if trainer.world_size == 1:
@@ -293,7 +340,8 @@ class SparsityCallback(Callback):
 
     def _warn_of_slow_layers(self, trainer: pl.Trainer) -> None:
         # Where the schedule ends: before that, more blocks are present on purpose.
-        budgets = self._budgets(self.config.density_at(1.0))
+        grids = {name: layer.topology.grid for name, layer in self._layers.items()}
+        budgets = self.config.budgets_at(1.0, grids)
         in_half = trainer.precision in ("16-mixed", "bf16-mixed")
         slow = []
         for name, layer in self._layers.items():
@@ -314,8 +362,18 @@ class SparsityCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._next_update is not None and self._step + 1 >= self._next_update:
-            self._arm(self._needs_gradient)
+        if self._gathers_dense_gradients:
+            self._gatherer.arm(True)
+
+    @property
+    def _gathers_dense_gradients(self) -> bool:
+        """Whether the step that is under way is at an update, or near enough before it."""
+        window = self._gatherer.window
+        return (
+            window > 0
+            and self._next_update is not None
+            and (self._step + window >= self._next_update)
+        )
 
     def on_before_optimizer_step(
         self,
@@ -323,12 +381,15 @@ class SparsityCallback(Callback):
         pl_module: pl.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
+        if not self._pending and not self._gatherer.reads_gradients:
+            return
+        scale = unscale_factor(trainer, optimizer)
+        self._gatherer.before_optimizer_step(optimizer, scale)
         for name, pending in list(self._pending.items()):
             layer = self._layers[name]
             found = find_optimizer([optimizer], layer.values)
             if found is None:
                 continue
-            scale = _unscale_factor(trainer, optimizer)
             pending = warm_start(*found, layer.values, pending.to(layer.values.device), scale)
             self._pending[name] = pending
             if not pending.any():
@@ -344,97 +405,83 @@ class SparsityCallback(Callback):
     ) -> None:
         if not self._stepped(trainer):
             return
+        gathered = self._gathers_dense_gradients
+        reduce = None
+        if gathered and trainer.world_size > 1:
+            reduce = functools.partial(trainer.strategy.reduce, reduce_op="sum")
+        self._gatherer.end_step(gathered, reduce)
         self._step += 1
-        if self._next_update is None or self._step < self._next_update:
-            return
-        assert self.timetable is not None
-        density = self.config.density_at(self.timetable.density_progress(self._step))
-        self.last_update = self._update(trainer, density)
-        self._arm(False)
-        self._next_update = self.timetable.next_update(self._step)
-        if self.monitor is not None:
-            self.monitor.log(trainer, pl_module, self.last_update, density)
+        if self._next_update is not None and self._step >= self._next_update:
+            self._update(trainer, pl_module)
+        if gathered:
+            self._gatherer.arm(False)
 
     def _stepped(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ended in an optimizer step that a GradScaler did not skip."""
-        advanced = trainer.global_step > self._global_step
-        self._global_step = trainer.global_step
-        if not advanced:
+        before, self._global_step = self._global_step, trainer.global_step
+        if self._global_step <= before:
             return False
-        before, self._grad_scale = self._grad_scale, _grad_scale(trainer)
-        skipped = before is not None and self._grad_scale is not None and self._grad_scale < before
+        scale, self._grad_scale = self._grad_scale, grad_scale(trainer)
+        skipped = scale is not None and self._grad_scale is not None and self._grad_scale < scale
         if skipped:
-            # The scores of a skipped step hold its overflow; the next step gathers them anew.
-            self._arm(False)
+            # What was gathered holds the step's overflow; the next step gathers anew.
+            self._gatherer.skip_step()
         return not skipped
-
-    @property
-    def _needs_gradient(self) -> bool:
-        return GROW_CRITERIA[self.config.grow] is gradient
-
-    def _arm(self, on: bool) -> None:
-        """Start or stop the gathering of gradient scores, in every layer at once."""
-        for layer in self._layers.values():
-            layer.armed.fill_(on)
-            if not on:
-                layer.block_scores.zero_()
 
     # A topology update.
 
     @torch.no_grad()
-    def _update(self, trainer: pl.Trainer, density: float) -> ModelUpdate:
+    def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.timetable is not None
-        config, step = self.config, self._step
-        layers = {n: layer for n, layer in self._layers.items() if layer.values.requires_grad}
-        if self._needs_gradient:
-            self._reduce_scores(trainer, layers.values())
-        fraction = config.drop_fraction_at(self.timetable.update_progress(step))
-        budgets = self._budgets(density)
+        progress = self._progress()
         # Decide everything before anything is changed: an error leaves the model as it was.
-        updates = {
-            name: self._decide(name, layer, budgets[name], fraction)
-            for name, layer in layers.items()
-        }
+        updates = self._decide(progress)
         for name, update in updates.items():
             self._apply(trainer, name, update)
+        self._gatherer.begin_anew(updates)
+        if self.config.shrink:
+            self._shrink(trainer, progress)
         self._n_updates += 1
-        return ModelUpdate(step, self._n_updates, updates)
+        self._next_update = self.timetable.next_update(self._step)
+        self.last_update = ModelUpdate(self._step, self._n_updates, updates)
+        if self.monitor is not None:
+            density = self.config.density_at(progress)
+            self.monitor.log(trainer, pl_module, self.last_update, density)
 
-    @staticmethod
-    def _reduce_scores(trainer: pl.Trainer, layers: Iterable[BlockSparseLinear]) -> None:
-        if trainer.world_size == 1:
-            return
-        scores = [layer.block_scores for layer in layers]
-        flat = torch.cat([score.flatten() for score in scores])
-        flat = trainer.strategy.reduce(flat, reduce_op="sum")
-        for score, part in zip(scores, flat.split([s.numel() for s in scores]), strict=True):
-            score.copy_(part.view_as(score))
-
-    def _decide(
-        self, name: str, layer: BlockSparseLinear, budget: int, fraction: float
-    ) -> TopologyUpdate:
-        scores = BlockScores(
-            mask=layer.topology.mask,
-            magnitude=layer.magnitudes(),
-            gradient=layer.block_scores.sqrt(),
-            generator=seeded_generator(self.config.seed, self._step, name),
-        )
-        grow = GROW_CRITERIA[self.config.grow]
-        try:
-            return update_topology(
-                layer.topology,
-                DROP_CRITERIA[self.config.drop](scores),
-                None if grow is None else grow(scores),
-                budget,
-                fraction,
-            )
-        except ValueError as error:
-            raise ValueError(f"{error} (layer '{name}')") from error
+    def _decide(self, progress: float) -> dict[str, TopologyUpdate]:
+        assert self.timetable is not None
+        config = self.config
+        fraction = config.drop_fraction_at(self.timetable.update_progress(self._step))
+        layers = {n: layer for n, layer in self._layers.items() if layer.values.requires_grad}
+        masks: dict[str, Tensor] = {}
+        drop: dict[str, Tensor] = {}
+        grow: dict[str, Tensor | None] = dict.fromkeys(layers)
+        for name in layers:
+            scores = self._gatherer.scores_of(name, seeded_generator(config.seed, self._step, name))
+            masks[name] = scores.mask
+            with _naming(name):
+                drop[name] = score("drop", self._drop, scores)
+                if self._grow is not None:
+                    grow[name] = score("grow", self._grow, scores)
+        budgets = config.budgets_by_score(progress, drop, masks)
+        updates = {}
+        for name, layer in layers.items():
+            with _naming(name):
+                updates[name] = update_topology(
+                    layer.topology,
+                    drop[name],
+                    grow[name],
+                    budgets[name],
+                    fraction,
+                    floor=(config.floor.row, config.floor.column),
+                    regrow=config.regrow,
+                )
+        return updates
 
     def _apply(self, trainer: pl.Trainer, name: str, update: TopologyUpdate) -> None:
         layer = self._layers[name]
         layer.apply_update(update)
-        for copy in _averaged_copies(trainer, name):
+        for copy in averaged_copies(trainer, name):
             copy.apply_update(update)
         found = find_optimizer(trainer.optimizers, layer.values)
         if found is not None:
@@ -448,6 +495,30 @@ class SparsityCallback(Callback):
         if len(update.grown) or pending.any():
             self._pending[name] = pending
 
+    def _shrink(self, trainer: pl.Trainer, progress: float) -> None:
+        """Give up the slots that will stay empty, if it is time for that."""
+        needed = self._most_needed(progress)
+        capacity = sum(layer.topology.capacity for layer in self._layers.values())
+        density = self.config.density
+        if not should_shrink(
+            capacity, sum(needed.values()), density.initial, density.final, progress
+        ) or not can_shrink(trainer, self._layers.values()):
+            return
+        for name, layer in self._layers.items():
+            # A frozen layer, or one that was short of blocks to choose from, keeps what it has.
+            kept = layer.shrink(
+                min(layer.topology.capacity, max(needed[name], layer.topology.n_blocks))
+            )
+            for copy in averaged_copies(trainer, name):
+                copy.shrink(len(kept))
+            found = find_optimizer(trainer.optimizers, layer.values)
+            if found is not None:
+                keep_slots(found[0], layer.values, kept)
+            if name in self._pending:
+                self._pending[name] = self._pending[name][kept]
+            self._gatherer.keep_slots(name, kept)
+        forget_old_shapes(trainer)
+
     # Save, resume, end.
 
     def state_dict(self) -> dict[str, Any]:
@@ -457,6 +528,7 @@ class SparsityCallback(Callback):
             "next_update": self._next_update,
             "timetable": None if self.timetable is None else self.timetable.as_dict(),
             "pending": {name: pending.cpu() for name, pending in self._pending.items()},
+            "gathered": self._gatherer.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -466,47 +538,18 @@ class SparsityCallback(Callback):
         table = state_dict["timetable"]
         self.timetable = None if table is None else Timetable(**table)
         self._pending = dict(state_dict["pending"])
+        self._gatherer.load_state_dict(state_dict["gathered"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for layer in self._layers.values():
-            layer.locked = False
-        self._arm(False)
+        self._gatherer.arm(False)
         if is_overridden("configure_model", pl_module):
             vars(pl_module).pop("configure_model", None)
 
 
-def _averaging_callbacks() -> tuple[type[Callback], ...]:
-    """Return the classes of callbacks that copy the model; Lightning 2.5 lacks one of them."""
+@contextlib.contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Name the layer in what goes wrong with it."""
     try:
-        from lightning.pytorch.callbacks import WeightAveraging
-    except ImportError:
-        return (StochasticWeightAveraging,)
-    return (StochasticWeightAveraging, WeightAveraging)
-
-
-def _averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinear]:
-    """Yield the copies of a layer in models that other callbacks hold, such as averages."""
-    model = trainer.lightning_module
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for held in vars(callback).values():
-            if not isinstance(held, nn.Module) or held is model:
-                continue
-            inner = held.module if isinstance(held, torch.optim.swa_utils.AveragedModel) else held
-            try:
-                copy = inner.get_submodule(name)
-            except AttributeError:
-                continue
-            if isinstance(copy, BlockSparseLinear):
-                yield copy
-
-
-def _grad_scale(trainer: pl.Trainer) -> float | None:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else float(scaler.get_scale())
-
-
-def _unscale_factor(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> float:
-    """Return what gradients are still multiplied by: only fused optimizers unscale themselves."""
-    scale = _grad_scale(trainer)
-    handles_it = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return scale if scale is not None and handles_it else 1.0
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (layer '{layer}')") from error

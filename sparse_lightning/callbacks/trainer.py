@@ -1,0 +1,77 @@
+"""What `SparsityCallback` asks of Lightning's trainer, its strategies and other callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sparse_lightning.linear import BlockSparseLinear
+
+
+def averaging_callbacks() -> tuple[type[Callback], ...]:
+    """Return the classes of callbacks that copy the model; Lightning 2.5 lacks one of them."""
+    try:
+        from lightning.pytorch.callbacks import WeightAveraging
+    except ImportError:
+        return (StochasticWeightAveraging,)
+    return (StochasticWeightAveraging, WeightAveraging)
+
+
+def averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinear]:
+    """Yield the copies of a layer in models that other callbacks hold, such as averages."""
+    model = trainer.lightning_module
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for held in vars(callback).values():
+            if not isinstance(held, nn.Module) or held is model:
+                continue
+            inner = held.module if isinstance(held, torch.optim.swa_utils.AveragedModel) else held
+            try:
+                copy = inner.get_submodule(name)
+            except AttributeError:
+                continue
+            if isinstance(copy, BlockSparseLinear):
+                yield copy
+
+
+def grad_scale(trainer: pl.Trainer) -> float | None:
+    """Return what a GradScaler multiplies losses by; None without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
+
+
+def unscale_factor(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """Return what gradients are still multiplied by: only fused optimizers unscale themselves."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    scale = grad_scale(trainer)
+    return 1.0 if scale is None else scale
+
+
+def can_shrink(trainer: pl.Trainer, layers: Iterable[BlockSparseLinear]) -> bool:
+    """Tell whether parameters may change their shape: not where they are sharded or compiled."""
+    module = trainer.lightning_module
+    # Lightning keeps the wrapper of a module that was compiled as a whole apart from the module.
+    wrapped = isinstance(trainer.strategy.model, torch._dynamo.OptimizedModule)
+    compiled = wrapped or any(
+        isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
+        for m in module.modules()
+    )
+    return not compiled and not any(isinstance(layer.values, DTensor) for layer in layers)
+
+
+def forget_old_shapes(trainer: pl.Trainer) -> None:
+    """Let go of what was built for parameters of other shapes, after they have shrunk."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        # DDP's buckets have the old sizes. The old wrapper must be gone before there is a new one,
+        # or both would reduce every gradient.
+        strategy.model = trainer.lightning_module
+        strategy.configure_ddp()
+    if strategy.root_device.type == "cuda":
+        torch.cuda.empty_cache()  # so that others, too, can use what is free now
