@@ -70,7 +70,8 @@ _DY_STRIPS = 16  # of a job of narrow blocks, at most
 _DW_SUMS = 8  # strips by strips that a thread block's registers hold
 # So many thread blocks copy as fast together as each alone, if all pass over the same tokens: then
 # L2 is asked for the same by several at once. In parts of the tokens it is less. Fitted on an H100.
-_TOGETHER = {1: 74.0, 2: 59.2, 4: 51.8, 8: 44.4}
+_TOGETHER = {1: 74.0, 2: 59.2, 4: 44.0, 8: 42.0}
+_IDLE = 0.3  # so much longer a thread block takes where nearly all multiprocessors are idle
 # Strips of x, and of dy by their width, that are under way; and enough steps, if these are more.
 _UNDER_WAY = {16: (56, 4), 32: (100, 4), 64: (40, 4), 128: (24, 5)}
 _LEAST_STRIPS = 10.5  # of narrow blocks, in the time that a step takes even if it copies fewer
@@ -291,7 +292,10 @@ def dw_split(
                 (evenly, evenly + out_blocks * more, 1.4 * share * wide, 1.3),
             ):
                 together = delay * (dy + capacity) / _TOGETHER[parts]
-                times.append(max(together, math.ceil(groups / clusters) * busy / parts))
+                # Few thread blocks get less from memory than all of them.
+                used = min(groups, clusters) * parts * min(blocks, sharers)
+                alone = busy / parts * (1 + _IDLE * max(0.0, 1 - used / processors))
+                times.append(max(together, math.ceil(groups / clusters) * alone))
         return wide * steps * min(times) + (100 if parts > 1 else 0)
 
     choices = []
