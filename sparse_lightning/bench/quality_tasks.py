@@ -174,7 +174,7 @@ class GPTSize:
 
 
 GPT_SIZES = {
-    "gpt": GPTSize(width=512, layers=8, heads=8, context=512, batch=64, windows=1024),
+    "gpt": GPTSize(width=512, layers=8, heads=8, context=512, batch=16, windows=1024),
     "gpt-tiny": GPTSize(width=128, layers=2, heads=2, context=64, batch=8, windows=64),
 }
 _MLPS = ("blocks.*.mlp.*",)
