@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class TopologyUpdate:
         """Share of the earlier blocks that are still present."""
         return 1 - len(self.dropped) / self.n_before if self.n_before else 1.0
 
-    @property
+    @functools.cached_property
     def changed(self) -> Tensor:
         """Int64, ascending: the slots that were dropped, grown or both; their state starts anew."""
         slots: Tensor = torch.cat([self.dropped, self.grown]).unique()
@@ -108,7 +109,8 @@ def update_topology(
         keep = choose_blocks(grow_scores.cpu(), candidates, n_target, floor=floor, chosen=keep)
     # What growth could not fill falls back to present blocks, and the unscorable come last.
     for scores in (usefulness, torch.zeros_like(usefulness)):
-        keep = choose_blocks(scores, mask, n_target, floor=floor, chosen=keep)
+        if int(keep.sum()) < n_target:
+            keep = choose_blocks(scores, mask, n_target, floor=floor, chosen=keep)
 
     coords = topology.coords.cpu().clone()
     rows, cols = coords.long().unbind(1)
@@ -217,11 +219,12 @@ def _reaches(mask: Tensor, floor: tuple[int, int]) -> bool:
 
 def _best(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
     """Return the `n` candidates of highest score, ties by lower index (row-major)."""
-    n = min(n, int(candidates.sum()))
+    n_candidates = int(candidates.sum())
+    n = min(n, n_candidates)
     if n <= 0:
         return torch.zeros_like(candidates)
     # By the n-th highest score: a selection takes linear time, where sorting does not.
-    least = scores[candidates].kthvalue(int(candidates.sum()) - n + 1).values
+    least = scores[candidates].kthvalue(n_candidates - n + 1).values
     above = candidates & (scores > least)
     ties = candidates & (scores == least)
     first = ties.flatten().cumsum(0).view_as(ties) <= n - int(above.sum())

@@ -108,7 +108,6 @@ class Gatherer:
         self._work.clear()
         self.arm(False)
 
-    @torch.no_grad()
     def end_step(self, armed: bool, reduce: Callable[[Tensor], Tensor] | None) -> None:
         """Take in the step that is ending.
 
@@ -117,14 +116,21 @@ class Gatherer:
             reduce: sums a tensor over ranks; None on a single one.
         """
         self._n_steps += 1
+        if self._work:
+            self._take_in_work()
+        if armed:
+            self._take_in_gradients(reduce)
+
+    def _take_in_work(self) -> None:
         for name, work in self._work.items():
             if "saliency" in self.needs:
                 _add(self._saliency, name, work.abs())
             if "movement" in self.needs:
                 _add(self._movement, name, -work)
         self._work.clear()
-        if not armed:
-            return
+
+    @torch.no_grad()
+    def _take_in_gradients(self, reduce: Callable[[Tensor], Tensor] | None) -> None:
         if reduce is not None:
             for layer in self.layers.values():
                 layer.block_scores.copy_(reduce(layer.block_scores))

@@ -421,8 +421,10 @@ class SparsityCallback(Callback):
         before, self._global_step = self._global_step, trainer.global_step
         if self._global_step <= before:
             return False
+        if self._grad_scale is None:
+            return True
         scale, self._grad_scale = self._grad_scale, grad_scale(trainer)
-        skipped = scale is not None and self._grad_scale is not None and self._grad_scale < scale
+        skipped = self._grad_scale is not None and self._grad_scale < scale
         if skipped:
             # What was gathered holds the step's overflow; the next step gathers anew.
             self._gatherer.skip_step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -49,3 +50,64 @@ def test_the_loss_is_that_of_masked_dense_layers(precision: str) -> None:
     sparse, masked = fit(**options), fit(load("masked_dense").MaskedDense(), **options)
     tolerance = 1e-3 if precision == "32-true" else 3e-2
     torch.testing.assert_close(sparse.losses, masked.losses, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("grow", ["gradient", "momentum"])
+@pytest.mark.parametrize("drop", ["gradient", "saliency", "movement"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_every_rule_chooses_as_on_the_cpu(drop: str, grow: str, exact: bool) -> None:
+    def run(**kwargs: Any) -> list[torch.Tensor]:
+        sparsity = SparsityCallback(
+            block_size=16,
+            density={"schedule": "cubic", "final": 0.25},
+            drop=drop,
+            grow=grow,
+            exact=exact,
+            update={"every_n_steps": 5},
+        )
+        model = Classifier()
+        trainer(sparsity, **kwargs).fit(model, loader())
+        return masks(model)
+
+    for on_gpu, on_cpu in zip(run(accelerator="gpu", devices=1), run(), strict=True):
+        assert torch.equal(on_gpu, on_cpu)
+
+
+def test_memory_is_released_as_the_density_falls() -> None:
+    """Weights, gradients and two moments of the layers; what CUDA holds, not what we count."""
+
+    class Wide(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Sequential(
+                torch.nn.Linear(64, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 64 * 32)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.body(x)[:, :64] + x)
+
+    class Watch(L.Callback):
+        def __init__(self) -> None:
+            self.held: list[tuple[int, int]] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+
+    def run(shrink: bool) -> list[tuple[int, int]]:
+        torch.cuda.empty_cache()
+        sparsity = SparsityCallback(
+            block_size=64,
+            include=["body.2"],
+            density={"schedule": "cubic", "final": 0.125, "until": 12},
+            update={"every_n_steps": 3, "until": 15},
+            shrink=shrink,
+        )
+        watch = Watch()
+        trainer(sparsity, watch, accelerator="gpu", devices=1).fit(Wide(), loader(24))
+        return watch.held
+
+    dense = 4 * 4 * 2048 * 2048
+    kept, shrunk = run(False), run(True)
+    for i, what in enumerate(("allocated", "reserved")):
+        released = kept[-1][i] - shrunk[-1][i]
+        assert released >= 0.8 * (1 - 0.125) * dense, what

@@ -21,20 +21,27 @@ STEPS = 24
 EVERY = 5  # so updates run after 5, 10, 15 and 18 steps
 
 
-def sparsity() -> SparsityCallback:
+def sparsity(**kwargs: Any) -> SparsityCallback:
     return SparsityCallback(
         block_size=16,
         density={"schedule": "cubic", "initial": 0.75, "final": 0.25, "until": 0.7},
         update={"every_n_steps": EVERY},
+        **kwargs,
     )
 
 
-def run(root: Path, ckpt_path: Path | None = None, *extra: L.Callback, **kwargs: Any) -> Any:
+def run(
+    root: Path,
+    ckpt_path: Path | None = None,
+    *extra: L.Callback,
+    rules: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Train to the end, with a checkpoint after every step, and return the trainer."""
     checkpoint = ModelCheckpoint(
         root, filename="{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False
     )
-    callbacks = [sparsity(), *extra, checkpoint]
+    callbacks = [sparsity(**(rules or {})), *extra, checkpoint]
     fitting = trainer(
         *callbacks, root=root, enable_checkpointing=True, **{"max_steps": STEPS, **kwargs}
     )
@@ -95,6 +102,24 @@ def test_resume_under_accumulation_is_bit_exact(tmp_path: Path) -> None:
     run(tmp_path / "whole", accumulate_grad_batches=2)
     run(tmp_path / "cut", tmp_path / "whole" / "10.ckpt", accumulate_grad_batches=2)
     assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+# What is gathered over several steps is in the checkpoint too; slots that were given up stay so.
+@pytest.mark.parametrize("cut", [3, 8, 12, 16])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"drop": "saliency", "grow": "momentum"},
+        {"drop": "movement", "grow": "none", "distribution": "global"},
+        {"drop": "gradient", "grow": "momentum", "exact": True, "regrow": False},
+    ],
+    ids=["saliency", "movement", "exact"],
+)
+def test_resume_with_what_was_gathered(rules: dict[str, Any], cut: int, tmp_path: Path) -> None:
+    run(tmp_path / "whole", rules=rules)
+    run(tmp_path / "cut", tmp_path / "whole" / f"{cut}.ckpt", rules=rules)
+    assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert len(final(tmp_path / "cut")["state_dict"]["net.0.values"]) < 24, "memory has shrunk"
 
 
 def test_a_longer_training_moves_no_density(uninterrupted: Path, tmp_path: Path) -> None:
