@@ -11,6 +11,7 @@ from sparse_lightning.config import (
     MonitorOptions,
     UpdateSchedule,
 )
+from sparse_lightning.distributions import Floor
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.mlp import BlockSparseMLP
 from sparse_lightning.patching import SparsityReport, densify, sparsify
@@ -27,6 +28,7 @@ __all__ = [
     "BlockTopology",
     "DensitySchedule",
     "DropFractionSchedule",
+    "Floor",
     "MonitorOptions",
     "SparsityCallback",
     "SparsityMonitor",
