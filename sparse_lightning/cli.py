@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from sparse_lightning.bench import callback_command as callback
 from sparse_lightning.bench import command as bench
@@ -21,43 +23,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmarks = commands.add_parser("bench", help="measure this machine").add_subparsers(
         required=True, metavar="WHAT"
     )
-    kernels = benchmarks.add_parser(
+    _add(
+        benchmarks,
         "kernels",
-        help="time the products of a block-sparse layer",
-        description="Time the products of a block-sparse layer against the dense ones, and against "
+        bench,
+        "time the products of a block-sparse layer",
+        "Time the products of a block-sparse layer against the dense ones, and against "
         "other libraries that are installed. A row is printed only after its results are right.",
-        epilog=bench.EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_arguments(kernels)
-    kernels.set_defaults(run=bench.run)
-    updates = benchmarks.add_parser(
+    _add(
+        benchmarks,
         "callback",
-        help="time what topology updates cost",
-        description="Train MLPs by Lightning with each pair of rules, and time what the callback "
+        callback,
+        "time what topology updates cost",
+        "Train MLPs by Lightning with each pair of rules, and time what the callback "
         "takes of the host between updates, and what an update adds to the training.",
     )
-    callback.add_arguments(updates)
-    updates.set_defaults(run=callback.run)
-    trainings = benchmarks.add_parser(
+    _add(
+        benchmarks,
         "quality",
-        help="train sparse and dense networks, and compare what they learn",
-        description="Train small networks with each sparse method, and dense ones of the same "
+        quality,
+        "train sparse and dense networks, and compare what they learn",
+        "Train small networks with each sparse method, and dense ones of the same "
         "size or cost, over several seeds, and print mean and spread of what they reach.",
-        epilog=quality.EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    quality.add_arguments(trainings)
-    trainings.set_defaults(run=quality.run)
-    tuning = commands.add_parser(
+    _add(
+        commands,
         "tune",
-        help="find the fastest kernels for this machine's GPU",
-        description="Time every kind of kernels on this machine's GPU, at every product, block "
+        tune,
+        "find the fastest kernels for this machine's GPU",
+        "Time every kind of kernels on this machine's GPU, at every product, block "
         "size and density, and save which is the fastest where: training uses it from then on. "
         "Takes some minutes.",
     )
-    tune.add_arguments(tuning)
-    tuning.set_defaults(run=tune.run)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -68,3 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sparse-lightning: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add(commands: Any, name: str, module: ModuleType, what: str, description: str) -> None:
+    """Add a command that a module declares the options of, and runs; perhaps with examples."""
+    examples = getattr(module, "EXAMPLES", None)
+    style = argparse.RawDescriptionHelpFormatter if examples else argparse.HelpFormatter
+    parser = commands.add_parser(
+        name, help=what, description=description, epilog=examples, formatter_class=style
+    )
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparse_lightning.bench.environment import describe
+from sparse_lightning.bench.environment import as_line, describe
 from sparse_lightning.bench.options import check_count, find_device, prepare
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     block_grid(width, width, options.block_size)
     check_density(options.density, "--density")
     prepare(device)
-    print(", ".join(f"{k} {v}" if k != "device" else v for k, v in describe(device).items()))
+    print(as_line(describe(device)))
     print(
         f"{options.layers} MLPs {width} -> {4 * width} -> {width}, {tokens} tokens, blocks of "
         f"{options.block_size}, density {options.density:g}, AdamW\n"
@@ -67,9 +67,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _table(**kwargs: Any) -> Iterator[str]:
-    from sparse_lightning.bench.callback import (
-        measure,
-    )  # Lightning, which other commands do without
+    # Lightning, which other commands do without.
+    from sparse_lightning.bench.callback import measure
 
     yield "| drop | grow | step, ms | host between updates, us | an update costs, in steps |"
     yield "|---|---|---|---|---|"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_lightning.bench.environment import describe
+from sparse_lightning.bench.environment import as_line, describe
 from sparse_lightning.bench.kernels import Row, measure_all, table_head, table_row
 from sparse_lightning.bench.options import (
     check_count,
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
 
     environment = describe(device)
     title = f"{'x'.join(map(str, shape))} (tokens x in x out), {dtype_name}"
-    print(", ".join(f"{k} {v}" if k != "device" else v for k, v in environment.items()))
+    print(as_line(environment))
     print(f"{title}; speed-up: dense time / time, of the same run\n\n{table_head(peers)}")
     rows: list[Row] = []
     for row in measure_all(

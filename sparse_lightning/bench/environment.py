@@ -35,6 +35,15 @@ def describe(device: torch.device) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
+def as_line(environment: dict[str, str]) -> str:
+    """Return what `describe` found as one line, the device first.
+
+    >>> as_line({"device": "NVIDIA H100", "torch": "2.11.0"})
+    'NVIDIA H100, torch 2.11.0'
+    """
+    return ", ".join(f"{k} {v}" if k != "device" else v for k, v in environment.items())
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_lightning.bench.environment import describe
+from sparse_lightning.bench.environment import as_line, describe
 from sparse_lightning.bench.options import check_count, check_writable, find_device
 from sparse_lightning.bench.quality import TASKS, Result, Run, read, runs, tables, write
 
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     results = [done[one] for one in wanted]
     print(f"{tables(results)}\n\n{_command(options, tasks)}")
     for made_on in {tuple(result.environment.items()): None for result in results}:
-        print(", ".join(f"{k} {v}" if k != "device" else v for k, v in made_on))
+        print(as_line(dict(made_on)))
 
 
 def _train_all(
