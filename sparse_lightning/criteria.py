@@ -219,24 +219,6 @@ def block_magnitudes(values: Tensor) -> Tensor:
     return norms.float()
 
 
-def block_work(values: Tensor, gradient: Tensor) -> Tensor:
-    """Return the sum of w * g of each slot, in fp32.
-
-    Args:
-        values: `[capacity, block_size, block_size]`.
-        gradient: of the same shape and dtype.
-
-    Returns:
-        fp32 `[capacity]`.
-
-    >>> block_work(torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[2.0, -1.0]]]))
-    tensor([5.])
-    """
-    # A batched product of a row and a column: a sum of `values * gradient` would first write it.
-    work: Tensor = torch.linalg.vecdot(values.detach().flatten(1), gradient.flatten(1))
-    return work.float()
-
-
 def dense_block_norms(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the Frobenius norm of each block of a dense matrix, in fp32 whatever its dtype.
 

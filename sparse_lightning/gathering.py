@@ -8,23 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparse_lightning.criteria import (
     MOMENTUM_DECAY,
     MOMENTUM_STEPS,
     BlockScores,
     Criterion,
-    block_work,
     dense_block_norms,
 )
 from sparse_lightning.evolution import TopologyUpdate
+from sparse_lightning.kernels.block_work import WorkSums, add_block_work
 from sparse_lightning.linear import BlockSparseLinear
 
 # Dense gradients of a whole model, in bytes: more would defeat what sparsity saves.
 MOST_EXACT_MEMORY = 4 << 30
+# What is summed over steps, by slot.
+_OF_SLOTS = ("saliency", "movement")
+
+_Held = tuple[nn.Parameter, WorkSums]
 
 
 class Gatherer:
@@ -60,17 +66,16 @@ class Gatherer:
             )
         # The dense gradient is gathered in this many steps before and at an update.
         self.window = MOMENTUM_STEPS if "momentum" in needs else int(needs_dense)
+        # Whether `before_optimizer_step` has something to do.
+        self.reads_gradients = not needs.isdisjoint(_OF_SLOTS)
         self._n_steps = 0
-        # What the current step adds, until it is known that it was not skipped.
-        self._work: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
-        self._saliency: dict[str, Tensor] = {}
-        self._movement: dict[str, Tensor] = {}
-
-    @property
-    def reads_gradients(self) -> bool:
-        """Whether `before_optimizer_step` has something to do."""
-        return bool(self.needs & {"saliency", "movement"})
+        self._sums: dict[str, WorkSums] = {}
+        # Of the optimizers seen so far, the layers that they hold.
+        self._held: WeakKeyDictionary[Optimizer, tuple[list[int], list[_Held]]]
+        self._held = WeakKeyDictionary()
+        # Which sums hold work of the current step: until it is known that it was not skipped.
+        self._fresh: list[_Held] = []
 
     @property
     def exact_memory(self) -> int:
@@ -87,25 +92,44 @@ class Gatherer:
                 layer.block_scores.zero_()
 
     @torch.no_grad()
-    def before_optimizer_step(self, optimizer: torch.optim.Optimizer, grad_scale: float) -> None:
+    def before_optimizer_step(self, optimizer: Optimizer, grad_scale: float) -> None:
         """Read the gradients that an optimizer is about to apply.
 
         Args:
             optimizer: whose step it is.
             grad_scale: what the gradients are still multiplied by.
         """
-        if not self.reads_gradients:
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, layer in self.layers.items():
-            if id(layer.values) in held and layer.values.grad is not None:
-                work = block_work(layer.values, layer.values.grad) / grad_scale
-                work = torch.where(work.isfinite(), work, 0)
-                self._work[name] = self._work[name] + work if name in self._work else work
+        if self.reads_gradients:
+            held = self._held_by(optimizer)
+            add_block_work(held, grad_scale)
+            self._fresh += held
+
+    def _held_by(self, optimizer: Optimizer) -> list[_Held]:
+        # Looked up once: going through all parameters of a model would take its time every step.
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        known, held = self._held.get(optimizer, (None, []))
+        if known != sizes:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            names = [name for name, layer in self.layers.items() if id(layer.values) in ids]
+            held = [(self.layers[name].values, self._sums_of(name)) for name in names]
+            self._held[optimizer] = sizes, held
+        return held
+
+    def _sums_of(self, name: str) -> WorkSums:
+        """Return the sums of a layer, on its device, which may have been another before."""
+        values, sums = self.layers[name].values, self._sums.get(name)
+        if sums is None:
+            sums = WorkSums.zeros(len(values), values.device, self.needs)
+        elif sums.work.device != values.device:
+            sums = sums.each(lambda tensor: tensor.to(values.device))
+        self._sums[name] = sums
+        return sums
 
     def skip_step(self) -> None:
         """Forget the step that is ending."""
-        self._work.clear()
+        for _, sums in self._fresh:
+            sums.work.zero_()
+        self._fresh.clear()
         self.arm(False)
 
     def end_step(self, armed: bool, reduce: Callable[[Tensor], Tensor] | None) -> None:
@@ -116,18 +140,9 @@ class Gatherer:
             reduce: sums a tensor over ranks; None on a single one.
         """
         self._n_steps += 1
-        if self._work:
-            self._take_in_work()
+        self._fresh.clear()
         if armed:
             self._take_in_gradients(reduce)
-
-    def _take_in_work(self) -> None:
-        for name, work in self._work.items():
-            if "saliency" in self.needs:
-                _add(self._saliency, name, work.abs())
-            if "movement" in self.needs:
-                _add(self._movement, name, -work)
-        self._work.clear()
 
     @torch.no_grad()
     def _take_in_gradients(self, reduce: Callable[[Tensor], Tensor] | None) -> None:
@@ -136,9 +151,10 @@ class Gatherer:
                 layer.block_scores.copy_(reduce(layer.block_scores))
         if "momentum" in self.needs:
             for name, layer in self.layers.items():
-                if name in self._momentum:
-                    self._momentum[name] *= MOMENTUM_DECAY
-                _add(self._momentum, name, layer.block_scores)
+                known, new = self._momentum.get(name), layer.block_scores
+                self._momentum[name] = (
+                    new.clone() if known is None else known.to(new.device) * MOMENTUM_DECAY + new
+                )
 
     @torch.no_grad()
     def scores_of(self, name: str, generator: torch.Generator) -> BlockScores:
@@ -155,16 +171,16 @@ class Gatherer:
             exactly = layer.scores_exactly
             return dense_block_norms(gathered, topology.grid) if exactly else gathered.sqrt()
 
-        def of_slots(sums: dict[str, Tensor], divisor: int) -> Tensor:
-            if name not in sums:
-                return torch.zeros(topology.grid)
-            return topology.scatter(sums[name] / divisor, fill=0.0)
+        def of_slots(need: str, divisor: int) -> Tensor:
+            sums = self._sums_of(name)
+            sums.take_in()
+            return topology.scatter(getattr(sums, need) / divisor, fill=0.0)
 
         gathered = {
             "gradient": lambda: norms(layer.block_scores),
             "momentum": lambda: norms(self._momentum.get(name, layer.block_scores)),
-            "saliency": lambda: of_slots(self._saliency, max(1, self._n_steps)),
-            "movement": lambda: of_slots(self._movement, 1),
+            "saliency": lambda: of_slots("saliency", max(1, self._n_steps)),
+            "movement": lambda: of_slots("movement", 1),
         }
         return BlockScores(
             mask=topology.mask.cpu(),
@@ -177,11 +193,12 @@ class Gatherer:
         """Forget what an update has used, and what was known of blocks that it changed."""
         self._n_steps = 0
         self._momentum.clear()
-        self._saliency.clear()
-        for name, update in updates.items():
-            if name in self._movement:
-                movement = self._movement[name]
-                movement[update.changed.to(movement.device)] = 0
+        for name, sums in self._sums.items():
+            sums.take_in()
+            if sums.saliency is not None:
+                sums.saliency.zero_()
+            if sums.movement is not None and name in updates:
+                sums.movement[updates[name].changed.to(sums.movement.device)] = 0
 
     def keep_slots(self, name: str, kept: Tensor) -> None:
         """Follow a layer that has given up slots, right after an update.
@@ -190,32 +207,29 @@ class Gatherer:
             name: of the layer.
             kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
         """
-        if name in self._movement:
-            movement = self._movement[name]
-            self._movement[name] = movement[kept.to(movement.device)]
+        if name in self._sums:
+            self._sums[name] = self._sums[name].each(lambda sums: sums[kept.to(sums.device)])
+        self._held.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been gathered, as tensors on the CPU and primitives."""
-        return {
-            "n_steps": self._n_steps,
-            **{
-                need: {name: sums.cpu() for name, sums in getattr(self, f"_{need}").items()}
-                for need in ("momentum", "saliency", "movement")
-            },
-        }
+        state: dict[str, Any] = {"n_steps": self._n_steps}
+        state["momentum"] = {n: sums.to("cpu", copy=True) for n, sums in self._momentum.items()}
+        for sums in self._sums.values():
+            sums.take_in()
+        for need in _OF_SLOTS:
+            gathered = {name: getattr(sums, need) for name, sums in self._sums.items()}
+            state[need] = {n: s.to("cpu", copy=True) for n, s in gathered.items() if s is not None}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self._n_steps = state["n_steps"]
-        for need in ("momentum", "saliency", "movement"):
-            sums = getattr(self, f"_{need}")
-            sums.update({name: s.clone() for name, s in state[need].items() if name in self.layers})
-
-
-def _add(sums: dict[str, Tensor], name: str, addend: Tensor) -> None:
-    """Add in place to what may not exist yet, or have been loaded on another device."""
-    known = sums.get(name)
-    sums[name] = addend.clone() if known is None else known.to(addend.device).add_(addend)
+        self._momentum = {n: s.clone() for n, s in state["momentum"].items() if n in self.layers}
+        for need in _OF_SLOTS:
+            for name in state[need]:
+                if name in self.layers and need in self.needs:
+                    getattr(self._sums_of(name), need).copy_(state[need][name])
 
 
 def score(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:

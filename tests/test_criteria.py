@@ -12,7 +12,6 @@ from sparse_lightning.criteria import (
     GROW_CRITERIA,
     BlockScores,
     block_magnitudes,
-    block_work,
     dense_block_norms,
     find_criterion,
     gradient,
@@ -101,13 +100,6 @@ def test_a_criterion_that_is_none_is_refused(value: object, says: str) -> None:
     with pytest.raises(ValueError, match=rule) as error:
         find_criterion("drop", value, DROP_CRITERIA)
     assert re.search(says, str(error.value))
-
-
-def test_work_by_hand() -> None:
-    values = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 0.0], [0.0, -1.0]]])
-    gradients = torch.tensor([[[1.0, 1.0], [-1.0, 0.5]], [[7.0, 9.0], [9.0, 7.0]]])
-    assert block_work(values, gradients).tolist() == [1 + 2 - 3 + 2, 0]
-    assert block_work(values.bfloat16(), gradients.bfloat16()).dtype == torch.float32
 
 
 def test_dense_block_norms_are_those_of_the_blocks() -> None:

@@ -146,8 +146,8 @@ class SparsityCallback(Callback):
         self._drop, self._grow = self.config.drop_criterion, self.config.grow_criterion
         self.monitor = None if self.config.monitor is None else SparsityMonitor(self.config.monitor)
         self.report: SparsityReport | None = None
-        # Of Lightning's steps and scale, as last seen.
-        self._global_step = 0
+        # Whether an optimizer has stepped in this batch, and Lightning's scale as last seen.
+        self._stepping = False
         self._grad_scale: float | None = None
         self._begin_anew({})
 
@@ -271,7 +271,7 @@ class SparsityCallback(Callback):
         if self._gatherer.exact_memory:
             mib = self._gatherer.exact_memory / 2**20
             rank_zero_info(f"Exact scores: dense gradients take {mib:.1f} MiB.")
-        self._global_step = trainer.global_step
+        self._stepping = False
         self._grad_scale = grad_scale(trainer)
 
     def _resolve_times(self, trainer: pl.Trainer) -> Timetable:
@@ -381,6 +381,7 @@ class SparsityCallback(Callback):
         pl_module: pl.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
+        self._stepping = True
         if not self._pending and not self._gatherer.reads_gradients:
             return
         scale = unscale_factor(trainer, optimizer)
@@ -418,8 +419,8 @@ class SparsityCallback(Callback):
 
     def _stepped(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ended in an optimizer step that a GradScaler did not skip."""
-        before, self._global_step = self._global_step, trainer.global_step
-        if self._global_step <= before:
+        stepping, self._stepping = self._stepping, False
+        if not stepping:
             return False
         if self._grad_scale is None:
             return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_lightning.kernels import activations, choice, densified, hopper, portable
+from sparse_lightning.kernels.launch import packed
 
 
 def block_linear(
@@ -83,7 +84,7 @@ def block_linear_dh(
             f"got {list(h.shape)} of {h.dtype}."
         )
     _device_of(dy, h)
-    h = _packed(h)
+    h = packed(h)
     return _multiply(
         dy,
         values,
@@ -124,7 +125,7 @@ def _multiply(
     y = x.new_empty(*shape[:-1], out_features)
     if x.numel() == 0:
         return y
-    x, values = _packed(x), _packed(values)
+    x, values = packed(x), packed(values)
     bias = None if bias is None else bias.contiguous()
     op, tokens = "fwd" if forward else "dx", x.numel() // in_features
     grid = (slots.shape[0], slots.shape[1])
@@ -161,7 +162,7 @@ def block_linear_dw(
     dw = x.new_empty(capacity, block_size, block_size)
     if capacity == 0:
         return dw
-    dy, x = _packed(dy), _packed(x)
+    dy, x = packed(dy), packed(x)
     grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
     kind = choice.choose("dw", x.dtype, block_size, capacity, grid, tokens, device)
     if kind == choice.HOPPER:
@@ -181,7 +182,7 @@ def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
     _check_pair(dy, x, out_blocks * block_size)
     if x.numel() == 0:
         return
-    dy, x = _packed(dy), _packed(x)
+    dy, x = packed(dy), packed(x)
     kind = choice.PORTABLE
     if block_size > 1:
         grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
@@ -211,9 +212,3 @@ def _check_pair(dy: Tensor, x: Tensor, out_features: int) -> None:
             f"dy must have shape {[*x.shape[:-1], out_features]}, as x and the layer say; "
             f"got {list(dy.shape)}."
         )
-
-
-def _packed(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy, contiguous and aligned to the 16 bytes that kernels load."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

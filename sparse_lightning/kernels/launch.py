@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from sparse_lightning.kernels import compiler
 from sparse_lightning.kernels.programs import Program
 
-_ARGUMENT_BYTES = 512
+_ARGUMENT_BYTES = 4096  # what every driver takes
 
 Built = TypeVar("Built")
 AnyProgram = TypeVar("AnyProgram", bound=Program)
@@ -55,7 +56,7 @@ class Kernel(Generic[AnyProgram]):
         program: compiled unless the cache has it.
         entry: name of the kernel in its source.
         layout: of its argument, in the notation of `struct`, with C's alignment: P a pointer,
-            q a 64-bit and i a 32-bit integer, 128s a tensor map.
+            q a 64-bit and i a 32-bit integer, f a float, 128s a tensor map.
         device: index of the CUDA device.
         threads: of a thread block; the program's if None, with its shared memory.
     """
@@ -81,7 +82,7 @@ class Kernel(Generic[AnyProgram]):
             kernel.max_dynamic_shared_size_bytes = self._shared_bytes
             self._function = kernel.kernel.ptr
 
-    def launch(self, grid_x: int, grid_y: int, *arguments: int | bytes) -> None:
+    def launch(self, grid_x: int, grid_y: int, *arguments: float | bytes) -> None:
         """Put the kernel on PyTorch's current stream of its device."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
@@ -101,6 +102,12 @@ class Kernel(Generic[AnyProgram]):
             *(self._threads, 1, 1),
             *(self._shared_bytes, stream, _thread.address, 0),
         )
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy, contiguous and aligned to the 16 bytes that kernels load."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 _lock = threading.Lock()

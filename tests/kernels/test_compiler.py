@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sparse_lightning.kernels import (
+    block_work,
     compiler,
     densified,
     hopper_programs,
@@ -21,6 +22,7 @@ from sparse_lightning.kernels import (
     portable_programs,
 )
 from sparse_lightning.kernels.portable_programs import norms_program
+from sparse_lightning.kernels.programs import DTYPES
 
 # Without the compiler these tests would show nothing; `make setup` brings it, but not on macOS.
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
@@ -50,6 +52,7 @@ def test_an_old_device_is_refused() -> None:
 def test_every_kernel_compiles_without_spilling(capability: tuple[int, int]) -> None:
     arch, spilled = ARCHITECTURES[capability], {}
     programs = [*portable_programs.all_programs(), densified.PROGRAM]
+    programs += map(block_work.program, DTYPES)
     if capability == hopper_programs.CAPABILITY:
         programs += hopper_programs.all_programs()
     for program in programs:
