@@ -74,7 +74,7 @@ class DropFractionSchedule:
 
     Attributes:
         schedule: "linear", "cosine", or "constant", which takes either of the next two.
-        initial: in [0, 1]; 0.3 if not given.
+        initial: in [0, 1]; 0.1 if not given.
         final: in [0, 1]; 0.0 if not given.
     """
 
@@ -83,7 +83,7 @@ class DropFractionSchedule:
     final: float | None = None
 
     def __post_init__(self) -> None:
-        _fill_in(self, "drop_fraction", initial=0.3, final=0.0)
+        _fill_in(self, "drop_fraction", initial=0.1, final=0.0)
 
 
 @dataclass
@@ -124,6 +124,7 @@ class SparsityConfig:
     grow: Any = "gradient"
     regrow: bool = True
     exact: bool = False
+    token_stride: int = 1
     init: str = "random"
     shrink: bool = True
     seed: int = 0
@@ -148,6 +149,7 @@ class SparsityConfig:
         for key in ("regrow", "exact", "shrink"):
             if not isinstance(getattr(self, key), bool):
                 raise TypeError(f"`{key}` must be true or false; got {getattr(self, key)!r}.")
+        _check_int("token_stride", self.token_stride, 1)
         _check_int("seed", self.seed, 0)
         _check_int("floor.row", self.floor.row, 0)
         _check_int("floor.column", self.floor.column, 0)
@@ -318,6 +320,7 @@ class SparsityNode:
     grow: str = "gradient"
     regrow: bool = True
     exact: bool = False
+    token_stride: int = 1
     init: str = "random"
     shrink: bool = True
     seed: int = 0

@@ -46,18 +46,23 @@ class Gatherer:
         exact: whether the gradients of micro-batches and ranks are summed before the norm is
             taken, which needs a dense gradient of every layer in memory; otherwise their squared
             norms are summed.
+        token_stride: dense gradients are of every so many-th token only.
 
     Raises:
         ValueError: if `exact` needs more than `MOST_EXACT_MEMORY`.
     """
 
     def __init__(
-        self, layers: Mapping[str, BlockSparseLinear], needs: frozenset[str], exact: bool
+        self,
+        layers: Mapping[str, BlockSparseLinear],
+        needs: frozenset[str],
+        exact: bool = False,
+        token_stride: int = 1,
     ) -> None:
         self.layers, self.needs = layers, needs
         needs_dense = bool(needs & {"gradient", "momentum"})
         for layer in layers.values():
-            layer.score_exactly(exact and needs_dense)
+            layer.score_by(exact and needs_dense, token_stride)
         if self.exact_memory > MOST_EXACT_MEMORY:
             raise ValueError(
                 f"`exact` must need at most {MOST_EXACT_MEMORY >> 20} MiB for dense gradients; got "

@@ -30,8 +30,9 @@ class BlockSparseLinear(nn.Module):
         topology: `BlockTopology`, which block each slot holds. Part of the state dict.
         armed: 0-dim bool tensor; while set, backward adds to `block_scores`.
         block_scores: fp32 `[out_blocks, in_blocks]`, sums of the squared norms of each block of
-            the dense weight gradient, absent blocks too; or, after `score_exactly`, that gradient
-            itself, `[out_features, in_features]`.
+            the dense weight gradient, absent blocks too; or that gradient itself,
+            `[out_features, in_features]`. `score_by` says which.
+        token_stride: of the tokens, which of them the scores are taken from.
         locked: True while an optimizer holds `values`; then a state dict of another capacity is
             refused, since the optimizer's state could not follow.
 
@@ -92,6 +93,7 @@ class BlockSparseLinear(nn.Module):
         self.topology = topology
         self.armed = torch.zeros((), dtype=torch.bool, device="cpu")
         self.block_scores = torch.zeros(topology.grid, device="cpu")
+        self.token_stride = 1
         self._follow_device()
         self.reset_parameters()
 
@@ -163,8 +165,8 @@ class BlockSparseLinear(nn.Module):
                 f"got shape {list(x.shape)}."
             )
 
-    def operands(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        """Return what the ops take of this layer: values, bias, indices, `armed` and scores.
+    def operands(self, x: Tensor) -> tuple[Tensor | int | None, ...]:
+        """Return what the ops take of this layer: values, bias, indices, and what they score.
 
         Args:
             x: the input, already `in_autocast_dtype`; only its dtype and device count.
@@ -194,6 +196,7 @@ class BlockSparseLinear(nn.Module):
             at.slots,
             self.armed,
             self.block_scores,
+            self.token_stride,
         )
 
     def kernel_choice(self, x: Tensor) -> dict[str, str]:
@@ -260,15 +263,17 @@ class BlockSparseLinear(nn.Module):
         """Whether `block_scores` is the dense gradient."""
         return self.block_scores.shape[0] == self.out_features
 
-    def score_exactly(self, exact: bool) -> None:
+    def score_by(self, exact: bool = False, token_stride: int = 1) -> None:
         """Choose what backward adds to `block_scores`, and begin at zero.
 
         Args:
             exact: the dense gradient, in memory of the size of the dense weight in fp32, so that
                 it can be summed over micro-batches; otherwise the squared norms of its blocks.
+            token_stride: read every so many-th token only, for as much less time.
         """
         shape = (self.out_features, self.in_features) if exact else self.topology.grid
         self.block_scores = torch.zeros(shape, device=self.block_scores.device)
+        self.token_stride = token_stride
 
     @torch.no_grad()
     def apply_update(self, update: TopologyUpdate) -> None:
@@ -417,7 +422,7 @@ class BlockSparseLinear(nn.Module):
                 f"{topology.block_size}. Load it before the optimizer is built."
             )
         self.topology, self.block_size = topology, topology.block_size
-        self.score_exactly(self.scores_exactly)
+        self.score_by(self.scores_exactly, self.token_stride)
         # The parameter object stays, so that ties and optimizers yet without state still hold it.
         shape = (topology.capacity, topology.block_size, topology.block_size)
         self.values.data = self.values.data.new_zeros(shape)

@@ -35,6 +35,7 @@ KEYWORDS: dict[str, Any] = {
     "grow": "random",
     "regrow": False,
     "exact": True,
+    "token_stride": 2,
     "init": "magnitude",
     "shrink": False,
     "seed": 3,

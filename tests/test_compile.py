@@ -106,6 +106,16 @@ def test_topology_updates_and_arming_compile_once(backend: str, device: str) -> 
     assert counter.frame_count == 1
 
 
+def test_scores_of_every_few_tokens_compile() -> None:
+    model = make_model()
+    for layer in model.modules():
+        if isinstance(layer, BlockSparseLinear):
+            layer.score_by(token_stride=3)
+    function, _ = compiled(model, "aot_eager")
+    x = tokens(7)
+    assert_same(run(model, function, x, True), run(model, model, x, True))
+
+
 def test_the_count_sees_a_recompilation() -> None:
     """What the tests above rely on: a Python value that changes does fail here."""
 

@@ -27,7 +27,7 @@ def test_the_defaults() -> None:
     assert config.include == ("*",) and config.exclude == ("head", "lm_head", "classifier")
     assert config.density == DensitySchedule("constant", 0.25, 0.25)
     assert config.update == UpdateSchedule(100, 0, 0.75)
-    assert config.drop_fraction == DropFractionSchedule("cosine", 0.3, 0.0)
+    assert config.drop_fraction == DropFractionSchedule("cosine", 0.1, 0.0)
     assert config.monitor == MonitorOptions(10, 8)
 
 
@@ -97,6 +97,7 @@ def test_the_highest_density_fixes_the_capacity(density: dict, highest: float) -
         {"include": ["fc1", "blocks.*.mlp", "re:.*fc[12]"], "exclude": []},
         {"include": ("fc1",)},
         {"seed": 2**40},
+        {"token_stride": 10**6},
         {"density": {"begin": 0, "until": 1e3}, "update": {"until": 2000}},
         {"density": {"until": 0.75}, "update": {"until": 0.75}},
         {"density": {"until": 900}, "update": {"until": 0.75}},
@@ -148,6 +149,7 @@ BAD_TIMES = [-1, -0.5, 1.5, NAN, INF]
         refused("include", "re:fc(", include=["fc1", "re:fc("]),
         refused("exclude", "re:*", exclude=["re:*"]),
         # Numbers.
+        *(refused("token_stride", s, token_stride=s) for s in [0, -1, 0.5, True, "1", None]),
         *(refused("seed", s, seed=s) for s in [-1, 0.5, True, "0", None]),
         *(
             refused(f"density.{key}", d, density={"schedule": "cubic", key: d})

@@ -137,6 +137,17 @@ def test_nothing_is_gathered_that_nobody_needs() -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
+def test_gradients_of_every_third_token(exact: bool) -> None:
+    fc = layer()
+    gathering = Gatherer({"fc": fc}, frozenset({"gradient"}), exact, token_stride=3)
+    gathering.arm(True)
+    x, dy = torch.randn(8, 48), torch.randn(8, 32)
+    fc(x).backward(dy)
+    gathering.end_step(True, None)
+    torch.testing.assert_close(scores_of(gathering).gradient, norms(dy[::3].T @ x[::3]))
+
+
+@pytest.mark.parametrize("exact", [False, True])
 def test_gradients_over_micro_batches(exact: bool) -> None:
     fc = layer()
     gathering = gatherer(fc, "gradient", exact=exact)

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from sparse_lightning.bench.quality_fit import quiet
 from sparse_lightning.callbacks import SparsityCallback
 
-_EVERY, _UPDATES = 12, 6
+# The longest window is ten steps, and the steps after an update may still warm up grown blocks.
+_EVERY, _UPDATES = 30, 4
 _HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
@@ -96,6 +97,7 @@ class Steps(pl.Callback):
 def measure(
     drop: str,
     grow: str,
+    token_stride: int,
     *,
     width: int,
     layers: int,
@@ -118,6 +120,7 @@ def measure(
         density=density,
         drop=drop,
         grow=grow,
+        token_stride=token_stride,
         update={"every_n_steps": _EVERY, "until": _EVERY * _UPDATES},
         drop_fraction=0.3,
         monitor=None,

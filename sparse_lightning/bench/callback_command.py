@@ -12,14 +12,16 @@ from sparse_lightning.bench.environment import as_line, describe
 from sparse_lightning.bench.options import check_count, find_device, prepare
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
-# (drop, grow): what the criteria gather differs, and so does what they cost.
+# (drop, grow, token_stride): what is gathered differs, and so does what it costs.
 RULES = (
-    ("magnitude", "none"),
-    ("magnitude", "random"),
-    ("magnitude", "gradient"),
-    ("magnitude", "momentum"),
-    ("saliency", "gradient"),
-    ("movement", "none"),
+    ("magnitude", "none", 1),
+    ("magnitude", "random", 1),
+    ("magnitude", "gradient", 1),
+    ("magnitude", "gradient", 8),
+    ("magnitude", "momentum", 1),
+    ("magnitude", "momentum", 8),
+    ("saliency", "gradient", 1),
+    ("movement", "none", 1),
 )
 
 
@@ -70,9 +72,13 @@ def _table(**kwargs: Any) -> Iterator[str]:
     # Lightning, which other commands do without.
     from sparse_lightning.bench.callback import measure
 
-    yield "| drop | grow | step, ms | host between updates, us | an update costs, in steps |"
-    yield "|---|---|---|---|---|"
-    for drop, grow in RULES:
-        cost = measure(drop, grow, **kwargs)
+    yield (
+        "| drop | grow | token_stride | step, ms | host between updates, us "
+        "| an update costs, in steps |"
+    )
+    yield "|---|---|---|---|---|---|"
+    for rule in RULES:
+        cost = measure(*rule, **kwargs)
         update = f"{cost['update'] + cost['window']:.2f}"
-        yield f"| {drop} | {grow} | {cost['step']:.2f} | {cost['host']:.1f} | {update} |"
+        numbers = f"{cost['step']:.2f} | {cost['host']:.1f} | {update}"
+        yield f"| {' | '.join(map(str, rule))} | {numbers} |"

@@ -88,7 +88,7 @@ class Problem:
         cols = at.col_offsets, at.col_entries, at.slots
         armed = torch.ones_like(layer.armed)
         scores = torch.zeros_like(layer.block_scores)
-        unused = (layer.armed, layer.block_scores)
+        unused = (layer.armed, layer.block_scores, 1)
 
         def norms() -> Tensor:
             ops.block_norms_(dy, x, armed, scores)

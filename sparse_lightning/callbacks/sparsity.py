@@ -89,6 +89,8 @@ class SparsityCallback(Callback):
             keeps its weights (as in RigL).
         exact: whether gradients are summed over micro-batches and ranks before their norm is
             taken, at the cost of a dense gradient in memory.
+        token_stride: dense gradients are read from every so many-th token only, for as much less
+            time at an update.
         init: "random" keeps random blocks of the first weights, scaled; "magnitude" the largest.
         shrink: whether memory follows a density that falls, in at most five steps of a fit. Turn
             it off where you captured a CUDA graph yourself.
@@ -119,6 +121,7 @@ class SparsityCallback(Callback):
         grow: str | Criterion = "gradient",
         regrow: bool = True,
         exact: bool = False,
+        token_stride: int = 1,
         init: str = "random",
         shrink: bool = True,
         seed: int = 0,
@@ -138,6 +141,7 @@ class SparsityCallback(Callback):
             grow=grow,
             regrow=regrow,
             exact=exact,
+            token_stride=token_stride,
             init=init,
             shrink=shrink,
             seed=seed,
@@ -154,7 +158,8 @@ class SparsityCallback(Callback):
     def _begin_anew(self, layers: dict[str, BlockSparseLinear]) -> None:
         """Forget an earlier training: these layers are at their beginning."""
         self._layers = layers
-        self._gatherer = Gatherer(layers, needed_by([self._drop, self._grow]), self.config.exact)
+        needs = needed_by([self._drop, self._grow])
+        self._gatherer = Gatherer(layers, needs, self.config.exact, self.config.token_stride)
         self.last_update: ModelUpdate | None = None
         self.timetable: Timetable | None = None
         self._step = 0

@@ -1,7 +1,7 @@
 // scores += squared Frobenius norm of each block of dy^T x, if armed; if DENSE, scores += dy^T x.
 //
-//   dy     T [tokens, out_features]     contiguous, 16-byte aligned, as is x
-//   x      T [tokens, in_features]
+//   dy     T [tokens, out_features]     rows 16-byte aligned, `dy_pitch` elements from each other
+//   x      T [tokens, in_features]      as well, by `x_pitch`
 //   armed  bool                         read on the device: without it the kernel ends at once
 //   scores float [out_features / block_size, in_features / block_size]; a block_size of 1 if DENSE
 //
@@ -24,6 +24,7 @@ struct Arguments {
   const bool* armed;
   float* scores;
   long long tokens;
+  int dy_pitch, x_pitch;
   int out_features;
   int in_features;
   int block_size;
@@ -90,16 +91,18 @@ extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(c
   const int tiles = (a.out_features + TM - 1) / TM * tiles_n;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int first_m = tile / tiles_n * TM, first_n = tile % tiles_n * TN;
-    auto tokens = [&](const T* matrix, int features, int step, int feature) -> Rows<T> {
+    auto tokens = [&](const T* matrix, int pitch, int features, int step, int feature) -> Rows<T> {
       const long long token = (long long)step * TK;
       if (feature >= features) return {matrix, 0, 0};
       const long long n = min(a.tokens - token, (long long)TK);
-      return {matrix + token * features + feature, features, (int)n};
+      return {matrix + token * pitch + feature, pitch, (int)n};
     };
     auto left = [&](int step, int col) {
-      return tokens(a.dy, a.out_features, step, first_m + col);
+      return tokens(a.dy, a.dy_pitch, a.out_features, step, first_m + col);
     };
-    auto right = [&](int step, int col) { return tokens(a.x, a.in_features, step, first_n + col); };
+    auto right = [&](int step, int col) {
+      return tokens(a.x, a.x_pitch, a.in_features, step, first_n + col);
+    };
     TileProduct product;
     run_pipeline<STAGES>(product, shared, (int)((a.tokens + TK - 1) / TK), left, right);
 

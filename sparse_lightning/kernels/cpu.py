@@ -62,6 +62,7 @@ def block_linear(
     slots: Tensor,
     armed: Tensor,
     scores: Tensor,
+    token_stride: int,
 ) -> Tensor:
     """Return x W^T + bias; see `ops` for shapes."""
     in_blocks = col_offsets.shape[0] - 1

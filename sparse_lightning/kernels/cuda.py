@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_lightning.kernels import activations, choice, densified, hopper, portable
-from sparse_lightning.kernels.launch import packed
+from sparse_lightning.kernels.launch import packed, row_pitch
 
 
 def block_linear(
@@ -25,6 +25,7 @@ def block_linear(
     slots: Tensor,
     armed: Tensor,
     scores: Tensor,
+    token_stride: int,
 ) -> Tensor:
     """Return x W^T + bias; see `ops` for shapes."""
     return _multiply(x, values, bias, row_offsets, row_entries, slots, forward=True)
@@ -182,7 +183,7 @@ def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
     _check_pair(dy, x, out_blocks * block_size)
     if x.numel() == 0:
         return
-    dy, x = packed(dy), packed(x)
+    dy, x = _packed_rows(dy), _packed_rows(x)
     kind = choice.PORTABLE
     if block_size > 1:
         grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
@@ -212,3 +213,18 @@ def _check_pair(dy: Tensor, x: Tensor, out_features: int) -> None:
             f"dy must have shape {[*x.shape[:-1], out_features]}, as x and the layer say; "
             f"got {list(dy.shape)}."
         )
+
+
+MOST_PITCH = 2**31 - 1  # kernels count it in 32 bits
+
+
+def _packed_rows(tensor: Tensor) -> Tensor:
+    """Return the tensor as aligned rows, `[n, features]`, at any distance from each other.
+
+    A copy only where they are not: that would cost its time also while nobody wants scores.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    pitch = row_pitch(rows)
+    whole = pitch * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
+    in_place = whole and rows.stride(1) == 1 and rows.shape[1] <= pitch <= MOST_PITCH
+    return rows if in_place else packed(rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_lightning.kernels import hopper_programs as programs
 from sparse_lightning.kernels.activations import ACTIVATIONS
-from sparse_lightning.kernels.launch import Kernel, build_once, processors
+from sparse_lightning.kernels.launch import Kernel, build_once, processors, row_pitch
 from sparse_lightning.kernels.programs import Program, TiledProgram
 from sparse_lightning.kernels.tensor_maps import tensor_map
 
@@ -118,28 +118,37 @@ def linear_dw(
 
 
 def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
-    """Add the squared norm of each block of dy^T x to `scores`, if armed."""
+    """Add the squared norm of each block of dy^T x to `scores`, if armed.
+
+    `dy` and `x` are rows at any distance that is a multiple of 16 bytes.
+    """
     kernel = _norms_kernel(x.dtype, device)
     out_features, in_features = dy.shape[-1], x.shape[-1]
     kernel.launch(
         kernel.processors,
         1,
-        *_strip_maps(dy, x, programs.STEP, programs.STRIP),
+        *_strip_maps(dy, x, programs.STEP, programs.STRIP, (row_pitch(dy), row_pitch(x))),
         armed.data_ptr(),
         scores.data_ptr(),
-        x.numel() // in_features,
+        x.shape[0],
         out_features,
         in_features,
         in_features // scores.shape[1],
     )
 
 
-def _strip_maps(dy: Tensor, x: Tensor, step: int, x_width: int) -> tuple[bytes, bytes]:
+def _strip_maps(
+    dy: Tensor,
+    x: Tensor,
+    step: int,
+    x_width: int,
+    pitches: tuple[int | None, int | None] = (None, None),
+) -> tuple[bytes, bytes]:
     tokens = x.numel() // x.shape[-1]
     dy_shape, x_shape = (tokens, dy.shape[-1]), (tokens, x.shape[-1])
     return (
-        tensor_map(dy.data_ptr(), dy.dtype, dy_shape, (step, programs.STRIP)),
-        tensor_map(x.data_ptr(), x.dtype, x_shape, (step, x_width)),
+        tensor_map(dy.data_ptr(), dy.dtype, dy_shape, (step, programs.STRIP), pitches[0]),
+        tensor_map(x.data_ptr(), x.dtype, x_shape, (step, x_width), pitches[1]),
     )
 
 

@@ -110,6 +110,16 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def row_pitch(rows: Tensor) -> int:
+    """Return the elements from a row of a matrix to the next; of a single one PyTorch may say any.
+
+    >>> row_pitch(torch.zeros(4, 6)[::2]), row_pitch(torch.zeros(1, 6).as_strided((1, 6), (1, 1)))
+    (12, 6)
+    """
+    n, features = rows.shape
+    return rows.stride(0) if n > 1 else features
+
+
 _lock = threading.Lock()
 
 

@@ -20,6 +20,8 @@ and, for two layers with an activation between them, which saves its passes over
 a 0-dim bool, `scores` is fp32 and contiguous, both on the device of `x`. The activation f is one of
 `activations.ACTIVATIONS`.
 
+Backward gathers scores from every `token_stride`-th row of x and dy only.
+
 In every op `scores` is `[out_blocks, in_blocks]` or, dense, `[out_features, in_features]`: for the
 memory of a dense matrix a caller has, over several calls, the norms of the summed gradient in place
 of summed norms. No block is a single element, so the shape says which.
@@ -45,7 +47,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "block_linear(Tensor x, Tensor values, Tensor? bias, Tensor coords, "
     "Tensor row_offsets, Tensor row_entries, Tensor col_offsets, Tensor col_entries, "
-    "Tensor slots, Tensor armed, Tensor scores) -> Tensor"
+    "Tensor slots, Tensor armed, Tensor scores, int token_stride) -> Tensor"
 )
 _library.define(
     "block_linear_dx(Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries, "
@@ -68,7 +70,7 @@ _library.define(
 _LAYER = (
     "Tensor {0}_values, Tensor? {0}_bias, Tensor {0}_coords, Tensor {0}_row_offsets, "
     "Tensor {0}_row_entries, Tensor {0}_col_offsets, Tensor {0}_col_entries, Tensor {0}_slots, "
-    "Tensor {0}_armed, Tensor {0}_scores"
+    "Tensor {0}_armed, Tensor {0}_scores, int {0}_token_stride"
 )
 _library.define(
     f"block_mlp(Tensor x, {_LAYER.format('up')}, {_LAYER.format('down')}, str activation) -> Tensor"
@@ -105,7 +107,7 @@ class _BlockLinear(torch.autograd.Function):
         ctx.save_for_backward(x, values, *indices)
         # Not saved for backward: the backward of a layer that was called twice would find the
         # scores changed by its own first half, and autograd would refuse them.
-        ctx.armed, ctx.scores = args[9:]
+        ctx.scoring = args[9:]
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = block_linear(*args)
         return y
@@ -116,18 +118,18 @@ class _BlockLinear(torch.autograd.Function):
         x, values, *indices = ctx.saved_tensors
         needs_dx, *needs = ctx.needs_input_grad[:3]
         dx = block_linear_dx(dy, values, *indices[3:]) if needs_dx else None
-        return dx, *_parameter_gradients(dy, x, indices, ctx.armed, ctx.scores, *needs), *[None] * 8
+        return dx, *_parameter_gradients(dy, x, indices, ctx.scoring, *needs), *[None] * 9
 
 
 class _BlockMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, up, down, activation = args[0], args[1:11], args[11:21], args[21]
+        x, up, down, activation = args[0], args[1:12], args[12:23], args[23]
         with torch._C._AutoDispatchBelowAutograd():
             h, a = block_linear_act(x, *up[:8], activation)
             y: Tensor = block_linear(a, *down)
         ctx.save_for_backward(x, h, a, up[0], *up[2:8], down[0], *down[2:8])
-        ctx.scores, ctx.activation = (*up[8:], *down[8:]), activation
+        ctx.scoring, ctx.activation = (up[8:], down[8:]), activation
         return y
 
     @staticmethod
@@ -139,31 +141,38 @@ class _BlockMlp(torch.autograd.Function):
         dx = None
         of_up: tuple[Tensor | None, Tensor | None] = None, None
         of_down = _parameter_gradients(
-            dy, a, down_indices, *ctx.scores[2:], *ctx.needs_input_grad[11:13]
+            dy, a, down_indices, ctx.scoring[1], *ctx.needs_input_grad[12:14]
         )
         if needs_dx or any(needs_up):
             dh = block_linear_dh(dy, down, *down_indices[3:], h, ctx.activation)
-            of_up = _parameter_gradients(dh, x, up_indices, *ctx.scores[:2], *needs_up)
+            of_up = _parameter_gradients(dh, x, up_indices, ctx.scoring[0], *needs_up)
             if needs_dx:
                 dx = block_linear_dx(dh, up, *up_indices[3:])
-        return dx, *of_up, *[None] * 8, *of_down, *[None] * 9
+        return dx, *of_up, *[None] * 9, *of_down, *[None] * 10
 
 
 def _parameter_gradients(
     dy: Tensor,
     x: Tensor,
     indices: Sequence[Tensor],
-    armed: Tensor,
-    scores: Tensor,
+    scoring: tuple[Tensor, Tensor, int],
     needs_dvalues: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of values and bias, and add to the scores of the blocks."""
+    """Return the gradients of values and bias, and add to the scores of the blocks.
+
+    `scoring` is `armed`, `scores` and `token_stride`.
+    """
     dvalues = dbias = None
     if needs_dvalues:
         coords, row_offsets, row_entries, *_, slots = indices
         dvalues = block_linear_dw(dy, x, coords, row_offsets, row_entries, slots)
-        block_norms_(dy, x, armed, scores)
+        armed, scores, token_stride = scoring
+        if token_stride > 1:
+            dy_read, x_read = (t.reshape(-1, t.shape[-1])[::token_stride] for t in (dy, x))
+            block_norms_(dy_read, x_read, armed, scores)
+        else:
+            block_norms_(dy, x, armed, scores)
     if needs_dbias:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
     return dvalues, dbias
@@ -175,7 +184,7 @@ _library.impl("block_mlp", _BlockMlp.apply, "Autograd")
 
 def _block_mlp(*args: Any) -> Tensor:
     _, a = block_linear_act(*args[:9], args[-1])
-    y: Tensor = block_linear(a, *args[11:21])
+    y: Tensor = block_linear(a, *args[12:23])
     return y
 
 

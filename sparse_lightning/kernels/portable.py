@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_lightning.kernels.launch import Kernel, build_once
+from sparse_lightning.kernels.launch import Kernel, build_once, row_pitch
 from sparse_lightning.kernels.portable_programs import (
     dw_program,
     linear_program,
@@ -96,7 +96,10 @@ def linear_dw(
 
 
 def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
-    """Add the squared norm of each block of dy^T x, or itself, to `scores`, if armed."""
+    """Add the squared norm of each block of dy^T x, or itself, to `scores`, if armed.
+
+    `dy` and `x` are rows at any distance that is a multiple of 16 bytes.
+    """
     out_features, in_features = dy.shape[-1], x.shape[-1]
     block_size = in_features // scores.shape[1]
     kernel = _norms_kernel(x.dtype, block_size == 1, device)
@@ -109,7 +112,9 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
         x.data_ptr(),
         armed.data_ptr(),
         scores.data_ptr(),
-        x.numel() // in_features,
+        x.shape[0],
+        row_pitch(dy),
+        row_pitch(x),
         out_features,
         in_features,
         block_size,
@@ -137,4 +142,4 @@ def _dw_kernels(
 
 @build_once
 def _norms_kernel(dtype: torch.dtype, dense: bool, device: int) -> Kernel[TiledProgram]:
-    return Kernel(norms_program(dtype, dense=dense), "block_norms", "PPPPqiii", device)
+    return Kernel(norms_program(dtype, dense=dense), "block_norms", "PPPPqiiiii", device)

@@ -25,9 +25,13 @@ _L2_PROMOTIONS = {32: 0, 64: 1, 128: 2}
 
 @functools.lru_cache(maxsize=4096)
 def tensor_map(
-    address: int, dtype: torch.dtype, shape: tuple[int, ...], box: tuple[int, ...]
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    box: tuple[int, ...],
+    pitch: int | None = None,
 ) -> bytes:
-    """Return the map of a contiguous tensor on a CUDA device.
+    """Return the map of a tensor on a CUDA device.
 
     Args:
         address: of its first element, a multiple of 16 bytes.
@@ -35,12 +39,15 @@ def tensor_map(
         shape: of the tensor, up to 5 dimensions; rows are multiples of 16 bytes.
         box: what a copy brings, as many dimensions; its rows have 32, 64 or 128 bytes, and lie
             swizzled over as many in shared memory.
+        pitch: elements from a row of a matrix to the next; None for a contiguous tensor.
 
     Raises:
         RuntimeError: if the driver refuses it.
     """
     n = len(shape)
-    strides = [math.prod(shape[i:]) * dtype.itemsize for i in range(n - 1, 0, -1)]
+    if pitch is None:
+        pitch = shape[-1]
+    strides = [pitch * math.prod(shape[i:-1]) * dtype.itemsize for i in range(n - 1, 0, -1)]
     # The driver wants 64-byte alignment, which ctypes does not promise.
     memory = ctypes.create_string_buffer(BYTES + 64)
     encoded = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64

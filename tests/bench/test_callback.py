@@ -31,7 +31,7 @@ def test_a_row_for_each_pair_of_rules(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"torch {torch.__version__}" in lines[0]
     assert lines[1].startswith("1 MLPs 64 -> 256 -> 64, 16 tokens, blocks of 16, density 0.25")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[5:]]
-    assert [tuple(row[:2]) for row in rows] == list(RULES)
+    assert [tuple(row[:3]) for row in rows] == [tuple(map(str, rule)) for rule in RULES]
     for *_, step, host, update in rows:
         # Times of so small a network are noise, an update's too.
         assert float(host) > 0 and float(step) > 0 and math.isfinite(float(update))
@@ -39,9 +39,9 @@ def test_a_row_for_each_pair_of_rules(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_only_gathering_costs_a_window() -> None:
     sizes = {"width": 64, "layers": 1, "tokens": 16, "block_size": 16, "density": 0.25}
-    cost = measure("magnitude", "gradient", **sizes, device=torch.device("cpu"))
+    cost = measure("magnitude", "gradient", 1, **sizes, device=torch.device("cpu"))
     assert cost["window"] == 0.0 and cost["step"] > 0
-    assert measure("magnitude", "momentum", **sizes, device=torch.device("cpu"))["window"] != 0.0
+    assert measure("magnitude", "momentum", 4, **sizes, device=torch.device("cpu"))["window"] != 0.0
 
 
 @pytest.mark.parametrize(

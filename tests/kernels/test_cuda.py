@@ -135,7 +135,7 @@ def test_activations_on_the_way(activation: str, block_size: int, dtype: torch.d
     layer = make_layer(5 * block_size, 3 * block_size, block_size=block_size, dtype=dtype)
     for n in (1, 1000):
         x, dy = tokens(n, layer)
-        operands = [None if o is None else o.detach() for o in layer.operands(x)]
+        operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer.operands(x)]
         values, *_, col_offsets, col_entries, slots, _, _ = operands
         h, a = ops.block_linear_act(5 * x, *operands[:8], activation)
         assert torch.equal(h, ops.block_linear(5 * x, *operands))
@@ -488,7 +488,7 @@ def test_more_than_two_to_the_31_values() -> None:
     rows = at.row_offsets, at.row_entries
     cols = at.col_offsets, at.col_entries, at.slots
     armed, scores = torch.tensor(False).to(DEVICE), torch.zeros(at.grid, device=DEVICE)
-    y = ops.block_linear(x, values, None, at.coords, *rows, *cols, armed, scores)
+    y = ops.block_linear(x, values, None, at.coords, *rows, *cols, armed, scores, 1)
     last = values[-in_blocks:].transpose(0, 1).reshape(size, -1)  # the last block row
     _assert_near(y[:, -size:], x.float() @ last.float().T)
     dx = ops.block_linear_dx(dy, values, *cols)
@@ -553,7 +553,8 @@ def _arguments(layer: BlockSparseLinear, x: Tensor) -> tuple[Tensor | None, ...]
     at = layer.topology
     rows = at.row_offsets, at.row_entries
     cols = at.col_offsets, at.col_entries, at.slots
-    return (x, layer.values, layer.bias, at.coords, *rows, *cols, layer.armed, layer.block_scores)
+    scoring = layer.armed, layer.block_scores, 1
+    return (x, layer.values, layer.bias, at.coords, *rows, *cols, *scoring)
 
 
 @pytest.mark.parametrize(

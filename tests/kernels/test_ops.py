@@ -63,14 +63,14 @@ def op_arguments(
     if requires_grad:
         x, values, bias = (t.requires_grad_() for t in (x, values, bias))
     return {
-        "block_linear": (x, values, bias, at.coords, *rows, *cols, armed, scores),
+        "block_linear": (x, values, bias, at.coords, *rows, *cols, armed, scores, 1),
         "block_linear_dx": (dy, values, *cols),
         "block_linear_dw": (dy, x, at.coords, *rows, at.slots),
         "block_norms_": (dy, x, armed, scores),
         "block_linear_act": (x, values, bias, at.coords, *rows, *cols, "gelu"),
         "block_linear_dh": (dy, values, *cols, torch.randn_like(x), "silu"),
         "block_mlp": (
-            *(x, values, bias, at.coords, *rows, *cols, armed, scores),
+            *(x, values, bias, at.coords, *rows, *cols, armed, scores, 1),
             *(down.values.detach(), None, *down.operands(x)[2:], "gelu"),
         ),
     }[op]
@@ -248,6 +248,25 @@ def test_scores_of_half_precision_do_not_overflow() -> None:
     torch.testing.assert_close(scores, torch.full((48, 64), 80_000.0))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("stride", [2, 5, 100])
+def test_scores_of_every_few_tokens(stride: int, exact: bool, device: str) -> None:
+    layer = make_layer().to(device)
+    layer.score_by(exact, stride)
+    layer.armed.fill_(True)
+    x = torch.randn(3, 7, 64, dtype=torch.float64, device=device)
+    dy = torch.randn(3, 7, 48, dtype=torch.float64, device=device)
+    layer(x).backward(dy)
+    read = [t.flatten(0, 1)[::stride] for t in (dy, x)]
+    if exact:
+        expected = reference.dense_gradient(*read)
+    else:
+        expected = reference.block_norms(*read, layer.topology.grid)
+    torch.testing.assert_close(layer.block_scores.double(), expected, rtol=1e-5, atol=1e-5)
+    whole = reference.block_linear_dw(dy.flatten(0, 1), x.flatten(0, 1), layer.topology.coords, 16)
+    torch.testing.assert_close(layer.values.grad, whole)  # of all tokens
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (7 * 16, 5 * 16)], ids=["norms", "dense"])
 def test_scores_of_a_large_layer_equal_those_of_its_bands(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -290,6 +309,22 @@ def make_mlp(device: str) -> BlockSparseMLP:
     mlp = BlockSparseMLP(up, nn.GELU(), down.double()).to(device)
     up.armed.fill_(True), down.armed.fill_(True)
     return mlp
+
+
+@pytest.mark.parametrize("which", [0, 2], ids=["up", "down"])
+def test_an_mlp_scores_each_layer_by_its_own_tokens(which: int, device: str) -> None:
+    mlp = make_mlp(device)
+    x = torch.randn(9, 64, dtype=torch.float64, device=device)
+    dy = torch.randn(9, 64, dtype=torch.float64, device=device)
+    mlp[which].score_by(token_stride=4)
+    mlp(x).backward(dy)
+    scores = [mlp[i].block_scores.clone() for i in (0, 2)]
+    for i in (0, 2):
+        mlp[i].score_by(token_stride=4 if i == which else 1)
+    plain = nn.Sequential(*mlp)  # layer by layer
+    plain(x).backward(dy)
+    for i, score in zip((0, 2), scores, strict=True):
+        torch.testing.assert_close(score, mlp[i].block_scores)
 
 
 @pytest.mark.parametrize("which", [0, 2], ids=["up", "down"])

@@ -191,7 +191,7 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     armed, scores = torch.tensor(True, device=device), torch.rand(grid, device=device)
     before = scores.clone()
 
-    y = kernels.block_linear(*(x, values, bias, topology.coords, *rows, *cols), armed, scores)
+    y = kernels.block_linear(*(x, values, bias, topology.coords, *rows, *cols), armed, scores, 1)
     assert torch.equal(scores, before), "forward must leave the scores alone"
     expected = reference.block_linear(x64, values64, bias64, coords, grid)
     size_y = reference.block_linear(squares[0], squares[2], bias2, coords, grid).sqrt()
@@ -215,6 +215,11 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     kernels.block_norms_(dy, x, torch.tensor(False, device=device), scores)
     assert torch.equal(scores, before), "unarmed, the scores must stay"
 
+    third = [t.reshape(-1, t.shape[-1])[::3] for t in (dy, x)]
+    expected += reference.block_norms(*(t.double().cpu() for t in third), grid)
+    kernels.block_norms_(*third, armed, scores)
+    torch.testing.assert_close(scores.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
     shape = dy64.shape[-1], x64.shape[-1]
     memory = torch.full((math.prod(shape) + 2 * GUARD,), torch.nan, device=device)
     scores = memory[GUARD:-GUARD].view(shape).copy_(torch.rand(shape))
@@ -227,6 +232,10 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     # Of all that was added: tensor cores cut sums off where others round them.
     error = (scores.cpu().double() - expected).abs()
     assert (error <= 1e-4 * size_scores).all(), "dense scores"
+    expected += reference.dense_gradient(*(t.double().cpu() for t in third))
+    kernels.block_norms_(*third, torch.tensor(True, device=device), scores)
+    error = (scores.cpu().double() - expected).abs()
+    assert (error <= 2e-4 * size_scores).all(), "dense scores of every third token"
     before = scores.clone()
     kernels.block_norms_(dy, x, torch.tensor(False, device=device), scores)
     assert torch.equal(scores, before), "unarmed, dense scores must stay"
