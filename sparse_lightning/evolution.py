@@ -13,7 +13,7 @@ from sparse_lightning.topology import BlockTopology
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """The outcome of an update of one layer.
+    """The outcome of an update of one layer, on the CPU.
 
     Attributes:
         coords: int32 `[capacity, 2]`, the new coordinates of every slot.
@@ -70,7 +70,8 @@ def update_topology(
     score become present. A block that was just dropped may be chosen again and then stays as it
     was (as in RigL). Ties go to the lower index (row-major). A NaN or infinite score is never
     chosen: a place that growth cannot fill goes to the best of the blocks it would have replaced.
-    The choice is made on the CPU, whatever device the arguments are on.
+    The choice is made on the CPU, whatever device the arguments are on: so many small steps would
+    each cost a launch there.
 
     Args:
         topology: the present blocks; not changed.
@@ -97,7 +98,7 @@ def update_topology(
     ([1], [1], [[0, 0], [1, 1]])
     """
     _check(topology, drop_scores, grow_scores, n_target, fraction)
-    mask, device = topology.mask.cpu(), topology.device
+    mask = topology.mask.cpu()
     floor = within_reach(floor, topology.grid, n_target)
     n_exchanged = 0 if grow_scores is None else round(fraction * n_target)
     n_exchanged = min(n_exchanged, mask.numel() - n_target)
@@ -124,7 +125,7 @@ def update_topology(
     coords[dropped] = -1
     coords[grown] = new_blocks.to(coords.dtype)
     n_before = int(present.sum())
-    return TopologyUpdate(coords.to(device), dropped.to(device), grown.to(device), n_before)
+    return TopologyUpdate(coords, dropped, grown, n_before)
 
 
 def within_reach(floor: tuple[int, int], grid: tuple[int, int], n: int) -> tuple[int, int]:
@@ -198,6 +199,8 @@ def _cover(
         together = present | picked
         rows = (together.sum(1) < floor[0]).unsqueeze(1)
         cols = (together.sum(0) < floor[1]).unsqueeze(0)
+        if not (rows.any() or cols.any()):
+            break
         useful = rows.int() + cols.int()
         useful = torch.where(candidates & ~picked, useful, 0)
         gain = int(useful.max())
@@ -224,7 +227,8 @@ def _best(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
     if n <= 0:
         return torch.zeros_like(candidates)
     # By the n-th highest score: a selection takes linear time, where sorting does not.
-    least = scores[candidates].kthvalue(n_candidates - n + 1).values
+    of_candidates = torch.where(candidates, scores, -torch.inf).flatten()
+    least = of_candidates.kthvalue(len(of_candidates) - n + 1).values
     above = candidates & (scores > least)
     ties = candidates & (scores == least)
     first = ties.flatten().cumsum(0).view_as(ties) <= n - int(above.sum())

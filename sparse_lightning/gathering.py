@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_lightning.criteria import (
@@ -22,15 +22,13 @@ from sparse_lightning.criteria import (
     dense_block_norms,
 )
 from sparse_lightning.evolution import TopologyUpdate
-from sparse_lightning.kernels.block_work import WorkSums, add_block_work
+from sparse_lightning.kernels.block_work import BlockWork, WorkSums
 from sparse_lightning.linear import BlockSparseLinear
 
 # Dense gradients of a whole model, in bytes: more would defeat what sparsity saves.
 MOST_EXACT_MEMORY = 4 << 30
 # What is summed over steps, by slot.
 _OF_SLOTS = ("saliency", "movement")
-
-_Held = tuple[nn.Parameter, WorkSums]
 
 
 class Gatherer:
@@ -76,11 +74,11 @@ class Gatherer:
         self._n_steps = 0
         self._momentum: dict[str, Tensor] = {}
         self._sums: dict[str, WorkSums] = {}
-        # Of the optimizers seen so far, the layers that they hold.
-        self._held: WeakKeyDictionary[Optimizer, tuple[list[int], list[_Held]]]
+        # Of the optimizers seen so far, the sizes of their groups and the layers that they hold.
+        self._held: WeakKeyDictionary[Optimizer, tuple[list[int], BlockWork]]
         self._held = WeakKeyDictionary()
         # Which sums hold work of the current step: until it is known that it was not skipped.
-        self._fresh: list[_Held] = []
+        self._fresh: list[WorkSums] = []
 
     @property
     def exact_memory(self) -> int:
@@ -105,20 +103,20 @@ class Gatherer:
             grad_scale: what the gradients are still multiplied by.
         """
         if self.reads_gradients:
-            held = self._held_by(optimizer)
-            add_block_work(held, grad_scale)
-            self._fresh += held
+            work = self._work_of(optimizer)
+            work.add(grad_scale)
+            self._fresh += [sums for _, sums in work.layers]
 
-    def _held_by(self, optimizer: Optimizer) -> list[_Held]:
+    def _work_of(self, optimizer: Optimizer) -> BlockWork:
         # Looked up once: going through all parameters of a model would take its time every step.
         sizes = [len(group["params"]) for group in optimizer.param_groups]
-        known, held = self._held.get(optimizer, (None, []))
-        if known != sizes:
+        known = self._held.get(optimizer)
+        if known is None or known[0] != sizes:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
             names = [name for name, layer in self.layers.items() if id(layer.values) in ids]
-            held = [(self.layers[name].values, self._sums_of(name)) for name in names]
-            self._held[optimizer] = sizes, held
-        return held
+            work = BlockWork((self.layers[name].values, self._sums_of(name)) for name in names)
+            known = self._held[optimizer] = sizes, work
+        return known[1]
 
     def _sums_of(self, name: str) -> WorkSums:
         """Return the sums of a layer, on its device, which may have been another before."""
@@ -132,7 +130,7 @@ class Gatherer:
 
     def skip_step(self) -> None:
         """Forget the step that is ending."""
-        for _, sums in self._fresh:
+        for sums in self._fresh:
             sums.work.zero_()
         self._fresh.clear()
         self.arm(False)

@@ -278,9 +278,10 @@ class BlockSparseLinear(nn.Module):
     @torch.no_grad()
     def apply_update(self, update: TopologyUpdate) -> None:
         """Make a topology update real: changed slots become zero, in value and in gradient."""
-        self.values[update.changed] = 0
+        changed = update.changed.to(self.values.device)
+        self.values.index_fill_(0, changed, 0)
         if self.values.grad is not None:
-            self.values.grad[update.changed] = 0
+            self.values.grad.index_fill_(0, changed, 0)
         self.topology.assign_(update.coords)
 
     @torch.no_grad()

@@ -497,7 +497,7 @@ class SparsityCallback(Callback):
         pending = self._pending.pop(name, None)
         if pending is None:
             pending = torch.zeros(layer.topology.capacity, dtype=torch.bool)
-        pending = pending.to(update.changed.device)
+        pending = pending.cpu()
         pending[update.dropped] = False
         pending[update.grown] = True
         if len(update.grown) or pending.any():
@@ -523,7 +523,7 @@ class SparsityCallback(Callback):
             if found is not None:
                 keep_slots(found[0], layer.values, kept)
             if name in self._pending:
-                self._pending[name] = self._pending[name][kept]
+                self._pending[name] = self._pending[name].cpu()[kept.cpu()]
             self._gatherer.keep_slots(name, kept)
         forget_old_shapes(trainer)
 

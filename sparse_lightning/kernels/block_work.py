@@ -6,9 +6,8 @@ a training, where the host's time counts.
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,10 @@ _THREADS = 256
 _THREAD_BLOCKS_A_PROCESSOR = 4  # of all layers together
 _LAYERS = 64  # in a launch: the driver takes 4 KiB of arguments
 _LAYER = struct.Struct("PPPPPii")
+_MOST_KNOWN = 64
+
+# A kernel, its grid (thread blocks a layer, layers) and its table of layers.
+_Launch = tuple[Kernel[Program], int, int, bytes]
 
 
 @dataclass(eq=False)
@@ -36,11 +39,6 @@ class WorkSums:
     work: Tensor
     saliency: Tensor | None
     movement: Tensor | None
-
-    def __post_init__(self) -> None:
-        tensors = self.work, self.saliency, self.movement
-        # What a launch has to know: three addresses and the number of slots.
-        self.fixed = *(0 if t is None else t.data_ptr() for t in tensors), len(self.work)
 
     @classmethod
     def zeros(cls, capacity: int, device: torch.device, wanted: Collection[str]) -> WorkSums:
@@ -63,32 +61,77 @@ class WorkSums:
         self.work.zero_()
 
 
-def add_block_work(layers: Iterable[tuple[nn.Parameter, WorkSums]], scale: float) -> None:
-    """Take the work of an earlier step into the sums, and set that of this one.
-
-    Work that is not finite counts as zero.
+class BlockWork:
+    """Adds up the work of the blocks of some layers; on a GPU of all in one launch.
 
     Args:
-        layers: `values` of each, `[capacity, B, B]`, and its sums; one without a gradient is
-            passed over.
-        scale: what the gradients are multiplied by.
+        layers: of each `values`, `[capacity, B, B]`, whose capacity and device stay, and its sums.
     """
-    on_cuda: dict[tuple[torch.dtype, int], list[tuple[Tensor, Tensor, WorkSums]]] = {}
-    for values, sums in layers:
-        gradient = values.grad
-        if gradient is None or not values.numel():
-            continue
-        if values.is_cuda:
-            kind = values.dtype, values.get_device()
-            on_cuda.setdefault(kind, []).append((packed(values), packed(gradient), sums))
-        else:
-            sums.take_in()
-            work = block_work(values, gradient) / scale
-            sums.work.copy_(torch.where(work.isfinite(), work, 0))
-    for (dtype, device), group in on_cuda.items():
-        kernel = _kernel(dtype, device)
-        for first in range(0, len(group), _LAYERS):
-            _launch(kernel, group[first : first + _LAYERS], scale)
+
+    def __init__(self, layers: Iterable[tuple[nn.Parameter, WorkSums]]) -> None:
+        self.layers = [*layers]
+        self._on_cpu = [layer for layer in self.layers if not layer[0].is_cuda]
+        self._on_cuda = [layer for layer in self.layers if layer[0].is_cuda]
+        # By where weights and gradients are: a training mostly finds its gradients where they were
+        # some steps before, and to look at each more closely costs the host its time.
+        self._known: dict[tuple[int, ...], list[_Launch]] = {}
+
+    @torch.no_grad()
+    def add(self, scale: float) -> None:
+        """Take the work of an earlier step into the sums, and set that of this one.
+
+        A layer without a gradient is passed over; work that is not finite counts as zero.
+
+        Args:
+            scale: what the gradients are multiplied by.
+        """
+        for values, sums in self._on_cpu:
+            if values.grad is not None:
+                sums.take_in()
+                work = block_work(values, values.grad) / scale
+                sums.work.copy_(torch.where(work.isfinite(), work, 0))
+        if self._on_cuda:
+            self._add_on_cuda(scale)
+
+    def _add_on_cuda(self, scale: float) -> None:
+        gradients = [values.grad for values, _ in self._on_cuda]
+        key = (
+            *(0 if g is None or not g.is_contiguous() else g.data_ptr() for g in gradients),
+            *(values.data_ptr() for values, _ in self._on_cuda),
+        )
+        launches = self._known.get(key)
+        if launches is None:
+            launches, copies = self._prepare(gradients)
+            if 0 not in key and not copies:
+                if len(self._known) == _MOST_KNOWN:
+                    self._known.clear()
+                self._known[key] = launches
+        for kernel, thread_blocks, n_layers, table in launches:
+            kernel.launch(thread_blocks, n_layers, scale, table)
+
+    def _prepare(self, gradients: list[Tensor | None]) -> tuple[list[_Launch], list[Tensor]]:
+        """Return what is to be launched, and the copies that it reads in place of operands."""
+        tables: dict[tuple[torch.dtype, int], list[bytes]] = {}
+        copies: list[Tensor] = []
+        for (values, sums), gradient in zip(self._on_cuda, gradients, strict=True):
+            if gradient is None or not values.numel():
+                continue
+            operands = packed(values), packed(gradient)
+            copies += [o for o in operands if o is not values and o is not gradient]
+            pointers = (
+                0 if tensor is None else tensor.data_ptr()
+                for tensor in (*operands, sums.work, sums.saliency, sums.movement)
+            )
+            row = _LAYER.pack(*pointers, len(values), values[0].nbytes // 16)
+            tables.setdefault((values.dtype, values.get_device()), []).append(row)
+        launches = []
+        for kind, rows in tables.items():
+            kernel = _kernel(*kind)
+            for first in range(0, len(rows), _LAYERS):
+                part = rows[first : first + _LAYERS]
+                thread_blocks = -(-_THREAD_BLOCKS_A_PROCESSOR * kernel.processors // len(part))
+                launches.append((kernel, thread_blocks, len(part), b"".join(part)))
+        return launches, copies
 
 
 def block_work(values: Tensor, gradient: Tensor) -> Tensor:
@@ -113,26 +156,6 @@ def program(dtype: torch.dtype) -> Program:
     """Return the program of `block_work`."""
     options = compiler_options({"T": DTYPES[dtype], "LAYERS": _LAYERS})
     return Program("block_work.cu", options, _THREADS, 0)
-
-
-def _launch(
-    kernel: Kernel[Program], layers: Sequence[tuple[Tensor, Tensor, WorkSums]], scale: float
-) -> None:
-    numbers = tuple(
-        (values.data_ptr(), gradient.data_ptr(), *sums.fixed, values.nbytes)
-        for values, gradient, sums in layers
-    )
-    thread_blocks = -(-_THREAD_BLOCKS_A_PROCESSOR * kernel.processors // len(layers))
-    kernel.launch(thread_blocks, len(layers), scale, _table(numbers))
-
-
-@functools.lru_cache
-def _table(layers: tuple[tuple[int, ...], ...]) -> bytes:
-    """Pack what the kernel takes; a training mostly finds its gradients where they were before."""
-    return b"".join(
-        _LAYER.pack(*pointers, slots, n_bytes // (16 * slots))
-        for *pointers, slots, n_bytes in layers
-    )
 
 
 @build_once

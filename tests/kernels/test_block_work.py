@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning.kernels.block_work import WorkSums, add_block_work, block_work
+from sparse_lightning.kernels.block_work import BlockWork, WorkSums, block_work
 from sparse_lightning.topology import BLOCK_SIZES
 
 DEVICES = [
@@ -44,7 +44,7 @@ def plain(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
 def assert_work(sums: WorkSums, parameter: nn.Parameter, scale: float = 1.0) -> None:
     work, size = plain(parameter)
     error = (sums.work.double().cpu() - work / scale).abs()
-    assert (error <= 1e-6 * size / scale).all()
+    assert (error <= 1e-5 * size / scale).all()
 
 
 def test_work_by_hand() -> None:
@@ -63,7 +63,7 @@ def test_work_is_the_sum_of_products(
 ) -> None:
     parameter = layer(slots, size, dtype, device)
     sums = sums_of(parameter)
-    add_block_work([(parameter, sums)], 1.0)
+    BlockWork([(parameter, sums)]).add(1.0)
     assert_work(sums, parameter)
     assert not sums.saliency.any() and not sums.movement.any(), "not before the next step"
 
@@ -73,7 +73,7 @@ def test_work_is_the_sum_of_products(
 def test_work_in_half_precision(device: str, dtype: torch.dtype) -> None:
     parameter = layer(50, 32, dtype, device)
     sums = sums_of(parameter)
-    add_block_work([(parameter, sums)], 1.0)
+    BlockWork([(parameter, sums)]).add(1.0)
     if device == "cuda":
         assert_work(sums, parameter)  # summed in fp32
     else:
@@ -89,7 +89,7 @@ def test_layers_of_every_kind_at_once_and_more_than_a_launch_takes(device: str) 
     ]
     layers = [(parameter, sums_of(parameter)) for parameter in parameters]
     parameters[3].grad = None
-    add_block_work(layers, 8.0)
+    BlockWork(layers).add(8.0)
     for i, (parameter, sums) in enumerate(layers):
         if i == 3:
             assert not sums.work.any()
@@ -102,9 +102,11 @@ def test_steps_go_into_the_sums_that_are_wanted(device: str) -> None:
     parameter = layer(3, 16, torch.float32, device)
     both, one = sums_of(parameter), sums_of(parameter, "movement")
     total, size = torch.zeros(3, device=device), torch.zeros(3, device=device)
-    for seed in range(5):
-        parameter.grad = layer(3, 16, torch.float32, device, seed).grad
-        add_block_work([(parameter, both), (parameter, one)], 1.0)
+    work = BlockWork([(parameter, both), (parameter, one)])
+    gradients = [layer(3, 16, torch.float32, device, seed).grad for seed in range(3)]
+    for seed in (0, 1, 0, 2, 2):  # where they were before, too
+        parameter.grad = gradients[seed]
+        work.add(1.0)
         total, size = total - both.work, size + both.work.abs()
     for sums in (both, one):
         sums.take_in()
@@ -119,7 +121,7 @@ def test_what_is_not_finite_counts_as_zero(device: str) -> None:
     parameter = layer(3, 16, torch.float32, device)
     parameter.grad[0, 3, 3], parameter.grad[2, 0, 0] = float("nan"), float("inf")
     sums = sums_of(parameter)
-    add_block_work([(parameter, sums)], 1.0)
+    BlockWork([(parameter, sums)]).add(1.0)
     assert sums.work[[0, 2]].tolist() == [0, 0] and sums.work[1] != 0
 
 
@@ -130,17 +132,21 @@ def test_a_gradient_may_lie_anywhere(device: str) -> None:
     bucket = torch.empty(1 + expected.numel(), device=device)
     parameter.grad = bucket[1:].view_as(expected).copy_(expected)
     sums = sums_of(parameter)
-    add_block_work([(parameter, sums)], 1.0)
-    assert_work(sums, parameter)
-    parameter.grad = expected.mT.contiguous().mT
-    add_block_work([(parameter, sums)], 1.0)
-    assert_work(sums, parameter)
+    work = BlockWork([(parameter, sums)])
+    for _ in range(2):
+        work.add(1.0)
+        assert_work(sums, parameter)
+    turned = expected.mT.contiguous()
+    for gradient in (turned, turned.mT, turned):
+        parameter.grad = gradient
+        work.add(1.0)
+        assert_work(sums, parameter)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_slots_at_all(device: str) -> None:
     parameter = layer(0, 16, torch.float32, device)
-    add_block_work([(parameter, sums_of(parameter))], 1.0)
+    BlockWork([(parameter, sums_of(parameter))]).add(1.0)
 
 
 @pytest.mark.gpu
@@ -156,7 +162,7 @@ def test_work_is_the_same_every_time_and_of_nothing_outside() -> None:
     for grad in (gradient, again):
         parameter.grad = grad
         sums = sums_of(parameter)
-        add_block_work([(parameter, sums)], 1.0)
+        BlockWork([(parameter, sums)]).add(1.0)
         results.append(sums.work)
     assert results[0].isfinite().all() and torch.equal(*results)
     assert results[0].count_nonzero() == 200

@@ -136,7 +136,7 @@ def test_activations_on_the_way(activation: str, block_size: int, dtype: torch.d
     for n in (1, 1000):
         x, dy = tokens(n, layer)
         operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer.operands(x)]
-        values, *_, col_offsets, col_entries, slots, _, _ = operands
+        values, *_, col_offsets, col_entries, slots, _, _, _ = operands
         h, a = ops.block_linear_act(5 * x, *operands[:8], activation)
         assert torch.equal(h, ops.block_linear(5 * x, *operands))
         expected = activate(h.double(), activation)
@@ -514,7 +514,7 @@ def test_an_update_on_the_device_equals_one_on_the_cpu(block_size: int) -> None:
         scores = torch.rand(layer.topology.grid)
         twin.block_scores.copy_(scores), layer.block_scores.copy_(scores)
         updates = [_decide(each, step) for each in (layer, twin)]
-        assert torch.equal(updates[0].coords.cpu(), updates[1].coords)
+        assert torch.equal(updates[0].coords, updates[1].coords)
         for each, update in zip((layer, twin), updates, strict=True):
             each.apply_update(update)
         for name, tensor in vars(twin.topology).items():
@@ -539,8 +539,8 @@ def _decide(layer: BlockSparseLinear, step: int):
     scores = BlockScores(
         mask=layer.topology.mask,
         magnitude=layer.magnitudes(),
-        gradient=layer.block_scores.sqrt(),
         generator=seeded_generator(0, step, "layer"),
+        gathered={"gradient": layer.block_scores.sqrt()},
     )
     target = layer.topology.capacity
     return update_topology(layer.topology, magnitude(scores), gradient(scores), target, 0.3)
