@@ -66,6 +66,7 @@ class BlockTopology:
         self.coords = empty(capacity, 2)
         self.row_offsets, self.row_entries = empty(out_blocks + 1), empty(capacity, 2)
         self.col_offsets, self.col_entries = empty(in_blocks + 1), empty(capacity, 2)
+        self.row_offsets[0] = self.col_offsets[0] = 0
         self.slots = empty(out_blocks, in_blocks)
         self.assign_(coords)
 
@@ -198,24 +199,24 @@ class BlockTopology:
                 f"`coords` must lie inside the {out_blocks}x{in_blocks} grid or be (-1, -1); "
                 f"got {tuple(coords[slot].tolist())} in slot {slot}."
             )
-        # Empty slots sort behind every block; stable, so they stay in slot order.
-        last = out_blocks * in_blocks
-        by_row = torch.where(present, rows * in_blocks + cols, last)
-        by_col = torch.where(present, cols * out_blocks + rows, last)
-        sorted_keys, row_slots = by_row.sort(stable=True)
-        n_blocks = int(present.sum())
-        if bool((sorted_keys[1:n_blocks] == sorted_keys[: max(n_blocks - 1, 0)]).any()):
+        filled, left = present.nonzero().squeeze(1), (~present).nonzero()
+        n_blocks = len(filled)
+        slots = torch.full(self.grid, -1, dtype=torch.int64, device=coords.device)
+        slots[rows[filled], cols[filled]] = filled
+        if int((slots >= 0).sum()) < n_blocks:
             raise ValueError("`coords` must not hold a block twice; got a repeated (row, column).")
-        col_slots = by_col.argsort(stable=True)
 
         self.coords.copy_(coords)
-        self.row_entries.copy_(torch.stack([cols[row_slots], row_slots], 1))
-        self.col_entries.copy_(torch.stack([rows[col_slots], col_slots], 1))
-        self.row_offsets.copy_(_offsets(rows[present], out_blocks))
-        self.col_offsets.copy_(_offsets(cols[present], in_blocks))
-        slots = torch.full((last + 1,), -1, dtype=torch.int32, device=coords.device)
-        slots[by_row] = torch.arange(self.capacity, dtype=torch.int32, device=coords.device)
-        self.slots.copy_(slots[:last].view(self.grid))  # empty slots wrote behind it
+        self.slots.copy_(slots)
+        last = torch.cat([torch.full_like(left, -1), left], 1)
+        for offsets, entries, by_line in (
+            (self.row_offsets, self.row_entries, slots),
+            (self.col_offsets, self.col_entries, slots.T),
+        ):
+            is_there = by_line >= 0
+            in_line = torch.stack([is_there.nonzero()[:, 1], by_line[is_there]], 1)
+            entries.copy_(torch.cat([in_line, last]))
+            offsets[1:].copy_(is_there.sum(1).cumsum(0))
         self.n_blocks = n_blocks
         return self
 
@@ -270,11 +271,9 @@ class BlockTopology:
         Returns:
             `[out_blocks, in_blocks]` of the same dtype.
         """
-        out = slot_values.new_full(self.grid, fill)
-        rows, cols = self.coords.to(out.device).long().unbind(1)
-        present = rows >= 0
-        out[rows[present], cols[present]] = slot_values[present]
-        return out
+        # -1, where no slot is, finds the last.
+        or_fill = torch.cat([slot_values, slot_values.new_full((1,), fill)])
+        return or_fill[self.slots.to(slot_values.device).long()]
 
     @property
     def mask(self) -> Tensor:
@@ -354,13 +353,6 @@ def count_blocks(density: float, total: int) -> int:
     """
     check_density(density)
     return max(1, round(density * total))
-
-
-def _offsets(indices: Tensor, n: int) -> Tensor:
-    """Return `[0, cumulative counts of the indices 0..n-1]`."""
-    offsets = torch.zeros(n + 1, dtype=torch.int64, device=indices.device)
-    offsets[1:] = torch.bincount(indices, minlength=n).cumsum(0)
-    return offsets
 
 
 def _as_blocks(weight: Tensor, grid: tuple[int, int], block_size: int) -> Tensor:
