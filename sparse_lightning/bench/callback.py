@@ -17,7 +17,7 @@ from sparse_lightning.bench.quality_fit import quiet
 from sparse_lightning.callbacks import SparsityCallback
 
 # The longest window is ten steps, and the steps after an update may still warm up grown blocks.
-_EVERY, _UPDATES = 30, 4
+_EVERY, _UPDATES = 24, 8
 _HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
