@@ -443,9 +443,11 @@ class SparsityCallback(Callback):
         assert self.timetable is not None
         progress = self._progress()
         # Decide everything before anything is changed: an error leaves the model as it was.
-        updates = self._decide(progress)
-        for name, update in updates.items():
-            self._apply(trainer, name, update)
+        with _one_thread():
+            updates = self._decide(progress)
+            for name, update in updates.items():
+                if len(update.changed):
+                    self._apply(trainer, name, update)
         self._gatherer.begin_anew(updates)
         if self.config.shrink:
             self._shrink(trainer, progress)
@@ -552,6 +554,17 @@ class SparsityCallback(Callback):
         self._gatherer.arm(False)
         if is_overridden("configure_model", pl_module):
             vars(pl_module).pop("configure_model", None)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch's CPU ops on this thread: grids are too small for waking others to pay."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -314,7 +314,11 @@ def test_grown_blocks_do_not_jump() -> None:
     def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
-    sparsity = SparsityCallback(block_size=16, update={"every_n_steps": 50, "until": 100})
+    sparsity = SparsityCallback(
+        block_size=16,
+        update={"every_n_steps": 50, "until": 100},
+        drop_fraction={"schedule": "cosine", "initial": 0.3},
+    )
     trainer(Look(), sparsity, max_steps=103).fit(Classifier(lr, optimizer), loader())
     assert 0.1 * lr < max(largest) <= 1.1 * lr
 
