@@ -194,6 +194,7 @@ def swap_layers(
     for module in model.modules():
         if type(module) is nn.Sequential and can_fuse(module):
             _become(module, BlockSparseMLP)
+    _leave_fast_paths(model)
     return SparsityReport(layers, skipped)
 
 
@@ -212,6 +213,7 @@ def densify(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is BlockSparseMLP:
             _become(module, nn.Sequential)
+    _take_fast_paths(model)
     return model
 
 
@@ -318,7 +320,7 @@ def _select(
         )
     tied = _tied_weights(model)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
             continue
         if not is_chosen(name, include, ()):
             skipped[name] = "not included"
@@ -349,8 +351,16 @@ def _is_exact(pattern: str) -> bool:
     return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """Tell whether it is what GPT-2 has for linear layers; without importing where it is from."""
+    of = type(module)
+    return of.__name__ == "Conv1D" and of.__module__ == "transformers.pytorch_utils"
+
+
 def _obstacle(linear: nn.Linear, block_size: int, tied: set[int]) -> str | None:
     """Return why a layer cannot be block-sparse, or None."""
+    if _is_conv1d(linear):
+        return "a Conv1D, whose weight is transposed; put an nn.Linear in its place before"
     if type(linear.weight).__name__ == "DTensor":
         raise RuntimeError(
             "The model must be sparsified before it is sharded; got a Linear whose weight is a "
@@ -424,6 +434,36 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _become(module: nn.Module, of: type[nn.Module]) -> None:
     """Change the class, so that the object stays, with all that refers to it."""
     module.__class__ = of
+
+
+# What PyTorch's encoders look at before they take their fused path for inference, which reads the
+# `weight` of each layer; in the first, whether there is an activation that it offers.
+_FAST_PATHS = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+
+
+def _encoder_flags(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for module in model.modules():
+        yield from ((module, flag) for of, flag in _FAST_PATHS.items() if isinstance(module, of))
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Have encoders with block-sparse layers call their layers, also in inference."""
+    for module, flag in _encoder_flags(model):
+        value = getattr(module, flag)
+        if value and any(True for _ in sparse_layers(module)):
+            setattr(module, flag, type(value)(0))
+            setattr(module, f"_dense_{flag}", value)
+
+
+def _take_fast_paths(model: nn.Module) -> None:
+    """Undo `_leave_fast_paths`."""
+    for module, flag in _encoder_flags(model):
+        if hasattr(module, f"_dense_{flag}"):
+            setattr(module, flag, getattr(module, f"_dense_{flag}"))
+            delattr(module, f"_dense_{flag}")
 
 
 def _report(layer: BlockSparseLinear) -> LayerReport:

@@ -493,3 +493,54 @@ def test_a_layer_under_two_names_stays_one_layer() -> None:
     model = nn.ModuleDict({"a": layer, "b": layer})
     densify(model)
     assert type(model["a"]) is nn.Linear and model["b"] is model["a"]
+
+
+# -- PyTorch's encoders ---------------------------------------------------------------------------
+
+
+def make_encoder() -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        32, 2, 64, dropout=0.0, activation="gelu", batch_first=True, dtype=torch.float64
+    )
+    return nn.TransformerEncoder(layer, 2)
+
+
+def fused_calls(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
+    """The output, and how many encoder layers PyTorch computed in one op, as in inference."""
+    with torch.profiler.profile() as profile:
+        y = model(*args, **kwargs)
+    return y, sum(e.name == "aten::_transformer_encoder_layer_fwd" for e in profile.events())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "eval, no_grad", "inference_mode"])
+@pytest.mark.parametrize("part", ["encoder", "layer"])
+def test_encoders_compute_with_sparse_layers(part: str, mode: str) -> None:
+    """Against the same model after `densify`, which may take PyTorch's fused path."""
+    encoder = make_encoder()
+    report = sparsify(encoder, block_size=16, density=0.5)
+    assert swapped(encoder) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    assert "NonDynamicallyQuantizableLinear" in report.skipped["layers.0.self_attn.out_proj"]
+    model: nn.Module = encoder if part == "encoder" else encoder.layers[0]
+    model.train(mode == "train")
+    dense = densify(copy.deepcopy(model))
+    x = torch.randn(3, 5, 32, dtype=torch.float64)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = padding[1, 4:] = True
+    no_grad = {"eval, no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    with no_grad.get(mode, torch.enable_grad)():
+        y, fused = fused_calls(model, x, src_key_padding_mask=padding)
+        expected, fused_densely = fused_calls(dense, x, src_key_padding_mask=padding)
+    assert fused == 0
+    assert (fused_densely > 0) == (mode in no_grad), "densify gives the fused path back"
+    torch.testing.assert_close(y[~padding], expected[~padding])
+    if mode == "train":
+        y.sum().backward()
+        assert encoder.layers[0].linear1.values.grad.any()
+
+
+def test_an_encoder_without_sparse_layers_keeps_its_fused_path() -> None:
+    model = nn.ModuleDict({"encoder": make_encoder(), "other": nn.Linear(32, 32)})
+    sparsify(model, block_size=16, include=["other"])
+    with torch.no_grad():
+        _, fused = fused_calls(model["encoder"].eval(), torch.zeros(1, 4, 32, dtype=torch.float64))
+    assert fused == 2
