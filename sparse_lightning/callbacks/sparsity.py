@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -26,6 +27,8 @@ from sparse_lightning.callbacks.trainer import (
     can_shrink,
     forget_old_shapes,
     grad_scale,
+    planned_steps,
+    skips_backward,
     unscale_factor,
 )
 from sparse_lightning.config import (
@@ -172,6 +175,7 @@ class SparsityCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_strategy(trainer)
+        self._check_precision(trainer)
         self._check_order(trainer)
         if is_overridden("configure_model", pl_module):
             self._swap_after_configure_model(trainer, pl_module)
@@ -248,6 +252,16 @@ class SparsityCallback(Callback):
                 "Use DDP, or ModelParallelStrategy(tensor_parallel_size=1) with fully_shard."
             )
 
+    @staticmethod
+    def _check_precision(trainer: pl.Trainer) -> None:
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+            raise ValueError(
+                "`Trainer(plugins=...)` must leave the model's nn.Linears to SparsityCallback; got "
+                f"{type(plugin).__name__}, which puts its own layers in their place. "
+                "Use precision='bf16-mixed', '16-mixed' or 'bf16-true'."
+            )
+
     def _check_order(self, trainer: pl.Trainer) -> None:
         # Averaging callbacks copy the model in their own setup, so they must find it swapped.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -280,7 +294,7 @@ class SparsityCallback(Callback):
         self._grad_scale = grad_scale(trainer)
 
     def _resolve_times(self, trainer: pl.Trainer) -> Timetable:
-        total = trainer.estimated_stepping_batches
+        total = planned_steps(trainer)
         if total == float("inf"):
             if self.config.has_fractions:
                 raise ValueError(
@@ -425,7 +439,7 @@ class SparsityCallback(Callback):
     def _stepped(self, trainer: pl.Trainer) -> bool:
         """Whether this batch ended in an optimizer step that a GradScaler did not skip."""
         stepping, self._stepping = self._stepping, False
-        if not stepping:
+        if not stepping or skips_backward(trainer):
             return False
         if self._grad_scale is None:
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import lightning.pytorch as pl
@@ -37,6 +38,30 @@ def averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinea
                 continue
             if isinstance(copy, BlockSparseLinear):
                 yield copy
+
+
+def planned_steps(trainer: pl.Trainer) -> float:
+    """Return how many optimizer steps the training will have; infinite if nobody knows."""
+    total = trainer.estimated_stepping_batches
+    epochs = trainer.max_epochs
+    if epochs is not None and epochs > 0 and _has_batch_norm_epoch(trainer):
+        of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        total = min(total, of_epoch * (epochs - 1))
+    return total
+
+
+def _has_batch_norm_epoch(trainer: pl.Trainer) -> bool:
+    """Whether SWA has put an epoch at the end, to see the statistics of its average."""
+    return any(
+        isinstance(callback, StochasticWeightAveraging)
+        and callback.pl_module_contains_batch_norm(trainer.lightning_module)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+
+
+def skips_backward(trainer: pl.Trainer) -> bool:
+    """Whether it is that epoch: what steps in it has no gradients of its own."""
+    return trainer.fit_loop._skip_backward
 
 
 def grad_scale(trainer: pl.Trainer) -> float | None:

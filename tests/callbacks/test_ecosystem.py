@@ -1,0 +1,361 @@
+"""SparsityCallback beside what else people use with Lightning."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import (
+    BitsandbytesPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.lr_finder import _lr_find
+from torch import Tensor, nn
+
+from sparse_lightning import BlockSparseLinear, SparsityCallback, densify
+from tests.callbacks.helpers import Classifier, loader, trainer
+from tests.callbacks.test_resume import assert_identical
+
+UPDATES = {"every_n_steps": 4}
+FALLING = {"schedule": "cubic", "initial": 1.0, "final": 0.25}
+
+
+def sparse(model: nn.Module) -> dict[str, BlockSparseLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
+
+
+class Late(Classifier):
+    """Its layers are built in `configure_model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+
+
+class Normed(Classifier):
+    """With a BatchNorm, for which weight averaging runs one more epoch, without steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(nn.BatchNorm1d(64))
+
+
+# -- averages -------------------------------------------------------------------------------------
+
+
+class DenseAverage(L.Callback):
+    """Averages dense weights as an averaging callback does those of slots, and counts moves.
+
+    A block's average begins anew where it is grown, and ends where it is dropped: as zero.
+    """
+
+    def __init__(self, weight_of_new: Any) -> None:
+        self.weight_of_new = weight_of_new
+        self.averages: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.moved = self.taken = self.compared = 0
+
+    def take(self, model: nn.Module) -> None:
+        for name, layer in sparse(model).items():
+            weight = layer.dense_weight()
+            average = self.averages.setdefault(name, weight.clone())
+            average.lerp_(weight, self.weight_of_new(self.taken))
+        self.taken += 1
+
+    def follow(self, model: nn.Module) -> None:
+        for name, layer in sparse(model).items():
+            mask = layer.topology.mask
+            before = self.masks.get(name, mask)
+            self.moved += int((mask ^ before).sum())
+            if name in self.averages:
+                size = layer.block_size
+                kept = (mask & before).repeat_interleave(size, 0).repeat_interleave(size, 1)
+                self.averages[name] *= kept
+            self.masks[name] = mask
+
+    def check(self, model: nn.Module) -> None:
+        assert self.moved > 0 and self.taken > 1
+        assert set(self.averages) == {"net.0", "net.2"}
+        self.compare(model)
+
+    def compare(self, model: nn.Module) -> None:
+        self.compared += 1
+        for name, layer in sparse(model).items():
+            torch.testing.assert_close(layer.dense_weight(), self.averages[name])
+
+
+class EveryEpoch(DenseAverage):
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if 1 <= trainer.current_epoch <= 3:
+            self.take(pl_module)
+        if trainer.current_epoch == 4:
+            self.check(pl_module)  # as handed over, for an epoch without gradients
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.follow(pl_module)
+
+
+@pytest.mark.parametrize("density", [0.25, FALLING])
+@pytest.mark.parametrize("until", [1.0, 33])
+@pytest.mark.parametrize("build", [Classifier, Normed])
+def test_swa_ends_with_the_average_of_each_block(
+    build: type[Classifier], until: float, density: Any
+) -> None:
+    sparsity = SparsityCallback(
+        block_size=16, density=density, update={"every_n_steps": 4, "until": until}
+    )
+    swa = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2, annealing_epochs=1)
+    average = EveryEpoch(lambda taken: 1 / (taken + 1))
+    model = build()
+    trainer(sparsity, swa, average, max_steps=-1, max_epochs=4).fit(model, loader())
+    # Batch norm has an epoch more, in which no block may move.
+    assert sparsity._step == sparsity.last_update.step == 32
+    if build is Classifier:
+        average.check(model)
+
+
+class EveryStep(DenseAverage):
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if self.taken:
+            self.compare(pl_module)  # for validation the averages stand in the model
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.follow(pl_module)
+        self.take(pl_module)
+
+
+@pytest.mark.parametrize("density", [0.25, FALLING])
+@pytest.mark.parametrize("build", [Classifier, Late])
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model")
+def test_ema_ends_with_the_average_of_each_block(build: type[Classifier], density: Any) -> None:
+    sparsity = SparsityCallback(block_size=16, density=density, update=UPDATES)
+    average = EveryStep(lambda taken: 0.1 if taken else 1.0)
+    model = build()
+    trainer(
+        sparsity, EMAWeightAveraging(decay=0.9), average, val_check_interval=4, limit_val_batches=1
+    ).fit(model, loader(), loader(1))
+    assert average.compared == 6, "24 steps, a validation every 4"
+    average.check(model)
+
+
+# -- clipping -------------------------------------------------------------------------------------
+
+
+class Keep(L.Callback):
+    """Keeps a copy of the modules as training starts, in dense layers."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.net = densify(copy.deepcopy(pl_module.net))
+        self.head = copy.deepcopy(pl_module.head)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_as_those_of_a_masked_dense_model(algorithm: str) -> None:
+    model, keep, limit = Classifier(0.5, torch.optim.SGD), Keep(), 0.02
+    sparsity = SparsityCallback(block_size=16, grow="none", update=UPDATES)
+    trainer(
+        sparsity,
+        keep,
+        max_steps=10,
+        precision="64-true",
+        gradient_clip_val=limit,
+        gradient_clip_algorithm=algorithm,
+    ).fit(model, loader())
+
+    dense = nn.Sequential(keep.net, keep.head)
+    clip = getattr(nn.utils, f"clip_grad_{algorithm}_")
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.5)
+    clipped = 0
+    for number in range(10):
+        x, _ = model.batch(number)
+        x = torch.randn(
+            16, 64, generator=torch.Generator().manual_seed(number), dtype=x.double().dtype
+        )
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(dense(x), (x[:, :4] * 3).argmax(1)).backward()
+        for name, layer in sparse(model).items():
+            weight = dense.get_submodule(name.replace("net", "0")).weight
+            weight.grad *= layer.topology.unpack(torch.ones_like(layer.values))
+        before = [p.grad.clone() for p in dense.parameters()]
+        clip(dense.parameters(), limit)
+        clipped += any(
+            not torch.equal(p.grad, g) for p, g in zip(dense.parameters(), before, strict=True)
+        )
+        optimizer.step()
+    assert clipped == 10
+    for name, layer in sparse(model).items():
+        weight = dense.get_submodule(name.replace("net", "0")).weight
+        torch.testing.assert_close(layer.dense_weight(), weight.detach(), rtol=1e-10, atol=1e-10)
+
+
+# -- runs that are not a training, or not one alone -----------------------------------------------
+
+
+def state(model: nn.Module, sparsity: SparsityCallback) -> dict[str, Any]:
+    return copy.deepcopy({"model": dict(model.state_dict()), "sparsity": sparsity.state_dict()})
+
+
+@pytest.mark.parametrize("build", [Classifier, Late])
+def test_lr_find_leaves_everything_as_it_was(build: type[Classifier], tmp_path: Path) -> None:
+    """The training that follows is that of a run without, to the last bit."""
+
+    def run(find: bool) -> tuple[Any, SparsityCallback]:
+        sparsity, model = SparsityCallback(block_size=16, density=FALLING, update=UPDATES), build()
+        fitting = trainer(sparsity, root=tmp_path)
+        fitting.validate(model, loader(1), verbose=False)  # swaps
+        if find:
+            before = state(model, sparsity)
+            finder = Tuner(fitting).lr_find(model, loader(), num_training=12, update_attr=False)
+            assert len(finder.results["loss"]) == 12
+            assert_identical(state(model, sparsity), before)
+            model.losses.clear()
+        fitting.fit(model, loader())
+        return model, sparsity
+
+    (searched, after), (plain, without) = run(True), run(False)
+    assert after.last_update.number == without.last_update.number > 3
+    assert len(plain.losses) == 24 and searched.losses == plain.losses
+    assert_identical(state(searched, after), state(plain, without))
+
+
+def test_lr_find_before_the_model_was_swapped(tmp_path: Path) -> None:
+    sparsity, model = SparsityCallback(block_size=16, update=UPDATES), Classifier()
+    fitting = trainer(sparsity, root=tmp_path)
+    Tuner(fitting).lr_find(model, loader(), num_training=12)
+    assert list(sparse(model)) == ["net.0", "net.2"]
+    assert sparsity._step == 0 and sparsity.last_update is None
+    fitting.fit(model, loader())
+    assert [n.topology.n_blocks for n in sparse(model).values()] == [8, 8]
+    assert sparsity.last_update.number > 3
+
+
+def test_lr_find_in_the_middle_of_a_training(tmp_path: Path) -> None:
+    """With scores that are gathered at every step, and memory that has shrunk already."""
+
+    class Milestone(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                before, losses = state(pl_module, sparsity), [*pl_module.losses]
+                _lr_find(trainer, pl_module, num_training=5)
+                assert_identical(state(pl_module, sparsity), before)
+                pl_module.losses = losses
+
+    def run(*callbacks: L.Callback) -> Any:
+        model = Classifier()
+        trainer(sparsity, *callbacks, root=tmp_path, max_steps=-1, max_epochs=4).fit(
+            model, loader(6)
+        )
+        return model
+
+    def new() -> SparsityCallback:
+        return SparsityCallback(block_size=16, density=FALLING, drop="movement", update=UPDATES)
+
+    sparsity = new()
+    searched = run(Milestone())
+    sparsity = new()
+    plain = run()
+    assert sum(len(layer.values) for layer in sparse(plain).values()) < 64
+    assert len(plain.losses) == 24
+    assert_identical(dict(searched.state_dict()), dict(plain.state_dict()))
+
+
+def test_a_learning_rate_finder_in_the_same_fit(tmp_path: Path) -> None:
+    sparsity, model = SparsityCallback(block_size=16, update=UPDATES), Classifier()
+    finder = LearningRateFinder(num_training_steps=40)
+    trainer(sparsity, finder, root=tmp_path).fit(model, loader())
+    assert finder.optimal_lr.suggestion() == model.lr != 1e-2
+    assert sparsity._step == 24 and sparsity.last_update.step == 18
+
+
+def test_overfit_batches() -> None:
+    sparsity, model = SparsityCallback(block_size=16, update=UPDATES), Classifier()
+    trainer(sparsity, overfit_batches=2, max_steps=-1, max_epochs=10).fit(model, loader())
+    assert sparsity._step == len(model.losses) == 20
+    assert sparsity.last_update.step == 15, "three quarters of 2 batches for 10 epochs"
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on() -> None:
+    sparsity, model = SparsityCallback(block_size=16, density=FALLING, update=UPDATES), Classifier()
+    fitting = trainer(sparsity, max_steps=-1, max_epochs=3)
+    fitting.fit(model, loader())
+    first = sparse(model)
+    masks = {name: layer.topology.mask for name, layer in first.items()}
+    fitting.fit_loop.max_epochs = 5
+    fitting.fit(model, loader())
+    assert sparsity._step == len(model.losses) == 40
+    assert sparse(model) == first
+    for name, layer in first.items():
+        assert layer.density == 0.25
+        assert torch.equal(layer.topology.mask, masks[name]), "its updates ended in the first"
+
+
+# -- who else changes layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [BitsandbytesPrecision, TransformerEnginePrecision])
+def test_precisions_with_layers_of_their_own_are_refused_by_name(of: type[Precision]) -> None:
+    # Without its constructor, which imports a package that needs a GPU.
+    plugin = of.__new__(of)
+    model = Classifier()
+    fitting = trainer(SparsityCallback(block_size=16))
+    fitting.strategy.precision_plugin = plugin
+    with pytest.raises(ValueError, match=f"got {of.__name__}.*Use precision='bf16-mixed'"):
+        fitting.fit(model, loader())
+    assert not sparse(model) and not model.losses
+
+
+# -- weight decay ---------------------------------------------------------------------------------
+
+
+class Still(Classifier):
+    """Without gradients only decay moves a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(nn.LayerNorm(64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 0 * super().training_step(batch, batch_idx)
+
+
+def test_the_readmes_parameter_groups_decay_weights_alone() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    (recipe,) = [block for block in blocks if "weight_decay" in block]
+    found: dict[str, Any] = {}
+    exec(recipe, found)
+
+    class Decayed(Still):
+        configure_optimizers = found["configure_optimizers"]
+
+    class Before(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            self.values = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+
+    model, before = Decayed(), Before()
+    nn.init.ones_(model.net[4].bias)
+    fitting = trainer(SparsityCallback(block_size=16, grow="none"), before, max_steps=5)
+    fitting.fit(model, loader())
+    decayed, rest = fitting.optimizers[0].param_groups
+    assert decayed["weight_decay"] > 0 and rest["weight_decay"] == 0
+    kept = (1 - decayed["lr"] * decayed["weight_decay"]) ** 5
+    assert kept < 0.9999
+    for name, p in model.named_parameters():
+        factor = kept if name in ("net.0.values", "net.2.values", "head.weight") else 1.0
+        torch.testing.assert_close(p.detach(), before.values[name] * factor)
