@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, densify, sparsify
 from tests.callbacks.helpers import loader, trainer
+from tests.test_readme import README, example
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-README = Path(__file__).parents[1] / "README.md"
 
 
 def bert() -> nn.Module:
@@ -60,17 +59,6 @@ def llama(tied: bool = True) -> nn.Module:
         **SIZES,
     )
     return transformers.LlamaForCausalLM(config)
-
-
-def example(containing: str) -> dict[str, Any]:
-    """What the README's Python example with these words defines."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    (code,) = [block for block in blocks if containing in block]
-    found: dict[str, Any] = {}
-    exec(code, found)
-    return found
 
 
 def gpt2_of_linears() -> nn.Module:

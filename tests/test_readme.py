@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -35,6 +36,14 @@ def blocks() -> list:
         pytest.param(match[1], id=f"line-{text.count(chr(10), 0, match.start()) + 1}")
         for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     ]
+
+
+def example(containing: str) -> dict[str, Any]:
+    """What the one Python block with these words defines, for tests of what it does."""
+    (code,) = [block.values[0] for block in blocks() if containing in block.values[0]]
+    defined: dict[str, Any] = {}
+    exec(compile(code, str(README), "exec"), defined)
+    return defined
 
 
 @pytest.mark.parametrize("code", blocks())

@@ -43,11 +43,10 @@ def averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinea
 def planned_steps(trainer: pl.Trainer) -> float:
     """Return how many optimizer steps the training will have; infinite if nobody knows."""
     total = trainer.estimated_stepping_batches
-    epochs = trainer.max_epochs
-    if epochs is not None and epochs > 0 and _has_batch_norm_epoch(trainer):
-        of_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        total = min(total, of_epoch * (epochs - 1))
-    return total
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if not epochs or epochs < 0 or math.isinf(batches) or not _has_batch_norm_epoch(trainer):
+        return total
+    return min(total, math.ceil(batches / trainer.accumulate_grad_batches) * (epochs - 1))
 
 
 def _has_batch_norm_epoch(trainer: pl.Trainer) -> bool:
