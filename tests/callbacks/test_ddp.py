@@ -50,6 +50,43 @@ def test_ranks_end_identical(init: str, density: str, tmp_path: Path) -> None:
     assert moved[0] == moved[1] and sum(moved[0]) > 0
 
 
+@pytest.mark.parametrize("what", ["weights", "blocks"])
+def test_a_rank_that_diverges_is_found_by_the_next_update(what: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), "random", "constant", what],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        timeout=240,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    for rank in (0, 1):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert "All ranks must hold the same blocks" in said
+        assert f"they differ at step 8 (seen on rank {rank})" in said
+
+
+class Diverge(L.Callback):
+    """Changes something on rank 1 between two updates, and keeps what is said of it."""
+
+    def __init__(self, what: str, out: Path) -> None:
+        self.what, self.out = what, out
+
+    def on_train_batch_start(self, trainer: L.Trainer, model: Any, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            layer = model.net[0]
+            with torch.no_grad():
+                if self.what == "weights":
+                    layer.values[3, 2, 1] += 1e-3
+                else:
+                    layer.topology.assign_(layer.topology.coords.flip(0))
+
+    def on_exception(self, trainer: L.Trainer, _: Any, exception: BaseException) -> None:
+        (self.out / f"{trainer.global_rank}.txt").write_text(str(exception))
+
+
 class Grown(L.Callback):
     """Counts the grown blocks of every update; stands after SparsityCallback."""
 
@@ -63,7 +100,7 @@ class Grown(L.Callback):
             self.counts.append(sum(len(update.grown) for update in last.layers.values()))
 
 
-def main(out: Path, init: str, density: str) -> None:
+def main(out: Path, init: str, density: str, diverge: str = "") -> None:
     falling = {"schedule": "cubic", "initial": 0.75, "final": 0.25, "until": 0.5}
     sparsity = SparsityCallback(
         block_size=16,
@@ -72,7 +109,8 @@ def main(out: Path, init: str, density: str) -> None:
         init=init,
     )
     grown = Grown(sparsity)
-    fitting = trainer(sparsity, grown, root=out, strategy="ddp", devices=2)
+    others = [Diverge(diverge, out)] if diverge else []
+    fitting = trainer(sparsity, grown, *others, root=out, strategy="ddp", devices=2)
     model = Unseeded()
     fitting.fit(model, loader(16))
     torch.save(model.state_dict(), out / f"{fitting.global_rank}.pt")
@@ -80,4 +118,4 @@ def main(out: Path, init: str, density: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])
