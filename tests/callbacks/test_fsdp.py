@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
 from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import Classifier, loader, trainer
+from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, run_ranks, trainer
 
 FALLING = {"schedule": "cubic", "initial": 0.5, "final": 0.125, "until": 0.5}
 RULES: dict[str, dict[str, Any]] = {
@@ -47,22 +46,11 @@ class Built(Classifier):
         return super().batch(1000 * int(os.environ.get("LOCAL_RANK", "0")) + number)
 
 
-def run(*arguments: str) -> None:
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, __file__, *arguments],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=ACCELERATORS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    run(str(folder), "ddp")
-    run(str(folder), "fsdp")
+    for strategy in ("ddp", "fsdp"):
+        run_ranks(__file__, folder, request.param, strategy)
     return folder
 
 
@@ -79,7 +67,7 @@ def test_sharded_ranks_train_as_whole_ones(rule: str, results: Path) -> None:
         torch.testing.assert_close(fsdp["state"][key], expected, rtol=1e-4, atol=1e-5)
 
 
-def fit(out: Path, strategy: str, rule: str) -> None:
+def fit(out: Path, accelerator: str, strategy: str, rule: str) -> None:
     options = RULES[rule]
     density = options["density"]
     moved = []
@@ -96,23 +84,26 @@ def fit(out: Path, strategy: str, rule: str) -> None:
     sharded = strategy == "fsdp"
     model = Built(density["initial"] if isinstance(density, dict) else density, sharded)
     sharding = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
     )
     fitting = trainer(
         sparsity,
         root=out,
+        accelerator=accelerator,
         devices=2,
         strategy=sharding if sharded else "ddp",
     )
     fitting.fit(model, loader(16))
     layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
     assert len(layers) == 2 and all(is_sharded(layer.values) == sharded for layer in layers)
-    state = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
-    state |= {f"{i}.coords": layer.topology.coords for i, layer in enumerate(layers)}
+    state = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
+    state |= {f"{i}.coords": layer.topology.coords.cpu() for i, layer in enumerate(layers)}
     name = f"{rule}-{strategy}-{fitting.global_rank}.pt"
     torch.save({"state": state, "moved": sum(moved)}, out / name)
 
 
 if __name__ == "__main__":
     for each in RULES:
-        fit(Path(sys.argv[1]), sys.argv[2], each)
+        fit(Path(sys.argv[1]), *sys.argv[2:], each)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
 from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import loader, trainer
+from tests.callbacks.helpers import ACCELERATORS, loader, run_ranks, trainer
 
 WIDTH, HIDDEN, HEADS, LAYERS, VOCABULARY, LENGTH = 64, 192, 4, 2, 50, 24
 PROJECTIONS = ("*_proj",)
@@ -87,23 +85,10 @@ class Llama(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-TWO_GPUS = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
-]
-
-
-@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=TWO_GPUS)])
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
 def test_a_sharded_llama_resumes(accelerator: str, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
     for part in ("whole", "resumed"):
-        subprocess.run(
-            [sys.executable, __file__, str(tmp_path), accelerator, part],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            check=True,
-            timeout=300,
-        )
+        run_ranks(__file__, tmp_path, accelerator, part)
     uninterrupted, resumed, other = (
         torch.load(tmp_path / f"{part}-{rank}.pt", weights_only=True)
         for part, rank in (("whole", 0), ("resumed", 0), ("resumed", 1))
