@@ -161,8 +161,10 @@ class BlockSparseLinear(nn.Module):
     @torch.no_grad()
     def clear_empty_slots(self) -> None:
         """Put zeros where no block is, as every op expects."""
-        present = self.topology.coords[local_slots(self.values), 0] >= 0
-        local_part(self.values).mul_(present.view(-1, 1, 1))
+        values = local_part(self.values)
+        # fully_shard moves parameters, but not what lies beside them.
+        present = self.topology.coords[local_slots(self.values), 0].to(values.device) >= 0
+        values.mul_(present.view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out_features]` for `x` of `[..., in_features]`, any strides."""
