@@ -2,6 +2,7 @@
 
     python examples/throughput.py          # 2048 wide, 16 layers, 8 x 2048 tokens: for a GPU
     python examples/throughput.py --width 256 --layers 2 --heads 4 --context 256    # to try it
+    torchrun --nproc-per-node 2 examples/throughput.py    # on two GPUs, by DDP, a batch on each
 
 A step is forward, backward and a fused AdamW, in bf16, each layer of the GPT compiled. The model of
 a perfect sparse MLP, which takes its share of the time and nothing else, is the same GPT with MLPs
@@ -11,13 +12,15 @@ as wide as the density says.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from gpt import BYTES, GPT
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparse_lightning import sparsify
 
@@ -33,6 +36,12 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if ranks > 1:
+        if options.device == "cuda":
+            options.device = f"cuda:{rank}"
+            torch.cuda.set_device(rank)
+        torch.distributed.init_process_group()
 
     steppers = {"dense": stepper(options, 1.0)}
     for density in options.densities:
@@ -43,12 +52,28 @@ def main() -> None:
         {name: seconds_a_step(step, options) for name, step in steppers.items()}
         for _ in range(options.rounds)
     ]
-    tokens = options.batch * options.context
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
+    tokens = ranks * options.batch * options.context
     print("| MLPs | tokens a second | speed-up |\n|---|---|---|")
     for name in steppers:
         seconds = statistics.median(times[name] for times in rounds)
         speedup = statistics.median(times["dense"] / times[name] for times in rounds)
         print(f"| {name} | {tokens / seconds:,.0f} | {speedup:.2f} |")
+
+
+class Loss(nn.Module):
+    """The loss of a GPT as a module, for DDP, which follows what its own `forward` calls."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return bits per byte."""
+        return self.model.bits_per_byte(windows)
 
 
 def stepper(
@@ -68,12 +93,15 @@ def stepper(
     model.to(device, torch.bfloat16)
     for block in model.blocks:
         block.compile()
+    loss: nn.Module = Loss(model)
+    if torch.distributed.is_initialized():
+        loss = DistributedDataParallel(loss, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (options.batch, options.context + 1)
     windows = torch.randint(0, BYTES, shape, device=device)
 
     def step() -> None:
-        model.bits_per_byte(windows).backward()
+        loss(windows).backward()
         optimizer.step()
         optimizer.zero_grad()
 

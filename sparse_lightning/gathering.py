@@ -24,6 +24,7 @@ from sparse_lightning.criteria import (
 from sparse_lightning.evolution import TopologyUpdate
 from sparse_lightning.kernels.block_work import BlockWork, WorkSums
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.sharding import all_slots, at_local_slots, local_part, local_slots
 
 # Dense gradients of a whole model, in bytes: more would defeat what sparsity saves.
 MOST_EXACT_MEMORY = 4 << 30
@@ -120,7 +121,7 @@ class Gatherer:
 
     def _sums_of(self, name: str) -> WorkSums:
         """Return the sums of a layer, on its device, which may have been another before."""
-        values, sums = self.layers[name].values, self._sums.get(name)
+        values, sums = local_part(self.layers[name].values), self._sums.get(name)
         if sums is None:
             sums = WorkSums.zeros(len(values), values.device, self.needs)
         elif sums.work.device != values.device:
@@ -177,7 +178,8 @@ class Gatherer:
         def of_slots(need: str, divisor: int) -> Tensor:
             sums = self._sums_of(name)
             sums.take_in()
-            return topology.scatter(getattr(sums, need) / divisor, fill=0.0)
+            all_sums = all_slots(getattr(sums, need), layer.values)
+            return topology.scatter(all_sums / divisor, fill=0.0)
 
         gathered = {
             "gradient": lambda: norms(layer.block_scores),
@@ -201,7 +203,8 @@ class Gatherer:
             if sums.saliency is not None:
                 sums.saliency.zero_()
             if sums.movement is not None and name in updates:
-                sums.movement[updates[name].changed.to(sums.movement.device)] = 0
+                changed = at_local_slots(updates[name].changed, self.layers[name].values)
+                sums.movement.index_fill_(0, changed, 0)
 
     def keep_slots(self, name: str, kept: Tensor) -> None:
         """Follow a layer that has given up slots, right after an update.
@@ -221,8 +224,14 @@ class Gatherer:
         for sums in self._sums.values():
             sums.take_in()
         for need in _OF_SLOTS:
-            gathered = {name: getattr(sums, need) for name, sums in self._sums.items()}
-            state[need] = {n: s.to("cpu", copy=True) for n, s in gathered.items() if s is not None}
+            if need in self.needs:
+                of_layers = ((name, getattr(sums, need)) for name, sums in self._sums.items())
+                state[need] = {
+                    name: all_slots(sums, self.layers[name].values).to("cpu", copy=True)
+                    for name, sums in of_layers
+                }
+            else:
+                state[need] = {}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,7 +241,8 @@ class Gatherer:
         for need in _OF_SLOTS:
             for name in state[need]:
                 if name in self.layers and need in self.needs:
-                    getattr(self._sums_of(name), need).copy_(state[need][name])
+                    mine = local_slots(self.layers[name].values)
+                    getattr(self._sums_of(name), need).copy_(state[need][name][mine])
 
 
 def score(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from sparse_lightning.criteria import block_magnitudes, dense_block_norms
 from sparse_lightning.evolution import TopologyUpdate, choose_blocks
 from sparse_lightning.kernels import choice, ops
+from sparse_lightning.sharding import (
+    all_slots,
+    at_local_slots,
+    is_sharded,
+    local_part,
+    local_slots,
+    whole,
+)
 from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -146,9 +154,17 @@ class BlockSparseLinear(nn.Module):
         bound = 1 / math.sqrt(self.in_features)
         with torch.no_grad():
             self.values.uniform_(-bound, bound).mul_(max(self.density, 1e-12) ** -0.5)
-            self.values.mul_((self.topology.coords[:, 0] >= 0).view(-1, 1, 1))
+            self.clear_empty_slots()
             if self.bias is not None:
                 self.bias.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def clear_empty_slots(self) -> None:
+        """Put zeros where no block is, as every op expects."""
+        values = local_part(self.values)
+        # fully_shard moves parameters, but not what lies beside them.
+        present = self.topology.coords[local_slots(self.values), 0].to(values.device) >= 0
+        values.mul_(present.view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out_features]` for `x` of `[..., in_features]`, any strides."""
@@ -242,7 +258,7 @@ class BlockSparseLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return W as a new dense tensor `[out_features, in_features]`, without a gradient."""
-        return self.topology.unpack(self.values.detach())
+        return self.topology.unpack(whole(self.values.detach()))
 
     def to_linear(self) -> nn.Linear:
         """Return an `nn.Linear` of the same function, with zeros at absent blocks."""
@@ -256,7 +272,8 @@ class BlockSparseLinear(nn.Module):
 
     def magnitudes(self) -> Tensor:
         """Return the Frobenius norm of each block, fp32 `[out_blocks, in_blocks]`; 0 if absent."""
-        return self.topology.scatter(block_magnitudes(self.values), fill=0.0)
+        magnitudes = all_slots(block_magnitudes(local_part(self.values)), self.values)
+        return self.topology.scatter(magnitudes, fill=0.0)
 
     @property
     def scores_exactly(self) -> bool:
@@ -278,10 +295,10 @@ class BlockSparseLinear(nn.Module):
     @torch.no_grad()
     def apply_update(self, update: TopologyUpdate) -> None:
         """Make a topology update real: changed slots become zero, in value and in gradient."""
-        changed = update.changed.to(self.values.device)
-        self.values.index_fill_(0, changed, 0)
-        if self.values.grad is not None:
-            self.values.grad.index_fill_(0, changed, 0)
+        changed = at_local_slots(update.changed, self.values)
+        for tensor in (self.values, self.values.grad):
+            if tensor is not None:
+                local_part(tensor).index_fill_(0, changed, 0)
         self.topology.assign_(update.coords)
 
     @torch.no_grad()
@@ -308,7 +325,7 @@ class BlockSparseLinear(nn.Module):
                 f"`capacity` must be in {at.n_blocks}..{at.capacity}, from the present blocks to "
                 f"the present slots; got {capacity}."
             )
-        if type(self.values).__name__ == "DTensor":
+        if is_sharded(self.values):
             raise RuntimeError(
                 "`values` must be whole when a layer shrinks, as fully_shard holds it in the shape "
                 "that it had; got a DTensor. Shrink before fully_shard, or keep the capacity."
@@ -380,6 +397,14 @@ class BlockSparseLinear(nn.Module):
         state = state_dict.get(prefix + "_extra_state")
         values = state_dict.get(prefix + "values")
         weight = state_dict.pop(prefix + "weight", None) if values is None else None
+        if state is not None and not isinstance(state, Tensor):
+            # PyTorch's stand-in, where a loader passes parameters one by one.
+            raise ValueError(
+                "The topology must be loaded with the `values` that it places; got "
+                f"{type(state).__name__}. Lightning loads a checkpoint of one file into a sharded "
+                "model without it: resume from a distributed checkpoint, or load before "
+                "fully_shard."
+            )
         if state is not None and values is None and weight is None:
             raise ValueError(
                 "The topology must come with the `values` that it places; got none. "

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_lightning.sharding import all_slots, at_local_slots, local_part, local_slots
+
 
 @dataclass(frozen=True)
 class StateRule:
@@ -134,7 +136,7 @@ def reset_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots
     start = 0.0 if starts_at is None else optimizer.defaults[starts_at]
     for tensor in _slot_state(optimizer, parameter).values():
         # `tensor[slots] = start` would have the host wait for a GPU.
-        tensor.index_fill_(0, slots.to(tensor.device), start)
+        local_part(tensor).index_fill_(0, at_local_slots(slots, tensor), start)
 
 
 @torch.no_grad()
@@ -185,17 +187,18 @@ def warm_start(
     rule = state_rule(optimizer)
     if parameter.grad is None:
         return pending
-    squared = (parameter.grad / grad_scale).square()
+    squared = (local_part(parameter.grad) / grad_scale).square()
     mean = squared.mean((1, 2), keepdim=True)
-    ready = pending & (mean.flatten() > 0) & mean.flatten().isfinite()
+    ready = pending[local_slots(parameter)] & (mean.flatten() > 0) & mean.flatten().isfinite()
     for name, tensor in _slot_state(optimizer, parameter).items():
         if name in rule.second_moments:
+            tensor = local_part(tensor)
             moment = torch.maximum(squared, mean)
             if rule.bias_corrected:
                 moment *= 1 - group["betas"][1] ** optimizer.state[parameter]["step"]
             moment = _mean_to(moment, tensor.shape)
             tensor.copy_(torch.where(ready.view(-1, 1, 1), moment, tensor))
-    return pending & ~ready
+    return pending & ~all_slots(ready, parameter)
 
 
 def _slot_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

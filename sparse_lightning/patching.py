@@ -16,6 +16,7 @@ from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, share
 from sparse_lightning.evolution import choose_blocks, within_reach
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, largest_blocks
 from sparse_lightning.mlp import CALL_HOOKS, BlockSparseMLP, can_fuse
+from sparse_lightning.sharding import is_sharded
 from sparse_lightning.topology import (
     BlockTopology,
     block_grid,
@@ -361,7 +362,7 @@ def _obstacle(linear: nn.Linear, block_size: int, tied: set[int]) -> str | None:
     """Return why a layer cannot be block-sparse, or None."""
     if _is_conv1d(linear):
         return "a Conv1D, whose weight is transposed; put an nn.Linear in its place before"
-    if type(linear.weight).__name__ == "DTensor":
+    if is_sharded(linear.weight):
         raise RuntimeError(
             "The model must be sparsified before it is sharded; got a Linear whose weight is a "
             "DTensor. Build it in __init__, or call sparsify in configure_model before "

@@ -16,6 +16,7 @@ ROOT = Path(sparse_lightning.__file__).parent
 # itself and from lower floors; rooms of one floor, as policy and kernels, never see each other.
 FLOORS = {
     "topology": 0,
+    "sharding": 0,
     "criteria": 1,
     "distributions": 1,
     "evolution": 1,

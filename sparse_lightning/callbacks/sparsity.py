@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from sparse_lightning.callbacks.trainer import (
     averaged_copies,
     averaging_callbacks,
     can_shrink,
+    check_ranks,
     forget_old_shapes,
     grad_scale,
     planned_steps,
@@ -59,6 +59,7 @@ from sparse_lightning.patching import (
     swap_layers,
 )
 from sparse_lightning.schedules import Timetable, should_shrink
+from sparse_lightning.sharding import check_whole_blocks, is_sharded
 
 _REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 _FLOOR = Floor()
@@ -234,12 +235,15 @@ class SparsityCallback(Callback):
     @staticmethod
     @torch.no_grad()
     def _follow_rank_zero(trainer: pl.Trainer, layer: BlockSparseLinear) -> None:
-        coords, values = trainer.strategy.broadcast(
-            (layer.topology.coords.cpu(), layer.values.detach().cpu())
-        )
-        layer.topology.assign_(coords.to(layer.topology.device))
-        if layer.values.device.type != "meta":
+        # Of sharded values each rank has drawn its own part, and values on meta are yet to come.
+        has_values = layer.values.device.type != "meta" and not is_sharded(layer.values)
+        own = layer.topology.coords.cpu(), layer.values.detach().cpu() if has_values else None
+        coords, values = trainer.strategy.broadcast(own)
+        layer.topology.assign_(coords)
+        if values is not None:
             layer.values.copy_(values)
+        elif layer.values.device.type != "meta":
+            layer.clear_empty_slots()
 
     @staticmethod
     def _check_strategy(trainer: pl.Trainer) -> None:
@@ -250,6 +254,13 @@ class SparsityCallback(Callback):
             raise ValueError(
                 f"`Trainer(strategy=...)` must be one that keeps whole blocks; got {what}. "
                 "Use DDP, or ModelParallelStrategy(tensor_parallel_size=1) with fully_shard."
+            )
+        if not getattr(trainer.strategy, "_save_distributed_checkpoint", True):
+            raise ValueError(
+                "`save_distributed_checkpoint` must be True: Lightning loads a checkpoint of one "
+                "file into a sharded model without the topology, so this run could not be "
+                "resumed; got False. To have one file afterwards, call "
+                "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch`."
             )
 
     @staticmethod
@@ -281,7 +292,7 @@ class SparsityCallback(Callback):
                 self._check_optimizer(name, layer, optimizers)
             layer.locked = True
         self._check_capacities()
-        self._check_ranks(trainer)
+        check_ranks(trainer, (layer.topology.to_state() for layer in self._layers.values()))
         self._warn_of_slow_layers(trainer)
         if self.timetable is None:
             self.timetable = self._resolve_times(trainer)
@@ -319,6 +330,8 @@ class SparsityCallback(Callback):
             check_state(found[0], layer.values)
         except RuntimeError as error:
             raise RuntimeError(f"{error} (layer '{name}')") from error
+        with _naming(name):
+            check_whole_blocks(layer.values)
 
     def _check_capacities(self) -> None:
         # From here on: memory may have shrunk already, in a run that is resumed.
@@ -344,18 +357,6 @@ class SparsityCallback(Callback):
 
     def _progress(self) -> float:
         return 0.0 if self.timetable is None else self.timetable.density_progress(self._step)
-
-    def _check_ranks(self, trainer: pl.Trainer) -> None:
-        if trainer.world_size == 1:
-            return
-        own = hashlib.sha256()
-        for layer in self._layers.values():
-            own.update(layer.topology.to_state().cpu().numpy().tobytes())
-        if trainer.strategy.broadcast(own.hexdigest()) != own.hexdigest():
-            raise RuntimeError(
-                "All ranks must have the same topology; got another one on rank "
-                f"{trainer.global_rank} than on rank 0."
-            )
 
     def _warn_of_slow_layers(self, trainer: pl.Trainer) -> None:
         # Where the schedule ends: before that, more blocks are present on purpose.
@@ -458,7 +459,7 @@ class SparsityCallback(Callback):
         progress = self._progress()
         # Decide everything before anything is changed: an error leaves the model as it was.
         with _one_thread():
-            updates = self._decide(progress)
+            updates = self._decide(trainer, progress)
             for name, update in updates.items():
                 if len(update.changed):
                     self._apply(trainer, name, update)
@@ -472,7 +473,7 @@ class SparsityCallback(Callback):
             density = self.config.density_at(progress)
             self.monitor.log(trainer, pl_module, self.last_update, density)
 
-    def _decide(self, progress: float) -> dict[str, TopologyUpdate]:
+    def _decide(self, trainer: pl.Trainer, progress: float) -> dict[str, TopologyUpdate]:
         assert self.timetable is not None
         config = self.config
         fraction = config.drop_fraction_at(self.timetable.update_progress(self._step))
@@ -487,6 +488,8 @@ class SparsityCallback(Callback):
                 drop[name] = score("drop", self._drop, scores)
                 if self._grow is not None:
                     grow[name] = score("grow", self._grow, scores)
+        known = (scores for scored in (masks, drop, grow) for scores in scored.values())
+        check_ranks(trainer, (scores for scores in known if scores is not None))
         budgets = config.budgets_by_score(progress, drop, masks)
         updates = {}
         for name, layer in layers.items():

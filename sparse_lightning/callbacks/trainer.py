@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 
@@ -9,10 +10,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.sharding import is_sharded
 
 
 def averaging_callbacks() -> tuple[type[Callback], ...]:
@@ -77,6 +78,26 @@ def unscale_factor(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> flo
     return 1.0 if scale is None else scale
 
 
+def check_ranks(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError on every rank unless all hold the same; every rank must call this."""
+    if trainer.world_size == 1:
+        return
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    own = int.from_bytes(digest.digest()[:8], "little") >> 1
+    # The largest, and the smallest by its negative, in one go.
+    both = torch.tensor([own, -own], device=trainer.strategy.root_device)
+    largest, smallest = trainer.strategy.reduce(both, reduce_op="max").tolist()
+    if largest != -smallest:
+        raise RuntimeError(
+            "All ranks must hold the same blocks, and score them alike; they differ at step "
+            f"{trainer.global_step} (seen on rank {trainer.global_rank}). Look for what differs "
+            "between ranks: weights changed outside of the optimizer, or a criterion that draws "
+            "numbers without `scores.generator`. Resume from the last checkpoint."
+        )
+
+
 def can_shrink(trainer: pl.Trainer, layers: Iterable[BlockSparseLinear]) -> bool:
     """Tell whether parameters may change their shape: not where they are sharded or compiled."""
     module = trainer.lightning_module
@@ -86,7 +107,7 @@ def can_shrink(trainer: pl.Trainer, layers: Iterable[BlockSparseLinear]) -> bool
         isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
         for m in module.modules()
     )
-    return not compiled and not any(isinstance(layer.values, DTensor) for layer in layers)
+    return not compiled and not any(is_sharded(layer.values) for layer in layers)
 
 
 def forget_old_shapes(trainer: pl.Trainer) -> None:

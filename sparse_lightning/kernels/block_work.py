@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_lightning.kernels.launch import Kernel, build_once, packed
 from sparse_lightning.kernels.programs import DTYPES, Program, compiler_options
+from sparse_lightning.sharding import local_part
 
 _THREADS = 256
 _THREAD_BLOCKS_A_PROCESSOR = 4  # of all layers together
@@ -28,7 +29,7 @@ _Launch = tuple[Kernel[Program], int, int, bytes]
 
 @dataclass(eq=False)
 class WorkSums:
-    """What is known of the work of a layer's slots; each fp32 `[capacity]`, on its device.
+    """What is known of the work of the slots that this rank holds of a layer; fp32, on its device.
 
     Attributes:
         work: of the latest step, not yet in the sums.
@@ -66,6 +67,7 @@ class BlockWork:
 
     Args:
         layers: of each `values`, `[capacity, B, B]`, whose capacity and device stay, and its sums.
+            Of sharded ones, a rank does its own slots.
     """
 
     def __init__(self, layers: Iterable[tuple[nn.Parameter, WorkSums]]) -> None:
@@ -88,20 +90,23 @@ class BlockWork:
         for values, sums in self._on_cpu:
             if values.grad is not None:
                 sums.take_in()
-                work = block_work(values, values.grad) / scale
+                work = block_work(local_part(values), local_part(values.grad)) / scale
                 sums.work.copy_(torch.where(work.isfinite(), work, 0))
         if self._on_cuda:
             self._add_on_cuda(scale)
 
     def _add_on_cuda(self, scale: float) -> None:
-        gradients = [values.grad for values, _ in self._on_cuda]
+        weights = [local_part(values) for values, _ in self._on_cuda]
+        gradients = [
+            None if values.grad is None else local_part(values.grad) for values, _ in self._on_cuda
+        ]
         key = (
             *(0 if g is None or not g.is_contiguous() else g.data_ptr() for g in gradients),
-            *(values.data_ptr() for values, _ in self._on_cuda),
+            *(values.data_ptr() for values in weights),
         )
         launches = self._known.get(key)
         if launches is None:
-            launches, copies = self._prepare(gradients)
+            launches, copies = self._prepare(weights, gradients)
             if 0 not in key and not copies:
                 if len(self._known) == _MOST_KNOWN:
                     self._known.clear()
@@ -109,11 +114,13 @@ class BlockWork:
         for kernel, thread_blocks, n_layers, table in launches:
             kernel.launch(thread_blocks, n_layers, scale, table)
 
-    def _prepare(self, gradients: list[Tensor | None]) -> tuple[list[_Launch], list[Tensor]]:
+    def _prepare(
+        self, weights: list[Tensor], gradients: list[Tensor | None]
+    ) -> tuple[list[_Launch], list[Tensor]]:
         """Return what is to be launched, and the copies that it reads in place of operands."""
         tables: dict[tuple[torch.dtype, int], list[bytes]] = {}
         copies: list[Tensor] = []
-        for (values, sums), gradient in zip(self._on_cuda, gradients, strict=True):
+        for (_, sums), values, gradient in zip(self._on_cuda, weights, gradients, strict=True):
             if gradient is None or not values.numel():
                 continue
             operands = packed(values), packed(gradient)

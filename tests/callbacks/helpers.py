@@ -1,11 +1,15 @@
-"""A small model whose batch depends on the step alone, and a quiet trainer."""
+"""A small model whose batch depends on the step alone, a quiet trainer, and runs of two ranks."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -67,3 +71,33 @@ def trainer(*callbacks: L.Callback, root: Path | None = None, **kwargs: Any) -> 
         "max_steps": 24,
     }
     return L.Trainer(**{**options, **kwargs})
+
+
+ACCELERATORS = [
+    "cpu",
+    pytest.param(
+        "gpu",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+        ],
+    ),
+]
+
+
+def run_ranks(
+    script: str, *arguments: object, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a test's own file, whose trainer starts the second rank."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=root,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done

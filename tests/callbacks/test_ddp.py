@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from sparse_lightning import SparsityCallback
-from tests.callbacks.helpers import Classifier, loader, trainer
+from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, run_ranks, trainer
 
 
 class Unseeded(Classifier):
@@ -33,21 +32,47 @@ class Unseeded(Classifier):
 
 @pytest.mark.parametrize("init", ["random", "magnitude"])
 @pytest.mark.parametrize("density", ["constant", "falling"])
-def test_ranks_end_identical(init: str, density: str, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, __file__, str(tmp_path), init, density],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+def test_ranks_end_identical(accelerator: str, init: str, density: str, tmp_path: Path) -> None:
+    run_ranks(__file__, tmp_path, accelerator, init, density)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert ranks[0].keys() == ranks[1].keys()
     for key in ranks[0]:
-        assert torch.equal(ranks[0][key], ranks[1][key]), key
+        assert torch.equal(ranks[0][key].cpu(), ranks[1][key].cpu()), key
     moved = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert moved[0] == moved[1] and sum(moved[0]) > 0
+
+
+@pytest.mark.parametrize("what", ["weights", "blocks"])
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+def test_a_rank_that_diverges_is_found_by_the_next_update(
+    accelerator: str, what: str, tmp_path: Path
+) -> None:
+    done = run_ranks(__file__, tmp_path, accelerator, "random", "constant", what, check=False)
+    assert done.returncode != 0
+    for rank in (0, 1):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert "All ranks must hold the same blocks" in said
+        assert f"they differ at step 8 (seen on rank {rank})" in said
+
+
+class Diverge(L.Callback):
+    """Changes something on rank 1 between two updates, and keeps what is said of it."""
+
+    def __init__(self, what: str, out: Path) -> None:
+        self.what, self.out = what, out
+
+    def on_train_batch_start(self, trainer: L.Trainer, model: Any, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            layer = model.net[0]
+            with torch.no_grad():
+                if self.what == "weights":
+                    layer.values[3, 2, 1] += 1e-3
+                else:
+                    layer.topology.assign_(layer.topology.coords.flip(0))
+
+    def on_exception(self, trainer: L.Trainer, _: Any, exception: BaseException) -> None:
+        (self.out / f"{trainer.global_rank}.txt").write_text(str(exception))
 
 
 class Grown(L.Callback):
@@ -63,7 +88,7 @@ class Grown(L.Callback):
             self.counts.append(sum(len(update.grown) for update in last.layers.values()))
 
 
-def main(out: Path, init: str, density: str) -> None:
+def main(out: Path, accelerator: str, init: str, density: str, diverge: str = "") -> None:
     falling = {"schedule": "cubic", "initial": 0.75, "final": 0.25, "until": 0.5}
     sparsity = SparsityCallback(
         block_size=16,
@@ -72,7 +97,10 @@ def main(out: Path, init: str, density: str) -> None:
         init=init,
     )
     grown = Grown(sparsity)
-    fitting = trainer(sparsity, grown, root=out, strategy="ddp", devices=2)
+    others = [Diverge(diverge, out)] if diverge else []
+    fitting = trainer(
+        sparsity, grown, *others, root=out, accelerator=accelerator, strategy="ddp", devices=2
+    )
     model = Unseeded()
     fitting.fit(model, loader(16))
     torch.save(model.state_dict(), out / f"{fitting.global_rank}.pt")
@@ -80,4 +108,4 @@ def main(out: Path, init: str, density: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback
+from tests.callbacks import test_resume
 from tests.callbacks.helpers import Classifier, loader, trainer
 from tests.examples.test_examples import load
 
@@ -72,6 +74,15 @@ def test_every_rule_chooses_as_on_the_cpu(drop: str, grow: str, exact: bool) -> 
 
     for on_gpu, on_cpu in zip(run(accelerator="gpu", devices=1), run(), strict=True):
         assert torch.equal(on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize("cut", [4, 10])
+def test_resume_is_bit_exact(cut: int, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "deterministic": True}
+    test_resume.run(whole, **options)
+    test_resume.run(resumed, whole / f"{cut}.ckpt", **options)
+    test_resume.assert_identical(test_resume.final(resumed), test_resume.final(whole))
 
 
 def test_memory_is_released_as_the_density_falls() -> None:

@@ -431,6 +431,22 @@ def test_strategies_that_cannot_work_are_refused_by_name(name: str) -> None:
         fitting.fit(Classifier(), loader())
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("_tensor_parallel_size", 2, "with tensor parallelism. Use DDP"),
+        ("_save_distributed_checkpoint", False, "`save_distributed_checkpoint` must be True"),
+    ],
+)
+def test_options_of_sharding_that_cannot_work_are_refused(
+    option: str, value: Any, says: str
+) -> None:
+    fitting = trainer(SparsityCallback(block_size=16))
+    setattr(fitting.strategy, option, value)
+    with pytest.raises(ValueError, match=says):
+        fitting.fit(Classifier(), loader())
+
+
 @pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.5), (torch.optim.Adam, 1e-2)])
 def test_other_optimizers(optimizer: type, lr: float) -> None:
     model, record = fit(

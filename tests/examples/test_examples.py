@@ -142,5 +142,20 @@ def test_throughput(tmp_path: Path) -> None:
     assert rows[-3].endswith(" | 1.00 |")
 
 
+def test_throughput_on_two_ranks(tmp_path: Path) -> None:
+    size = "--width 64 --layers 1 --heads 2 --context 64 --batch 2 --block-size 16"
+    turns = "--steps 1 --rounds 1 --densities 0.5 --device cpu"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, EXAMPLES / "throughput.py", *size.split(), *turns.split()],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and rows[-3].endswith(" | 1.00 |"), "printed once"
+
+
 def test_doctests() -> None:
     assert doctest.testmod(load("picture"), raise_on_error=True).attempted > 0

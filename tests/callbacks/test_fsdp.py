@@ -1,0 +1,109 @@
+"""Two ranks that hold a part of the slots each do what two ranks that hold all of them do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+
+from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
+from sparse_lightning.sharding import is_sharded, whole
+from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, run_ranks, trainer
+
+FALLING = {"schedule": "cubic", "initial": 0.5, "final": 0.125, "until": 0.5}
+RULES: dict[str, dict[str, Any]] = {
+    "rigl": {"density": 0.28},  # nine slots: ranks hold five and four
+    "exact": {"density": 0.25, "exact": True, "drop": "saliency", "grow": "momentum"},
+    "falling": {"density": FALLING, "drop": "saliency"},
+    "global": {"density": FALLING, "distribution": "global", "drop": "movement", "grow": "none"},
+}
+
+
+class Built(Classifier):
+    """Builds its sparse layers in `configure_model`, and shards them if it is asked to."""
+
+    def __init__(self, density: float, sharded: bool) -> None:
+        super().__init__()
+        self.density, self.sharded, self.built = density, sharded, False
+
+    def configure_model(self) -> None:
+        if self.built:
+            return
+        self.built = True
+        torch.manual_seed(1)
+        sparsify(self, block_size=16, density=self.density)
+        if self.sharded:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+
+    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().batch(1000 * int(os.environ.get("LOCAL_RANK", "0")) + number)
+
+
+@pytest.fixture(scope="module", params=ACCELERATORS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    for strategy in ("ddp", "fsdp"):
+        run_ranks(__file__, folder, request.param, strategy)
+    return folder
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sharded_ranks_train_as_whole_ones(rule: str, results: Path) -> None:
+    ddp, fsdp, other = (
+        torch.load(results / f"{rule}-{name}.pt", weights_only=True)
+        for name in ("ddp-0", "fsdp-0", "fsdp-1")
+    )
+    assert ddp["moved"] == fsdp["moved"] == other["moved"] > 0
+    assert ddp["state"].keys() == fsdp["state"].keys()
+    for key, expected in ddp["state"].items():
+        assert torch.equal(fsdp["state"][key], other["state"][key]), key
+        torch.testing.assert_close(fsdp["state"][key], expected, rtol=1e-4, atol=1e-5)
+
+
+def fit(out: Path, accelerator: str, strategy: str, rule: str) -> None:
+    options = RULES[rule]
+    density = options["density"]
+    moved = []
+
+    class Counting(SparsityCallback):
+        def _update(self, *arguments: Any) -> None:
+            super()._update(*arguments)
+            assert self.last_update is not None
+            moved.append(sum(len(u.changed) for u in self.last_update.layers.values()))
+
+    sparsity = Counting(
+        block_size=16, update={"every_n_steps": 4}, drop_fraction=0.3, shrink=False, **options
+    )
+    sharded = strategy == "fsdp"
+    model = Built(density["initial"] if isinstance(density, dict) else density, sharded)
+    sharding = ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
+    )
+    fitting = trainer(
+        sparsity,
+        root=out,
+        accelerator=accelerator,
+        devices=2,
+        strategy=sharding if sharded else "ddp",
+    )
+    fitting.fit(model, loader(16))
+    layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
+    assert len(layers) == 2 and all(is_sharded(layer.values) == sharded for layer in layers)
+    state = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
+    state |= {f"{i}.coords": layer.topology.coords.cpu() for i, layer in enumerate(layers)}
+    name = f"{rule}-{strategy}-{fitting.global_rank}.pt"
+    torch.save({"state": state, "moved": sum(moved)}, out / name)
+
+
+if __name__ == "__main__":
+    for each in RULES:
+        fit(Path(sys.argv[1]), *sys.argv[2:], each)
