@@ -102,7 +102,9 @@ def sparsify(
 
     Layers that already are block-sparse stay as they are. Call it before the optimizer is built.
     Every plain `nn.Sequential` in which swapped layers have an activation between them becomes a
-    `BlockSparseMLP`, which computes the same with fewer passes over memory.
+    `BlockSparseMLP`, which computes the same with fewer passes over memory. An
+    `nn.TransformerEncoderLayer` with swapped layers computes in eval as in training, since
+    PyTorch's fused path reads dense weights; `densify` gives it back.
 
     Args:
         model: changed in place.
