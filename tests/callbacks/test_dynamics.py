@@ -27,10 +27,10 @@ class Look(SparsityCallback):
         super().__init__(**{"block_size": 16, **kwargs})
         self.seen: list[dict[str, BlockScores]] = []
 
-    def _decide(self, progress: float) -> Any:
+    def _decide(self, *arguments: Any) -> Any:
         generator = torch.Generator()
         self.seen.append({n: self._gatherer.scores_of(n, generator) for n in self._layers})
-        return super()._decide(progress)
+        return super()._decide(*arguments)
 
 
 @pytest.mark.parametrize("drop", DROP_CRITERIA)
