@@ -1,4 +1,4 @@
-"""Export: what leaves block sparsity loads into the untouched dense model, and computes the same."""
+"""What leaves block sparsity loads into the untouched dense model, and computes the same."""
 
 import sys
 from collections.abc import Callable
@@ -310,7 +310,7 @@ def test_a_damaged_layer_is_named(convert: Callable, changes: dict, says: str) -
 
 
 def test_a_dense_state_dict_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one block-sparse layer .* got 1[0-9] other entries"):
+    with pytest.raises(ValueError, match=r"at least one block-sparse layer .* got 1\d other"):
         dense_state_dict(Net().state_dict())
 
 
@@ -495,12 +495,9 @@ def test_what_cannot_be_read(tmp_path: Path, run, content: object, says: str) ->
         torch.save(content, path)
     before = {*tmp_path.iterdir()}
     status, _, errors = run("x.ckpt", "--to", "dense")
-    assert (
-        status == 2
-        and errors.startswith("sparse-lightning: error: `checkpoint` ")
-        or ("`fc._extra" in errors)
-    )
-    pytest.raises(ValueError, read_and_convert, path).match(f"(?s){says}")
+    assert status == 2 and errors.startswith("sparse-lightning: error: `")
+    with pytest.raises(ValueError, match=f"(?s){says}"):
+        read_and_convert(path)
     assert "Traceback" not in errors and {*tmp_path.iterdir()} == before
 
 
@@ -620,7 +617,7 @@ def test_a_wrong_graph_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     export = torch.onnx.export
     other = nn.Linear(16, 8).eval()
     monkeypatch.setattr(torch.onnx, "export", lambda _, *args, **kw: export(other, *args, **kw))
-    with pytest.raises(RuntimeError, match="(?s)must compute what the model does; got .*Mismatched"):
+    with pytest.raises(RuntimeError, match=r"(?s)must compute what the model .*Mismatched"):
         write_onnx(tmp_path / "x.onnx", nn.Linear(16, 8), [Input(("n", 16))])
     assert not [*tmp_path.iterdir()]
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
