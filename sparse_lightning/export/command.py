@@ -113,8 +113,10 @@ def run(options: argparse.Namespace) -> None:
     else:
         model = _build(options.model, state_dict)
         compared = _compared(write_onnx(output, model, inputs, force=options.force))
-    print(f"{path}: {_megabytes(path)}")
-    print(f"{output}: {_megabytes(output)}, {len(state_dict)} tensors, {to}{compared}")
+    print(
+        f"Wrote {output}: {to}, {len(state_dict)} tensors, {_megabytes(output)} "
+        f"({path.name}: {_megabytes(path)}){compared}"
+    )
     if "averaging_state" in checkpoint:
         print("The weights are the average that a callback kept, not those of the last step.")
     if is_compiled(state_dict):
@@ -157,9 +159,10 @@ def _build(where: str, state_dict: Mapping[str, Any]) -> nn.Module:
 
 
 def _compared(difference: float | None) -> str:
+    """Say how `write_onnx` compared the graph."""
     if difference is None:
-        return "; not compared with the model: pip install onnxruntime"
-    return f"; outputs within {difference:.1e} of the model's"
+        return ". Not compared with the model: pip install onnxruntime"
+    return f". Outputs are within {difference:.1e} of the model's."
 
 
 def _megabytes(path: Path) -> str:

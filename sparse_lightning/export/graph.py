@@ -110,7 +110,7 @@ def write_onnx(
         except Exception as error:  # of many kinds
             raise RuntimeError(f"PyTorch cannot write the model as ONNX: {error}") from error
         assert program is not None
-        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         program.save(file, external_data=size > SINGLE_FILE_BYTES)
         return _compare(file, model, [example, _random(inputs, smallest=5)])
 
@@ -159,7 +159,13 @@ def _compare(file: Path, model: nn.Module, examples: Sequence[tuple[Tensor, ...]
             )
         except Exception as error:  # its own kinds
             raise RuntimeError(f"onnxruntime cannot run the graph: {error}") from error
-        for got, y in zip(map(torch.from_numpy, outputs), _outputs(model, inputs), strict=True):
+        expected = _outputs(model, inputs)
+        if len(outputs) != len(expected):
+            raise RuntimeError(
+                f"The ONNX graph must have the model's {len(expected)} outputs, as far as they are "
+                f"tensors; got {len(outputs)}."
+            )
+        for got, y in zip(map(torch.from_numpy, outputs), expected, strict=True):
             finite = y.double().nan_to_num(0.0, 0.0, 0.0)
             scale = float(finite.abs().max()) if y.numel() else 0.0
             tolerance = TOLERANCE.get(y.dtype, 0.0)
