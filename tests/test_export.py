@@ -115,6 +115,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Callable[...
     """Runs `sparse-lightning export` in a folder; returns status, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "project", raising=False)
 
     def export(*arguments: object) -> tuple[int, str, str]:
         try:
@@ -563,12 +564,18 @@ def test_a_missing_package(
 # -- ONNX ---------------------------------------------------------------------------------------
 
 PROJECT = """
-from tests.test_export import Net, nn
+from tests.test_export import Net, nn, sparsify
 
 three = lambda: 3
 fails = lambda: 1 / 0
 build = lambda: Net(96)
 other = lambda: nn.Linear(2, 2)
+
+
+def sparse():
+    model = Net(96)
+    sparsify(model, block_size=16, density=0.5)
+    return model
 """
 
 
@@ -613,16 +620,52 @@ def test_onnx_of_several_inputs(tmp_path: Path) -> None:
     assert best.tolist() == expected["best"].tolist()
 
 
-def test_a_wrong_graph_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("other", "rows", "says"),
+    [
+        (nn.Linear(16, 8), None, "must compute what the model does; got .*Mismatched"),
+        (nn.Linear(16, 1), None, "must compute what the model does; got .*shape"),
+        (Twice(16, 8), None, "must have the model's 1 outputs, .* got 2"),
+        (nn.Linear(16, 8), 3, "onnxruntime cannot run the graph: .*Expected: 3"),
+    ],
+)
+def test_a_wrong_graph_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: nn.Module, rows: int | None, says: str
+) -> None:
     export = torch.onnx.export
-    other = nn.Linear(16, 8).eval()
-    monkeypatch.setattr(torch.onnx, "export", lambda _, *args, **kw: export(other, *args, **kw))
-    with pytest.raises(RuntimeError, match=r"(?s)must compute what the model .*Mismatched"):
+
+    def wrong(model: nn.Module, x: tuple, **options: Any) -> Any:
+        if rows is not None:
+            x, options["dynamic_shapes"] = (torch.zeros(rows, 16),), None
+        return export(other.eval(), x, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    with pytest.raises(RuntimeError, match=f"(?s){says}"):
         write_onnx(tmp_path / "x.onnx", nn.Linear(16, 8), [Input(("n", 16))])
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_graph_is_written_without_onnxruntime(
+    checkpoint: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert write_onnx(tmp_path / "x.onnx", nn.Linear(16, 8), [Input(("n", 16))]) is None
-    assert (tmp_path / "x.onnx").is_file()
+    checkpoint.with_name("project.py").write_text(PROJECT)
+    printed = run(checkpoint, "--to", "onnx", "--model", "project:build", "--input", "2,8,int64")[1]
+    assert "Not compared with the model: pip install onnxruntime" in printed
+    assert checkpoint.with_name("last.onnx").is_file()
+
+
+def test_a_model_that_builds_sparse_layers_is_densified(checkpoint: Path, run) -> None:
+    checkpoint.with_name("project.py").write_text(PROJECT)
+    status, printed, errors = run(
+        checkpoint, "--to", "onnx", "--model", "project.sparse", "--input", "2,8,int64"
+    )
+    assert status == 0 and "of the model's" in printed, errors
 
 
 def test_a_size_that_cannot_vary(tmp_path: Path) -> None:
