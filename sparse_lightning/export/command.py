@@ -42,8 +42,9 @@ EXAMPLES = """forms:
   safetensors  dense weights without pickle: safetensors.torch.load_model(model, FILE)
   onnx         the dense model's graph, compared with the model where onnxruntime is installed
 
-The state of optimizers, callbacks and loops is left out, as it fits no dense model. With an
-averaging callback (EMA, SWA) a checkpoint's weights are the average, and so are those exported.
+The state of optimizers, callbacks and loops is left out, as it fits no dense model. With
+Lightning's WeightAveraging (EMAWeightAveraging) a checkpoint's weights are the average, and so are
+those exported; those of the last step are in its 'current_model_state', for use in Python.
 
 examples:
   a dense checkpoint, last.dense.ckpt:

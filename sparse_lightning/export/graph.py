@@ -149,16 +149,17 @@ def _compare(file: Path, model: nn.Module, examples: Sequence[tuple[Tensor, ...]
         import onnxruntime
     except ImportError:
         return None
+    try:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        names = [one.name for one in session.get_inputs()]
+        results = [
+            session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+            for inputs in examples
+        ]
+    except Exception as error:  # its own kinds
+        raise RuntimeError(f"onnxruntime cannot run the graph: {error}") from error
     largest = 0.0
-    for inputs in examples:
-        try:
-            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-            names = [one.name for one in session.get_inputs()]
-            outputs = session.run(
-                None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-            )
-        except Exception as error:  # its own kinds
-            raise RuntimeError(f"onnxruntime cannot run the graph: {error}") from error
+    for inputs, outputs in zip(examples, results, strict=True):
         expected = _outputs(model, inputs)
         if len(outputs) != len(expected):
             raise RuntimeError(
