@@ -12,6 +12,7 @@ from sparse_lightning.bench import callback_command as callback
 from sparse_lightning.bench import command as bench
 from sparse_lightning.bench import quality_command as quality
 from sparse_lightning.bench import tune
+from sparse_lightning.export import command as export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,13 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "size and density, and save which is the fastest where: training uses it from then on. "
         "Takes some minutes.",
     )
+    _add(
+        commands,
+        "export",
+        export,
+        "take a trained model out of block sparsity",
+        "Write the weights of a checkpoint with block-sparse layers in a form that needs no "
+        "sparse_lightning. No file is replaced unless --force says so.",
+    )
     options = parser.parse_args(arguments)
     try:
         options.run(options)
     except ValueError as error:
         print(f"sparse-lightning: error: {error}", file=sys.stderr)
         return 2
-    except (AssertionError, RuntimeError) as error:  # a wrong result; no CuPy, no memory left
+    except (AssertionError, OSError, RuntimeError) as error:
+        # A wrong result; a full disk; no CuPy, no memory left.
         print(f"sparse-lightning: {error}", file=sys.stderr)
         return 1
     return 0

@@ -28,6 +28,7 @@ FLOORS = {
     "optimizer_state": 4,
     "patching": 4,
     "config": 5,
+    "export": 5,
     "callbacks": 6,
     "bench": 7,
     "cli": 8,
@@ -45,6 +46,9 @@ ONLY_IN = {
     "cupy_backends": {"kernels"},
     "hydra": {"config"},
     "omegaconf": {"config"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "safetensors": {"export"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from sparse_lightning import BlockSparseLinear
+from sparse_lightning import BlockSparseLinear, BlockSparseMLP
 from sparse_lightning.evolution import update_topology
+from sparse_lightning.kernels import ops
 from sparse_lightning.patching import sparse_layers
 
 
@@ -241,10 +243,60 @@ def test_checkpointing_of_each_layer_compiled() -> None:
     assert_same(run(model, function, x, True), run(model, model, x, True))
 
 
-def test_export() -> None:
-    layer = BlockSparseLinear(64, 48, block_size=16, density=0.5)
-    n_tokens = torch.export.Dim("tokens", min=1, max=1000)
-    program = torch.export.export(layer, (torch.randn(3, 64),), dynamic_shapes=({0: n_tokens},))
-    for n in (2, 33):
-        x = torch.randn(n, 64)
-        torch.testing.assert_close(program.module()(x), layer(x))
+# -- torch.export -----------------------------------------------------------------------------
+
+
+def make_mlp() -> BlockSparseMLP:
+    return BlockSparseMLP(*make_model(), nn.Tanh(), nn.Linear(32, 8, dtype=torch.float64))
+
+
+def make_layer() -> BlockSparseLinear:
+    return BlockSparseLinear(64, 48, block_size=16, density=0.5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("make", "op"), [(make_layer, ops.block_linear), (make_mlp, ops.block_mlp)]
+)
+def test_export(make: Callable[[], nn.Module], op: object, training: bool) -> None:
+    model = make().train(training)
+    batch = torch.export.Dim("batch", min=1, max=1000)
+    program = torch.export.export(model, (tokens(3, 5),), dynamic_shapes=({0: batch},))
+    assert op in [node.target for node in program.graph.nodes]
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    programs = {
+        "as it is": program,
+        "decomposed": program.run_decompositions(),
+        "from a file": torch.export.load(file),
+    }
+    for n in (1, 2, 33):
+        x = tokens(n, 5)
+        for name, exported in programs.items():
+            actual = exported.module()(x)
+            torch.testing.assert_close(actual, model(x), msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_what_is_exported_learns_as_the_model_does() -> None:
+    model = make_mlp()
+    program = torch.export.export(model, (tokens(3),))
+    x = tokens(3)
+    parameters = [*model.parameters()]
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    exported = program.module()
+    of_program = [exported.get_parameter(name) for name, _ in model.named_parameters()]
+    actual = torch.autograd.grad(exported(x).square().sum(), of_program)
+    for gradient, of_model in zip(actual, expected, strict=True):
+        assert of_model.norm() > 0
+        torch.testing.assert_close(gradient, of_model)
+
+
+def test_a_file_of_an_exported_model_keeps_its_blocks() -> None:
+    model, x, file = make_mlp(), tokens(3), io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,)), file)
+    expected = model(x)
+    update_all(model, step=0, n_blocks_less=1)
+    assert not torch.allclose(model(x), expected)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), expected)
