@@ -8,7 +8,7 @@ warm-starts its second moment (`warm_start`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,6 @@ def reset_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots
         tensor.index_fill_(0, slots.to(tensor.device), start)
 
 
-@torch.no_grad()
 def keep_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor) -> None:
     """Give up the state of all slots but some, and its memory.
 
@@ -149,8 +148,21 @@ def keep_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: 
         parameter: may have its new shape already; only its identity counts.
         kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
     """
-    for name, tensor in _slot_state(optimizer, parameter).items():
-        optimizer.state[parameter][name] = tensor[kept]
+    prepare_keep(optimizer, parameter, kept)()
+
+
+@torch.no_grad()
+def prepare_keep(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor
+) -> Callable[[], None]:
+    """Return what `keep_slots` does, as a function that takes no memory and cannot fail."""
+    left = {name: tensor[kept] for name, tensor in _slot_state(optimizer, parameter).items()}
+
+    def write() -> None:
+        if left:
+            optimizer.state[parameter].update(left)
+
+    return write
 
 
 @torch.no_grad()
