@@ -192,6 +192,20 @@ class SparsityConfig:
         for key in ("initial", "final"):
             _check_share(f"drop_fraction.{key}", getattr(self.drop_fraction, key))
 
+    def of_training(self) -> dict[str, Any]:
+        """Return what a resumed training has to share, by dotted key: primitives and lists of them.
+
+        Criteria are named by their function. Logging (`monitor`), memory (`shrink`) and the first
+        blocks (`init`) are left out: they may change.
+        """
+        values = {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in ("monitor", "shrink", "init")
+        }
+        criteria = {"drop": self.drop_criterion, "grow": self.grow_criterion}
+        return _flat({**values, **criteria})
+
     @property
     def drop_criterion(self) -> Criterion:
         """The function that scores present blocks."""
@@ -334,6 +348,23 @@ def register() -> None:
     ConfigStore.instance().store(
         group="callbacks/sparsity", name="schema", node=SparsityNode, provider="sparse_lightning"
     )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key, as primitives and lists of them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif isinstance(value, tuple):
+            flat[prefix + key] = list(value)
+        elif callable(value):
+            name = getattr(value, "__qualname__", type(value).__qualname__)
+            flat[prefix + key] = f"{value.__module__}.{name}"
+        else:
+            # A float of NumPy's is a float too, but no primitive to `torch.load`.
+            flat[prefix + key] = float(value) if isinstance(value, float) else value
+    return flat
 
 
 def _coerce(cls: type[T], value: Any, argument: str) -> T:

@@ -196,15 +196,27 @@ class Gatherer:
 
     def begin_anew(self, updates: Mapping[str, TopologyUpdate]) -> None:
         """Forget what an update has used, and what was known of blocks that it changed."""
-        self._n_steps = 0
-        self._momentum.clear()
+        self.prepare_anew(updates)()
+
+    def prepare_anew(self, updates: Mapping[str, TopologyUpdate]) -> Callable[[], None]:
+        """Return what `begin_anew` does, as a function that only writes in place."""
+        changed = {}
         for name, sums in self._sums.items():
             sums.take_in()
-            if sums.saliency is not None:
-                sums.saliency.zero_()
             if sums.movement is not None and name in updates:
-                changed = at_local_slots(updates[name].changed, self.layers[name].values)
-                sums.movement.index_fill_(0, changed, 0)
+                slots = updates[name].changed
+                changed[name] = at_local_slots(slots, self.layers[name].values)
+
+        def write() -> None:
+            self._n_steps = 0
+            self._momentum.clear()
+            for name, sums in self._sums.items():
+                if sums.saliency is not None:
+                    sums.saliency.zero_()
+                if sums.movement is not None and name in changed:
+                    sums.movement.index_fill_(0, changed[name], 0)
+
+        return write
 
     def keep_slots(self, name: str, kept: Tensor) -> None:
         """Follow a layer that has given up slots, right after an update.
@@ -213,9 +225,19 @@ class Gatherer:
             name: of the layer.
             kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
         """
-        if name in self._sums:
-            self._sums[name] = self._sums[name].each(lambda sums: sums[kept.to(sums.device)])
-        self._held.clear()
+        self.prepare_keep(name, kept)()
+
+    def prepare_keep(self, name: str, kept: Tensor) -> Callable[[], None]:
+        """Return what `keep_slots` does, as a function that takes no memory and cannot fail."""
+        sums = self._sums.get(name)
+        left = None if sums is None else sums.each(lambda tensor: tensor[kept.to(tensor.device)])
+
+        def write() -> None:
+            if left is not None:
+                self._sums[name] = left
+            self._held.clear()
+
+        return write
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been gathered, as tensors on the CPU and primitives."""

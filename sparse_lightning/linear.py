@@ -292,16 +292,27 @@ class BlockSparseLinear(nn.Module):
         self.block_scores = torch.zeros(shape, device=self.block_scores.device)
         self.token_stride = token_stride
 
-    @torch.no_grad()
     def apply_update(self, update: TopologyUpdate) -> None:
         """Make a topology update real: changed slots become zero, in value and in gradient."""
-        changed = at_local_slots(update.changed, self.values)
-        for tensor in (self.values, self.values.grad):
-            if tensor is not None:
-                local_part(tensor).index_fill_(0, changed, 0)
-        self.topology.assign_(update.coords)
+        self.prepare_update(update)()
 
-    @torch.no_grad()
+    def prepare_update(self, update: TopologyUpdate) -> Callable[[], None]:
+        """Return what `apply_update` does, as a function that only writes in place.
+
+        So an update of many layers can be all or nothing: what takes memory is done here.
+        """
+        changed = at_local_slots(update.changed, self.values)
+        write_topology = self.topology.prepare(update.coords)
+
+        @torch.no_grad()
+        def write() -> None:
+            for tensor in (self.values, self.values.grad):
+                if tensor is not None:
+                    local_part(tensor).index_fill_(0, changed, 0)
+            write_topology()
+
+        return write
+
     def shrink(self, capacity: int) -> Tensor:
         """Give up empty slots, so that their memory is free; the blocks stay.
 
@@ -319,6 +330,13 @@ class BlockSparseLinear(nn.Module):
             ValueError: if there are more blocks, or fewer slots.
             RuntimeError: if `values` is sharded.
         """
+        kept, write = self.prepare_shrink(capacity)
+        write()
+        return kept
+
+    @torch.no_grad()
+    def prepare_shrink(self, capacity: int) -> tuple[Tensor, Callable[[], None]]:
+        """Return what `shrink` returns, and what it does as a function that cannot fail."""
         at = self.topology
         if not at.n_blocks <= capacity <= at.capacity:
             raise ValueError(
@@ -332,17 +350,23 @@ class BlockSparseLinear(nn.Module):
             )
         present = at.coords[:, 0] >= 0
         kept = (~present).int().argsort(stable=True)[:capacity].sort().values
-        self.topology = BlockTopology(at.coords[kept], at.grid, at.block_size)
-        values, grad = self.values, self.values.grad
+        topology = BlockTopology(at.coords[kept], at.grid, at.block_size)
+        values = self.values
         data = values.detach()[kept]
-        values.grad = None
+        grad = None if values.grad is None else values.grad[kept]
         # A graph that is still held remembers the old shape for the gradient of this parameter, and
         # autograd would refuse the next one. It forgets when the dtype changes.
         other = torch.float32 if data.dtype == torch.float64 else torch.float64
-        values.data = data.new_empty(0, dtype=other)
-        values.data = data
-        values.grad = None if grad is None else grad[kept]
-        return kept
+        nothing = data.new_empty(0, dtype=other)
+
+        def write() -> None:
+            self.topology = topology
+            values.grad = None
+            values.data = nothing
+            values.data = data
+            values.grad = grad
+
+        return kept, write
 
     def extra_repr(self) -> str:
         return (

@@ -8,7 +8,7 @@ warm-starts its second moment (`warm_start`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,6 @@ def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> No
             )
 
 
-@torch.no_grad()
 def reset_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Tensor) -> None:
     """Put the state of some slots back to its beginning.
 
@@ -131,15 +130,30 @@ def reset_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots
         parameter: `[capacity, block_size, block_size]`.
         slots: int64 `[n]`.
     """
+    prepare_reset(optimizer, parameter, slots)()
+
+
+def prepare_reset(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Tensor
+) -> Callable[[], None]:
+    """Return what `reset_slots` does, as a function that only writes in place."""
     starts_at = state_rule(optimizer).starts_at
     # PyTorch, too, takes the default and not the group's option.
     start = 0.0 if starts_at is None else optimizer.defaults[starts_at]
-    for tensor in _slot_state(optimizer, parameter).values():
-        # `tensor[slots] = start` would have the host wait for a GPU.
-        local_part(tensor).index_fill_(0, at_local_slots(slots, tensor), start)
+    parts = [
+        (local_part(tensor), at_local_slots(slots, tensor))
+        for tensor in _slot_state(optimizer, parameter).values()
+    ]
+
+    @torch.no_grad()
+    def write() -> None:
+        for part, mine in parts:
+            # `part[mine] = start` would have the host wait for a GPU.
+            part.index_fill_(0, mine, start)
+
+    return write
 
 
-@torch.no_grad()
 def keep_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor) -> None:
     """Give up the state of all slots but some, and its memory.
 
@@ -151,8 +165,21 @@ def keep_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: 
         parameter: may have its new shape already; only its identity counts.
         kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
     """
-    for name, tensor in _slot_state(optimizer, parameter).items():
-        optimizer.state[parameter][name] = tensor[kept]
+    prepare_keep(optimizer, parameter, kept)()
+
+
+@torch.no_grad()
+def prepare_keep(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor
+) -> Callable[[], None]:
+    """Return what `keep_slots` does, as a function that takes no memory and cannot fail."""
+    left = {name: tensor[kept] for name, tensor in _slot_state(optimizer, parameter).items()}
+
+    def write() -> None:
+        if left:
+            optimizer.state[parameter].update(left)
+
+    return write
 
 
 @torch.no_grad()

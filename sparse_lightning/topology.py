@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -184,6 +186,14 @@ class BlockTopology:
             ValueError: for another capacity, a coordinate outside the grid, or a block in two
                 slots; the topology is then as before.
         """
+        self.prepare(coords)()
+        return self
+
+    def prepare(self, coords: Tensor) -> Callable[[], None]:
+        """Return what `assign_` does with these coordinates, as a function that cannot fail.
+
+        All that takes memory, or refuses, is done here; the function only writes in place.
+        """
         if coords.shape != self.coords.shape:
             raise ValueError(
                 f"`coords` must keep the capacity {self.capacity}; got {coords.shape[0]} slots."
@@ -206,8 +216,7 @@ class BlockTopology:
         if int((slots >= 0).sum()) < n_blocks:
             raise ValueError("`coords` must not hold a block twice; got a repeated (row, column).")
 
-        self.coords.copy_(coords)
-        self.slots.copy_(slots)
+        new = [(self.coords, coords), (self.slots, slots)]
         last = torch.cat([torch.full_like(left, -1), left], 1)
         for offsets, entries, by_line in (
             (self.row_offsets, self.row_entries, slots),
@@ -215,10 +224,17 @@ class BlockTopology:
         ):
             is_there = by_line >= 0
             in_line = torch.stack([is_there.nonzero()[:, 1], by_line[is_there]], 1)
-            entries.copy_(torch.cat([in_line, last]))
-            offsets[1:].copy_(is_there.sum(1).cumsum(0))
-        self.n_blocks = n_blocks
-        return self
+            new.append((entries, torch.cat([in_line, last])))
+            new.append((offsets[1:], is_there.sum(1).cumsum(0)))
+        # Between devices, copies of another dtype would take memory.
+        new = [(old, tensor.to(old.dtype)) for old, tensor in new]
+
+        def write() -> None:
+            for old, tensor in new:
+                old.copy_(tensor)
+            self.n_blocks = n_blocks
+
+        return write
 
     def to_(self, device: torch.device) -> BlockTopology:
         """Move every index tensor to `device`, in place (new storage when the device differs)."""

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from sparse_lightning.callbacks.monitor import SparsityMonitor
+from sparse_lightning.callbacks.resume import check_resumable
 from sparse_lightning.callbacks.trainer import (
     averaged_copies,
     averaging_callbacks,
@@ -46,8 +48,8 @@ from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.optimizer_state import (
     check_state,
     find_optimizer,
-    keep_slots,
-    reset_slots,
+    prepare_keep,
+    prepare_reset,
     warm_start,
 )
 from sparse_lightning.patching import (
@@ -457,18 +459,21 @@ class SparsityCallback(Callback):
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.timetable is not None
         progress = self._progress()
-        # Decide everything before anything is changed: an error leaves the model as it was.
+        # Decide everything, and take all memory, before anything is changed: an error leaves model,
+        # optimizer and callback as they were.
         with _one_thread():
             updates = self._decide(trainer, progress)
+            writes = [self._gatherer.prepare_anew(updates)]
             for name, update in updates.items():
                 if len(update.changed):
-                    self._apply(trainer, name, update)
-        self._gatherer.begin_anew(updates)
-        if self.config.shrink:
-            self._shrink(trainer, progress)
+                    writes.append(self._prepare(trainer, name, update))
+            for write in writes:
+                write()
         self._n_updates += 1
         self._next_update = self.timetable.next_update(self._step)
         self.last_update = ModelUpdate(self._step, self._n_updates, updates)
+        if self.config.shrink:
+            self._shrink(trainer, progress)
         if self.monitor is not None:
             density = self.config.density_at(progress)
             self.monitor.log(trainer, pl_module, self.last_update, density)
@@ -505,22 +510,31 @@ class SparsityCallback(Callback):
                 )
         return updates
 
-    def _apply(self, trainer: pl.Trainer, name: str, update: TopologyUpdate) -> None:
+    def _prepare(
+        self, trainer: pl.Trainer, name: str, update: TopologyUpdate
+    ) -> Callable[[], None]:
+        """Return what makes an update of a layer real, and only writes in place."""
         layer = self._layers[name]
-        layer.apply_update(update)
-        for copy in averaged_copies(trainer, name):
-            copy.apply_update(update)
+        writes = [layer.prepare_update(update)]
+        writes += [copy.prepare_update(update) for copy in averaged_copies(trainer, name)]
         found = find_optimizer(trainer.optimizers, layer.values)
         if found is not None:
-            reset_slots(found[0], layer.values, update.changed)
-        pending = self._pending.pop(name, None)
-        if pending is None:
-            pending = torch.zeros(layer.topology.capacity, dtype=torch.bool)
-        pending = pending.cpu()
+            writes.append(prepare_reset(found[0], layer.values, update.changed))
+        pending = torch.zeros(layer.topology.capacity, dtype=torch.bool)
+        if name in self._pending:
+            pending.copy_(self._pending[name])
         pending[update.dropped] = False
         pending[update.grown] = True
-        if len(update.grown) or pending.any():
-            self._pending[name] = pending
+        is_pending = bool(pending.any())
+
+        def write() -> None:
+            for each in writes:
+                each()
+            self._pending.pop(name, None)
+            if is_pending:
+                self._pending[name] = pending
+
+        return write
 
     def _shrink(self, trainer: pl.Trainer, progress: float) -> None:
         """Give up the slots that will stay empty, if it is time for that."""
@@ -531,25 +545,37 @@ class SparsityCallback(Callback):
             capacity, sum(needed.values()), density.initial, density.final, progress
         ) or not can_shrink(trainer, self._layers.values()):
             return
+        # One layer after the other, each wholly or not at all: all at once would take the memory
+        # that is to become free.
         for name, layer in self._layers.items():
             # A frozen layer, or one that was short of blocks to choose from, keeps what it has.
-            kept = layer.shrink(
+            kept, write = layer.prepare_shrink(
                 min(layer.topology.capacity, max(needed[name], layer.topology.n_blocks))
             )
+            writes = [write, self._gatherer.prepare_keep(name, kept)]
             for copy in averaged_copies(trainer, name):
-                copy.shrink(len(kept))
+                writes.append(copy.prepare_shrink(len(kept))[1])
             found = find_optimizer(trainer.optimizers, layer.values)
             if found is not None:
-                keep_slots(found[0], layer.values, kept)
-            if name in self._pending:
-                self._pending[name] = self._pending[name].cpu()[kept.cpu()]
-            self._gatherer.keep_slots(name, kept)
+                writes.append(prepare_keep(found[0], layer.values, kept))
+            pending = {name: self._pending[name].cpu()[kept.cpu()]} if name in self._pending else {}
+            for write in writes:
+                write()
+            self._pending.update(pending)
         forget_old_shapes(trainer)
 
     # Save, resume, end.
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Validation, test and prediction need the layers only, which come with the model.
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_resumable(checkpoint["callbacks"].get(self.state_key), self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         return {
+            "config": self.config.of_training(),
             "step": self._step,
             "n_updates": self._n_updates,
             "next_update": self._next_update,
@@ -559,6 +585,10 @@ class SparsityCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("config") != self.config.of_training():
+            # Not a fit, or it would have been refused: of another training only the layers count.
+            self._begin_anew(self._layers)
+            return
         self._step = state_dict["step"]
         self._n_updates = state_dict["n_updates"]
         self._next_update = state_dict["next_update"]

@@ -55,8 +55,9 @@ class WorkSums:
 
     def take_in(self) -> None:
         """Add what `work` holds to the sums."""
+        size = self.work.abs()  # before anything is written, as it may fail for want of memory
         if self.saliency is not None:
-            self.saliency += self.work.abs()
+            self.saliency += size
         if self.movement is not None:
             self.movement -= self.work
         self.work.zero_()

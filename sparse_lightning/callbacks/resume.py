@@ -1,0 +1,44 @@
+"""Which checkpoints a training may be resumed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_REMEDY = (
+    "To start a new training from the weights of a checkpoint, leave `ckpt_path` out and load "
+    "checkpoint['state_dict'] before the fit: into the model as it is if the weights are dense, "
+    "after `sparsify` if they are block-sparse."
+)
+
+
+def check_resumable(state: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
+    """Check that a training can go on from what a checkpoint holds of `SparsityCallback`.
+
+    Args:
+        state: the callback's state in the checkpoint; None if there is none.
+        own: the state of the callback that is about to take it over.
+
+    Raises:
+        ValueError: if there is none, if another version wrote it, or if the callback was
+            configured in another way: half of a changed schedule would be of the old one.
+    """
+    if state is None:
+        raise ValueError(
+            "`ckpt_path` must be a checkpoint of a training with SparsityCallback, so that its "
+            f"schedule can go on; got one without the callback's state. {_REMEDY}"
+        )
+    missing = sorted(own.keys() - state.keys())
+    if missing:
+        raise ValueError(
+            f"The saved state of SparsityCallback must hold {', '.join(map(repr, missing))}; got "
+            "none. Resume with the version of sparse_lightning that wrote it."
+        )
+    saved, now = state["config"], own["config"]
+    differing = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    if differing:
+        got = ", ".join(f"{key}={now.get(key)!r} (was {saved.get(key)!r})" for key in differing)
+        raise ValueError(
+            "SparsityCallback must be configured as before when a training is resumed; got "
+            f"{got}. Take what it was. {_REMEDY}"
+        )
