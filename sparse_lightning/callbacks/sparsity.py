@@ -175,6 +175,10 @@ class SparsityCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_strategy(trainer)
         self._check_order(trainer)
+        # Optimizers are built anew; and a checkpoint that was tested since an earlier fit may have
+        # brought layers of other sizes.
+        self._pending.clear()
+        self._gatherer.forget()
         if is_overridden("configure_model", pl_module):
             self._swap_after_configure_model(trainer, pl_module)
         else:
