@@ -113,7 +113,7 @@ def test_another_version_of_the_callback_or_the_topology_is_refused(
     def older(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"]["net.0._extra_state"][0] = STATE_FORMAT - 1
 
-    with pytest.raises(RuntimeError, match=r"must be of format 1.*version.*layer 'net.0'"):
+    with pytest.raises(RuntimeError, match=r"must be an int32 vector of format 1.*version.*layer 'net.0'"):
         resume(sparsity(), edited(saved, tmp_path, older))
 
 
