@@ -153,9 +153,7 @@ class BlockTopology:
         Raises:
             ValueError: if the vector is not one that `to_state` wrote.
         """
-        is_vector = (
-            isinstance(state, Tensor) and state.dim() == 1 and state.dtype == torch.int32
-        )
+        is_vector = isinstance(state, Tensor) and state.dim() == 1 and state.dtype == torch.int32
         header = state[:_STATE_HEADER].tolist() if is_vector else []
         if len(header) < _STATE_HEADER or header[0] != STATE_FORMAT:
             raise ValueError(
