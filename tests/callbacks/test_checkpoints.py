@@ -23,7 +23,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a sparse training, after its memory has shrunk, with twice as many to come."""
+    """A checkpoint of a sparse training, half-way."""
     path: Path = tmp_path_factory.mktemp("sparse") / "model.ckpt"
     fitting = trainer(sparsity(), max_steps=2 * STEPS, limit_train_batches=STEPS, max_epochs=1)
     fitting.fit(Classifier(), loader(STEPS))
