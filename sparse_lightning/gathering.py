@@ -239,6 +239,14 @@ class Gatherer:
 
         return write
 
+    def forget(self) -> None:
+        """Forget everything, also how many slots the layers had."""
+        self._n_steps = 0
+        self._momentum.clear()
+        self._sums.clear()
+        self._held.clear()
+        self._fresh.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what has been gathered, as tensors on the CPU and primitives."""
         state: dict[str, Any] = {"n_steps": self._n_steps}
@@ -257,7 +265,8 @@ class Gatherer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned, of layers that have that many slots now."""
+        self.forget()
         self._n_steps = state["n_steps"]
         self._momentum = {n: s.clone() for n, s in state["momentum"].items() if n in self.layers}
         for need in _OF_SLOTS:

@@ -12,6 +12,8 @@ BLOCK_SIZES = (16, 32, 64, 128)
 # The state vector is [format, block_size, out_blocks, in_blocks, capacity, row, col, row, ...].
 STATE_FORMAT = 1
 _STATE_HEADER = 5
+# Of a grid that a state vector claims: 17 billion weights, in the smallest blocks.
+_MOST_BLOCKS = 2**26
 
 
 class BlockTopology:
@@ -151,14 +153,20 @@ class BlockTopology:
         Raises:
             ValueError: if the vector is not one that `to_state` wrote.
         """
-        is_vector = isinstance(state, Tensor) and state.dim() == 1
+        is_vector = isinstance(state, Tensor) and state.dim() == 1 and state.dtype == torch.int32
         header = state[:_STATE_HEADER].tolist() if is_vector else []
         if len(header) < _STATE_HEADER or header[0] != STATE_FORMAT:
             raise ValueError(
-                f"The saved topology must be of format {STATE_FORMAT}; got header {header}. "
+                f"The saved topology must be an int32 vector of format {STATE_FORMAT}; "
+                f"got header {header}. "
                 "Load it with the version of sparse_lightning that wrote it."
             )
         _, block_size, out_blocks, in_blocks, capacity = header
+        if not 0 < out_blocks * in_blocks <= _MOST_BLOCKS:
+            raise ValueError(
+                f"The saved topology must have a grid of 1..{_MOST_BLOCKS} blocks; "
+                f"got {out_blocks}x{in_blocks}. The checkpoint is damaged."
+            )
         coords = state[_STATE_HEADER:].cpu()
         if coords.numel() != 2 * capacity:
             raise ValueError(

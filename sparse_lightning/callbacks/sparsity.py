@@ -180,6 +180,10 @@ class SparsityCallback(Callback):
         self._check_strategy(trainer)
         self._check_precision(trainer)
         self._check_order(trainer)
+        # Optimizers are built anew; and a checkpoint that was tested since an earlier fit may have
+        # brought layers of other sizes.
+        self._pending.clear()
+        self._gatherer.forget()
         if is_overridden("configure_model", pl_module):
             self._swap_after_configure_model(trainer, pl_module)
         else:

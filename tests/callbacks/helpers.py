@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparse_lightning import BlockSparseLinear, BlockTopology
+
 
 class Classifier(L.LightningModule):
     """An MLP of two swappable layers and a dense head.
@@ -101,3 +103,23 @@ def run_ranks(
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def assert_valid(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer, blocks: int) -> None:
+    """Strictly: so many blocks, indices as of a new topology, nothing in empty slots."""
+    at = layer.topology
+    coords = [tuple(pair) for pair in at.coords.tolist()]
+    present = [pair for pair in coords if pair != (-1, -1)]
+    assert len(present) == len(set(present)) == at.n_blocks == blocks
+    rows, cols = at.grid
+    assert all(0 <= row < rows and 0 <= col < cols for row, col in present)
+    anew = BlockTopology(at.coords.cpu(), at.grid, at.block_size)
+    for name, tensor in vars(anew).items():
+        if isinstance(tensor, Tensor):
+            assert torch.equal(getattr(at, name).cpu(), tensor), name
+    empty = (at.coords[:, 0] < 0).nonzero().squeeze(1)
+    held = {"values": layer.values.detach(), **optimizer.state[layer.values]}
+    for name, tensor in held.items():
+        if tensor.dim():
+            assert tensor.shape == (at.capacity, at.block_size, at.block_size), name
+            assert not tensor[empty.to(tensor.device)].any(), name

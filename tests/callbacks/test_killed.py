@@ -1,0 +1,146 @@
+"""Processes killed anywhere, also within an update or the writing of a checkpoint, are resumed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tests.callbacks.helpers import Classifier, trainer
+from tests.callbacks.test_resume import assert_identical, final, run, sparsity
+
+STEPS = 24
+# Where: in which call of which function; how many calls and returns of functions later.
+WHERE = {"update": "_update", "write": "_atomic_save", "step": "on_train_batch_start"}
+_random = random.Random(0)
+KILLS = [
+    *(("update", call, _random.randrange(4000)) for call in (1, 2, 3, 4)),
+    *(("write", call, _random.randrange(1500)) for call in (2, 5, 10, 14)),
+    *(("step", call, _random.randrange(20_000)) for call in (12, 24, 36, 45)),
+]
+
+
+def kill_at(where: str, call: int, events: int) -> None:
+    """Kill this process so many calls and returns after that call of a function has begun."""
+    left = [call, events]
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        if left[0] > 0:
+            left[0] -= event == "call" and frame.f_code.co_name == WHERE[where]
+        else:
+            left[1] -= 1
+            is_over = event == "return" and frame.f_code.co_name == WHERE[where]
+            if left[1] < 0 or (is_over and where != "step"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(profile)
+
+
+def main(root: Path) -> None:
+    """Train in one process after the other, each of which is killed."""
+    torch.set_num_threads(1)
+    for where, call, events in KILLS:
+        if (child := os.fork()) == 0:
+            kill_at(where, call, events)
+            run(root / f"{where}-{call}")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), (where, call, events)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("killed")
+    source = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, __file__, str(root)],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        check=True,
+        timeout=120,
+    )
+    run(root / "whole")
+    return root
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize(("where", "call", "events"), KILLS)
+def test_the_newest_checkpoint_is_whole_and_goes_on(
+    where: str, call: int, events: int, killed: Path
+) -> None:
+    root = killed / f"{where}-{call}"
+    checkpoints = {int(path.stem): path for path in root.glob("*.ckpt")}
+    assert 0 < len(checkpoints) < STEPS
+    run(root, checkpoints[max(checkpoints)])
+    assert_identical(final(root), final(killed / "whole"))
+
+
+# -- a loader with a state ------------------------------------------------------------------------
+
+
+class Shuffled(DataLoader[Any]):
+    """Eight shuffled batches an epoch; knows where it is."""
+
+    def __init__(self) -> None:
+        super().__init__(list(range(64)), batch_size=8)  # type: ignore[arg-type]
+        self.epoch, self.at = 0, 0
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch))
+        while self.at < 8:
+            self.at += 1
+            yield order[8 * self.at - 8 : 8 * self.at]
+        self.epoch, self.at = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.at = state["epoch"], state["at"]
+
+
+class OfData(Classifier):
+    """Learns from what the loader gives it, in the order in which it comes."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = torch.stack([self.loss(int(number)) for number in batch]).mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+@pytest.mark.parametrize("cut", [4, 8, 11, 15, 16])
+def test_resume_with_a_stateful_loader(cut: int, tmp_path: Path) -> None:
+    """Epochs end after 8 and 16 steps."""
+
+    def fit(root: Path, ckpt_path: Path | None) -> OfData:
+        model = OfData()
+        checkpoint = ModelCheckpoint(
+            root,
+            filename="{step}",
+            every_n_train_steps=1,
+            save_top_k=-1,
+            auto_insert_metric_name=False,
+        )
+        fitting = trainer(sparsity(), checkpoint, enable_checkpointing=True, max_steps=STEPS)
+        fitting.fit(model, Shuffled(), ckpt_path=ckpt_path)
+        return model
+
+    whole = fit(tmp_path / "whole", None)
+    rest = fit(tmp_path / "cut", tmp_path / "whole" / f"{cut}.ckpt")
+    assert rest.losses == whole.losses[cut:]
+    assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
