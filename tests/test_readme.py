@@ -58,3 +58,17 @@ def test_readme_example_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     model = Model()
     given = {"model": model, "datamodule": model.train_dataloader()}
     exec(compile(code, str(README), "exec"), given)
+
+
+def test_what_is_promised_is_shown_by_tests_that_exist() -> None:
+    table = README.read_text(encoding="utf-8").split("## What it promises")[1].split("\n## ")[0]
+    folder, rows = Path(__file__).parent, table.split("| promised |")[1].splitlines()[2:]
+    shown = [re.findall(r"`([\w/]*(?:\.py)?)(?:::(test_\w+))?`", row.split("|")[-2])
+             for row in rows if row.startswith("|")]  # fmt: skip
+    assert len(shown) > 15 and all(shown)
+    for references in shown:
+        file = ""
+        for path, test in references:
+            file = path or file
+            assert not test or f"def {test}(" in (folder / file).read_text(), f"{file}::{test}"
+            assert (folder / file).is_file(), file
