@@ -136,8 +136,8 @@ def test_a_fit_that_ran_out_of_memory_can_be_saved_and_goes_on(tmp_path: Any) ->
     class Once(SparsityCallback):
         failed = False
 
-        def _decide(self, progress: float) -> Any:
-            updates = super()._decide(progress)
+        def _decide(self, *arguments: Any) -> Any:
+            updates = super()._decide(*arguments)
             if self._step == 10 and not self.failed:
                 self.failed = True
                 raise torch.OutOfMemoryError("simulated")
