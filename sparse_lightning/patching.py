@@ -429,6 +429,22 @@ def _initial_mask(
     return choose_blocks(drawn, everywhere, n_blocks, floor=lines), density**-0.5
 
 
+@torch.no_grad()
+def start_from(layer: BlockSparseLinear, weight: Tensor, init: str) -> None:
+    """Give a new layer what `sparsify` would have given it, had the linear layer had this weight.
+
+    Args:
+        layer: whose random blocks stay, and whose number of blocks does in any case.
+        weight: `[out_features, in_features]`.
+        init: as for `sparsify`.
+    """
+    at, scale = layer.topology, layer.density**-0.5
+    if init == "magnitude":
+        mask, scale = largest_blocks(weight, at.grid, at.n_blocks), 1.0
+        at.assign_(BlockTopology.from_mask(mask, at.block_size, capacity=at.capacity).coords)
+    layer.values.copy_(at.pack(weight.to(layer.values)) * scale)
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _REMEDY = (
@@ -10,6 +10,17 @@ _REMEDY = (
     "checkpoint['state_dict'] before the fit: into the model as it is if the weights are dense, "
     "after `sparsify` if they are block-sparse."
 )
+
+
+def is_dense(state_dict: Mapping[str, Any], layers: Iterable[str]) -> bool:
+    """Tell whether a state dict has a dense weight for each of some layers."""
+    return all(f"{name}.weight" in state_dict for name in layers)
+
+
+def leave_only_weights(checkpoint: dict[str, Any]) -> None:
+    """Have Lightning take a checkpoint's model, and begin with all else."""
+    checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={})
+    checkpoint.pop("loops", None)
 
 
 def check_resumable(state: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
@@ -26,7 +37,8 @@ def check_resumable(state: Mapping[str, Any] | None, own: Mapping[str, Any]) -> 
     if state is None:
         raise ValueError(
             "`ckpt_path` must be a checkpoint of a training with SparsityCallback, so that its "
-            f"schedule can go on; got one without the callback's state. {_REMEDY}"
+            "schedule can go on, or one of dense weights, to begin with; got block-sparse layers "
+            f"without the callback's state. {_REMEDY}"
         )
     missing = sorted(own.keys() - state.keys())
     if missing:

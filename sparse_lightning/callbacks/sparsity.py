@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from sparse_lightning.callbacks.monitor import SparsityMonitor
-from sparse_lightning.callbacks.resume import check_resumable
+from sparse_lightning.callbacks.resume import check_resumable, is_dense, leave_only_weights
 from sparse_lightning.callbacks.trainer import (
     averaged_copies,
     averaging_callbacks,
@@ -58,6 +58,7 @@ from sparse_lightning.patching import (
     check_layers_found,
     is_chosen,
     sparse_layers,
+    start_from,
     swap_layers,
 )
 from sparse_lightning.schedules import Timetable, should_shrink
@@ -574,8 +575,25 @@ class SparsityCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Validation, test and prediction need the layers only, which come with the model.
-        if trainer.state.fn == TrainerFn.FITTING:
-            check_resumable(checkpoint["callbacks"].get(self.state_key), self.state_dict())
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None and is_dense(checkpoint["state_dict"], self._layers):
+            self._start_from_dense(pl_module, checkpoint)
+        else:
+            check_resumable(state, self.state_dict())
+
+    def _start_from_dense(self, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, layer in self._layers.items():
+            start_from(layer, checkpoint["state_dict"][f"{name}.weight"], self.config.init)
+        self._begin_anew(self._layers)
+        # Callbacks that average take the weights from there too.
+        checkpoint["state_dict"] = pl_module.state_dict()
+        leave_only_weights(checkpoint)
+        rank_zero_info(
+            "Block-sparse training begins with the dense weights of the checkpoint. Its optimizer, "
+            "its progress and the state of callbacks are left out."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 from sparse_lightning import SparsityCallback, sparsify
@@ -118,9 +118,35 @@ def test_another_version_of_the_callback_or_the_topology_is_refused(
         resume(sparsity(), edited(saved, tmp_path, older))
 
 
-def test_a_dense_training_cannot_be_resumed_as_a_sparse_one(dense: Path) -> None:
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("init", ["random", "magnitude"])
+def test_a_dense_checkpoint_starts_a_sparse_training(init: str, average: bool, dense: Path) -> None:
+    """As a model does that holds its weights; optimizer and progress are not taken over."""
+
+    def run(model: Classifier, **kwargs: Any) -> dict[str, torch.Tensor]:
+        callback = SparsityCallback(block_size=16, init=init, update={"every_n_steps": 3})
+        averaging = [EMAWeightAveraging(decay=0.5)] if average else []
+        trainer(callback, *averaging, max_steps=STEPS).fit(model, loader(), **kwargs)
+        assert callback.last_update is not None and len(model.losses) == STEPS
+        return model.state_dict()
+
+    pretrained = Classifier()
+    pretrained.load_state_dict(torch.load(dense, weights_only=True)["state_dict"])
+    expected, actual = run(pretrained), run(Classifier(), ckpt_path=dense)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_sparse_layers_without_a_schedule_are_not_resumed(dense: Path, tmp_path: Path) -> None:
+    model = Classifier()
+    sparsify(model, block_size=16, density=0.25)
+    path = tmp_path / "user.ckpt"
+    fitting = trainer(max_steps=2)
+    fitting.fit(model, loader())
+    fitting.save_checkpoint(path)
     with pytest.raises(ValueError, match=r"`ckpt_path` must be .*SparsityCallback.*before the fit"):
-        resume(sparsity(), dense)
+        resume(SparsityCallback(block_size=16, density=0.25), path)
 
 
 def test_a_sparse_training_is_not_resumed_without_the_callback(saved: Path) -> None:
