@@ -12,6 +12,7 @@ as wide as the density says.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import time
@@ -53,12 +54,16 @@ def main() -> None:
         for _ in range(options.rounds)
     ]
     if ranks > 1:
+        # DDP's models first: if the last of them ended the group, it would wait for a thread of the
+        # group that waits for Python's lock.
+        steppers.clear()
+        gc.collect()
         torch.distributed.destroy_process_group()
     if rank:
         return
     tokens = ranks * options.batch * options.context
     print("| MLPs | tokens a second | speed-up |\n|---|---|---|")
-    for name in steppers:
+    for name in rounds[0]:
         seconds = statistics.median(times[name] for times in rounds)
         speedup = statistics.median(times["dense"] / times[name] for times in rounds)
         print(f"| {name} | {tokens / seconds:,.0f} | {speedup:.2f} |")

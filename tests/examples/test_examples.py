@@ -150,6 +150,7 @@ def test_throughput_on_two_ranks(tmp_path: Path) -> None:
         [*command, EXAMPLES / "throughput.py", *size.split(), *turns.split()],
         cwd=tmp_path,
         check=True,
+        timeout=240,
         capture_output=True,
         text=True,
     )
