@@ -105,6 +105,16 @@ def run_ranks(
     return done
 
 
+def end_rank() -> None:
+    """End this process once all ranks are here, with what they leave behind written.
+
+    At once, as PyTorch's gloo may crash or hang when the interpreter ends while a group is there.
+    """
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def assert_valid(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer, blocks: int) -> None:
     """Strictly: so many blocks, indices as of a new topology, nothing in empty slots."""
     at = layer.topology

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse_lightning import SparsityCallback
-from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, run_ranks, trainer
+from tests.callbacks.helpers import ACCELERATORS, Classifier, end_rank, loader, run_ranks, trainer
 
 
 class Unseeded(Classifier):
@@ -109,3 +109,4 @@ def main(out: Path, accelerator: str, init: str, density: str, diverge: str = ""
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
+    end_rank()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
 from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, run_ranks, trainer
+from tests.callbacks.helpers import ACCELERATORS, Classifier, end_rank, loader, run_ranks, trainer
 
 FALLING = {"schedule": "cubic", "initial": 0.5, "final": 0.125, "until": 0.5}
 RULES: dict[str, dict[str, Any]] = {
@@ -107,3 +107,4 @@ def fit(out: Path, accelerator: str, strategy: str, rule: str) -> None:
 if __name__ == "__main__":
     for each in RULES:
         fit(Path(sys.argv[1]), *sys.argv[2:], each)
+    end_rank()

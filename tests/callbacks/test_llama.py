@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
 from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import ACCELERATORS, loader, run_ranks, trainer
+from tests.callbacks.helpers import ACCELERATORS, end_rank, loader, run_ranks, trainer
 
 WIDTH, HIDDEN, HEADS, LAYERS, VOCABULARY, LENGTH = 64, 192, 4, 2, 50, 24
 PROJECTIONS = ("*_proj",)
@@ -140,3 +140,4 @@ def main(out: Path, accelerator: str, part: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
+    end_rank()
