@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _REMEDY = (
-    "To start a new training from the weights of a checkpoint, leave `ckpt_path` out and load "
-    "checkpoint['state_dict'] before the fit: into the model as it is if the weights are dense, "
-    "after `sparsify` if they are block-sparse."
+    "To start a new training from its weights, leave `ckpt_path` out, call `sparsify`, and load "
+    "checkpoint['state_dict'] before the fit."
 )
 
 

@@ -35,8 +35,7 @@ def dense_gradient_norms(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> Ten
 
 def with_dense_scores(layer: BlockSparseLinear) -> BlockSparseLinear:
     """Have backward add the dense gradient itself to the layer's scores."""
-    shape = layer.out_features, layer.in_features
-    layer.block_scores = torch.zeros(shape, device=layer.values.device)
+    layer.score_by(exact=True)
     return layer
 
 
