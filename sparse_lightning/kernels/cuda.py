@@ -12,6 +12,8 @@ from torch import Tensor
 from sparse_lightning.kernels import activations, choice, densified, hopper, portable
 from sparse_lightning.kernels.launch import packed, row_pitch
 
+_MOST_PITCH = 2**31 - 1  # kernels count it in 32 bits
+
 
 def block_linear(
     x: Tensor,
@@ -215,9 +217,6 @@ def _check_pair(dy: Tensor, x: Tensor, out_features: int) -> None:
         )
 
 
-MOST_PITCH = 2**31 - 1  # kernels count it in 32 bits
-
-
 def _packed_rows(tensor: Tensor) -> Tensor:
     """Return the tensor as aligned rows, `[n, features]`, at any distance from each other.
 
@@ -226,5 +225,5 @@ def _packed_rows(tensor: Tensor) -> Tensor:
     rows = tensor.reshape(-1, tensor.shape[-1])
     pitch = row_pitch(rows)
     whole = pitch * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
-    in_place = whole and rows.stride(1) == 1 and rows.shape[1] <= pitch <= MOST_PITCH
+    in_place = whole and rows.stride(1) == 1 and rows.shape[1] <= pitch <= _MOST_PITCH
     return rows if in_place else packed(rows)

@@ -57,6 +57,18 @@ class Classifier(L.LightningModule):
         return self.optimizer(self.parameters(), lr=self.lr)
 
 
+class Late(Classifier):
+    """Its layers are built in `configure_model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+
+
 def loader(batches: int = 8) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.zeros(batches, 1)), batch_size=1)
 

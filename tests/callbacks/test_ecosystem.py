@@ -24,7 +24,7 @@ from lightning.pytorch.tuner.lr_finder import _lr_find
 from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, densify
-from tests.callbacks.helpers import Classifier, loader, trainer
+from tests.callbacks.helpers import Classifier, Late, loader, trainer
 from tests.callbacks.test_resume import assert_identical
 from tests.test_readme import example
 
@@ -34,18 +34,6 @@ FALLING = {"schedule": "cubic", "initial": 1.0, "final": 0.25}
 
 def sparse(model: nn.Module) -> dict[str, BlockSparseLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
-
-
-class Late(Classifier):
-    """Its layers are built in `configure_model`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
 
 
 class Normed(Classifier):

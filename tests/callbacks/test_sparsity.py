@@ -14,7 +14,7 @@ from torch import nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback
 from sparse_lightning.evolution import ModelUpdate
-from tests.callbacks.helpers import Classifier, loader, trainer
+from tests.callbacks.helpers import Classifier, Late, loader, trainer
 
 
 class Record(L.Callback):
@@ -187,15 +187,6 @@ def test_scores_are_gathered_only_for_an_update() -> None:
 
 
 def test_models_built_in_configure_model() -> None:
-    class Late(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = None
-
-        def configure_model(self) -> None:
-            if self.net is None:
-                self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
-
     model = Late()
     fit(SparsityCallback(block_size=16, update={"every_n_steps": 5}), model)
     assert list(sparse(model)) == ["net.0", "net.2"]
