@@ -61,7 +61,7 @@ def test_soak(device: str) -> None:
     )
     soak = Soak(sparsity)
     accelerator = "gpu" if device == "cuda" else "cpu"
-    fitting = trainer(sparsity, soak, accelerator=accelerator, max_steps=UPDATES)
+    fitting = trainer(sparsity, soak, accelerator=accelerator, devices=1, max_steps=UPDATES)
     fitting.fit(Classifier(), loader(1000))
     assert soak.moved > UPDATES
     (early, early_gpu), (late, late_gpu) = soak.memory
