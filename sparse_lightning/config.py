@@ -88,10 +88,15 @@ class DropFractionSchedule:
 
 @dataclass
 class MonitorOptions:
-    """What is logged: scalars at every update; now and then, masks of `images` layers."""
+    """What is logged: scalars at every update; now and then, masks of `images` layers.
+
+    With `record`, what becomes of the blocks is kept for `sparse-lightning report`, in a file
+    beside the run's other ones.
+    """
 
     every_n_updates: int = 10
     images: int = 8
+    record: bool = True
 
 
 @dataclass
@@ -147,8 +152,7 @@ class SparsityConfig:
         find_criterion("grow", self.grow, GROW_CRITERIA)
         check_choice("init", self.init, INITS)
         for key in ("regrow", "exact", "shrink"):
-            if not isinstance(getattr(self, key), bool):
-                raise TypeError(f"`{key}` must be true or false; got {getattr(self, key)!r}.")
+            _check_bool(key, getattr(self, key))
         _check_int("token_stride", self.token_stride, 1)
         _check_int("seed", self.seed, 0)
         _check_int("floor.row", self.floor.row, 0)
@@ -163,6 +167,7 @@ class SparsityConfig:
         if self.monitor is not None:
             _check_int("monitor.every_n_updates", self.monitor.every_n_updates, 1)
             _check_int("monitor.images", self.monitor.images, 0)
+            _check_bool("monitor.record", self.monitor.record)
 
     def _check_density(self) -> None:
         check_choice("density.schedule", self.density.schedule, DENSITY_SCHEDULES)
@@ -406,6 +411,11 @@ def _fill_in(
         return
     span.initial = initial if span.initial is None else span.initial
     span.final = final if span.final is None else span.final
+
+
+def _check_bool(key: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{key}` must be true or false; got {value!r}.")
 
 
 def _check_int(argument: str, value: Any, least: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,11 +46,20 @@ class TopologyUpdate:
 
 @dataclass(frozen=True)
 class ModelUpdate:
-    """The outcome of an update of every layer: at which step, as which one, and what it did."""
+    """The outcome of an update of every layer.
+
+    Attributes:
+        step: optimizer steps until then.
+        number: of the update, from 1.
+        layers: what was done, by layer.
+        drop_scores: fp32 `[out_blocks, in_blocks]` by layer, on the CPU: what the blocks that were
+            present before were kept for.
+    """
 
     step: int
     number: int
     layers: dict[str, TopologyUpdate]
+    drop_scores: dict[str, Tensor] = field(default_factory=dict)
 
 
 def update_topology(

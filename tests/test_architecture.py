@@ -20,6 +20,7 @@ FLOORS = {
     "criteria": 1,
     "distributions": 1,
     "evolution": 1,
+    "history": 1,
     "schedules": 1,
     "kernels": 1,
     "linear": 2,

@@ -173,6 +173,10 @@ BAD_TIMES = [-1, -0.5, 1.5, NAN, INF]
             for n in [0, -1, 1.5, True, None]
         ),
         *(refused("monitor.images", n, monitor={"images": n}) for n in [-1, 1.5, True, None]),
+        *(
+            refused("monitor.record", r, TypeError, monitor={"record": r})
+            for r in [1, "here", None]
+        ),
         *(refused("update", u, TypeError, update=u) for u in [None, 100, 0.5, True, "often", []]),
         *(refused("monitor", m, TypeError, monitor=m) for m in [True, False, 5, "all", []]),
         # Times.

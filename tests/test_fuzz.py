@@ -71,7 +71,11 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "init": names("random", "magnitude"),
     "shrink": names("x") | st.booleans(),
     "seed": COUNTS,
-    "monitor": st.one_of(st.none(), NUMBERS, some_of(every_n_updates=COUNTS, images=COUNTS)),
+    "monitor": st.one_of(
+        st.none(),
+        NUMBERS,
+        some_of(every_n_updates=COUNTS, images=COUNTS, record=names("x") | st.booleans()),
+    ),
 }
 
 

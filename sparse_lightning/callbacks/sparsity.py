@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from sparse_lightning.callbacks.monitor import SparsityMonitor
+from sparse_lightning.callbacks.recorder import PatternRecorder
 from sparse_lightning.callbacks.resume import check_resumable, is_dense, leave_only_weights
 from sparse_lightning.callbacks.trainer import (
     averaged_copies,
@@ -155,7 +156,9 @@ class SparsityCallback(Callback):
             monitor=monitor,
         )
         self._drop, self._grow = self.config.drop_criterion, self.config.grow_criterion
-        self.monitor = None if self.config.monitor is None else SparsityMonitor(self.config.monitor)
+        shown = self.config.monitor
+        self.monitor = None if shown is None else SparsityMonitor(shown)
+        self._recorder = PatternRecorder(shown.every_n_updates) if shown and shown.record else None
         self.report: SparsityReport | None = None
         # Whether an optimizer has stepped in this batch, and Lightning's scale as last seen.
         self._stepping = False
@@ -310,6 +313,8 @@ class SparsityCallback(Callback):
             rank_zero_info(f"Exact scores: dense gradients take {mib:.1f} MiB.")
         self._stepping = False
         self._grad_scale = grad_scale(trainer)
+        if self._recorder is not None:
+            self._recorder.start(trainer, self._layers, self._step, self.config.of_training())
 
     def _resolve_times(self, trainer: pl.Trainer) -> Timetable:
         total = planned_steps(trainer)
@@ -467,7 +472,7 @@ class SparsityCallback(Callback):
         # Decide everything, and take all memory, before anything is changed: an error leaves model,
         # optimizer and callback as they were.
         with _one_thread():
-            updates = self._decide(trainer, progress)
+            updates, drop_scores = self._decide(trainer, progress)
             writes = [self._gatherer.prepare_anew(updates)]
             for name, update in updates.items():
                 if len(update.changed):
@@ -476,14 +481,19 @@ class SparsityCallback(Callback):
                 write()
         self._n_updates += 1
         self._next_update = self.timetable.next_update(self._step)
-        self.last_update = ModelUpdate(self._step, self._n_updates, updates)
+        self.last_update = ModelUpdate(self._step, self._n_updates, updates, drop_scores)
         if self.config.shrink:
             self._shrink(trainer, progress)
         if self.monitor is not None:
             density = self.config.density_at(progress)
             self.monitor.log(trainer, pl_module, self.last_update, density)
+        if self._recorder is not None:
+            self._recorder.update(self._layers, self.last_update, trainer.callback_metrics)
 
-    def _decide(self, trainer: pl.Trainer, progress: float) -> dict[str, TopologyUpdate]:
+    def _decide(
+        self, trainer: pl.Trainer, progress: float
+    ) -> tuple[dict[str, TopologyUpdate], dict[str, Tensor]]:
+        """Return what to do with each layer, and what its blocks were kept for."""
         assert self.timetable is not None
         config = self.config
         fraction = config.drop_fraction_at(self.timetable.update_progress(self._step))
@@ -513,7 +523,7 @@ class SparsityCallback(Callback):
                     floor=(config.floor.row, config.floor.column),
                     regrow=config.regrow,
                 )
-        return updates
+        return updates, drop
 
     def _prepare(
         self, trainer: pl.Trainer, name: str, update: TopologyUpdate
@@ -568,6 +578,16 @@ class SparsityCallback(Callback):
                 write()
             self._pending.update(pending)
         forget_old_shapes(trainer)
+
+    # What the trainer has found out meanwhile.
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recorder is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._recorder.metrics(self._step, trainer.callback_metrics)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recorder is not None:
+            self._recorder.metrics(self._step, trainer.callback_metrics)
 
     # Save, resume, end.
 
