@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ HISTORY = "pattern.history"
 
 
 class PatternRecorder:
-    """Writes each update to a history, on rank 0, where Lightning keeps the files of the run.
+    """Writes each update to a history, on rank 0, where Lightning keeps the run's files.
 
     A file that cannot be written ends the record with a warning, and not the training.
 
@@ -112,19 +113,18 @@ class PatternRecorder:
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """Return where Lightning keeps the files of a run, as it does for checkpoints; None if nowhere.
+    """Return where Lightning keeps the files of a run on this machine; None if it keeps none.
 
-    That is the first logger's folder, of this version of it, or else the trainer's root.
+    That is the first logger's folder of this version of it, or else that of the checkpoints.
     """
-    keeps_files = trainer.loggers or trainer.checkpoint_callbacks
-    if trainer.fast_dev_run or not keeps_files:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    root = Path(trainer.default_root_dir)
-    if not trainer.loggers:
-        return root
-    logger = trainer.loggers[0]
-    named = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or root) / str(logger.name) / named
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        named = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), named)
+    return None if folder is None or "://" in str(folder) else Path(folder)
 
 
 def _move_aside(path: Path) -> None:

@@ -17,6 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from sparse_lightning.callbacks.recorder import HISTORY
+from sparse_lightning.history import read_history
 from tests.callbacks.helpers import Classifier, trainer
 from tests.callbacks.test_resume import assert_identical, final, run, sparsity
 
@@ -84,6 +86,12 @@ def test_the_newest_checkpoint_is_whole_and_goes_on(
     assert 0 < len(checkpoints) < STEPS
     run(root, checkpoints[max(checkpoints)])
     assert_identical(final(root), final(killed / "whole"))
+    # The record of its blocks, too, is whole.
+    ours, whole = (read_history(of / HISTORY) for of in (root, killed / "whole"))
+    assert [f.step for f in ours.frames] == [f.step for f in whole.frames] == [0, 5, 10, 15, 18]
+    for name, layer in ours.layers.items():
+        for frame in range(5):
+            assert (layer.mask(frame) == whole.layers[name].mask(frame)).all()
 
 
 # -- a loader with a state ------------------------------------------------------------------------

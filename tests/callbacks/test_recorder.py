@@ -97,7 +97,7 @@ def test_an_earlier_training_is_kept(tmp_path: Path) -> None:
     ("options", "recorded"),
     [
         ({"logger": False}, None),
-        ({"logger": False, "enable_checkpointing": True}, Path(HISTORY)),
+        ({"logger": False, "enable_checkpointing": True}, Path("checkpoints", HISTORY)),
         ({"monitor": {"record": False}}, None),
         ({"monitor": None}, None),
         ({"fast_dev_run": True}, None),
