@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from sparse_lightning import inspection
 from sparse_lightning.bench import callback_command as callback
 from sparse_lightning.bench import command as bench
 from sparse_lightning.bench import quality_command as quality
@@ -64,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "take a trained model out of block sparsity",
         "Write the weights of a checkpoint with block-sparse layers in a form that needs no "
         "sparse_lightning. No file is replaced unless --force says so.",
+    )
+    _add(
+        commands,
+        "inspect",
+        inspection,
+        "look into a checkpoint",
+        "List the block-sparse layers of a checkpoint, and what the training was told; or show "
+        "the block mask of one.",
     )
     options = parser.parse_args(arguments)
     try:

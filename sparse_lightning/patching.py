@@ -17,6 +17,7 @@ from sparse_lightning.evolution import choose_blocks, within_reach
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, largest_blocks
 from sparse_lightning.mlp import CALL_HOOKS, BlockSparseMLP, can_fuse
 from sparse_lightning.sharding import is_sharded
+from sparse_lightning.tables import text_table
 from sparse_lightning.topology import (
     BlockTopology,
     block_grid,
@@ -69,16 +70,7 @@ class SparsityReport:
         before = sum(r.parameters_before for r in self.layers.values())
         after = sum(r.parameters_after for r in self.layers.values())
         rows.append(("total", "", "", f"{self.density:.3f}", f"{after:,}", f"{before:,}"))
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-        def line(row: Sequence[str]) -> str:
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            return "  ".join(cells).rstrip()
-
-        rule = "-" * len(line(header))
-        lines = ["Block-sparse layers", line(header), rule]
-        lines += [line(row) for row in rows[:-1]] + [rule, line(rows[-1])]
+        lines = ["Block-sparse layers", text_table(header, rows, total=True)]
         if self.skipped:
             lines += ["", "Left dense"]
             lines += [f"{name}: {reason}" for name, reason in self.skipped.items()]

@@ -16,7 +16,9 @@ ROOT = Path(sparse_lightning.__file__).parent
 # itself and from lower floors; rooms of one floor, as policy and kernels, never see each other.
 FLOORS = {
     "topology": 0,
+    "masks": 0,
     "sharding": 0,
+    "tables": 0,
     "criteria": 1,
     "distributions": 1,
     "evolution": 1,
@@ -31,6 +33,7 @@ FLOORS = {
     "config": 5,
     "export": 5,
     "callbacks": 6,
+    "inspection": 6,
     "bench": 7,
     "cli": 8,
     "__init__": 9,  # the roof, which users enter by; no room does

@@ -1,0 +1,139 @@
+"""`sparse-lightning inspect`: the block-sparse layers of a checkpoint, and their masks."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_lightning.export.files import read_checkpoint, state_dict_of
+from sparse_lightning.export.state_dicts import SavedLayer, find_layers
+from sparse_lightning.masks import mask_pixels, mask_text
+from sparse_lightning.tables import print_table
+
+EXAMPLES = """examples:
+  all block-sparse layers, and what the training was told:
+    sparse-lightning inspect last.ckpt
+  the block mask of one, in letters and as a picture:
+    sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0
+    sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0 --png mask.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CKPT",
+        help="a checkpoint of Lightning, or a state dict saved by torch.save")  # fmt: skip
+    add("--layer", metavar="NAME", help="show the block mask of this layer")
+    add("--png", type=Path, metavar="FILE",
+        help="write the mask as a picture; needs --layer, and pillow")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what the options ask for.
+
+    Raises:
+        ValueError: for wrong options, or a checkpoint without block-sparse layers.
+        RuntimeError: if pillow is missing.
+        OSError: if the picture cannot be written.
+    """
+    if options.png and not options.layer:
+        raise ValueError("`--png` must come with `--layer`: a picture shows one layer.")
+    checkpoint = read_checkpoint(options.checkpoint)
+    layers = find_layers(state_dict_of(checkpoint))
+    if options.layer is None:
+        print_layers(layers)
+        print_training(checkpoint)
+        return
+    layer = _find(layers, options.layer)
+    if options.png:
+        _write_png(options.png, layer)
+        print(f"Wrote {options.png}")
+    else:
+        print(describe(options.layer, layer))
+        print(mask_text(layer.topology.mask.numpy(), shutil.get_terminal_size().columns))
+
+
+def print_layers(layers: Mapping[str, SavedLayer]) -> None:
+    """Print a table of saved layers: sizes, dead rows and columns, and norms of their blocks."""
+    header = (
+        "layer", "shape", "blocks", "density", "dead rows", "dead columns", "dtype",
+        "weakest block", "median", "strongest",
+    )  # fmt: skip
+    rows = []
+    present = total = 0
+    for name, layer in layers.items():
+        at = layer.topology
+        norms = _norms(layer)
+        quantiles = (norms.min(), norms.median(), norms.max()) if len(norms) else ()
+        rows.append(
+            (
+                name,
+                f"{at.out_features}x{at.in_features}",
+                f"{at.n_blocks} of {at.block_size}x{at.block_size}",
+                f"{at.density:.3f}",
+                *(str(int((~at.mask.any(axis)).sum())) for axis in (1, 0)),
+                str(layer.values.dtype).removeprefix("torch."),
+                *(f"{float(norm):.3g}" for norm in quantiles),
+                *("-" for _ in range(3 - len(quantiles))),
+            )
+        )
+        present += at.n_blocks * at.block_size**2
+        total += at.out_features * at.in_features
+    rows.append(("total", "", f"{present:,} weights", f"{present / total:.3f}", *[""] * 6))
+    print_table("Block-sparse layers", header, rows, total=True)
+
+
+def print_training(checkpoint: Mapping[str, Any]) -> None:
+    """Print how far the training was, and what `SparsityCallback` was told, if the file says so."""
+    states = [
+        state
+        for name, state in checkpoint.get("callbacks", {}).items()
+        if name.startswith("SparsityCallback") and isinstance(state, Mapping)
+    ]
+    for state in states:
+        following = state["next_update"]
+        when = "no more" if following is None else f"the next after step {following}"
+        print(f"\nStep {state['step']}, {state['n_updates']} topology updates, {when}")
+        for key, value in state["config"].items():
+            print(f"  {key}: {value}")
+
+
+def describe(name: str, layer: SavedLayer) -> str:
+    """Return a line that says what a mask is of."""
+    at = layer.topology
+    rows, columns = at.grid
+    return (
+        f"{name}: {at.out_features}x{at.in_features}, {at.n_blocks} of {rows}x{columns} blocks of "
+        f"{at.block_size}x{at.block_size}, density {at.density:.3f}"
+    )
+
+
+def _norms(layer: SavedLayer) -> Tensor:
+    used = layer.topology.slots[layer.topology.mask].long()
+    norms: Tensor = layer.values[used].float().flatten(1).norm(dim=1)
+    return norms
+
+
+def _find(layers: Mapping[str, SavedLayer], name: str) -> SavedLayer:
+    if name not in layers:
+        near = get_close_matches(name, layers, n=3) or list(layers)[:3]
+        raise ValueError(
+            f"`--layer` must be a block-sparse layer of the checkpoint; got '{name}'. "
+            f"There are {len(layers)}, among them {', '.join(near)}."
+        )
+    return layers[name]
+
+
+def _write_png(path: Path, layer: SavedLayer) -> None:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise RuntimeError("A picture needs pillow: pip install pillow") from None
+    Image.fromarray(mask_pixels(layer.topology.mask.numpy())).save(path, format="png")

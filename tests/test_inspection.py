@@ -1,0 +1,100 @@
+"""`sparse-lightning inspect` shows what is in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
+from sparse_lightning.cli import main
+from sparse_lightning.masks import mask_pixels, mask_text
+from tests.callbacks.helpers import Classifier, loader, trainer
+
+MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    topology = BlockTopology.from_mask(MASK, 16, capacity=5)
+    layer = BlockSparseLinear(64, 48, topology=topology)
+    with torch.no_grad():
+        layer.values[layer.topology.slots[MASK].long()] = torch.tensor([1.0, 3, 2]).view(3, 1, 1)
+    path = tmp_path / "model.pt"
+    torch.save(nn.Sequential(layer, nn.ReLU()).state_dict(), path)
+    return str(path)
+
+
+def test_layers(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", saved]) == 0
+    row = capsys.readouterr().out.splitlines()[3].split()
+    assert row == ["0", "48x64", "3", "of", "16x16", "0.250", "1", "2", "float32", "16", "32", "48"]
+
+
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sparsity = SparsityCallback(block_size=16, density=0.5, update={"every_n_steps": 10})
+    fitting = trainer(sparsity, root=tmp_path)
+    fitting.fit(Classifier(), loader())
+    fitting.save_checkpoint(tmp_path / "last.ckpt")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "last.ckpt")]) == 0
+    out = capsys.readouterr().out
+    assert "\nnet.0 " in out and "\nnet.2 " in out and "\nhead " not in out
+    assert "Step 24, 2 topology updates, no more" in out
+    assert "  update.every_n_steps: 10\n" in out and "  drop: sparse_lightning.criteria." in out
+
+
+def test_mask_as_text(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", saved, "--layer", "0"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "0: 48x64, 3 of 3x4 blocks of 16x16, density 0.250"
+    assert lines == ["▀▀", " ▀"]
+
+
+def test_mask_as_png(saved: str, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    assert main(["inspect", saved, "--layer", "0", "--png", str(tmp_path / "mask.png")]) == 0
+    pixels = np.asarray(image.open(tmp_path / "mask.png"))
+    assert pixels.shape == (192, 256)
+    assert (pixels[32::64, 32::64] == MASK.numpy() * 255).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--png", "mask.png"], 2, "must come with `--layer`"),
+        (["--layer", "fc"], 2, "got 'fc'. There are 1, among them 0."),
+        (["--layer", "0", "--png", "no/such/folder/mask.png"], 1, "No such file or directory"),
+    ],
+)
+def test_wrong_options(
+    options: list[str], status: int, said: str, saved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", saved, *options]) == status
+    assert said in capsys.readouterr().err
+
+
+def test_without_block_sparse_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(nn.Linear(4, 4).state_dict(), tmp_path / "dense.pt")
+    assert main(["inspect", str(tmp_path / "dense.pt")]) == 2
+    assert "must hold at least one block-sparse layer" in capsys.readouterr().err
+
+
+def test_pixels_of_a_large_mask_are_densities() -> None:
+    mask = np.random.default_rng(0).random((1024, 256)) < 0.25
+    assert mask_pixels(mask).shape == (1024, 256)
+    pixels = mask_pixels(mask, least=1, most=100)
+    assert pixels.shape == (94, 24)
+    assert pixels[3, 5] == np.rint(255 * mask[33:44, 55:66].mean())
+    assert pixels[93, 23] == np.rint(255 * mask[1023:, 253:].mean())
+
+
+def test_text_of_a_large_mask_has_shades() -> None:
+    mask = np.zeros((8, 400), dtype=bool)
+    mask[:, :200] = True
+    mask[0, 200] = True
+    lines = mask_text(mask, columns=100).splitlines()
+    assert lines == ["█" * 50 + "░"]
