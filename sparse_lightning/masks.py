@@ -26,7 +26,7 @@ def mask_pixels(mask: NDArray[np.bool_], least: int = _LEAST, most: int = _MOST)
     >>> mask_pixels(np.array([[True, False]]), least=4)
     array([[255, 255,   0,   0],
            [255, 255,   0,   0]], dtype=uint8)
-    >>> mask_pixels(np.array([[True, False, True, True]]), most=2)
+    >>> mask_pixels(np.array([[True, False, True, True]]), least=1, most=2)
     array([[128, 255]], dtype=uint8)
     """
     longer = max(mask.shape)
