@@ -61,10 +61,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_layers(layers: Mapping[str, SavedLayer]) -> None:
-    """Print a table of saved layers: sizes, dead rows and columns, and norms of their blocks."""
+    """Print a table of saved layers: sizes, block rows and columns without a block, norms."""
     header = (
-        "layer", "shape", "blocks", "density", "dead rows", "dead columns", "dtype",
-        "weakest block", "median", "strongest",
+        "layer", "shape", "blocks", "density", "dead rows", "columns", "dtype",
+        "min norm", "median", "max",
     )  # fmt: skip
     rows = []
     present = total = 0

@@ -53,9 +53,17 @@ def print_table(
         except ImportError:
             pass
         else:
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            table = Table(
+                title=title,
+                title_style="bold",
+                title_justify="left",
+                box=box.SIMPLE_HEAD,
+                pad_edge=False,
+            )
             for i, name in enumerate(header):
-                table.add_column(name, justify="right" if i else "left", overflow="fold")
+                table.add_column(
+                    name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold"
+                )
             for i, row in enumerate(rows):
                 if total and i == len(rows) - 1:
                     table.add_section()
