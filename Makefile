@@ -106,12 +106,17 @@ fmt: $(DEV)  ## Format, and fix what lint can fix
 
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
+.PHONY: mkdocs
+mkdocs: $(DEV)
+	@test -x $(BIN)/mkdocs || { echo "error: the documentation is built with Python 3.11 or newer. Choose one:" \
+	"rm -r $(VENV); make docs PYTHON=python3.12" >&2; exit 1; }
+
 .PHONY: docs
-docs: $(DEV)  ## Build the documentation into site/; open site/index.html
+docs: mkdocs  ## Build the documentation into site/; open site/index.html
 	$(MKDOCS) build --strict
 
 .PHONY: docs-serve
-docs-serve: $(DEV)  ## Serve the documentation while you write it
+docs-serve: mkdocs  ## Serve the documentation while you write it
 	$(MKDOCS) serve
 
 # -- packaging ----------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -112,9 +111,14 @@ def test_commands_are_those_of_the_parser(
     if what in NOT_YET:
         pytest.skip(f"'{what}' is not there yet")
     asked: list[argparse.Namespace] = []
-    for module in vars(cli).values():
-        if isinstance(module, ModuleType) and hasattr(module, "add_arguments"):
-            monkeypatch.setattr(module, "run", asked.append)
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(*arguments: Any) -> argparse.Namespace:
+        options = parse(*arguments)
+        options.run = asked.append
+        return options
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     try:
         cli.main(arguments[1:])
     except SystemExit:
