@@ -25,7 +25,7 @@ install = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # -- setting up ---------------------------------------------------------------------------------------------
 
@@ -102,6 +102,23 @@ fmt: $(DEV)  ## Format, and fix what lint can fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(KERNELS)
 
+# -- documentation ------------------------------------------------------------------------------------------
+
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+.PHONY: mkdocs
+mkdocs: $(DEV)
+	@test -x $(BIN)/mkdocs || { echo "error: the documentation is built with Python 3.11 or newer. Choose one:" \
+	"rm -r $(VENV); make docs PYTHON=python3.12" >&2; exit 1; }
+
+.PHONY: docs
+docs: mkdocs  ## Build the documentation into site/; open site/index.html
+	$(MKDOCS) build --strict
+
+.PHONY: docs-serve
+docs-serve: mkdocs  ## Serve the documentation while you write it
+	$(MKDOCS) serve
+
 # -- packaging ----------------------------------------------------------------------------------------------
 
 .PHONY: wheel
@@ -110,5 +127,5 @@ wheel: $(DEV)  ## Build the source archive and, from it, the wheel into dist/
 
 .PHONY: clean
 clean:  ## Remove caches and build products; keeps .venv and the outputs of runs
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

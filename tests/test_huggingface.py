@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, densify, sparsify
 from tests.callbacks.helpers import loader, trainer
-from tests.test_readme import README, example
+from tests.pages import ROOT, example
 
 transformers = pytest.importorskip("transformers")
 
@@ -151,8 +151,10 @@ def test_a_language_model_trains_and_keeps_its_ties(case: str) -> None:
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
-def test_llamas_recipe_in_the_readme() -> None:
-    (include,) = re.findall(r"`include=(\[.*gate_proj.*\])`", README.read_text(encoding="utf-8"))
+def test_llamas_recipe() -> None:
+    page = (ROOT / "docs" / "how-to" / "hugging-face.md").read_text(encoding="utf-8")
+    (include, again) = re.findall(r"include=(\[.*gate_proj.*\])", page)
+    assert include == again
     report = sparsify(llama(), block_size=16, include=re.findall(r'"(\w+)"', include))
     assert set(report.layers) == CASES["llama"][2]
     assert report.skipped["model.layers.0.self_attn.q_proj"] == "not included"
@@ -186,7 +188,7 @@ def test_a_model_of_conv1d_alone_is_refused_with_the_remedy(include: list[str]) 
         sparsify(gpt2(), block_size=16, include=include)
 
 
-def test_the_readmes_linears_compute_what_conv1ds_did() -> None:
+def test_the_recipes_linears_compute_what_conv1ds_did() -> None:
     model = gpt2().eval()
     with torch.no_grad():
         before = model(input_ids=tokens()).logits

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sparse_lightning import BlockSparseLinear, SparsityCallback, densify
 from tests.callbacks.helpers import Classifier, Late, loader, trainer
 from tests.callbacks.test_resume import assert_identical
-from tests.test_readme import example
+from tests.pages import example
 
 UPDATES = {"every_n_steps": 4}
 FALLING = {"schedule": "cubic", "initial": 1.0, "final": 0.25}

@@ -1,0 +1,19 @@
+"""Doctests in docstrings are shown as the code that they are, for mkdocstrings."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+# From a prompt to the next empty line.
+DOCTEST = re.compile(r"^( *)>>> .*(?:\n *\S.*)*", flags=re.MULTILINE)
+
+
+class Doctests(griffe.Extension):
+    """Puts a fence around each."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = DOCTEST.sub(r"\1```pycon\n\g<0>\n\1```", obj.docstring.value)

@@ -1,0 +1,51 @@
+"""The pages that users read, and what stands in them to be tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name(page: Path) -> str:
+    """A page's path in the repository, as the name of a test."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """A page's ```language blocks, each behind as many empty lines as stand before it there."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        "\n" * text.count("\n", 0, match.start(1)) + match[1]
+        for match in re.finditer(
+            rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL
+        )
+    ]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The command lines of a page's ```console blocks, without comments, each in one line."""
+    for block in blocks(page, "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.sub(r"(^|\s)#.*", "", line).strip()
+            if command:
+                yield command
+
+
+def inline_code(page: Path) -> list[str]:
+    """What stands in backticks in a page's text."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+
+
+def example(containing: str) -> dict[str, Any]:
+    """What the one Python block with these words defines, for tests of what it does."""
+    found = [code for page in PAGES for code in blocks(page, "python") if containing in code]
+    (code,) = found
+    defined: dict[str, Any] = {}
+    exec(compile(code, containing, "exec"), defined)
+    return defined

@@ -1,0 +1,294 @@
+"""What README and docs/ print can be done: Python, commands, overrides, configurations, links."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from torch import nn
+
+from sparse_lightning import SparsityCallback, cli
+from tests import pages
+from tests.pages import PAGES, ROOT
+
+# Commands that the pages tell of before they are there.
+NOT_YET = ("plan", "report", "inspect")
+
+# Code of other tools, which are not installed, is fenced as ```py.
+OTHER_TOOLS = [ROOT / "docs" / "migration.md"]
+
+USERS_CONFIG = """
+defaults:
+  - callbacks: sparsity
+  - _self_
+hydra:
+  searchpath: [pkg://sparse_lightning.configs]
+"""
+
+
+class Model(L.LightningModule):
+    """The reader's own `model`, which the pages do not spell out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return (self.net(batch) - batch).square().mean()
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader[torch.Tensor]:
+        return torch.utils.data.DataLoader(torch.randn(64, 128), batch_size=8)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+def with_any(language: str) -> list[Any]:
+    return [pytest.param(p, id=pages.name(p)) for p in PAGES if pages.blocks(p, language)]
+
+
+@pytest.mark.parametrize("page", with_any("python"))
+def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A page's blocks one after the other, each with what those before it have defined."""
+    code = pages.blocks(page, "python")
+    if any("transformers" in block for block in code):
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    if not any("ckpt_path" in block for block in code):
+        # Lightning's own short run, whatever the example asks for; it writes no checkpoints.
+        monkeypatch.setenv("PL_TRAINER_FAST_DEV_RUN", "8")
+    # On several GPUs it would start this process again for each of them.
+    monkeypatch.setenv("PL_TRAINER_DEVICES", "1")
+    model = Model()
+    given = {"model": model, "datamodule": model.train_dataloader(), "untrained": Model()}
+    given["__name__"] = "__main__"
+    for block in code:
+        exec(compile(block, str(page), "exec"), given)
+
+
+def test_code_of_other_tools_is_python_and_stands_where_it_may() -> None:
+    assert [page for page in PAGES if pages.blocks(page, "py")] == OTHER_TOOLS
+    for page in OTHER_TOOLS:
+        for block in pages.blocks(page, "py"):
+            ast.parse(block)
+            assert "import sparse_lightning" not in block, "then it can be run: ```python"
+
+
+def test_every_block_has_a_language_that_is_tested_or_needs_no_test() -> None:
+    for page in PAGES:
+        opened = re.findall(r"^```(\w*).*\n(?:.*\n)*?```$", page.read_text("utf-8"), flags=re.M)
+        assert set(opened) <= {"python", "py", "console", "yaml", "text"}, page
+
+
+def our_commands() -> list[Any]:
+    found = {}
+    for page in PAGES:
+        for command in (*pages.commands(page), *pages.inline_code(page)):
+            if command.startswith("sparse-lightning "):
+                found.setdefault(command, pages.name(page))
+    return [pytest.param(command, id=f"{page}: {command}") for command, page in found.items()]
+
+
+@pytest.mark.parametrize("command", our_commands())
+def test_commands_are_those_of_the_parser(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, what, *_ = arguments = shlex.split(command)
+    if what in NOT_YET:
+        pytest.skip(f"'{what}' is not there yet")
+    asked: list[argparse.Namespace] = []
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(*arguments: Any) -> argparse.Namespace:
+        options = parse(*arguments)
+        options.run = asked.append
+        return options
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    try:
+        cli.main(arguments[1:])
+    except SystemExit:
+        # In a sentence a command may stand without what it works on.
+        in_a_sentence = not any(command in pages.commands(page) for page in PAGES)
+        assert in_a_sentence and "arguments are required" in capsys.readouterr().err
+    else:
+        assert len(asked) == 1
+
+
+def test_what_else_is_run_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for command in pages.commands(page):
+            program, argument, *_ = *shlex.split(command), ""
+            if program == "make":
+                assert re.search(rf"^{argument}:", makefile, flags=re.M), f"{page}: {command}"
+            if argument.startswith("examples/"):
+                assert (ROOT / argument).is_file(), f"{page}: {command}"
+
+
+def overrides_of(command: str) -> tuple[str, list[str]] | None:
+    """The Hydra app and the overrides of a command line; None if it is something else."""
+    words = shlex.split(command)
+    if words[:1] != ["python"] or words[1:2] not in (["app.py"], ["examples/train.py"]):
+        return None
+    return words[1], [word for word in words[2:] if word not in ("-m", "--multirun")]
+
+
+def hydra_commands() -> list[Any]:
+    found = {}
+    for page in PAGES:
+        for command in pages.commands(page):
+            if overrides_of(command):
+                found.setdefault(command, pages.name(page))
+        for code in pages.inline_code(page):
+            if re.match(r"callbacks[/.]sparsity\b.*=", code):
+                found.setdefault(f"python app.py {code}", pages.name(page))
+            elif re.match(r"'?[+~]?(model|callbacks)[/.\w]*=", code):
+                found.setdefault(f"python examples/train.py {code}", pages.name(page))
+    return [pytest.param(command, id=f"{page}: {command}") for command, page in found.items()]
+
+
+@pytest.mark.parametrize("command", hydra_commands())
+def test_overrides_compose(command: str, tmp_path: Path) -> None:
+    found = overrides_of(command)
+    assert found is not None
+    app, overrides = found
+    if app == "app.py":
+        (tmp_path / "config.yaml").write_text(USERS_CONFIG)
+    folder, name = (tmp_path, "config") if app == "app.py" else (ROOT / "examples/conf", "train")
+    each = [choice.split(",")[0] if is_sweep(choice) else choice for choice in overrides]
+    for chosen in (each, *alternatives(overrides, each)):
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = compose(name, overrides=chosen)
+        callback = config.callbacks.get("sparsity")
+        assert callback is None or isinstance(instantiate(callback), SparsityCallback)
+
+
+def is_sweep(override: str) -> bool:
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def alternatives(overrides: list[str], each: list[str]) -> list[list[str]]:
+    """Of overrides that sweep, the other values, one at a time."""
+    found = []
+    for at, override in enumerate(overrides):
+        if is_sweep(override):
+            key, values = override.split("=", 1)
+            for value in values.split(",")[1:]:
+                found.append([*each[:at], f"{key}={value}", *each[at + 1 :]])
+    return found
+
+
+@pytest.mark.parametrize("page", with_any("yaml"))
+def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
+    for block in pages.blocks(page, "yaml"):
+        config = yaml.safe_load(block)
+        if "trainer" in config:
+            check_lightning_cli(config, tmp_path / "config.yaml", "--trainer.accelerator=cpu")
+        elif "defaults" in config:
+            (tmp_path / "config.yaml").write_text(block)
+            with initialize_config_dir(str(tmp_path), version_base="1.3"):
+                composed = compose("config")
+            assert isinstance(instantiate(composed.callbacks.sparsity), SparsityCallback)
+        else:
+            callback = instantiate(config["callbacks"]["sparsity"])
+            assert isinstance(callback, SparsityCallback)
+
+
+def check_lightning_cli(config: dict[str, Any], file: Path, *options: str) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    file.write_text(yaml.safe_dump(config))
+    made = LightningCLI(
+        BoringModel,
+        run=False,
+        seed_everything_default=False,
+        save_config_callback=None,
+        args=["--config", str(file), *options],
+    )
+    assert any(isinstance(c, SparsityCallback) for c in made.trainer.callbacks)
+
+
+def test_options_of_lightning_cli_are_accepted(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "how-to" / "lightning-cli.md"
+    (config,) = map(yaml.safe_load, pages.blocks(page, "yaml"))
+    tried = 0
+    for command in pages.commands(page):
+        *start, options = command.split("fit ")
+        assert start == ["python main.py "]
+        given = options.replace("--config config.yaml", "").split()
+        quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+        callbacks = config if given != options.split() else {}
+        check_lightning_cli(callbacks, tmp_path / "config.yaml", *quiet, *given)
+        tried += 1
+    assert tried
+
+
+def test_everything_that_can_be_set_is_shown() -> None:
+    """The page with all keys leaves none out."""
+    from sparse_lightning.config import SparsityNode
+
+    (block, *_) = pages.blocks(ROOT / "docs" / "how-to" / "configure.md", "yaml")
+    shown = yaml.safe_load(block)["callbacks"]["sparsity"]
+    assert list(shown) == list(SparsityNode.__dataclass_fields__)
+
+
+def test_links_lead_to_files_of_the_repository_too() -> None:
+    """Who reads the pages there, without the site."""
+    read = [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+    links = [
+        (page, link)
+        for page in read
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > len(read)
+    assert not [(page, link) for page, link in links if not (page.parent / link).exists()]
+
+
+def test_every_decision_has_a_page_in_each_list() -> None:
+    found = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    assert [int(name[:2]) for name in found] == list(range(1, len(found) + 1))
+    for page in ("ARCHITECTURE.md", "docs/decisions/index.md", "mkdocs.yml"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert re.findall(r"(?:decisions/|\]\()(\d\d-[\w-]+\.md)", text) == found, page
+    for number, name in enumerate(found, 1):
+        first = (ROOT / "docs" / "decisions" / name).read_text(encoding="utf-8").splitlines()[0]
+        title = re.escape(first.removeprefix(f"# {number}. "))
+        index = (ROOT / "docs" / "decisions" / "index.md").read_text(encoding="utf-8")
+        assert re.search(rf"^{number}\. \[{title}\]", index, flags=re.M), name
+
+
+def test_the_site_is_built_without_a_warning_and_asks_for_no_network(tmp_path: Path) -> None:
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package)
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = list(tmp_path.rglob("*.html"))
+    assert len(built) > len(PAGES)
+    # What a browser would load; the plugin `offline` makes a local path of all that is ours.
+    loaded = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"')
+    assert not [(path, found) for path in built if (found := loaded.findall(path.read_text()))]
+    assert (tmp_path / "search" / "search_index.js").is_file()
+    assert "BlockSparseLinear" in (tmp_path / "api" / "layers.html").read_text()
