@@ -17,6 +17,7 @@ ROOT = Path(sparse_lightning.__file__).parent
 FLOORS = {
     "topology": 0,
     "sharding": 0,
+    "targets": 0,
     "criteria": 1,
     "distributions": 1,
     "evolution": 1,
@@ -31,8 +32,9 @@ FLOORS = {
     "export": 5,
     "callbacks": 6,
     "bench": 7,
-    "cli": 8,
-    "__init__": 9,  # the roof, which users enter by; no room does
+    "planning": 8,
+    "cli": 9,
+    "__init__": 10,  # the roof, which users enter by; no room does
 }
 
 # Who alone may import what comes from elsewhere, if not everyone may.

@@ -1,0 +1,87 @@
+"""Tables and remarks: as plain text, and by rich on a terminal that has it."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, and below it a table, remarks, or both. The first column is of text.
+
+    Attributes:
+        title: of the section.
+        header: of the table; none without it.
+        rows: as many cells each.
+        remarks: sentences, a paragraph each.
+    """
+
+    title: str
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    remarks: Sequence[str] = ()
+
+
+def as_text(sections: Sequence[Section]) -> str:
+    """Return sections as text, with tables that are aligned, and Markdown.
+
+    >>> print(as_text([Section("Costs", ["layer", "size"], [["up", "10"]], ["It is small."])]))
+    Costs
+    <BLANKLINE>
+    | layer | size |
+    |-------|-----:|
+    | up    |   10 |
+    <BLANKLINE>
+    It is small.
+    """
+    paragraphs = []
+    for section in sections:
+        paragraphs.append(section.title)
+        if section.header:
+            paragraphs.append(_table(section.header, section.rows))
+        paragraphs += [textwrap.fill(remark, _WIDTH) for remark in section.remarks]
+    return "\n\n".join(paragraphs)
+
+
+def show(sections: Sequence[Section]) -> None:
+    """Print sections, by rich on a terminal; as text elsewhere, or without rich."""
+    if not sys.stdout.isatty():
+        print(as_text(sections))
+        return
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(as_text(sections))
+        return
+    # What is in brackets is text, and stays.
+    console = Console(markup=False, highlight=False)
+    for section in sections:
+        console.print(section.title, style="bold")
+        if section.header:
+            table = Table()
+            for i, name in enumerate(section.header):
+                table.add_column(name, justify="right" if i else "left")
+            for row in section.rows:
+                table.add_row(*row)
+            console.print(table)
+        for remark in section.remarks:
+            console.print(remark)
+        console.print()
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])
