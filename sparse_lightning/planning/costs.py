@@ -91,7 +91,7 @@ class DenseTimes:
         step: forward, backward and the optimizer's step.
         optimizer: of these, the optimizer's.
         launch: until the host has launched a step's work, below which no step falls; 0 on a CPU.
-        products: of each product that block-sparse layers would compute otherwise.
+        products: of each product that block-sparse layers would compute otherwise, in a step.
         casts: of bringing a layer's weight into the dtype of autocast, and its gradient back.
     """
 
@@ -149,7 +149,7 @@ def expected_step(
     dense: DenseTimes,
     work: Work,
     densities: Mapping[str, float],
-    seconds: Callable[[Product, float], float],
+    speedup: Callable[[Product, float], float],
     kept: float,
 ) -> float:
     """Return the seconds that a step should take with block-sparse layers.
@@ -161,12 +161,12 @@ def expected_step(
         dense: times of the dense model.
         work: of its step.
         densities: of the layers that would be block-sparse.
-        seconds: of a block-sparse product of a density.
+        speedup: dense time / time of a block-sparse product of a density.
         kept: of the parameters that are trained, the part that is left.
 
     >>> fwd = Product("fwd", (8, 16, 16), torch.float32)
     >>> times = DenseTimes(step=10.0, optimizer=2.0, launch=0.0, products={fwd: 3.0}, casts={})
-    >>> expected_step(times, {"up": {fwd: 2}}, {"up": 0.5}, lambda product, density: 1.0, kept=0.5)
+    >>> expected_step(times, {"up": {fwd: 2}}, {"up": 0.5}, lambda product, density: 3.0, kept=0.5)
     5.0
     """
     before = dense.optimizer
@@ -177,6 +177,6 @@ def expected_step(
         after += casts * density
         for product, times in work[name].items():
             before += times * dense.products[product]
-            after += times * seconds(product, density)
+            after += times * dense.products[product] / speedup(product, density)
     # Taken one by one, parts may sum to more than the whole.
     return max(max(0.0, dense.step - before) + after, dense.launch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_lightning.bench.problem import Problem
-from sparse_lightning.bench.timing import device_times
+from sparse_lightning.bench.timing import device_times, speedup
 from sparse_lightning.export.graph import Input, random_inputs
 from sparse_lightning.kernels import choice
 from sparse_lightning.planning.costs import DenseTimes, Product, Work
@@ -32,6 +33,12 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
 _WARM_UP, _ROUNDS = 2, 5
 _MAX_STEPS, _SECONDS_A_ROUND = 10, 0.5
 _REPEATS = {"cuda": 11, "cpu": 3}
+
+# The clock of products makes launches slower by less than this factor; and no GPU is faster.
+_CLOCKED_LAUNCH, _CYCLES_PER_SECOND = 4, 2e9
+
+# Rows, columns that are summed over, columns, and the dtype.
+_Sizes = tuple[int, int, int, torch.dtype]
 
 
 class Training:
@@ -152,6 +159,40 @@ class Training:
         self._optimizer.zero_grad()
         return seen
 
+    def products(
+        self, wanted: Iterable[Product], step: float, launch: float
+    ) -> dict[Product, float]:
+        """Return the seconds of dense products, as they are within a step.
+
+        Args:
+            wanted: those to return.
+            step: seconds of a step, and `launch` those of the host for it: if it might fall behind,
+                the device is kept from beginning, so that the clock sees nothing of launches.
+        """
+        clock = _ProductClock(self.device)
+        behind = _CLOCKED_LAUNCH * launch - step
+        with torch.compiler.set_stance("force_eager"), clock:
+            for _ in range(_ROUNDS):
+                if behind > 0:
+                    torch.cuda._sleep(int(behind * _CYCLES_PER_SECOND))
+                self.step()
+        self._wait()
+        return {product: clock.seconds(product) or self._alone(product) for product in wanted}
+
+    def _alone(self, product: Product) -> float:
+        """Return the seconds of a dense product by itself, for one that the clock did not see."""
+        tokens, in_features, out_features = product.shape
+        x, dy, weight = (
+            torch.randn(sizes, device=self.device).to(product.dtype)
+            for sizes in ((tokens, in_features), (tokens, out_features), product.shape[:0:-1])
+        )
+        functions: dict[str, Callable[[], object]] = {
+            "fwd": lambda: F.linear(x, weight),
+            "dx": lambda: dy @ weight,
+            "dw": lambda: dy.T @ x,
+        }
+        return _seconds([functions[product.op]], self.device)[0]
+
     def casts(self, layers: Iterable[str]) -> dict[str, float]:
         """Return the seconds of bringing each weight into autocast's dtype, and a gradient back."""
         to = self._autocast_dtype
@@ -178,55 +219,28 @@ class Training:
             torch.cuda.synchronize(self.device)
 
 
-class ProductTimes:
-    """Seconds of products on a device, each found out once.
+class Speedups:
+    """How much faster than dense block-sparse products are on a device, each found out once.
 
     Attributes:
-        measured: whether block-sparse products were measured here, for want of a table that was
-            measured on such a GPU.
+        measured: whether some were measured here, for want of a table of such a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.measured = False
-        self._dense: dict[Product, float] = {}
-        self._sparse: dict[tuple[Product, int, float], float] = {}
+        self._found: dict[tuple[Product, int, float], float] = {}
 
-    def dense(self, product: Product) -> float:
-        """Return the seconds of the dense product."""
-        if product not in self._dense:
-            tokens, in_features, out_features = product.shape
-            x, dy, weight = (
-                torch.randn(sizes, device=self.device).to(product.dtype)
-                for sizes in (
-                    (tokens, in_features),
-                    (tokens, out_features),
-                    (out_features, in_features),
-                )
-            )
-            functions: dict[str, Callable[[], object]] = {
-                "fwd": lambda: F.linear(x, weight),
-                "dx": lambda: dy @ weight,
-                "dw": lambda: dy.T @ x,
-            }
-            (self._dense[product],) = _seconds([functions[product.op]], self.device)
-        return self._dense[product]
-
-    def sparse(self, product: Product, block_size: int, density: float) -> float:
-        """Return the seconds of the block-sparse product: by the table, or measured here."""
-        speedup = self._by_table(product, block_size, density)
-        if speedup is not None:
-            return self.dense(product) / speedup
-        self.measured = True
-        if (product, block_size, density) not in self._sparse:
-            problem = Problem(
-                product.shape, block_size, density, dtype=product.dtype, device=self.device, seed=0
-            )
-            times = _seconds([problem.ours(op).run for op in choice.STEP], self.device)
-            for op, seconds in zip(choice.STEP, times, strict=True):
-                of = Product(op, product.shape, product.dtype)
-                self._sparse[of, block_size, density] = seconds
-        return self._sparse[product, block_size, density]
+    def of(self, product: Product, block_size: int, density: float) -> float:
+        """Return dense time / time of a block-sparse product."""
+        key = (product, block_size, density)
+        if key not in self._found:
+            known = self._by_table(*key)
+            if known is None:
+                self._measure(*key)
+            else:
+                self._found[key] = known
+        return self._found[key]
 
     def _by_table(self, product: Product, block_size: int, density: float) -> float | None:
         if self.device.type != "cuda":
@@ -239,17 +253,81 @@ class ProductTimes:
             product.op, product.dtype, block_size, product.shape, density, index
         )
 
+    def _measure(self, product: Product, block_size: int, density: float) -> None:
+        """Measure all products of such a layer."""
+        self.measured = True
+        problem = Problem(
+            product.shape, block_size, density, dtype=product.dtype, device=self.device, seed=0
+        )
+        dense = [problem.dense(op).run for op in choice.STEP]
+        ours = [problem.ours(op).run for op in choice.STEP]
+        samples = _samples([*dense, *ours], self.device)
+        for i, op in enumerate(choice.STEP):
+            of = Product(op, product.shape, product.dtype)
+            self._found[of, block_size, density] = speedup(samples[i], samples[i + len(dense)])
 
-def dense_times(
-    training: Training, layers: Sequence[str], products: ProductTimes
-) -> tuple[DenseTimes, Work]:
+
+class _ProductClock(TorchDispatchMode):
+    """Times the dense products of what runs under it, where they run, by their sizes.
+
+    Between other work a product takes longer than alone: caches hold other things, and a GPU that
+    is busy for long runs slower.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._seconds: dict[_Sizes, list[Callable[[], float]]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            return func(*args, **(kwargs or {}))
+        a, b = args[-2:]
+        end = self._begin()
+        result = func(*args, **(kwargs or {}))
+        self._seconds[a.shape[0], a.shape[1], b.shape[1], a.dtype].append(end())
+        return result
+
+    def _begin(self) -> Callable[[], Callable[[], float]]:
+        """Begin to time; return what ends it, and returns what returns the seconds."""
+        if self._device.type != "cuda":
+            begin = time.perf_counter()
+
+            def stop() -> Callable[[], float]:
+                elapsed = time.perf_counter() - begin
+                return lambda: elapsed
+
+            return stop
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+
+        def record() -> Callable[[], float]:
+            last.record()
+            return lambda: float(first.elapsed_time(last)) / 1e3
+
+        return record
+
+    def seconds(self, product: Product) -> float | None:
+        """Return the median over what was seen, once the device is done; None if nothing was."""
+        tokens, in_features, out_features = product.shape
+        of = {
+            "fwd": [(tokens, in_features, out_features)],
+            "dx": [(tokens, out_features, in_features)],
+            # Or the transposed one, as the weight's strides have it.
+            "dw": [(out_features, tokens, in_features), (in_features, tokens, out_features)],
+        }[product.op]
+        seen = [end() for sizes in of for end in self._seconds.get((*sizes, product.dtype), ())]
+        return statistics.median(seen) if seen else None
+
+
+def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, Work]:
     """Measure the dense model, and return its times with the products of the layers."""
     work = training.work(layers)
+    of_layers = {product for counter in work.values() for product in counter}
     step = training.seconds()
     optimizer, launch = training.parts()
-    of_layers = {product for counter in work.values() for product in counter}
-    times = {product: products.dense(product) for product in of_layers}
-    return DenseTimes(step, optimizer, launch, times, training.casts(layers)), work
+    products = training.products(of_layers, step, launch)
+    return DenseTimes(step, optimizer, launch, products, training.casts(layers)), work
 
 
 def tokens_of(work: Mapping[Product, int]) -> int:
@@ -258,9 +336,12 @@ def tokens_of(work: Mapping[Product, int]) -> int:
 
 
 def _seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    return [statistics.median(ms) / 1e3 for ms in _samples(functions, device)]
+
+
+def _samples(functions: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
     with torch.no_grad():
-        samples = device_times(functions, _REPEATS[device.type], device)
-    return [statistics.median(of_one) / 1e3 for of_one in samples]
+        return device_times(functions, _REPEATS[device.type], device)
 
 
 def _cast_seconds(weight: Tensor, to: torch.dtype, device: torch.device) -> float:

@@ -24,7 +24,7 @@ from sparse_lightning.patching import (
 from sparse_lightning.planning.costs import Check, Choice, Product, expected_step, model_cost
 from sparse_lightning.planning.measure import (
     PRECISIONS,
-    ProductTimes,
+    Speedups,
     Training,
     dense_times,
     tokens_of,
@@ -148,16 +148,16 @@ def plan(
 
 def _with_times(found: Plan, own: Mapping[Choice, Mapping[str, float]], training: Training) -> Plan:
     """Return a plan with the dense model's measured step, and those expected of its choices."""
-    products = ProductTimes(training.device)
-    times, work = dense_times(training, [*found.layers], products)
+    times, work = dense_times(training, [*found.layers])
+    speedups = Speedups(training.device)
     choices = []
     for choice, densities in own.items():
 
-        def seconds(product: Product, density: float, block_size: int = choice.block_size) -> float:
-            return products.sparse(product, block_size, density)
+        def of(product: Product, density: float, block_size: int = choice.block_size) -> float:
+            return speedups.of(product, block_size, density)
 
         kept = choice.trained / found.dense.trained
-        step = expected_step(times, work, densities, seconds, kept)
+        step = expected_step(times, work, densities, of, kept)
         choices.append(replace(choice, step=step, speedup=times.step / step))
     layers = {
         name: replace(layer, tokens=tokens_of(work[name])) for name, layer in found.layers.items()
@@ -168,7 +168,7 @@ def _with_times(found: Plan, own: Mapping[Choice, Mapping[str, float]], training
         dense=replace(found.dense, step=times.step),
         choices=choices,
         launch=times.launch,
-        measured=products.measured,
+        measured=speedups.measured,
     )
 
 
