@@ -172,11 +172,6 @@ def swap_layers(
         budgets: from the block grid of each layer to its blocks and its slots.
         floor: whose rows and columns random blocks keep to.
     """
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "`model` must contain the layers to replace; got a bare nn.Linear. "
-            "Use BlockSparseLinear.from_linear(...)."
-        )
     chosen, skipped = select_layers(model, block_size, include, exclude)
     grids = {
         name: block_grid(linear.out_features, linear.in_features, block_size)
@@ -312,8 +307,13 @@ def select_layers(
     """Return the layers that `sparsify` would swap, and a reason for every one left alone.
 
     Raises:
-        ValueError: if there is none to swap, or a pattern is wrong; as `sparsify` does.
+        ValueError: as `sparsify` does, if there is none to swap, or a pattern is wrong.
     """
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "`model` must contain the layers to replace; got a bare nn.Linear. "
+            "Use BlockSparseLinear.from_linear(...)."
+        )
     check_patterns("include", include)
     check_patterns("exclude", exclude)
     chosen: dict[str, nn.Linear] = {}

@@ -12,7 +12,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Section:
-    """A title, and below it a table, remarks, or both. The first column is of text.
+    """A title, and below it a table, remarks, or both.
 
     Attributes:
         title: of the section.
@@ -65,8 +65,9 @@ def show(sections: Sequence[Section]) -> None:
         console.print(section.title, style="bold")
         if section.header:
             table = Table()
-            for i, name in enumerate(section.header):
-                table.add_column(name, justify="right" if i else "left")
+            right = _of_numbers(section.rows, len(section.header))
+            for name, is_right in zip(section.header, right, strict=True):
+                table.add_column(name, justify="right" if is_right else "left")
             for row in section.rows:
                 table.add_row(*row)
             console.print(table)
@@ -77,11 +78,17 @@ def show(sections: Sequence[Section]) -> None:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    right = _of_numbers(rows, len(header))
 
     def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(cells)} |"
+        columns = zip(row, widths, right, strict=True)
+        return f"| {' | '.join(c.rjust(w) if r else c.ljust(w) for c, w, r in columns)} |"
 
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    rule = ["-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
     return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])
+
+
+def _of_numbers(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
+    """Tell which columns hold numbers, and perhaps nothing in some rows."""
+    cells = [[row[i] for row in rows if row[i]] for i in range(columns)]
+    return [bool(column) and all(c.lstrip("+-")[0].isdigit() for c in column) for column in cells]

@@ -122,7 +122,8 @@ class Plan:
             return "fastest"
         rivals = [other for other in self.choices if other.density == choice.density]
         fastest = max(rivals, key=lambda other: other.speedup or 0.0)
-        return f"fastest at {choice.density:g}" if choice == fastest else ""
+        is_fastest = len(rivals) > 1 and choice == fastest
+        return f"fastest at {choice.density:g}" if is_fastest else ""
 
     def _remarks(self) -> list[str]:
         remarks = [
@@ -185,7 +186,7 @@ def _milliseconds(seconds: float) -> str:
     ('123 ms', '1.23 ms')
     """
     ms = 1e3 * seconds
-    return f"{ms:.{max(0, 2 - len(str(int(ms))) + 1) if ms >= 1 else 3}f} ms"
+    return f"{ms:.{max(0, 3 - len(str(int(ms)))) if ms >= 1 else 3}f} ms"
 
 
 def _scaled(number: int, unit: str) -> str:
@@ -204,14 +205,19 @@ def _scaled(number: int, unit: str) -> str:
 def _alike(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
     """Merge rows of layers that differ in a number of their names only; insert how many they are.
 
-    >>> _alike([("blocks.0.up", ("8x4",)), ("blocks.1.up", ("8x4",)), ("head", ("2x4",))])
-    [('blocks.*.up', '2', '8x4'), ('head', '1', '2x4')]
+    >>> _alike([("layers.0.up.1", ("8x4",)), ("layers.1.up.1", ("8x4",)), ("head", ("2x4",))])
+    [('layers.*.up.1', '2', '8x4'), ('head', '1', '2x4')]
     """
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[list[str]]] = {}
     for name, cells in rows:
-        parts = ["*" if part.isdigit() else part for part in name.split(".")]
-        groups.setdefault((".".join(parts), cells), []).append(name)
+        parts = name.split(".")
+        alike = ".".join("*" if part.isdigit() else part for part in parts)
+        groups.setdefault((alike, cells), []).append(parts)
     return [
-        (pattern if len(names) > 1 else names[0], str(len(names)), *cells)
-        for (pattern, cells), names in groups.items()
+        (
+            ".".join(part[0] if len({*part}) == 1 else "*" for part in zip(*names, strict=True)),
+            str(len(names)),
+            *cells,
+        )
+        for (_, cells), names in groups.items()
     ]
