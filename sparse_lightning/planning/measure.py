@@ -277,35 +277,24 @@ class _ProductClock(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
-        self._seconds: dict[_Sizes, list[Callable[[], float]]] = defaultdict(list)
+        self._seen: dict[_Sizes, list[tuple[Any, Any]]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             return func(*args, **(kwargs or {}))
         a, b = args[-2:]
-        end = self._begin()
+        begin = self._now()
         result = func(*args, **(kwargs or {}))
-        self._seconds[a.shape[0], a.shape[1], b.shape[1], a.dtype].append(end())
+        self._seen[a.shape[0], a.shape[1], b.shape[1], a.dtype].append((begin, self._now()))
         return result
 
-    def _begin(self) -> Callable[[], Callable[[], float]]:
-        """Begin to time; return what ends it, and returns what returns the seconds."""
+    def _now(self) -> float | torch.cuda.Event:
+        """Return the time, or on CUDA what will know when the device was here."""
         if self._device.type != "cuda":
-            begin = time.perf_counter()
-
-            def stop() -> Callable[[], float]:
-                elapsed = time.perf_counter() - begin
-                return lambda: elapsed
-
-            return stop
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-
-        def record() -> Callable[[], float]:
-            last.record()
-            return lambda: float(first.elapsed_time(last)) / 1e3
-
-        return record
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def seconds(self, product: Product) -> float | None:
         """Return the median over what was seen, once the device is done; None if nothing was."""
@@ -316,8 +305,12 @@ class _ProductClock(TorchDispatchMode):
             # Or the transposed one, as the weight's strides have it.
             "dw": [(out_features, tokens, in_features), (in_features, tokens, out_features)],
         }[product.op]
-        seen = [end() for sizes in of for end in self._seconds.get((*sizes, product.dtype), ())]
-        return statistics.median(seen) if seen else None
+        seen = [pair for sizes in of for pair in self._seen.get((*sizes, product.dtype), ())]
+        if not seen:
+            return None
+        if self._device.type == "cuda":
+            return statistics.median(begin.elapsed_time(end) for begin, end in seen) / 1e3
+        return statistics.median(end - begin for begin, end in seen)
 
 
 def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, Work]:
