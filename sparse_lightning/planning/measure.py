@@ -308,9 +308,11 @@ class _ProductClock(TorchDispatchMode):
         seen = [pair for sizes in of for pair in self._seen.get((*sizes, product.dtype), ())]
         if not seen:
             return None
-        if self._device.type == "cuda":
-            return statistics.median(begin.elapsed_time(end) for begin, end in seen) / 1e3
-        return statistics.median(end - begin for begin, end in seen)
+        on_cuda = self._device.type == "cuda"
+        return statistics.median(
+            float(begin.elapsed_time(end)) / 1e3 if on_cuda else float(end - begin)
+            for begin, end in seen
+        )
 
 
 def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, Work]:
