@@ -149,3 +149,8 @@ class GPT(L.LightningModule):
             chances = (logits / temperature).softmax(-1)
             tokens = torch.cat((tokens, chances.multinomial(1, generator=generator)), dim=1)
         return bytes(tokens[0].tolist()).decode(errors="replace")
+
+
+def build() -> GPT:
+    """Return a GPT of 0.8 billion parameters, for `sparse-lightning plan examples.gpt:build`."""
+    return GPT(width=2048, layers=16, heads=16, context=2048)

@@ -42,3 +42,8 @@ class MLP(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
+def build() -> MLP:
+    """Return an MLP of 0.3 billion parameters, for `sparse-lightning plan examples.mlp:build`."""
+    return MLP(features=4096, hidden=16384)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from sparse_lightning.topology import BlockTopology
 
 if TYPE_CHECKING:
     from sparse_lightning.callbacks import SparsityCallback, SparsityMonitor
+    from sparse_lightning.planning import Plan, plan
 
 __version__ = version("sparse-lightning")
 
@@ -30,21 +32,26 @@ __all__ = [
     "DropFractionSchedule",
     "Floor",
     "MonitorOptions",
+    "Plan",
     "SparsityCallback",
     "SparsityMonitor",
     "SparsityReport",
     "UpdateSchedule",
     "densify",
+    "plan",
     "sparsify",
 ]
 
-_CALLBACKS = ("SparsityCallback", "SparsityMonitor")
+# Imported only by those who ask: Lightning takes seconds, and a plan is made once.
+_LATE = {
+    "Plan": "planning",
+    "SparsityCallback": "callbacks",
+    "SparsityMonitor": "callbacks",
+    "plan": "planning",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Lightning is imported only by those who ask for a callback: it takes seconds.
-    if name in _CALLBACKS:
-        from sparse_lightning import callbacks
-
-        return getattr(callbacks, name)
+    if name in _LATE:
+        return getattr(import_module(f"sparse_lightning.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

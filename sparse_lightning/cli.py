@@ -14,6 +14,7 @@ from sparse_lightning.bench import command as bench
 from sparse_lightning.bench import quality_command as quality
 from sparse_lightning.bench import tune
 from sparse_lightning.export import command as export
+from sparse_lightning.planning import command as planning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="sparse-lightning", description="Block-sparse training for PyTorch Lightning."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add(
+        commands,
+        "plan",
+        planning,
+        "say what block-sparse layers would save a model",
+        "Say which layers of a model would be block-sparse, and, for each block size and density, "
+        "what memory, FLOPs and step would be, before anything is trained. The model is not "
+        "changed.",
+    )
     benchmarks = commands.add_parser("bench", help="measure this machine").add_subparsers(
         required=True, metavar="WHAT"
     )

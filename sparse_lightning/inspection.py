@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_lightning.export.files import read_checkpoint, state_dict_of
 from sparse_lightning.export.state_dicts import SavedLayer, find_layers
 from sparse_lightning.masks import mask_pixels, mask_text
-from sparse_lightning.tables import print_table
+from sparse_lightning.tables import Section, show
 
 EXAMPLES = """examples:
   all block-sparse layers, and what the training was told:
@@ -87,7 +87,7 @@ def print_layers(layers: Mapping[str, SavedLayer]) -> None:
         present += at.n_blocks * at.block_size**2
         total += at.out_features * at.in_features
     rows.append(("total", "", f"{present:,} weights", f"{present / total:.3f}", *[""] * 6))
-    print_table("Block-sparse layers", header, rows, total=True)
+    show([Section("Block-sparse layers", header, rows)])
 
 
 def print_training(checkpoint: Mapping[str, Any]) -> None:

@@ -164,12 +164,7 @@ def swap_layers(
         budgets: from the block grid of each layer to its blocks and its slots.
         floor: whose rows and columns random blocks keep to.
     """
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "`model` must contain the layers to replace; got a bare nn.Linear. "
-            "Use BlockSparseLinear.from_linear(...)."
-        )
-    chosen, skipped = _select(model, block_size, include, exclude)
+    chosen, skipped = select_layers(model, block_size, include, exclude)
     grids = {
         name: block_grid(linear.out_features, linear.in_features, block_size)
         for name, linear in chosen.items()
@@ -298,10 +293,19 @@ def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"`{argument}` must be one of {offered}; got {value!r}.")
 
 
-def _select(
+def select_layers(
     model: nn.Module, block_size: int, include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Return the layers to swap, and a reason for every linear layer left alone."""
+    """Return the layers that `sparsify` would swap, and a reason for every one left alone.
+
+    Raises:
+        ValueError: as `sparsify` does, if there is none to swap, or a pattern is wrong.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "`model` must contain the layers to replace; got a bare nn.Linear. "
+            "Use BlockSparseLinear.from_linear(...)."
+        )
     check_patterns("include", include)
     check_patterns("exclude", exclude)
     chosen: dict[str, nn.Linear] = {}

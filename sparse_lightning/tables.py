@@ -1,9 +1,13 @@
-"""Tables for people: plain text, and in a terminal what `rich` makes of them."""
+"""Tables for people: plain text, Markdown, and in a terminal what `rich` makes of them."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+_WIDTH = 100
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:
@@ -35,39 +39,85 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool
     return "\n".join(lines)
 
 
-def print_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False
-) -> None:
-    """Print a table: in colours where the output is a terminal and `rich` is installed.
+@dataclass(frozen=True)
+class Section:
+    """A title, and below it a table, remarks, or both.
 
-    Args:
-        title: a line above it.
-        header, rows, total: as for `text_table`.
+    Attributes:
+        title: of the section.
+        header: of the table; none without it.
+        rows: as many cells each.
+        remarks: sentences, a paragraph each.
     """
-    if sys.stdout.isatty():
-        try:
-            from rich import box
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            pass
-        else:
-            table = Table(
-                title=title,
-                title_style="bold",
-                title_justify="left",
-                box=box.SIMPLE_HEAD,
-                pad_edge=False,
-            )
-            for i, name in enumerate(header):
-                table.add_column(
-                    name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold"
-                )
-            for i, row in enumerate(rows):
-                if total and i == len(rows) - 1:
-                    table.add_section()
-                table.add_row(*map(Text, row), style="bold" if total and row is rows[-1] else "")
-            Console().print(table)
-            return
-    print(f"{title}\n{text_table(header, rows, total)}")
+
+    title: str
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    remarks: Sequence[str] = ()
+
+
+def as_text(sections: Sequence[Section]) -> str:
+    """Return sections as text, with tables that are aligned, and Markdown.
+
+    >>> print(as_text([Section("Costs", ["layer", "size"], [["up", "10"]], ["It is small."])]))
+    Costs
+    <BLANKLINE>
+    | layer | size |
+    |-------|-----:|
+    | up    |   10 |
+    <BLANKLINE>
+    It is small.
+    """
+    paragraphs = []
+    for section in sections:
+        paragraphs.append(section.title)
+        if section.header:
+            paragraphs.append(_table(section.header, section.rows))
+        paragraphs += [textwrap.fill(remark, _WIDTH) for remark in section.remarks]
+    return "\n\n".join(paragraphs)
+
+
+def show(sections: Sequence[Section]) -> None:
+    """Print sections, by rich on a terminal; as text elsewhere, or without rich."""
+    if not sys.stdout.isatty():
+        print(as_text(sections))
+        return
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(as_text(sections))
+        return
+    # What is in brackets is text, and stays.
+    console = Console(markup=False, highlight=False)
+    for section in sections:
+        console.print(section.title, style="bold")
+        if section.header:
+            table = Table()
+            right = _of_numbers(section.rows, len(section.header))
+            for name, is_right in zip(section.header, right, strict=True):
+                table.add_column(name, justify="right" if is_right else "left")
+            for row in section.rows:
+                table.add_row(*row)
+            console.print(table)
+        for remark in section.remarks:
+            console.print(remark)
+        console.print()
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    right = _of_numbers(rows, len(header))
+
+    def line(row: Sequence[str]) -> str:
+        columns = zip(row, widths, right, strict=True)
+        return f"| {' | '.join(c.rjust(w) if r else c.ljust(w) for c, w, r in columns)} |"
+
+    rule = ["-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
+    return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])
+
+
+def _of_numbers(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
+    """Tell which columns hold numbers, and perhaps nothing in some rows."""
+    cells = [[row[i] for row in rows if row[i]] for i in range(columns)]
+    return [bool(column) and all(c.lstrip("+-")[0].isdigit() for c in column) for column in cells]

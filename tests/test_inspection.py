@@ -42,7 +42,7 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "last.ckpt")]) == 0
     out = capsys.readouterr().out
-    assert "\nnet.0 " in out and "\nnet.2 " in out and "\nhead " not in out
+    assert "| net.0 " in out and "| net.2 " in out and "| head " not in out
     assert "Step 24, 2 topology updates, no more" in out
     assert "  update.every_n_steps: 10\n" in out and "  drop: sparse_lightning.criteria." in out
 

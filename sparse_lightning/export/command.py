@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from sparse_lightning.export.state_dicts import (
     uncompiled_state_dict,
 )
 from sparse_lightning.patching import densify
+from sparse_lightning.targets import builder
 
 FORMS = ("dense", "bsr", "safetensors", "onnx")
 
@@ -131,25 +129,7 @@ def _ending(form: str, path: Path) -> str:
 
 def _build(where: str, state_dict: Mapping[str, Any]) -> nn.Module:
     """Return the dense model that a function of the user builds, with the weights."""
-    module, _, function = where.replace(":", ".").rpartition(".")
-    if not module:
-        raise ValueError(
-            f"`--model` must be a module and a function in it, as my_project.model:build; "
-            f"got '{where}'."
-        )
-    sys.path.insert(0, os.getcwd())
-    try:
-        model = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # of the user's code, any
-        raise ValueError(
-            f"`--model` must be a function that builds the dense model, without arguments; "
-            f"got '{where}', which raised {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"`--model` must build an nn.Module; got a {type(model).__name__} from '{where}'."
-        )
-    model = densify(model)
+    model = densify(builder("--model", where)())
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

@@ -97,7 +97,7 @@ def write_onnx(
     if any(True for _ in sparse_layers(model)):
         raise ValueError("`model` must be dense; got block-sparse layers. Call densify(model).")
     model.eval()
-    example = _random(inputs, smallest=2)
+    example = random_inputs(inputs, smallest=2)
     _outputs(model, example)
     varying = tuple(
         {at: size for at, size in enumerate(one.shape) if isinstance(size, str)} for one in inputs
@@ -112,10 +112,10 @@ def write_onnx(
         assert program is not None
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         program.save(file, external_data=size > SINGLE_FILE_BYTES)
-        return _compare(file, model, [example, _random(inputs, smallest=5)])
+        return _compare(file, model, [example, random_inputs(inputs, smallest=5)])
 
 
-def _random(inputs: Sequence[Input], smallest: int) -> tuple[Tensor, ...]:
+def random_inputs(inputs: Sequence[Input], smallest: int) -> tuple[Tensor, ...]:
     """Return random inputs; sizes with a name are `smallest` and the numbers that follow it."""
     names = dict.fromkeys(size for one in inputs for size in one.shape if isinstance(size, str))
     sizes = {name: smallest + i for i, name in enumerate(names)}

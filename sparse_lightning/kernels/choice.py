@@ -197,17 +197,26 @@ def predicted_speedup(
 
     A step is the forward and both products of the backward, at 8192 tokens.
     """
-    table = _table(device)
-    if table is None or dtype not in DTYPES:
-        return None
     shape = (_TOKENS, grid[1] * block_size, grid[0] * block_size)
     time = 0.0
     for op in STEP:
-        predicted = table.predict(op, DTYPES[dtype], block_size, shape, density)
-        if not predicted:
+        predicted = expected_speedup(op, dtype, block_size, shape, density, device)
+        if predicted is None:
             return None
-        time += 1 / max(predicted.values())
+        time += 1 / predicted
     return 3 / time
+
+
+def expected_speedup(
+    op: str, dtype: torch.dtype, block_size: int, shape: Shape, density: float, device: int
+) -> float | None:
+    """Return how much faster than dense the best kind computes a product; None if not measured."""
+    table = _table(device)
+    if table is None or dtype not in DTYPES:
+        return None
+    predicted = table.predict(op, DTYPES[dtype], block_size, shape, density)
+    kinds = serving(op, dtype, torch.cuda.get_device_capability(device))
+    return max((predicted[kind] for kind in kinds if kind in predicted), default=None)
 
 
 def of_a_step(

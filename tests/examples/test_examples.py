@@ -15,6 +15,8 @@ from types import ModuleType
 
 import pytest
 
+import sparse_lightning
+
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -160,3 +162,19 @@ def test_throughput_on_two_ranks(tmp_path: Path) -> None:
 
 def test_doctests() -> None:
     assert doctest.testmod(load("picture"), raise_on_error=True).attempted > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "parameters"),
+    [("gpt", 64, 808_159_232), ("mlp", 2, 335_740_938), ("encoder", 48, 304_324_584)],
+)
+def test_models_to_plan(name: str, layers: int, parameters: int) -> None:
+    """Built on the meta device, as they are large."""
+    found = sparse_lightning.plan(load(name).build)
+    assert len(found.layers) == layers and found.dense.parameters == parameters
+
+
+def test_the_encoder() -> None:
+    model = load("encoder").Encoder(width=32, layers=2, heads=2, image=8, patch=4, classes=5)
+    found = sparse_lightning.plan(model, "2,3,8,8", block_sizes=[16], densities=[0.5], device="cpu")
+    assert [layer.tokens for layer in found.layers.values()] == [8, 8, 8, 8]

@@ -1,0 +1,463 @@
+"""`sparse_lightning.plan`, and the command: what is measured, what is printed, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sparse_lightning
+from sparse_lightning import sparsify
+from sparse_lightning.cli import main
+from sparse_lightning.export import Input
+from sparse_lightning.kernels import choice
+from sparse_lightning.planning import measure
+from sparse_lightning.planning.costs import Product
+from sparse_lightning.planning.measure import Speedups, Training, dense_times, tokens_of
+
+CPU = torch.device("cpu")
+
+MODEL = '''
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Two blocks, a layer that only blocks of 16 divide, and a head."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.embedding = nn.Embedding(2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(2)
+        )
+        self.odd = nn.Linear(width, 48)
+        self.head = nn.Linear(48, 2)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.odd(x))
+
+
+def build():
+    return Net()
+
+
+def fails():
+    raise OSError("no weights here")
+
+
+def on_a_device():
+    net = Net()
+    if net.odd.weight.is_meta:
+        raise NotImplementedError("cannot be built on meta")
+    return net
+
+
+number = 3
+bare = lambda: nn.Linear(64, 64)
+text = lambda: "a model"
+small = lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+integers = lambda: nn.Sequential(nn.Linear(32, 32), nn.Flatten(), Argmax())
+frozen = lambda: nn.Sequential(nn.Linear(32, 32)).requires_grad_(False)
+
+
+def sparsified():
+    import sparse_lightning
+
+    net = Net()
+    sparse_lightning.sparsify(net, block_size=16)
+    return net
+
+
+class Argmax(nn.Module):
+    def forward(self, x):
+        return x.argmax(-1)
+'''
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with a project, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("project", "project.model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "model.py").write_text(MODEL)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `sparse-lightning plan` in the folder; returns status, output and errors."""
+
+    def plan(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = main(["plan", *arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return plan
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few repetitions, as figures do not matter."""
+    monkeypatch.setattr(measure, "_ROUNDS", 1)
+    monkeypatch.setattr(measure, "_MAX_STEPS", 1)
+    monkeypatch.setattr(measure, "_WARM_UP", 1)
+    monkeypatch.setattr(measure, "_REPEATS", {"cpu": 1, "cuda": 3})
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(inplace=True), nn.Linear(64, 32))
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def test_without_an_input(run) -> None:
+    status, out, _ = run("project.model:build", "--densities", ".25", "--block-sizes", "16", "64")
+    assert status == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert ["blocks.*.0", "2", "256x128", "16 64"] in lines
+    assert ["blocks.*.2", "2", "128x256", "16 64"] in lines
+    assert ["odd", "1", "48x128", "16"] in lines
+    assert ["head", "1", "excluded"] in lines
+    # 4 matrices of 128 x 256, the odd one, the head, their biases, and the embedding.
+    weights, rest = 4 * 128 * 256 + 48 * 128, 2 * 48 + 768 + 48 + 2 + 256
+    assert ["dense", "", f"{weights + rest:,}", "2.21 MB", "824 kFLOP"] in lines
+    assert any(row[:3] == ["blocks of 16", "0.25", f"{weights // 4 + rest:,}"] for row in lines)
+    odd = 3 * 128 * 48 // 4  # stays whole with blocks of 64
+    assert any(
+        row[:3] == ["blocks of 64", "0.25", f"{weights // 4 + rest + odd:,}"] for row in lines
+    )
+    assert "without --input nothing was measured" in out and "speed-up" not in out
+
+
+def test_a_plan_and_its_check(run, quick) -> None:
+    status, out, _ = run(
+        "project.model:build", "--input", "4,16,int64", "--densities", ".5", ".25",
+        "--block-sizes", "16", "32", "--check", "all", "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert ["odd", "1", "48x128", "16", "64"] in lines  # 64 tokens
+    costs = [row for row in lines if len(row) == 8]
+    assert costs[0][-3:] == ["step", "speed-up", "remark"]
+    assert [row[:2] for row in costs[2:]] == [
+        ["dense", ""],
+        *([f"blocks of {b}", d] for b in (16, 32) for d in ("0.5", "0.25")),
+    ]
+    checks = lines[
+        lines.index(["layers", "density", "expected", "measured", "error", "speed-up"]) :
+    ]
+    assert len([row for row in checks if row and row[0].startswith("blocks of")]) == 4
+    assert (
+        "measured here one by one" in " ".join(out.split()) and f"torch {torch.__version__}" in out
+    )
+
+
+def test_the_best_is_checked(run, quick) -> None:
+    status, out, _ = run("project.model:build", "--input", "4,16,int64", "--check")
+    assert status == 0
+    _, table = out.split("Expected and measured steps")
+    assert table.count("| blocks of") == 1
+
+
+def test_what_cannot_be_built_on_meta_is_built(run) -> None:
+    status, out, _ = run("project.model:on_a_device")
+    assert status == 0 and "blocks.*.0" in out
+
+
+def test_the_installed_command_finds_the_current_folder(folder: Path) -> None:
+    command = "from sparse_lightning.cli import main; raise SystemExit(main())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", command, "plan", "project.model:build"]
+        if sys.version_info >= (3, 11)
+        else [sys.executable, "-c", command, "plan", "project.model:build"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Net: layers that can be block-sparse" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["project"], 2, "`MODULE:FUNCTION` must be a module and a function in it"),
+        (["nowhere.model:build"], 2, "ModuleNotFoundError: No module named 'nowhere'"),
+        (["project.model:biuld"], 2, "which raised AttributeError"),
+        (["project.model:number"], 2, "'int' object is not callable"),
+        (["project.model:fails"], 2, "which raised OSError: no weights here"),
+        (["project.model:text"], 2, "must build an nn.Module; got a str from"),
+        (["project.model:bare"], 2, "got a bare nn.Linear"),
+        (["project.model:small"], 2, "8x8 is not divisible by block_size=16"),
+        (["project.model:sparsified"], 2, "must be dense; got block-sparse layers"),
+        (["project.model:build", "--include", "fc*"], 2, "`include` must match at least one"),
+        (["project.model:build", "--include", "re:("], 2, "`include` must hold valid regular"),
+        (["project.model:build", "--densities", "2"], 2, "densities` must be"),
+        (["project.model:build", "--input", "4,16,int46"], 2, "`--input` must be sizes"),
+        (["project.model:build", "--input", "batch,16,int64"], 2, "must have numbers as sizes"),
+        (["project.model:build", "--input", "4,16"], 2, "`--input` must say what the model takes"),
+        (["project.model:integers", "--input", "4,32"], 2, "no float tensor that depends on"),
+        (["project.model:frozen", "--input", "4,32"], 2, "must have parameters to train"),
+        (["project.model:build", "--check"], 2, "`--check` must come with `--input`"),
+        (["project.model:build", "--device", "tpu"], 2, "`--device` must be cuda or cpu"),
+        (["project.model:build", "--block-sizes", "48"], 2, "invalid choice: 48"),
+    ],
+)
+def test_what_is_wrong_is_said(run, arguments: list[str], status: int, says: str) -> None:
+    found, out, err = run(*arguments)
+    assert (found, says in err) == (status, True), err
+    assert "Traceback" not in err and "What the model costs" not in out
+
+
+def test_memory_that_ends_is_said(run, monkeypatch: pytest.MonkeyPatch, quick) -> None:
+    def ends(_: Training) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Training, "forward", ends)
+    status, _, err = run("project.model:build", "--input", "4,16,int64")
+    assert status == 1 and "must fit into the memory of cpu" in err and "smaller sizes" in err
+
+
+def test_help_has_examples(run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0 and "sparse-lightning plan project.model:build --input 8,2048,int64" in out
+
+
+# -- in Python ----------------------------------------------------------------------------------
+
+
+def test_a_model_and_the_program_stay_as_they_were(quick) -> None:
+    net = mlp().eval()
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    found = sparse_lightning.plan(net, "8,32", densities=[0.5], device="cpu", check="best")
+    assert found.dense.step and found.best and len(found.checks) == 1
+    assert type(net) is nn.Sequential and type(net[0]) is nn.Linear and not net.training
+    assert not net[0]._forward_hooks and bool((net[0].weight.grad == 1).all())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert str(found) in print_of(found)
+
+
+def print_of(found: object) -> str:
+    return f"{found}\n"
+
+
+def test_choices_are_those_of_sparsify() -> None:
+    net = mlp()
+    found = sparse_lightning.plan(
+        net, block_sizes=[16], densities=[0.4], distribution="erdos_renyi", device="cpu"
+    )
+    (only,) = found.choices
+    sparsify(net, block_size=16, density=0.4, distribution="erdos_renyi")
+    assert only.parameters == sum(parameter.numel() for parameter in net.parameters())
+    assert found.best is None and only.step is None and found.measured is None
+
+
+def test_a_block_size_that_fits_nothing_has_no_choices() -> None:
+    found = sparse_lightning.plan(mlp(), densities=[0.5], device="cpu")
+    assert {choice.block_size for choice in found.choices} == {16, 32}
+    assert set(found.unfit) == {64, 128} and "not divisible by block_size=64" in found.unfit[64]
+    assert "no choices with blocks of 128" in str(found)
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    net = mlp()
+    net.noise = torch.ones(3, requires_grad=True) * 2  # no leaf
+    with pytest.raises(ValueError, match=r"can be copied.*Give the function that builds it"):
+        sparse_lightning.plan(net, "8,32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "says"),
+    [
+        ({"precision": "8-bit"}, "`precision` must be one of '32-true'"),
+        ({"distribution": "global"}, "`distribution` must be one of"),
+        ({"block_sizes": []}, "`block_sizes` must hold at least one"),
+        ({"block_sizes": [48]}, "`block_size` must be"),
+        ({"check": "some", "inputs": "8,32"}, "`check` must be one of"),
+    ],
+)
+def test_wrong_arguments(keywords: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        sparse_lightning.plan(mlp(), device="cpu", **keywords)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(ValueError, match=r"an nn.Module, or a function that builds one; got 3"):
+        sparse_lightning.plan(3)
+    with pytest.raises(ValueError, match=r"must build an nn.Module; got a int"):
+        sparse_lightning.plan(lambda: 3)
+
+
+# -- what is measured ---------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A layer that runs twice, in a checkpoint that runs it again for the backward."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first = nn.Linear(32, 64)
+        self.twice = nn.Linear(64, 64)
+        self.unused = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = checkpoint(lambda x: self.twice(x).relu(), x, use_reentrant=self.reentrant)
+        return self.twice(input=x).sum(-1)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_products_of_a_step(reentrant: bool) -> None:
+    training = Training(Shared(reentrant), [Input.parse("2,5,32")], "32-true", CPU)
+    work = training.work(["first", "twice", "unused"])
+
+    def product(op: str, *shape: int) -> Product:
+        return Product(op, shape, torch.float32)
+
+    # The model's input needs no gradient.
+    assert work["first"] == {product("fwd", 10, 32, 64): 1, product("dw", 10, 32, 64): 1}
+    assert work["twice"] == {
+        product("fwd", 10, 64, 64): 3,
+        product("dx", 10, 64, 64): 2,
+        product("dw", 10, 64, 64): 2,
+    }
+    assert not work["unused"] and tokens_of(work["unused"]) == 0
+    assert tokens_of(work["first"]) == 10
+    assert not training.model.first._forward_hooks and training.model.first.weight.grad is None
+
+
+def test_products_are_timed_where_they_run(quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of layers without bias, of inputs of three dimensions."""
+
+    def alone(*_: object) -> float:
+        raise AssertionError("the clock did not see a product")
+
+    monkeypatch.setattr(Training, "_alone", alone)
+    layers = nn.Linear(32, 64, bias=False), nn.Linear(64, 128), nn.Linear(128, 32, bias=False)
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        net = nn.Sequential(*copy.deepcopy(layers))
+        training = Training(net, [Input.parse("2,5,32")], precision, CPU)
+        times, work = dense_times(training, ["0", "1", "2"])
+        assert {product.dtype for counter in work.values() for product in counter} == {dtype}
+        assert len(times.products) == 8 and min(times.products.values()) > 0
+        assert set(times.casts) == (set() if dtype == torch.float32 else {"0", "1", "2"})
+        assert times.launch == 0 and times.optimizer > 0 and times.step > 0
+
+
+def test_a_product_that_the_clock_does_not_see_is_timed_alone(quick) -> None:
+    training = Training(mlp(), [Input.parse("8,32")], "32-true", CPU)
+    unseen = [Product(op, (7, 32, 48), torch.float32) for op in choice.STEP]
+    times = training.products(unseen, step=1.0, launch=0.0)
+    assert set(times) == set(unseen) and min(times.values()) > 0
+
+
+def test_without_a_table_speedups_are_measured(quick) -> None:
+    speedups = Speedups(CPU)
+    product = Product("dw", (16, 64, 32), torch.float32)
+    found = speedups.of(product, 16, 0.25)
+    assert found > 0 and speedups.measured
+    assert speedups.of(product, 16, 0.25) == found, "once is enough"
+
+
+def test_a_table_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def expected(*of: object) -> float:
+        asked.append(of)
+        return 2.5
+
+    monkeypatch.setattr(choice, "expected_speedup", expected)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    speedups = Speedups(torch.device("cuda"))
+    assert speedups.of(Product("dx", (8, 64, 32), torch.bfloat16), 32, 0.1) == 2.5
+    assert asked == [("dx", torch.bfloat16, 32, (8, 64, 32), 0.1, 1)] and not speedups.measured
+
+
+def test_a_table_of_exact_products_is_not_taken_for_others(
+    quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "expected_speedup", lambda *_: 2.5)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    speedups, product = Speedups(torch.device("cuda")), Product("dx", (8, 32, 32), torch.float32)
+    assert speedups._by_table(product, 16, 0.5) == 2.5
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert speedups._by_table(product, 16, 0.5) is None
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda y: y, lambda y: (y, 3), lambda y: {"logits": y}, lambda y: {"loss": y.mean()}]
+)
+def test_losses(wrap: Callable[[Tensor], object]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> object:
+            return wrap(self.layer(x))
+
+    training = Training(Wrapped(), [Input.parse("4,32")], "bf16-true", CPU)
+    before = training.model.layer.weight.detach().clone()
+    training.forward().backward()
+    assert training.model.layer.weight.grad.abs().sum() > 0
+    assert before.dtype == torch.bfloat16
+    training.update()
+    assert torch.equal(training.model.layer.weight, before), "no step may change what is measured"
+
+
+def test_compiled_blocks_are_planned(quick) -> None:
+    """What `build` compiles is measured compiled, and its products are seen nevertheless."""
+
+    def build() -> nn.Sequential:
+        net = nn.Sequential(mlp(), nn.Linear(32, 32))
+        net[0].compile(backend="eager")
+        return net
+
+    found = sparse_lightning.plan(build, "8,32", block_sizes=[16], densities=[0.5], device="cpu")
+    assert [layer.tokens for layer in found.layers.values()] == [8, 8, 8]
+
+
+# -- how good it is -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_expected_and_measured_steps_on_a_gpu(precision: str) -> None:
+    def build() -> nn.Sequential:
+        width = 2048
+        return nn.Sequential(
+            *(
+                nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+                for _ in range(4)
+            )
+        )
+
+    found = sparse_lightning.plan(
+        build, "16384,2048", block_sizes=[64], densities=[0.5, 0.1], precision=precision,
+        check="all",
+    )  # fmt: skip
+    assert found.launch and found.dense.step
+    for check in found.checks:
+        assert 1 / 1.5 < check.expected / check.measured < 1.5, found
