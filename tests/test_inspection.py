@@ -30,8 +30,9 @@ def saved(tmp_path: Path) -> str:
 
 def test_layers(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", saved]) == 0
-    row = capsys.readouterr().out.splitlines()[3].split()
-    assert row == ["0", "48x64", "3", "of", "16x16", "0.250", "1", "2", "float32", "16", "32", "48"]
+    row = capsys.readouterr().out.splitlines()[4].strip("| ").split("|")
+    expected = "0, 48x64, 3 of 16x16, 0.250, 1, 2, float32, 16, 32, 48"
+    assert [cell.strip() for cell in row] == expected.split(", ")
 
 
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
