@@ -41,6 +41,7 @@ ONLY_IN = {
     "lightning_fabric": {"callbacks"},
     "lightning_utilities": {"callbacks"},
     "pytorch_lightning": {"callbacks"},
+    "rich": {"callbacks"},
     "wandb": {"callbacks"},
     "cupy": {"kernels"},
     "cupy_backends": {"kernels"},
@@ -189,7 +190,7 @@ IMPORTS = """
 import sys
 import sparse_lightning as package
 
-heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib")
+heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib", "rich")
 early = [name for name in heavy if name in sys.modules]
 assert not early, f"import sparse_lightning imported {early}"
 
