@@ -190,7 +190,7 @@ IMPORTS = """
 import sys
 import sparse_lightning as package
 
-heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib", "rich")
+heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "rich")
 early = [name for name in heavy if name in sys.modules]
 assert not early, f"import sparse_lightning imported {early}"
 

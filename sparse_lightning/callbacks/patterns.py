@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,23 @@ class Patterns:
 
     def follow(self, update: ModelUpdate) -> None:
         """Take in an update."""
+        self.prepare(update)()
+
+    def prepare(self, update: ModelUpdate) -> Callable[[], None]:
+        """Return what `follow` does, as a function that takes no memory and cannot fail."""
+        present, ever = {}, {}
         for name, done in update.layers.items():
             rows, cols = done.coords[done.coords[:, 0] >= 0].long().unbind(1)
-            mask = torch.zeros_like(self.present[name])
-            mask[rows, cols] = True
-            self.present[name] = mask
-            self.ever[name] = self.ever[name] | mask
-            self.grown += len(done.grown)
+            present[name] = torch.zeros_like(self.present[name])
+            present[name][rows, cols] = True
+            ever[name] = self.ever[name] | present[name]
+
+        def write() -> None:
+            self.present.update(present)
+            self.ever.update(ever)
+            self.grown += sum(len(done.grown) for done in update.layers.values())
+
+        return write
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the layers themselves do not tell: tensors on the CPU and primitives."""

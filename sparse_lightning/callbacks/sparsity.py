@@ -487,7 +487,7 @@ class SparsityCallback(Callback):
         # optimizer and callback as they were.
         with _one_thread():
             update = self._decide(trainer, progress)
-            writes = [self._gatherer.prepare_anew(update.layers)]
+            writes = [self._gatherer.prepare_anew(update.layers), self._patterns.prepare(update)]
             for name, of_layer in update.layers.items():
                 if len(of_layer.changed):
                     writes.append(self._prepare(trainer, name, of_layer))
@@ -496,7 +496,6 @@ class SparsityCallback(Callback):
         self._n_updates = update.number
         self._next_update = self.timetable.next_update(self._step)
         self.last_update = update
-        self._patterns.follow(update)
         if self.config.shrink:
             self._shrink(trainer, progress)
         for observer in self._observers:
