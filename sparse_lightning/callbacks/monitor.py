@@ -47,10 +47,10 @@ class SparsityMonitor(Observer):
         self._dialects = [dialect_of(logger) for logger in trainer.loggers]
         for dialect in self._dialects:
             dialect.start()
-        device, peak = trainer.strategy.root_device, None
-        if device.type != "cpu" and fit.layers:
+        peak = None
+        if fit.layers:
             dtype = compute_dtype(trainer, next(iter(fit.layers.values())))
-            peak = get_available_flops(device, dtype)
+            peak = get_available_flops(trainer.strategy.root_device, dtype)
         self._throughput = Throughput(trainer.world_size, linear_weights(fit.model), peak)
 
     def count(self, batch: Any) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
-from sparse_lightning.callbacks import throughput
+from sparse_lightning.callbacks import monitor, throughput
 from sparse_lightning.callbacks.images import mask_image
 from sparse_lightning.callbacks.measures import (
     count_parameters,
@@ -37,12 +37,12 @@ from tests.callbacks.wandb_file import history, metrics
 LAYERS = ("net.0", "net.2")
 
 
-def sparsity(**monitor: int) -> SparsityCallback:
+def sparsity() -> SparsityCallback:
     return SparsityCallback(
         block_size=16,
         density={"schedule": "cubic", "initial": 1.0, "final": 0.25},
         update={"every_n_steps": 4},  # after 4, 8, 12, 16 and 18 of 24 steps
-        monitor={"every_n_updates": 2, "images": 1, **monitor},
+        monitor={"every_n_updates": 2, "images": 1},
     )
 
 
@@ -133,8 +133,7 @@ def test_a_small_mask_is_enlarged_by_a_whole_factor() -> None:
     mask = np.array([[1, 1, 0], [0, 0, 1]], bool)
     image = mask_image(mask)
     assert image.shape == (2 * 170, 3 * 170) and image.dtype == np.uint8
-    assert (image[::170, ::170] == mask * 255).all()
-    assert (image == np.kron(mask, np.ones((170, 170))) * 255).all()
+    assert (image == np.kron(np.where(mask, 32, 224), np.ones((170, 170)))).all()
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
@@ -143,7 +142,7 @@ def test_the_image_of_a_large_layer(block_size: int) -> None:
     image = mask_image(mask)
     assert 512 <= image.shape[0] <= 1024 and image.shape[0] == 4 * image.shape[1]
     scale = image.shape[0] // mask.shape[0]
-    assert (image[::scale, ::scale] == mask * 255).all(), "every block can be told apart"
+    assert (image[::scale, ::scale] == np.where(mask, 32, 224)).all(), "all can be told apart"
 
 
 def test_a_mask_that_is_too_large_is_averaged() -> None:
@@ -151,8 +150,8 @@ def test_a_mask_that_is_too_large_is_averaged() -> None:
     mask[:3, 0] = mask[2049, 3] = True
     image = mask_image(mask)
     assert image.shape == (684, 2)
-    assert image[0].tolist() == [round(255 * 3 / 9), 0]
-    assert image[683].tolist() == [0, 255] and image[1:683].sum() == 0
+    assert image[0].tolist() == [round(224 - 192 * 3 / (3 * 3)), 224]
+    assert image[683].tolist() == [224, 32] and (image[1:683] == 224).all()
 
 
 # -- tokens and time ---------------------------------------------------------------------------
@@ -235,6 +234,35 @@ def test_every_batch_between_updates_counts(tmp_path: Path, clock: SimpleNamespa
         assert float(row["sparsity/samples_per_second"]) == pytest.approx(2)
         assert float(row["sparsity/tokens_per_second"]) == pytest.approx(18)
     assert not any("sparsity/mfu" in row for row in rows), "unknown of a CPU"
+
+
+def test_utilisation_follows_the_density(
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of 18 tokens takes a second, of a device that does a million FLOP/s."""
+    asked = []
+
+    class Ticking(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.now += 1.0
+
+    def peak(device: torch.device, dtype: torch.dtype) -> int:
+        asked.append((device.type, dtype))
+        return 1_000_000
+
+    monkeypatch.setattr(monitor, "get_available_flops", peak)
+    logger = CSVLogger(tmp_path)
+    data = DataLoader(TensorDataset(torch.zeros(48, 9, dtype=torch.int64)), batch_size=2)
+    fitting = trainer(Ticking(), sparsity(), logger=logger, precision="bf16-mixed")
+    fitting.fit(Classifier(), data)
+    assert asked == [("cpu", torch.bfloat16)]
+    rows = [row for row in read_csv(logger) if row["sparsity/mfu"]]
+    dense = 2 * 64 * 128 + 4 * 64
+    densities = [1.0, *(float(row["sparsity/density"]) for row in rows[:-1])]
+    for row, density in zip(rows, densities, strict=True):  # of the steps before the update
+        weights = density * 2 * 64 * 128 + 4 * 64
+        assert float(row["sparsity/mfu"]) == pytest.approx(6 * weights * 18 / 1e6)
+        assert float(row["sparsity/mfu_dense"]) == pytest.approx(6 * dense * 18 / 1e6)
 
 
 def read_csv(logger: CSVLogger) -> list[dict[str, str]]:
