@@ -175,8 +175,8 @@ class LayerRow:
     dead_columns: int
     ever_active: float
     survival: float
-    parameters_dense: int
-    parameters: int
+    parameters_before: int
+    parameters_after: int
 
 
 def layer_row(name: str, layer: BlockSparseLinear, patterns: Patterns) -> LayerRow:
@@ -195,6 +195,6 @@ def layer_row(name: str, layer: BlockSparseLinear, patterns: Patterns) -> LayerR
         dead_columns=columns,
         ever_active=share([patterns.ever[name]]),
         survival=int((first & present).sum()) / max(1, int(first.sum())),
-        parameters_dense=layer.out_features * layer.in_features + bias,
-        parameters=blocks * layer.block_size**2 + bias,
+        parameters_before=layer.out_features * layer.in_features + bias,
+        parameters_after=blocks * layer.block_size**2 + bias,
     )

@@ -114,7 +114,7 @@ def test_a_row_of_the_table_by_hand() -> None:
     assert (row.shape, row.block_size, row.blocks) == ("32x64", 16, 3)
     assert (row.density, row.ever_active, row.survival) == (3 / 8, 5 / 8, 2 / 4)
     assert (row.dead_rows, row.dead_columns) == (0, 1)
-    assert (row.parameters_dense, row.parameters) == (32 * 64 + 32, 3 * 256 + 32)
+    assert (row.parameters_before, row.parameters_after) == (32 * 64 + 32, 3 * 256 + 32)
 
 
 def test_bytes_by_hand() -> None:
@@ -343,7 +343,7 @@ def test_wandb_gets_a_table_of_the_layers(offline: Path) -> None:
     )
     columns = table["columns"]
     assert columns[:4] == ["name", "shape", "block size", "density"]
-    assert columns[-2:] == ["parameters dense", "parameters"]
+    assert columns[-2:] == ["parameters before", "parameters after"]
     assert [dict(zip(columns, data, strict=True)) for data in table["data"]] == [
         {
             "name": name,
@@ -355,8 +355,8 @@ def test_wandb_gets_a_table_of_the_layers(offline: Path) -> None:
             "dead columns": 0,
             "ever active": 1,
             "survival": 0.25,
-            "parameters dense": 64 * 128 + bias,
-            "parameters": 8 * 256 + bias,
+            "parameters before": 64 * 128 + bias,
+            "parameters after": 8 * 256 + bias,
         }
         for name, shape, bias in (("net.0", "128x64", 128), ("net.2", "64x128", 64))
     ]
