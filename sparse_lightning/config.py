@@ -88,7 +88,7 @@ class DropFractionSchedule:
 
 @dataclass
 class MonitorOptions:
-    """What is logged: scalars at every update; now and then, masks of `images` layers."""
+    """What is logged: numbers at every update; now and then, masks of the first `images` layers."""
 
     every_n_updates: int = 10
     images: int = 8

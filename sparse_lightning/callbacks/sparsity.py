@@ -197,6 +197,7 @@ class SparsityCallback(Callback):
         # brought layers of other sizes.
         self._pending.clear()
         self._gatherer.forget()
+        self._training = False  # also where an earlier fit was cut off
         if is_overridden("configure_model", pl_module):
             self._swap_after_configure_model(trainer, pl_module)
         else:

@@ -16,7 +16,8 @@ class Throughput:
     """Counts tokens and samples of batches, and the time they take.
 
     Tokens are counted where a batch holds token ids: an int32 or int64 tensor of two dimensions,
-    itself or in mappings, lists and tuples. Otherwise samples are all that is known.
+    itself or in mappings, lists and tuples. Otherwise samples are all that is known. Times are the
+    host's: read them where it has just waited for the device, as at an update.
 
     Args:
         ranks: that each train on as much.

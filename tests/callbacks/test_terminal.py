@@ -139,7 +139,6 @@ def test_speedups_add_up_as_times(monkeypatch: pytest.MonkeyPatch) -> None:
     together = predicted_speedup([(layer, 1.0) for layer in layers], torch.float32)
     assert together == pytest.approx((1 + 3) / (1 / 2 + 3 / 4))
     callback = SparsityCallback(block_size=16)
-    trainer(callback, max_steps=1, enable_progress_bar=False)
     monkeypatch.setattr(BlockSparseLinear, "predicted_speedup", lambda *_: 1.5)
     trainer(callback, max_steps=1).fit(Classifier(), loader())
     assert str(callback.summary).endswith("predicted speed-up  1.50 of these layers")
@@ -171,6 +170,19 @@ def test_no_summary_of_a_run_that_bought_nothing(caplog: pytest.LogCaptureFixtur
     trainer(sparsity(), fast_dev_run=3).fit(Classifier(), loader())
     callback = sparsity()
     trainer(callback, max_steps=0).fit(Classifier(), loader())
+    assert endings(caplog) == [] and callback.summary is None
+
+
+def test_no_summary_of_a_run_that_was_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise OSError("the disk is full")
+
+    caplog.set_level(logging.INFO)
+    callback, model = sparsity(), Classifier()
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer(callback, Failing()).fit(model, loader())
+    trainer(callback, max_steps=0).fit(model, loader())
     assert endings(caplog) == [] and callback.summary is None
 
 
