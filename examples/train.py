@@ -26,9 +26,8 @@ import lightning as L
 from gpt import GPT
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
 
-from sparse_lightning import BlockSparseLinear
+from sparse_lightning import SparsityCallback
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -51,13 +50,10 @@ def report(trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, floa
         model.to(trainer.strategy.root_device)  # the trainer has put it back on the CPU
         text = model.generate("class Parser:\n    def ", 500)
         print("\nGenerated text", "-" * 80, text, "-" * 80, sep="\n")
-    layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
-    if layers:
-        masks = [layer.topology.mask for layer in layers]
-        density = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-        print(f"{'density':<20} {density:.3f} in {len(masks)} layers")
-        sizes = [memory(trainer, layer) for layer in layers]
-        sparse, dense = (sum(size) / 1e6 for size in zip(*sizes, strict=True))
+    sparsity = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
+    for summary in (callback.summary for callback in sparsity if callback.summary):
+        print(f"{'density':<20} {summary.density:.3f} in {summary.layers} layers")
+        sparse, dense = summary.nbytes / 1e6, summary.dense_nbytes / 1e6
         print(f"{'memory':<20} {sparse:.1f} MB, {sparse / dense:.1%} of {dense:.1f} MB dense")
     for name, value in metrics.items():
         print(f"{name.removeprefix('val/').replace('_', ' '):<20} {value:.3f} held out")
@@ -66,20 +62,6 @@ def report(trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, floa
     for what, pattern in places.items():
         for path in Path(trainer.default_root_dir).glob(pattern):
             print(f"{what:<20} {path}")
-
-
-def memory(trainer: L.Trainer, layer: BlockSparseLinear) -> tuple[int, int]:
-    """Return the bytes that a layer takes in training, and would take dense.
-
-    They are those of weight, gradient and optimizer state, and of the sparse layer's indices.
-    """
-    tensors = [layer.values, layer.values.grad]
-    for optimizer in trainer.optimizers:
-        tensors += optimizer.state.get(layer.values, {}).values()
-    values = sum(t.nbytes for t in tensors if t is not None and t.shape == layer.values.shape)
-    indices = sum(t.nbytes for t in vars(layer.topology).values() if isinstance(t, Tensor))
-    dense = values // layer.values.numel() * layer.out_features * layer.in_features
-    return values + indices + layer.block_scores.nbytes, dense
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class DropFractionSchedule:
 
 @dataclass
 class MonitorOptions:
-    """What is logged: scalars at every update; now and then, masks of `images` layers.
+    """What is logged: numbers at every update; now and then, masks of the first `images` layers.
 
     With `record`, what becomes of the blocks is kept for `sparse-lightning report`, in a file
     beside the run's other ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,18 @@ class TopologyUpdate:
         """Share of the earlier blocks that are still present."""
         return 1 - len(self.dropped) / self.n_before if self.n_before else 1.0
 
+    @property
+    def churn(self) -> float:
+        """Share of the present blocks that have just been grown."""
+        return len(self.grown) / self.n_after if self.n_after else 0.0
+
+    @property
+    def stayed(self) -> Tensor:
+        """Int32 `[n, 2]`, the (block row, block column) of blocks present before and after."""
+        stayed = self.coords[:, 0] >= 0
+        stayed[self.grown] = False
+        return self.coords[stayed]
+
     @functools.cached_property
     def changed(self) -> Tensor:
         """Int64, ascending: the slots that were dropped, grown or both; their state starts anew."""
@@ -46,20 +59,24 @@ class TopologyUpdate:
 
 @dataclass(frozen=True)
 class ModelUpdate:
-    """The outcome of an update of every layer.
+    """The outcome of an update of every layer: at which step, as which one, and what it did.
 
     Attributes:
-        step: optimizer steps until then.
-        number: of the update, from 1.
-        layers: what was done, by layer.
-        drop_scores: fp32 `[out_blocks, in_blocks]` by layer, on the CPU: what the blocks that were
-            present before were kept for.
+        step: optimizer steps so far.
+        number: updates so far, this one included.
+        layers: what it did, by layer.
+        drop_scores: `[out_blocks, in_blocks]` on the CPU, what blocks were kept for, by layer; read
+            at blocks that were present.
+        magnitudes: fp32 of the same shape, their Frobenius norms before the update; 0 if absent.
+        density_target: the scheduled density of all these layers together, if there is one.
     """
 
     step: int
     number: int
     layers: dict[str, TopologyUpdate]
-    drop_scores: dict[str, Tensor] = field(default_factory=dict)
+    drop_scores: Mapping[str, Tensor] = field(default_factory=dict)
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    density_target: float | None = None
 
 
 def update_topology(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_lightning.export.files import read_checkpoint, state_dict_of
 from sparse_lightning.export.state_dicts import SavedLayer, find_layers
-from sparse_lightning.masks import mask_pixels, mask_text
+from sparse_lightning.masks import mask_image, mask_text
 from sparse_lightning.tables import Section, show
 
 EXAMPLES = """examples:
@@ -136,4 +136,4 @@ def _write_png(path: Path, layer: SavedLayer) -> None:
         from PIL import Image
     except ImportError:
         raise RuntimeError("A picture needs pillow: pip install pillow") from None
-    Image.fromarray(mask_pixels(layer.topology.mask.numpy())).save(path, format="png")
+    Image.fromarray(mask_image(layer.topology.mask.numpy())).save(path, format="png")

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-_LEAST, _MOST = 256, 1024  # pixels of the longer side
+Bools = NDArray[np.bool_]
+Pixels = NDArray[np.uint8]
+
+_ENLARGED = 512  # pixels that the longer side of a small mask may take; a block would be a speck
+_MOST = 1024  # pixels of the longer side of any image
+# Grey levels that both stand out from a page, be it white or black.
+_ABSENT, _PRESENT = 224, 32
 
 
-def mask_pixels(mask: NDArray[np.bool_], least: int = _LEAST, most: int = _MOST) -> Any:
-    """Return a mask as a grey image, white where a block is present.
+def mask_image(mask: Bools) -> Pixels:
+    """Return a block mask as a grey image, dark where blocks are present.
 
-    A small mask is enlarged by a whole factor; of a large one each pixel is the density of the
-    blocks that it stands for.
+    A small mask is enlarged by a whole factor, so that every block is a square of one size. Of a
+    large one each pixel is the share of present blocks in a square of blocks.
 
     Args:
         mask: bool `[out_blocks, in_blocks]`.
-        least, most: pixels between which the longer side shall be, if whole factors allow it.
 
     Returns:
-        uint8 `[height, width]`.
+        uint8 `[height, width]`, the longer side at most 1024.
 
-    >>> mask_pixels(np.array([[True, False]]), least=4)
-    array([[255, 255,   0,   0],
-           [255, 255,   0,   0]], dtype=uint8)
-    >>> mask_pixels(np.array([[True, False, True, True]]), least=1, most=2)
-    array([[128, 255]], dtype=uint8)
+    >>> mask_image(np.eye(2, dtype=bool))[::256, ::256].tolist()
+    [[32, 224], [224, 32]]
+    >>> mask_image(np.arange(4096)[None] % 2 == 0).shape
+    (1, 1024)
     """
     longer = max(mask.shape)
-    factor = -(-longer // most)
-    grey = np.rint(_mean_of(mask, factor, factor) * 255).astype(np.uint8)
-    scale = max(1, least // max(grey.shape))
-    return grey.repeat(scale, 0).repeat(scale, 1)
+    side = -(-longer // _MOST)
+    shares = _mean_of(mask, side, side)
+    image = (_ABSENT + shares * (_PRESENT - _ABSENT)).round().astype(np.uint8)
+    scale = max(1, _ENLARGED // longer)
+    return image.repeat(scale, 0).repeat(scale, 1)
 
 
-def mask_text(mask: NDArray[np.bool_], columns: int = 80) -> str:
+def mask_text(mask: Bools, columns: int = 80) -> str:
     """Return a mask in letters: two block rows a line, or shades where blocks share a letter.
 
     Args:
@@ -61,7 +64,7 @@ def mask_text(mask: NDArray[np.bool_], columns: int = 80) -> str:
     return "\n".join("".join(line).rstrip() for line in lines)
 
 
-def _mean_of(mask: NDArray[np.bool_], rows: int, columns: int) -> NDArray[np.float64]:
+def _mean_of(mask: Bools, rows: int, columns: int) -> NDArray[np.float64]:
     """Return the mean of each `rows` x `columns` blocks, at the edges of those that are there."""
     sums = mask.astype(np.float64)
     for axis, size in ((0, rows), (1, columns)):

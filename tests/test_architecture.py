@@ -47,6 +47,7 @@ ONLY_IN = {
     "lightning_fabric": {"callbacks"},
     "lightning_utilities": {"callbacks"},
     "pytorch_lightning": {"callbacks"},
+    "rich": {"callbacks", "tables"},
     "wandb": {"callbacks"},
     "cupy": {"kernels"},
     "cupy_backends": {"kernels"},
@@ -195,7 +196,7 @@ IMPORTS = """
 import sys
 import sparse_lightning as package
 
-heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib")
+heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "rich")
 early = [name for name in heavy if name in sys.modules]
 assert not early, f"import sparse_lightning imported {early}"
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
 from sparse_lightning.cli import main
-from sparse_lightning.masks import mask_pixels, mask_text
 from tests.callbacks.helpers import Classifier, loader, trainer
 
 MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
@@ -59,8 +58,8 @@ def test_mask_as_png(saved: str, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     assert main(["inspect", saved, "--layer", "0", "--png", str(tmp_path / "mask.png")]) == 0
     pixels = np.asarray(image.open(tmp_path / "mask.png"))
-    assert pixels.shape == (192, 256)
-    assert (pixels[32::64, 32::64] == MASK.numpy() * 255).all()
+    assert pixels.shape == (384, 512)
+    assert (pixels[64::128, 64::128] == np.where(MASK, 32, 224)).all()
 
 
 @pytest.mark.parametrize(
@@ -82,20 +81,3 @@ def test_without_block_sparse_layers(tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save(nn.Linear(4, 4).state_dict(), tmp_path / "dense.pt")
     assert main(["inspect", str(tmp_path / "dense.pt")]) == 2
     assert "must hold at least one block-sparse layer" in capsys.readouterr().err
-
-
-def test_pixels_of_a_large_mask_are_densities() -> None:
-    mask = np.random.default_rng(0).random((1024, 256)) < 0.25
-    assert mask_pixels(mask).shape == (1024, 256)
-    pixels = mask_pixels(mask, least=1, most=100)
-    assert pixels.shape == (94, 24)
-    assert pixels[3, 5] == np.rint(255 * mask[33:44, 55:66].mean())
-    assert pixels[93, 23] == np.rint(255 * mask[1023:, 253:].mean())
-
-
-def test_text_of_a_large_mask_has_shades() -> None:
-    mask = np.zeros((8, 400), dtype=bool)
-    mask[:, :200] = True
-    mask[0, 200] = True
-    lines = mask_text(mask, columns=100).splitlines()
-    assert lines == ["█" * 50 + "░"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning
 import lightning.pytorch as pl
@@ -17,46 +17,33 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sparse_lightning.callbacks.observer import Fit, Observer
+from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.history import HistoryWriter
-from sparse_lightning.linear import BlockSparseLinear
-
-if TYPE_CHECKING:
-    from sparse_lightning.evolution import ModelUpdate
 
 HISTORY = "pattern.history"
 
 
-class PatternRecorder:
+class PatternRecorder(Observer):
     """Writes each update to a history, on rank 0, where Lightning keeps the run's files.
 
     A file that cannot be written ends the record with a warning, and not the training.
 
     Args:
         every_n_updates: how often the scores of blocks are written too.
+        config: what the training was told, as primitives.
     """
 
-    def __init__(self, every_n_updates: int) -> None:
+    def __init__(self, every_n_updates: int, config: Mapping[str, Any]) -> None:
         self.every_n_updates = every_n_updates
+        self.config = config
         self._writer: HistoryWriter | None = None
 
-    def start(
-        self,
-        trainer: pl.Trainer,
-        layers: Mapping[str, BlockSparseLinear],
-        step: int,
-        config: Mapping[str, Any],
-    ) -> None:
-        """Begin, or go on from a checkpoint.
-
-        Args:
-            trainer: about to train.
-            layers: by name.
-            step: optimizer steps until now.
-            config: what the training was told, as primitives.
-        """
+    def start(self, fit: Fit) -> None:
         self._writer = None
-        folder = run_folder(trainer)
-        if not trainer.is_global_zero or folder is None or not layers:
+        trainer = fit.trainer
+        folder = run_folder(trainer) if trainer.is_global_zero and fit.layers else None
+        if folder is None:
             return
         about = {
             "sparse_lightning": version("sparse-lightning"),
@@ -65,43 +52,35 @@ class PatternRecorder:
             "device": _device_name(trainer.strategy.root_device),
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
-            "config": dict(config),
+            "config": dict(self.config),
         }
-        sizes = {name: layer.block_size for name, layer in layers.items()}
+        sizes = {name: layer.block_size for name, layer in fit.layers.items()}
         with self._or_stop():
             path = folder / HISTORY
-            if step == 0:
+            if fit.step == 0:
                 _move_aside(path)
             self._writer = HistoryWriter(path)
-            self._writer.start(step, _masks(layers), sizes, about)
+            self._writer.start(fit.step, _masks(fit), sizes, about)
 
-    def update(
-        self,
-        layers: Mapping[str, BlockSparseLinear],
-        update: ModelUpdate,
-        metrics: Mapping[str, Any],
-    ) -> None:
-        """Write an update that has just been applied, and what is known of the training.
-
-        Args:
-            layers: the recorded ones, by name.
-            update: what was done.
-            metrics: numbers by name; what is no finite number is left out.
-        """
+    def update(self, fit: Fit, update: ModelUpdate) -> None:
         with self._or_stop():
             if self._writer is None:
                 return
-            masks = _masks(layers)
-            self._writer.update(update.step, update.number, masks)
+            self._writer.update(update.step, update.number, _masks(fit))
             if (update.number - 1) % self.every_n_updates == 0:
-                self._writer.scores(_scores(masks, update))
-            self._writer.metrics(update.step, _numbers(metrics))
+                self._writer.scores(_scores(fit, update))
+        self._write_metrics(fit)
 
-    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write what is known of the training at a step."""
+    def go_on(self, fit: Fit) -> None:
+        self._write_metrics(fit)
+
+    def end(self, fit: Fit) -> None:
+        self._write_metrics(fit)
+
+    def _write_metrics(self, fit: Fit) -> None:
         with self._or_stop():
-            if self._writer is not None and (numbers := _numbers(metrics)):
-                self._writer.metrics(step, numbers)
+            if self._writer is not None and (numbers := _numbers(fit.trainer.callback_metrics)):
+                self._writer.metrics(fit.step, numbers)
 
     @contextmanager
     def _or_stop(self) -> Iterator[None]:
@@ -136,14 +115,13 @@ def _move_aside(path: Path) -> None:
         path.rename(aside)
 
 
-def _masks(layers: Mapping[str, BlockSparseLinear]) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: layer.topology.mask.cpu().numpy() for name, layer in layers.items()}
+def _masks(fit: Fit) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: mask.numpy() for name, mask in fit.patterns.present.items()}
 
 
-def _scores(
-    masks: Mapping[str, np.ndarray[Any, Any]], update: ModelUpdate
-) -> dict[str, np.ndarray[Any, Any]]:
+def _scores(fit: Fit, update: ModelUpdate) -> dict[str, np.ndarray[Any, Any]]:
     """Return what the blocks were kept for; NaN for those that grew, and in frozen layers."""
+    masks = fit.patterns.present
     scores = {name: np.full(mask.shape, np.nan, np.float32) for name, mask in masks.items()}
     for name, of_layer in update.drop_scores.items():
         scores[name] = of_layer.numpy().astype(np.float32)

@@ -11,6 +11,10 @@ _REMEDY = (
 )
 
 
+# Describes what has been; checkpoints of earlier versions hold none of it.
+_OPTIONAL = {"patterns"}
+
+
 def is_dense(state_dict: Mapping[str, Any], layers: Iterable[str]) -> bool:
     """Tell whether a state dict has a dense weight for each of some layers."""
     return all(f"{name}.weight" in state_dict for name in layers)
@@ -39,7 +43,7 @@ def check_resumable(state: Mapping[str, Any] | None, own: Mapping[str, Any]) -> 
             "schedule can go on, or one of dense weights, to begin with; got block-sparse layers "
             f"without the callback's state. {_REMEDY}"
         )
-    missing = sorted(own.keys() - state.keys())
+    missing = sorted(own.keys() - state.keys() - _OPTIONAL)
     if missing:
         raise ValueError(
             f"The saved state of SparsityCallback must hold {', '.join(map(repr, missing))}; got "

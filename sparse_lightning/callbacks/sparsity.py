@@ -21,13 +21,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from sparse_lightning.callbacks.monitor import SparsityMonitor
+from sparse_lightning.callbacks.observer import Fit, Observer
+from sparse_lightning.callbacks.patterns import Patterns
 from sparse_lightning.callbacks.recorder import PatternRecorder
 from sparse_lightning.callbacks.resume import check_resumable, is_dense, leave_only_weights
+from sparse_lightning.callbacks.summary import FitSummary, summarise
+from sparse_lightning.callbacks.terminal import Terminal, show_report, show_summary
 from sparse_lightning.callbacks.trainer import (
     averaged_copies,
     averaging_callbacks,
     can_shrink,
     check_ranks,
+    compute_dtype,
     forget_old_shapes,
     grad_scale,
     planned_steps,
@@ -108,6 +113,7 @@ class SparsityCallback(Callback):
     Attributes:
         report: `SparsityReport` of the swap, after `setup`.
         last_update: `ModelUpdate` of the latest topology update, or None.
+        summary: `FitSummary` of the latest training, once it has ended by itself.
         timetable: the resolved steps, once training has started.
 
     Raises:
@@ -156,10 +162,17 @@ class SparsityCallback(Callback):
             monitor=monitor,
         )
         self._drop, self._grow = self.config.drop_criterion, self.config.grow_criterion
+        self._observers: list[Observer] = [Terminal()]
         shown = self.config.monitor
         self.monitor = None if shown is None else SparsityMonitor(shown)
-        self._recorder = PatternRecorder(shown.every_n_updates) if shown and shown.record else None
+        if self.monitor is not None:
+            self._observers.append(self.monitor)
+        if shown is not None and shown.record:
+            recorder = PatternRecorder(shown.every_n_updates, self.config.of_training())
+            self._observers.append(recorder)
         self.report: SparsityReport | None = None
+        self.summary: FitSummary | None = None
+        self._training = False
         # Whether an optimizer has stepped in this batch, and Lightning's scale as last seen.
         self._stepping = False
         self._grad_scale: float | None = None
@@ -170,6 +183,7 @@ class SparsityCallback(Callback):
         self._layers = layers
         needs = needed_by([self._drop, self._grow])
         self._gatherer = Gatherer(layers, needs, self.config.exact, self.config.token_stride)
+        self._patterns = Patterns()
         self.last_update: ModelUpdate | None = None
         self.timetable: Timetable | None = None
         self._step = 0
@@ -188,6 +202,7 @@ class SparsityCallback(Callback):
         # brought layers of other sizes.
         self._pending.clear()
         self._gatherer.forget()
+        self._training = False  # also where an earlier fit was cut off
         if is_overridden("configure_model", pl_module):
             self._swap_after_configure_model(trainer, pl_module)
         else:
@@ -236,7 +251,7 @@ class SparsityCallback(Callback):
         if swapped:
             self.report = report
             if trainer.is_global_zero:
-                print(report)
+                show_report(report)
 
     def _managed(self, pl_module: pl.LightningModule) -> dict[str, BlockSparseLinear]:
         include, exclude = self.config.include, self.config.exclude
@@ -313,8 +328,13 @@ class SparsityCallback(Callback):
             rank_zero_info(f"Exact scores: dense gradients take {mib:.1f} MiB.")
         self._stepping = False
         self._grad_scale = grad_scale(trainer)
-        if self._recorder is not None:
-            self._recorder.start(trainer, self._layers, self._step, self.config.of_training())
+        self._patterns.start(self._layers)
+        self.summary, self._training = None, True
+        for observer in self._observers:
+            observer.start(self._fit(trainer, pl_module))
+
+    def _fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Fit:
+        return Fit(trainer, pl_module, self._layers, self._patterns, self._step, self._n_updates)
 
     def _resolve_times(self, trainer: pl.Trainer) -> Timetable:
         total = planned_steps(trainer)
@@ -374,12 +394,10 @@ class SparsityCallback(Callback):
         # Where the schedule ends: before that, more blocks are present on purpose.
         grids = {name: layer.topology.grid for name, layer in self._layers.items()}
         budgets = self.config.budgets_at(1.0, grids)
-        in_half = trainer.precision in ("16-mixed", "bf16-mixed")
         slow = []
         for name, layer in self._layers.items():
             density = budgets[name] / (layer.topology.grid[0] * layer.topology.grid[1])
-            dtype = torch.bfloat16 if in_half else layer.values.dtype
-            speedup = layer.predicted_speedup(density, dtype)
+            speedup = layer.predicted_speedup(density, compute_dtype(trainer, layer))
             if speedup is not None and speedup < 1:
                 slow.append(f"{name} ({speedup:.2f} of dense at density {density:.2f})")
         if slow:
@@ -436,6 +454,8 @@ class SparsityCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        if self.monitor is not None:
+            self.monitor.count(batch)
         if not self._stepped(trainer):
             return
         gathered = self._gathers_dense_gradients
@@ -472,38 +492,33 @@ class SparsityCallback(Callback):
         # Decide everything, and take all memory, before anything is changed: an error leaves model,
         # optimizer and callback as they were.
         with _one_thread():
-            updates, drop_scores = self._decide(trainer, progress)
-            writes = [self._gatherer.prepare_anew(updates)]
-            for name, update in updates.items():
-                if len(update.changed):
-                    writes.append(self._prepare(trainer, name, update))
+            update = self._decide(trainer, progress)
+            writes = [self._gatherer.prepare_anew(update.layers), self._patterns.prepare(update)]
+            for name, of_layer in update.layers.items():
+                if len(of_layer.changed):
+                    writes.append(self._prepare(trainer, name, of_layer))
             for write in writes:
                 write()
-        self._n_updates += 1
+        self._n_updates = update.number
         self._next_update = self.timetable.next_update(self._step)
-        self.last_update = ModelUpdate(self._step, self._n_updates, updates, drop_scores)
+        self.last_update = update
         if self.config.shrink:
             self._shrink(trainer, progress)
-        if self.monitor is not None:
-            density = self.config.density_at(progress)
-            self.monitor.log(trainer, pl_module, self.last_update, density)
-        if self._recorder is not None:
-            self._recorder.update(self._layers, self.last_update, trainer.callback_metrics)
+        for observer in self._observers:
+            observer.update(self._fit(trainer, pl_module), update)
 
-    def _decide(
-        self, trainer: pl.Trainer, progress: float
-    ) -> tuple[dict[str, TopologyUpdate], dict[str, Tensor]]:
-        """Return what to do with each layer, and what its blocks were kept for."""
+    def _decide(self, trainer: pl.Trainer, progress: float) -> ModelUpdate:
         assert self.timetable is not None
         config = self.config
         fraction = config.drop_fraction_at(self.timetable.update_progress(self._step))
         layers = {n: layer for n, layer in self._layers.items() if layer.values.requires_grad}
         masks: dict[str, Tensor] = {}
+        magnitudes: dict[str, Tensor] = {}
         drop: dict[str, Tensor] = {}
         grow: dict[str, Tensor | None] = dict.fromkeys(layers)
         for name in layers:
             scores = self._gatherer.scores_of(name, seeded_generator(config.seed, self._step, name))
-            masks[name] = scores.mask
+            masks[name], magnitudes[name] = scores.mask, scores.magnitude
             with _naming(name):
                 drop[name] = score("drop", self._drop, scores)
                 if self._grow is not None:
@@ -523,7 +538,8 @@ class SparsityCallback(Callback):
                     floor=(config.floor.row, config.floor.column),
                     regrow=config.regrow,
                 )
-        return updates, drop
+        density = self.config.density_at(progress)
+        return ModelUpdate(self._step, self._n_updates + 1, updates, drop, magnitudes, density)
 
     def _prepare(
         self, trainer: pl.Trainer, name: str, update: TopologyUpdate
@@ -579,15 +595,17 @@ class SparsityCallback(Callback):
             self._pending.update(pending)
         forget_old_shapes(trainer)
 
-    # What the trainer has found out meanwhile.
+    # A validation in between.
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._training and not trainer.sanity_checking:
+            for observer in self._observers:
+                observer.pause(self._fit(trainer, pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._recorder is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._recorder.metrics(self._step, trainer.callback_metrics)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._recorder is not None:
-            self._recorder.metrics(self._step, trainer.callback_metrics)
+        if self._training and not trainer.sanity_checking:
+            for observer in self._observers:
+                observer.go_on(self._fit(trainer, pl_module))
 
     # Save, resume, end.
 
@@ -624,6 +642,7 @@ class SparsityCallback(Callback):
             "timetable": None if self.timetable is None else self.timetable.as_dict(),
             "pending": {name: pending.cpu() for name, pending in self._pending.items()},
             "gathered": self._gatherer.state_dict(),
+            "patterns": self._patterns.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -638,6 +657,21 @@ class SparsityCallback(Callback):
         self.timetable = None if table is None else Timetable(**table)
         self._pending = dict(state_dict["pending"])
         self._gatherer.load_state_dict(state_dict["gathered"])
+        if "patterns" in state_dict:
+            self._patterns.load_state_dict(state_dict["patterns"])
+
+    # Not `on_train_end`: progress bars are still drawn then.
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._training:  # there was no step to take
+            return
+        self._training = False
+        fit = self._fit(trainer, pl_module)
+        self.summary = summarise(fit)
+        for observer in self._observers:
+            observer.end(fit)
+        # A run of a few batches, to see that everything works, has bought nothing.
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            show_summary(self.summary)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._gatherer.arm(False)

@@ -78,6 +78,12 @@ def unscale_factor(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> flo
     return 1.0 if scale is None else scale
 
 
+def compute_dtype(trainer: pl.Trainer, layer: BlockSparseLinear) -> torch.dtype:
+    """Return the dtype that a layer computes in."""
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return mixed.get(str(trainer.precision), layer.values.dtype)
+
+
 def check_ranks(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
     """Raise RuntimeError on every rank unless all hold the same; every rank must call this."""
     if trainer.world_size == 1:

@@ -3,73 +3,247 @@
 from __future__ import annotations
 
 import csv
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
-from sparse_lightning.callbacks.monitor import (
+from sparse_lightning.callbacks import monitor, throughput
+from sparse_lightning.callbacks.measures import (
     count_parameters,
-    mask_image,
+    layer_row,
+    linear_weights,
     relative_flops,
+    training_bytes,
     update_scalars,
 )
+from sparse_lightning.callbacks.patterns import Patterns
+from sparse_lightning.callbacks.throughput import Throughput
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate
 from tests.callbacks.helpers import Classifier, loader, trainer
-from tests.callbacks.wandb_file import history
+from tests.callbacks.wandb_file import history, metrics
 
 LAYERS = ("net.0", "net.2")
 
 
-def sparsity(**monitor: int) -> SparsityCallback:
+def sparsity() -> SparsityCallback:
     return SparsityCallback(
         block_size=16,
         density={"schedule": "cubic", "initial": 1.0, "final": 0.25},
         update={"every_n_steps": 4},  # after 4, 8, 12, 16 and 18 of 24 steps
-        monitor={"every_n_updates": 2, "images": 1, **monitor},
+        monitor={"every_n_updates": 2, "images": 1},
     )
 
 
-def by_hand() -> tuple[nn.Module, ModelUpdate]:
-    """A 32x64 layer of 8 blocks with 3 present in 4 slots, before a dense 4x32 head."""
-    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    topology = BlockTopology.from_mask(mask, 16, capacity=4)
-    model = nn.Sequential(BlockSparseLinear(64, 32, topology=topology), nn.Linear(32, 4))
+def topology(*rows: str, **kwargs: int) -> BlockTopology:
+    mask = torch.tensor([[block == "x" for block in row] for row in rows])
+    return BlockTopology.from_mask(mask, 16, **kwargs)
+
+
+def by_hand() -> tuple[nn.Module, ModelUpdate, Patterns]:
+    """A 32x64 layer of 8 blocks, 3 present in 4 slots, before a dense 4x32 head.
+
+    The update dropped block (1, 0), and (0, 2) for (0, 0).
+    """
+    first, now = topology(".xx.", "x..x"), topology("xx..", "...x", capacity=4)
+    patterns = Patterns()
+    patterns.start({"0": BlockSparseLinear(64, 32, topology=first)})
+    model = nn.Sequential(BlockSparseLinear(64, 32, topology=now), nn.Linear(32, 4))
     slots = torch.tensor
-    update = TopologyUpdate(topology.coords, dropped=slots([0, 3]), grown=slots([0]), n_before=4)
-    return model, ModelUpdate(step=7, number=1, layers={"0": update})
+    done = TopologyUpdate(now.coords, dropped=slots([0, 3]), grown=slots([0]), n_before=4)
+    scores = torch.tensor([[9.0, 2.0, 0.5, 0.0], [0.1, 0.0, 0.0, 3.0]])
+    update = ModelUpdate(7, 1, {"0": done}, {"0": scores}, {"0": scores}, density_target=0.4)
+    patterns.follow(update)
+    return model, update, patterns
 
 
 def test_scalars_by_hand() -> None:
-    model, update = by_hand()
+    model, update, patterns = by_hand()
     parameters = 3 * 256 + 32 + 4 * 32 + 4
-    flops = (3 * 256 + 4 * 32) / (32 * 64 + 4 * 32)
+    weights = (3 * 256 + 4 * 32, 32 * 64 + 4 * 32)
     assert count_parameters(model) == parameters
-    assert relative_flops(model) == pytest.approx(flops)
-    assert update_scalars(model, update) == pytest.approx(
+    assert linear_weights(model) == weights
+    assert relative_flops(model) == pytest.approx(weights[0] / weights[1])
+    assert update_scalars(model, update, patterns) == pytest.approx(
         {
             "sparsity/density": 3 / 8,
+            "sparsity/density_target": 0.4,
             "sparsity/blocks_dropped": 2,
             "sparsity/blocks_grown": 1,
-            "sparsity/survival": 0.5,
+            "sparsity/survival": 2 / 4,
+            "sparsity/churn": 1 / 3,
+            "sparsity/ever_active": 5 / 8,
+            "sparsity/dead_rows": 0,
+            "sparsity/dead_columns": 1,
             "sparsity/parameters": parameters,
-            "sparsity/flops_per_token": flops,
+            "sparsity/flops_per_token": weights[0] / weights[1],
             "sparsity_density/0": 3 / 8,
-            "sparsity_survival/0": 0.5,
+            "sparsity_survival/0": 2 / 4,
+            "sparsity_churn/0": 1 / 3,
+            "sparsity_ever_active/0": 5 / 8,
+            "sparsity_dead_rows/0": 0,
+            "sparsity_dead_columns/0": 1,
+            "sparsity_threshold/0": 2,  # of (0, 1) and (1, 3)
         }
     )
 
 
-def test_mask_image_shows_present_blocks_in_white() -> None:
-    model, _ = by_hand()
-    image = mask_image(model[0])
-    assert image.shape == (128, 256) and image.dtype == np.uint8
-    assert (image[::64, ::64] == [[255, 255, 0, 0], [0, 0, 0, 255]]).all()
+def test_a_threshold_is_of_finite_scores() -> None:
+    model, update, patterns = by_hand()
+    scores = update.drop_scores["0"]
+    scores[0, 1] = float("nan")
+    assert update_scalars(model, update, patterns)["sparsity_threshold/0"] == 3
+    scores[1, 3] = float("inf")
+    assert "sparsity_threshold/0" not in update_scalars(model, update, patterns)
+
+
+def test_a_row_of_the_table_by_hand() -> None:
+    model, _, patterns = by_hand()
+    row = layer_row("0", model[0], patterns)
+    assert (row.shape, row.block_size, row.blocks) == ("32x64", 16, 3)
+    assert (row.density, row.ever_active, row.survival) == (3 / 8, 5 / 8, 2 / 4)
+    assert (row.dead_rows, row.dead_columns) == (0, 1)
+    assert (row.parameters_before, row.parameters_after) == (32 * 64 + 32, 3 * 256 + 32)
+
+
+def test_bytes_by_hand() -> None:
+    model, _, _ = by_hand()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()  # a gradient counts though it is not there now
+    tensors, indices = 4, 4 * (8 + 3 + 8 + 5 + 8 + 8)  # bytes of int32
+    sparse = tensors * 4 * (4 * 256) + indices + 4 * 8
+    assert training_bytes(model[0], [optimizer]) == (sparse, tensors * 4 * 32 * 64)
+    assert training_bytes(model[0].requires_grad_(False), [])[1] == 4 * 32 * 64
+
+
+# -- tokens and time ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands until its `now` is set."""
+    fake = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: fake.now)
+    return fake
+
+
+def test_throughput_by_hand(clock: SimpleNamespace) -> None:
+    counted = Throughput(ranks=2, weights=(1000, 4000), peak=1_000_000)
+    ids = torch.zeros(4, 25, dtype=torch.int64)
+    for batch in (ids, (ids, torch.zeros(4, 25)), {"x": torch.zeros(4, 8), "input_ids": [ids]}):
+        counted.count(batch)
+    clock.now = 103.0
+    counted.pause()
+    clock.now = 110.0  # of validation
+    counted.go_on()
+    clock.now = 111.0
+    tokens = 3 * 100 / 4
+    assert counted.read((500, 4000)) == pytest.approx(
+        {
+            "sparsity/samples_per_second": 2 * 3 * 4 / 4,
+            "sparsity/tokens_per_second": 2 * tokens,
+            "sparsity/mfu": 6 * 1000 * tokens / 1_000_000,
+            "sparsity/mfu_dense": 6 * 4000 * tokens / 1_000_000,
+        }
+    )
+    assert counted.read((500, 4000)) == {}, "begun anew"
+    counted.count(ids)
+    clock.now = 112.0
+    assert counted.read((0, 0))["sparsity/mfu"] == pytest.approx(6 * 500 * 100 / 1_000_000)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(5, 7),
+        (torch.zeros(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)),
+        {"scale": torch.tensor(1.0), "image": torch.zeros(5, 7, dtype=torch.uint8)},
+    ],
+)
+def test_batches_without_token_ids_are_samples(batch: Any, clock: SimpleNamespace) -> None:
+    counted = Throughput(ranks=1, weights=(1, 1), peak=10)
+    counted.count(batch)
+    counted.count(None)
+    clock.now += 2
+    assert counted.read((1, 1)) == {"sparsity/samples_per_second": 2.5}
+
+
+def test_every_batch_between_updates_counts(tmp_path: Path, clock: SimpleNamespace) -> None:
+    class Ticking(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.now += 1.0
+
+        def on_validation_batch_start(self, *_: Any) -> None:
+            clock.now += 50.0
+
+    logger = CSVLogger(tmp_path)
+    data = DataLoader(TensorDataset(torch.zeros(48, 9, dtype=torch.int64)), batch_size=2)
+    callbacks = (Ticking(), sparsity())
+    trainer(*callbacks, logger=logger, accumulate_grad_batches=3, val_check_interval=6).fit(
+        Classifier(), data, loader(1)
+    )
+    rows = read_csv(logger)
+    assert [row["step"] for row in rows if row.get("sparsity/density")] == [
+        "4",
+        "8",
+        "12",
+        "16",
+        "18",
+    ]
+    speeds = [row for row in rows if row["sparsity/tokens_per_second"]]
+    assert len(speeds) == 6 and speeds[-1]["step"] == "24", "also after the last update"
+    for row in speeds:  # a batch takes a second
+        assert float(row["sparsity/samples_per_second"]) == pytest.approx(2)
+        assert float(row["sparsity/tokens_per_second"]) == pytest.approx(18)
+    assert not any("sparsity/mfu" in row for row in rows), "unknown of a CPU"
+
+
+def test_utilisation_follows_the_density(
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of 18 tokens takes a second, of a device that does a million FLOP/s."""
+    asked = []
+
+    class Ticking(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.now += 1.0
+
+    def peak(device: torch.device, dtype: torch.dtype) -> int:
+        asked.append((device.type, dtype))
+        return 1_000_000
+
+    monkeypatch.setattr(monitor, "get_available_flops", peak)
+    logger = CSVLogger(tmp_path)
+    data = DataLoader(TensorDataset(torch.zeros(48, 9, dtype=torch.int64)), batch_size=2)
+    fitting = trainer(Ticking(), sparsity(), logger=logger, precision="bf16-mixed")
+    fitting.fit(Classifier(), data)
+    assert asked == [("cpu", torch.bfloat16)]
+    rows = [row for row in read_csv(logger) if row["sparsity/mfu"]]
+    dense = 2 * 64 * 128 + 4 * 64
+    densities = [1.0, *(float(row["sparsity/density"]) for row in rows[:-1])]
+    for row, density in zip(rows, densities, strict=True):  # of the steps before the update
+        weights = density * 2 * 64 * 128 + 4 * 64
+        assert float(row["sparsity/mfu"]) == pytest.approx(6 * weights * 18 / 1e6)
+        assert float(row["sparsity/mfu_dense"]) == pytest.approx(6 * dense * 18 / 1e6)
+
+
+def read_csv(logger: CSVLogger) -> list[dict[str, str]]:
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        return [row for row in csv.DictReader(file)]
+
+
+# -- each logger -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -83,13 +257,20 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
+def written(logger: WandbLogger, directory: Path) -> Path:
+    """End a run, and return its file once all is in it."""
     import wandb
 
+    logger.experiment.finish()
+    wandb.teardown()  # unlike finish(), it waits for the process that writes the file
+    (run_file,) = directory.rglob("*.wandb")
+    return run_file
+
+
+def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
     logger = WandbLogger(project="test", save_dir=offline, offline=True)
     trainer(sparsity(), root=offline, logger=logger).fit(Classifier(), loader())
-    wandb.teardown()  # unlike finish(), it waits for the process that writes the file
-    (run_file,) = offline.rglob("*.wandb")
+    run_file = written(logger, offline)
     rows = [row for row in history(run_file) if "sparsity/density" in row]
     # One combined call an update: scalars and media of an update share a row.
     assert [row["trainer/global_step"] for row in rows] == [4, 8, 12, 16, 18]
@@ -113,13 +294,81 @@ def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
             histogram = row[f"{side}_occupancy/net.0"]
             assert histogram["_type"] == "histogram" and sum(histogram["values"]) == blocks
             assert histogram["bins"][:3] == [-0.5, 0.5, 1.5], "one bin a count"
+        norms = row["block_norms/net.0"]
+        assert (
+            norms["_type"] == "histogram" and min(norms["bins"]) >= row["sparsity_threshold/net.0"]
+        )
+    assert {row["sparsity/samples_per_second"] > 0 for row in rows} == {True}
+    defined = metrics(run_file)
+    assert defined["sparsity/survival"]["summary"] == {"min": True, "mean": True}
+    assert defined["sparsity/survival"]["step_metric"] == "trainer/global_step"
+
+
+def test_wandb_gets_a_table_of_the_layers(offline: Path) -> None:
+    logger = WandbLogger(project="test", save_dir=offline, offline=True, prefix="mine")
+    callback, model = sparsity(), Classifier()
+    trainer(callback, root=offline, logger=logger).fit(model, loader())
+    run_file = written(logger, offline)
+    assert "mine-sparsity/survival" in metrics(run_file)
+    (row,) = [row for row in history(run_file) if "mine-sparsity/layers" in row]
+    table = json.loads(
+        (run_file.parent / "files" / row["mine-sparsity/layers"]["path"]).read_text()
+    )
+    columns = table["columns"]
+    assert columns[:4] == ["name", "shape", "block size", "density"]
+    assert columns[-2:] == ["parameters before", "parameters after"]
+    assert [dict(zip(columns, data, strict=True)) for data in table["data"]] == [
+        {
+            "name": name,
+            "shape": shape,
+            "block size": 16,
+            "density": 0.25,
+            "blocks": 8,
+            "dead rows": 0,
+            "dead columns": 0,
+            "ever active": 1,
+            "survival": 0.25,
+            "parameters before": 64 * 128 + bias,
+            "parameters after": 8 * 256 + bias,
+        }
+        for name, shape, bias in (("net.0", "128x64", 128), ("net.2", "64x128", 64))
+    ]
+    assert row["trainer/global_step"] == 24
+
+
+@pytest.mark.parametrize("fails", ["image", "table", "call", "pillow"])
+def test_wandb_media_that_fail_are_a_warning(
+    fails: str, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space")
+
+    class Refusing(WandbLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            if fails == "call" and "mask/net.0" in metrics:
+                fail()
+            super().log_metrics(metrics, step)
+
+    if fails == "pillow":
+        monkeypatch.setitem(sys.modules, "PIL", None)
+    elif fails != "call":
+        monkeypatch.setattr(wandb, fails.title(), fail)
+    logger = Refusing(project="test", save_dir=offline, offline=True)
+    with pytest.warns(UserWarning, match="Refusing could not log block masks") as warned:
+        trainer(sparsity(), root=offline, logger=logger).fit(Classifier(), loader())
+    assert len([w for w in warned if "could not log" in str(w.message)]) == 1, "once"
+    run_file = written(logger, offline)
+    rows = [row for row in history(run_file) if "sparsity/density" in row]
+    assert [row["trainer/global_step"] for row in rows] == [4, 8, 12, 16, 18]
+    assert [row for row in rows if "mask/net.0" in row] == [] or fails == "table"
 
 
 def test_csv_gets_the_scalars(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer(sparsity(), root=tmp_path, logger=logger).fit(Classifier(), loader())
-    with open(Path(logger.log_dir) / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["sparsity/density"]]
+    rows = [row for row in read_csv(logger) if row["sparsity/density"]]
     assert [int(row["step"]) for row in rows] == [4, 8, 12, 16, 18]
     assert float(rows[-1]["sparsity/density"]) == 0.25
 
@@ -132,12 +381,35 @@ def test_tensorboard_gets_scalars_images_and_histograms(tmp_path: Path) -> None:
     trainer(sparsity(), root=tmp_path, logger=logger).fit(Classifier(), loader())
     logger.finalize("success")
     events = event_accumulator.EventAccumulator(
-        logger.log_dir, size_guidance={"images": 0, "histograms": 0}
+        logger.log_dir, size_guidance={"images": 0, "histograms": 0, "tensors": 0}
     )
     events.Reload()
     assert [e.step for e in events.Scalars("sparsity/density")] == [4, 8, 12, 16, 18]
     assert [e.step for e in events.Images("mask/net.0")] == [4, 12, 18]
-    assert [e.step for e in events.Histograms("row_occupancy/net.0")] == [4, 12, 18]
+    for name in ("row_occupancy", "column_occupancy", "block_norms"):
+        assert [e.step for e in events.Histograms(f"{name}/net.0")] == [4, 12, 18]
+    assert (events.Images("mask/net.0")[0].height, events.Images("mask/net.0")[0].width) == (
+        512,
+        256,
+    )
+    (table,) = events.Tensors("sparsity/layers/text_summary")
+    lines = table.tensor_proto.string_val[0].decode().splitlines()
+    assert table.step == 24 and len(lines) == 2 + len(LAYERS)
+    assert lines[2] == "| net.0 | 128x64 | 16 | 0.250 | 8 | 0 | 0 | 1.000 | 0.250 | 8320 | 2176 |"
+
+
+def test_tensorboard_media_that_fail_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("no images here")
+
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(logger.experiment, "add_image", fail)
+    callback = sparsity()
+    with pytest.warns(UserWarning, match=r"TensorBoardLogger could not .*TypeError: no images"):
+        trainer(callback, root=tmp_path, logger=logger).fit(Classifier(), loader())
+    assert callback.last_update.number == 5
 
 
 def test_monitor_null_logs_nothing(tmp_path: Path) -> None:
@@ -158,4 +430,59 @@ def test_one_call_a_logger_and_update() -> None:
                 calls.append((int(step or 0), dict(metrics)))
 
     trainer(sparsity(), logger=[Counting("unused"), Counting("unused")]).fit(Classifier(), loader())
-    assert [step for step, _ in calls] == [4, 4, 8, 8, 12, 12, 16, 16, 18, 18]
+    # And at the end, how fast the steps after the last update were.
+    assert [step for step, _ in calls] == [4, 4, 8, 8, 12, 12, 16, 16, 18, 18, 24, 24]
+    assert set(calls[-1][1]) == {"sparsity/samples_per_second"}
+
+
+# -- what is known of the past -----------------------------------------------------------------
+
+
+def exchanging() -> SparsityCallback:
+    return SparsityCallback(
+        block_size=16,
+        density=0.25,
+        update={"every_n_steps": 4, "until": 20},
+        drop_fraction=0.5,
+        grow="random",
+    )
+
+
+def test_what_was_ever_active_survives_a_resume(tmp_path: Path) -> None:
+    """By the masks that a callback of ours sees, and over a checkpoint."""
+    seen: list[torch.Tensor] = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            seen.append(module.net[0].topology.mask)
+
+    def run(steps: int, path: str | None = None) -> SparsityCallback:
+        callback = exchanging()
+        fitting = trainer(callback, Record(), max_steps=steps, root=tmp_path)
+        model = Classifier()
+        fitting.fit(model, loader(), ckpt_path=path)
+        seen.insert(0, callback._patterns.first["net.0"])
+        fitting.save_checkpoint(tmp_path / "last.ckpt")
+        return callback
+
+    run(10)
+    expected = torch.stack(seen).any(0)
+    first = seen[0]
+    callback = run(20, str(tmp_path / "last.ckpt"))
+    expected |= torch.stack(seen).any(0)
+    assert torch.equal(callback._patterns.ever["net.0"], expected) and expected.sum() > 8
+    assert torch.equal(callback._patterns.first["net.0"], first)
+    assert callback.summary.grown > 0
+
+
+def test_a_checkpoint_from_before_patterns_were_kept_loads(tmp_path: Path) -> None:
+    fitting = trainer(exchanging(), max_steps=10, root=tmp_path)
+    fitting.fit(Classifier(), loader())
+    fitting.save_checkpoint(tmp_path / "old.ckpt")
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["SparsityCallback"]["patterns"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    callback = exchanging()
+    trainer(callback, max_steps=20).fit(Classifier(), loader(), ckpt_path=tmp_path / "old.ckpt")
+    assert callback.summary.updates > 2
+    assert callback.summary.ever_active >= callback.summary.density == 0.25

@@ -58,3 +58,17 @@ def history(path: Path) -> list[dict[str, Any]]:
                 place[last] = json.loads(item.value_json)
             rows.append(row)
     return rows
+
+
+def metrics(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what was said by `define_metric`, by name."""
+    from google.protobuf.json_format import MessageToDict
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for payload in records(path):
+        record = Record.FromString(payload)
+        if record.WhichOneof("record_type") == "metric":
+            metric = MessageToDict(record.metric, preserving_proto_field_name=True)
+            found[metric.get("name", metric.get("glob_name"))] = metric
+    return found

@@ -1,0 +1,41 @@
+"""Pictures show every block, or the share of those that share a pixel or a letter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparse_lightning.masks import mask_image, mask_text
+
+
+def test_a_small_mask_is_enlarged_by_a_whole_factor() -> None:
+    mask = np.array([[1, 1, 0], [0, 0, 1]], bool)
+    image = mask_image(mask)
+    assert image.shape == (2 * 170, 3 * 170) and image.dtype == np.uint8
+    assert (image == np.kron(np.where(mask, 32, 224), np.ones((170, 170)))).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_the_image_of_a_large_layer(block_size: int) -> None:
+    mask = np.random.default_rng(0).random((16384 // block_size, 4096 // block_size)) < 0.25
+    image = mask_image(mask)
+    assert 512 <= image.shape[0] <= 1024 and image.shape[0] == 4 * image.shape[1]
+    scale = image.shape[0] // mask.shape[0]
+    assert (image[::scale, ::scale] == np.where(mask, 32, 224)).all(), "all can be told apart"
+
+
+def test_a_mask_that_is_too_large_is_averaged() -> None:
+    mask = np.zeros((2050, 4), bool)  # in squares of 3: 683 full rows of them, and one of 1
+    mask[:3, 0] = mask[2049, 3] = True
+    image = mask_image(mask)
+    assert image.shape == (684, 2)
+    assert image[0].tolist() == [round(224 - 192 * 3 / (3 * 3)), 224]
+    assert image[683].tolist() == [224, 32] and (image[1:683] == 224).all()
+
+
+def test_text_of_a_large_mask_has_shades() -> None:
+    mask = np.zeros((8, 400), dtype=bool)
+    mask[:, :200] = True
+    mask[0, 200] = True
+    lines = mask_text(mask, columns=100).splitlines()
+    assert lines == ["█" * 50 + "░"]
