@@ -168,7 +168,7 @@ def test_overrides() -> None:
         "block_size": 16,
         "include": ("fc1", "re:.*mlp"),
         "exclude": (),
-        "monitor": {"every_n_updates": 10, "images": 0},
+        "monitor": {"every_n_updates": 10, "images": 0, "record": True},
     }
     # Steps stay steps and fractions fractions on the way.
     assert type(config.update.until) is int and type(config.update.begin) is float

@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 import sparse_lightning
+from sparse_lightning.history import read_history
 
 pytestmark = pytest.mark.slow
 
@@ -86,8 +87,10 @@ def test_gpt_learns_and_leaves_everything_in_the_run_directory(
     assert (directory / "checkpoints" / "last.ckpt").stat().st_size > 100_000
     assert list(directory.glob("wandb/offline-run-*/*.wandb"))
     assert {path.name for path in directory.iterdir()} <= {
-        *(".hydra", "checkpoints", "masks.png", "train.log", "wandb")
+        *(".hydra", "checkpoints", "masks.png", "sparse-lightning", "train.log", "wandb")
     }
+    (history,) = directory.glob("sparse-lightning/*/pattern.history")  # by W&B's project and run
+    assert read_history(history).frames[-1].number > 0
 
 
 def test_gpt_resumes(first_run: tuple[Path, str], tmp_path: Path) -> None:
