@@ -13,6 +13,7 @@ from sparse_lightning.bench import command as bench
 from sparse_lightning.bench import quality_command as quality
 from sparse_lightning.bench import tune
 from sparse_lightning.export import command as export
+from sparse_lightning.report import command as report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "take a trained model out of block sparsity",
         "Write the weights of a checkpoint with block-sparse layers in a form that needs no "
         "sparse_lightning. No file is replaced unless --force says so.",
+    )
+    _add(
+        commands,
+        "report",
+        report,
+        "show what became of a training's blocks, as one HTML file",
+        "Write an HTML page from what a training recorded: how the block masks of every layer "
+        "changed, and everything that was logged beside it. Needs neither a GPU nor a network.",
     )
     options = parser.parse_args(arguments)
     try:

@@ -78,6 +78,13 @@ class LayerHistory:
             flat[flips] ^= True
         return flat.reshape(self.grid)
 
+    def masks(self) -> Iterator[Bools]:
+        """Yield the mask of every frame in turn: one array, changed in place from frame to frame."""
+        flat = self.first.reshape(-1).copy()
+        for flips in self.flips:
+            flat[flips] ^= True
+            yield flat.reshape(self.grid)
+
 
 @dataclass
 class History:
@@ -161,7 +168,7 @@ class HistoryWriter:
         """
         ranges, levels = [], []
         for name, mask in self._masks.items():
-            lowest, highest, of_layer = _quantise(scores[name][mask])
+            lowest, highest, of_layer = quantise(scores[name][mask])
             ranges.append([lowest, highest])
             levels.append(of_layer)
         self._append({"kind": "scores", "ranges": ranges}, levels)
@@ -279,8 +286,8 @@ def _unpack(packed: bytes, grid: tuple[int, int]) -> Bools:
     return bits.astype(bool).reshape(grid)
 
 
-def _quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
-    """Return the lowest and the highest score, and the level of each from 1 to 255; 0 is none."""
+def quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
+    """Return the lowest and the highest of scores `[n]`, and each one's level: 1 to 255; 0 is none."""
     finite = np.isfinite(scores)
     if not finite.any():
         return 0.0, 0.0, np.zeros(len(scores), dtype=np.uint8)

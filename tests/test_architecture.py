@@ -15,6 +15,7 @@ ROOT = Path(sparse_lightning.__file__).parent
 # Every module or folder directly under the package, and how high it stands. A room may import from
 # itself and from lower floors; rooms of one floor, as policy and kernels, never see each other.
 FLOORS = {
+    "history": 0,
     "topology": 0,
     "sharding": 0,
     "criteria": 1,
@@ -31,6 +32,7 @@ FLOORS = {
     "export": 5,
     "callbacks": 6,
     "bench": 7,
+    "report": 7,
     "cli": 8,
     "__init__": 9,  # the roof, which users enter by; no room does
 }
@@ -49,6 +51,7 @@ ONLY_IN = {
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "safetensors": {"export"},
+    "plotly": {"report"},
 }
 
 
@@ -189,7 +192,7 @@ IMPORTS = """
 import sys
 import sparse_lightning as package
 
-heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib")
+heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib", "plotly")
 early = [name for name in heavy if name in sys.modules]
 assert not early, f"import sparse_lightning imported {early}"
 
