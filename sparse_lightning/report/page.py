@@ -23,7 +23,7 @@ def write_report(
     Args:
         history: the file that the training recorded.
         output: the HTML file; one that is there is replaced.
-        title: of the page; the name of the folder that holds `history`, if None.
+        title: of the page; the names of the two folders that `history` lies in, if None.
 
     Returns:
         What the page shows, as `sparse_lightning.report.tell` returns it.
@@ -35,7 +35,7 @@ def write_report(
     """
     history, output = Path(history), Path(output)
     library = plotting_library()
-    story = tell(read_history(history), title or history.resolve().parent.name)
+    story = tell(read_history(history), title or "/".join(history.resolve().parent.parts[-2:]))
     _write(output, render(story, library))
     return story
 
