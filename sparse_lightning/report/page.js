@@ -5,13 +5,14 @@
 const story = JSON.parse(document.getElementById("story").textContent);
 const $ = (id) => document.getElementById(id);
 const last = story.frames.length - 1;
-const state = { frame: 0, layer: 0, colour: "presence", zoom: 1, playing: false, cell: null };
+const state = { frame: 0, layer: 0, colour: "presence", zoom: 1, playing: false, cell: null,
+  hidden: new Set() }; // names of lines that are left out of the curves
 
 const number = (value, digits = 4) =>
   value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits });
 const whole = (value) => value.toLocaleString("en");
 const percent = (share) =>
-  share === null ? "–" : `${(100 * share).toLocaleString("en", { maximumFractionDigits: 1 })} %`;
+  share === null ? "–" : `${(100 * share).toLocaleString("en", { maximumFractionDigits: 1 })}\u00a0%`;
 const many = (n, one, more = `${one}s`) => `${whole(n)} ${n === 1 ? one : more}`;
 const shorter = (n) =>
   n.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
@@ -499,12 +500,16 @@ const seenPanels = new IntersectionObserver((entries) => {
 
 /** A plot that is drawn when it is first seen, with a line at the frame that the films show. */
 class Panel {
-  constructor(parent, title, note, share, lines) {
+  /**
+   * @param lines makes Plotly's lines, in the colours of now
+   * @param ofLayers whether the legend is the one of all such plots
+   */
+  constructor(parent, title, note, lines, { share = false, fromZero = true, ofLayers = false } = {}) {
     this.root = element("div", "", { class: "panel", "data-panel": panels.length });
     this.plot = element("div", "", { class: "plot" });
     this.root.append(element("h3", title), element("p", note), this.plot);
     this.now = element("div", "", { class: "now" });
-    Object.assign(this, { share, lines, visible: false, dirty: true, drawn: false });
+    Object.assign(this, { share, fromZero, ofLayers, lines, visible: false, dirty: true, drawn: false });
     panels.push(this);
     parent.append(this.root);
     seenPanels.observe(this.root);
@@ -522,11 +527,11 @@ class Panel {
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style.soft },
       xaxis: { ...axis, range: [story.steps[0], Math.max(story.steps[0] + 1, story.steps[1])], title: { text: "step", standoff: 4 } },
-      yaxis: { ...axis, rangemode: "tozero", tickformat: this.share ? ".0%" : undefined, hoverformat: this.share ? ".2%" : undefined },
+      yaxis: { ...axis, rangemode: this.fromZero ? "tozero" : "normal", tickformat: this.share ? ".0%" : undefined, hoverformat: this.share ? ".2%" : undefined },
       hovermode: "closest",
       hoverlabel: { namelength: -1, bgcolor: style.raised, bordercolor: style.line, font: { color: style.ink } },
-      showlegend: lines.length > 1,
-      legend: { orientation: "h", y: -0.24, yanchor: "top", font: { size: 11 }, maxheight: 66, itemwidth: 30 },
+      showlegend: lines.length > 1 && !this.ofLayers,
+      legend: { orientation: "h", y: -0.24, yanchor: "top", font: { size: 11 }, itemwidth: 30 },
     }, {
       displaylogo: false, displayModeBar: false, responsive: true, doubleClick: "reset",
       showTips: false,
@@ -595,24 +600,50 @@ function buildCurves() {
       $("curves").append(panel);
       continue;
     }
-    const line = (values, name, colour, width) => ({
-      x: step.slice(from), y: values.slice(from), name: plain(name), mode: step.length < 40 ? "lines+markers" : "lines",
-      line: { color: colour, width }, marker: { size: width + 2 }, hovertemplate: undefined,
-    });
-    new Panel($("curves"), title, note, SHARES.has(key), () => {
-      const of = layers.map((layer, i) => ({
-        ...line(layer[key], story.layers[i].name, i === state.layer ? style.kept : style.unknown,
-          i === state.layer ? 2 : 1),
-        visible: layers.length <= MOST_LAYERS || i === state.layer ? true : "legendonly",
-        zorder: i === state.layer ? 2 : 0,
-      }));
-      const all = { ...line(total[key], "all layers", style.accent, 3), zorder: 1 };
-      return layers.length > 1 ? [all, ...of] : of;
-    });
+    new Panel($("curves"), title, note, () => {
+      const drawn = layers.map((layer, i) => layerLine(i, step.slice(from), layer[key].slice(from)));
+      const all = line(step.slice(from), total[key].slice(from), ALL, style.accent, 3);
+      return layers.length > 1 ? [{ ...all, visible: !state.hidden.has(ALL), zorder: 1 }, ...drawn] : drawn;
+    }, { share: SHARES.has(key), fromZero: key !== "survival", ofLayers: true });
   }
+  if (layers.length > 1) buildLegend();
+}
+
+const ALL = "all layers";
+
+function line(x, y, name, color, width) {
+  return { x, y, name: plain(name), mode: x.length < 40 ? "lines+markers" : "lines", connectgaps: false,
+    line: { color, width }, marker: { size: width + 2 } };
+}
+
+function layerLine(index, x, y) {
+  const { name } = story.layers[index];
+  const chosen = index === state.layer;
+  return { ...line(x, y, name, chosen ? style.kept : style.unknown, chosen ? 2.5 : 1),
+    visible: chosen || !state.hidden.has(name), zorder: chosen ? 2 : 0 };
+}
+
+/** One legend for all the plots that have a line a layer. */
+function buildLegend() {
+  const names = story.layers.map((layer) => layer.name);
+  if (names.length > MOST_LAYERS) names.forEach((name) => state.hidden.add(name));
+  const chips = [ALL, ...names].map((name) => {
+    const chip = element("button", name, { type: "button", class: "chip" });
+    const show = () => chip.setAttribute("aria-pressed", !state.hidden.has(name));
+    chip.addEventListener("click", () => {
+      if (!state.hidden.delete(name)) state.hidden.add(name);
+      show();
+      refreshPanels();
+    });
+    show();
+    return chip;
+  });
+  $("lines-shown").append(...chips);
+  $("lines-shown").hidden = false;
 }
 
 function buildMetrics() {
+  const layers = new Map(story.layers.map((layer, index) => [layer.name, index]));
   const groups = new Map();
   for (const metric of story.metrics) {
     if (!groups.has(metric.panel)) groups.set(metric.panel, []);
@@ -621,13 +652,17 @@ function buildMetrics() {
   if (!groups.size) {
     $("metrics").append(element("p", "No metric was recorded: the training logged none, or it ended before one was known.", { class: "note" }));
   }
-  for (const [title, lines] of groups) {
-    new Panel($("metrics"), title, lines.length === 1 && lines[0].name !== title ? lines[0].name : "", false, () =>
-      lines.map((metric, i) => ({
-        x: metric.step, y: metric.value, name: plain(metric.name),
-        mode: metric.step.length < 40 ? "lines+markers" : "lines", marker: { size: 4 },
-        line: { color: LINES[i % LINES.length], width: 2 }, connectgaps: false,
-      })));
+  for (const [title, metrics] of groups) {
+    const indices = metrics.map(({ name }) => layers.get(name.slice(title.length + 1)));
+    if (indices.every((index) => index !== undefined)) {
+      new Panel($("metrics"), title, "of each layer", () =>
+        metrics.map((metric, i) => layerLine(indices[i], metric.step, metric.value)),
+      { ofLayers: true, fromZero: false });
+      continue;
+    }
+    const names = metrics.map((metric) => metric.name).filter((name) => name !== title);
+    new Panel($("metrics"), title, metrics.length === 1 ? names.join() : "", () =>
+      metrics.map(({ step, value, name }, i) => line(step, value, name, LINES[i % LINES.length], 2)));
   }
 }
 
@@ -705,8 +740,6 @@ function buildHeader() {
         : ` at the end, ${shorter(weights.first)} at first, ${shorter(weights.dense)} dense`],
     ["Time", duration(story.seconds[1] - story.seconds[0])],
   ];
-  const about = story.about.filter(([key]) => !key.startsWith("config."));
-  for (const [key, value] of about) facts.push([key.replaceAll("_", " "), value]);
   for (const [name, value, aside] of facts) {
     const fact = element("div");
     const shown = element("dd", value);
@@ -714,6 +747,8 @@ function buildHeader() {
     fact.append(element("dt", name), shown);
     $("facts").append(fact);
   }
+  const about = story.about.filter(([key]) => !key.startsWith("config."));
+  $("made").textContent = about.map(([key, value]) => `${key.replaceAll("_", " ")} ${value}`).join(" · ");
   const config = story.about.filter(([key]) => key.startsWith("config."));
   $("about").hidden = config.length === 0;
   for (const [key, value] of config) {
