@@ -79,7 +79,7 @@ class LayerHistory:
         return flat.reshape(self.grid)
 
     def masks(self) -> Iterator[Bools]:
-        """Yield the mask of every frame in turn: one array, changed in place from frame to frame."""
+        """Yield the mask of every frame in turn: one array, changed in place between them."""
         flat = self.first.reshape(-1).copy()
         for flips in self.flips:
             flat[flips] ^= True
@@ -287,7 +287,7 @@ def _unpack(packed: bytes, grid: tuple[int, int]) -> Bools:
 
 
 def quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
-    """Return the lowest and the highest of scores `[n]`, and each one's level: 1 to 255; 0 is none."""
+    """Return the lowest and highest of scores `[n]`, and the level of each: 1 to 255, 0 for none."""
     finite = np.isfinite(scores)
     if not finite.any():
         return 0.0, 0.0, np.zeros(len(scores), dtype=np.uint8)

@@ -192,7 +192,8 @@ IMPORTS = """
 import sys
 import sparse_lightning as package
 
-heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "matplotlib", "plotly")
+heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb")
+heavy += ("matplotlib", "plotly")
 early = [name for name in heavy if name in sys.modules]
 assert not early, f"import sparse_lightning imported {early}"
 

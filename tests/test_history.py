@@ -115,8 +115,8 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_a_thousand_updates_of_a_billion_parameters(tmp_path: Path, block_size: int) -> None:
-    # 16 layers of 16384 x 4096, 1.07 billion weights; one update in ten is written, and counts ten times.
-    # weights. Moves as RigL's do: the least useful of the present, anywhere else.
+    # 16 layers of 16384 x 4096, 1.07 billion weights; one update in ten is written, and counts ten
+    # times. Moves as RigL's do: the least useful of the present, anywhere else.
     path, generator = tmp_path / "pattern.history", np.random.default_rng(0)
     grid, updates, every = (16384 // block_size, 4096 // block_size), 100, 10
     now = {str(i): generator.random(grid) < 0.25 for i in range(16)}

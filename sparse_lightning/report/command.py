@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> None:
     story = write_report(history, output)
     first, last = story["steps"]
     print(
-        f"Wrote {output}: {len(story['layers'])} layers, {story['updates']} updates, steps {first:,} "
-        f"to {last:,}, {output.stat().st_size / 1e6:.1f} MB, from {history}"
+        f"Wrote {output}: {len(story['layers'])} layers, {story['updates']} updates, "
+        f"steps {first:,} to {last:,}, {output.stat().st_size / 1e6:.1f} MB, from {history}"
     )
     if others:
         print("Older histories, of which a report can be written by naming the file:")

@@ -54,6 +54,7 @@ class Film {
     this.mask = new Uint8Array(this.blocks);
     this.since = new Uint16Array(this.blocks); // the frame of the last change
     this.snapshots = [];
+    this.ends = []; // of each scored frame
     this.frame = -1;
     this.step();
     this.lying = this.rows > this.columns; // on its long side, as screens do
@@ -89,14 +90,17 @@ class Film {
     }
   }
 
-  /** The latest scored frame until now: {lowest, highest, step, levels}, or null. */
+  /** The latest scored frame until now, or null; {low, high}: between which levels colours change. */
   scores() {
     const { from, ranges, steps, levels } = this.layer.scores;
     let i = from.length - 1;
     while (i >= 0 && from[i] > this.frame) i--;
     if (i < 0) return null;
     const of = this.levels.subarray(i * this.blocks, (i + 1) * this.blocks);
-    return { lowest: ranges[i][0], highest: ranges[i][1], step: steps[i], levels: of };
+    const [lowest, highest] = ranges[i];
+    const value = (level) => lowest + ((level - 1) / 254) * (highest - lowest);
+    this.ends[i] ??= middle(of);
+    return { step: steps[i], levels: of, value, ...this.ends[i] };
   }
 
   /** What is known of one block: read from the film, whatever frame it was moved to before. */
@@ -117,7 +121,7 @@ class Film {
       came,
       went: changes.length - came,
       score: present && level
-        ? scores.lowest + ((level - 1) / 254) * (scores.highest - scores.lowest) : null,
+        ? scores.value(level) : null,
       scored: scores && scores.step,
     };
   }
@@ -163,8 +167,25 @@ class Film {
       return (i) => (mask[i] ? of[since[i]] : absent);
     }
     const scores = this.scores();
-    return (i) => !mask[i] ? absent : scores && scores.levels[i] ? ramp[scores.levels[i]] : unknown;
+    if (!scores) return (i) => (mask[i] ? unknown : absent);
+    const { levels, low, high } = scores;
+    const of = Array.from({ length: 256 }, (_, level) =>
+      ramp[Math.round(255 * Math.min(1, Math.max(0, (level - low) / Math.max(1, high - low))))]);
+    return (i) => (!mask[i] ? absent : levels[i] ? of[levels[i]] : unknown);
   }
+}
+
+/** The levels that 2 and 98 of 100 blocks stay below: single outliers would take all the colours. */
+function middle(levels) {
+  const counts = new Uint32Array(256);
+  for (const level of levels) counts[level]++;
+  const scored = levels.length - counts[0];
+  const below = (share) => {
+    let level = 1;
+    for (let sum = counts[1]; sum < share * scored && level < 255; sum += counts[level]) level++;
+    return level;
+  };
+  return { low: below(0.02), high: below(0.98) };
 }
 
 // -- colours --------------------------------------------------------------------------------------
@@ -323,7 +344,8 @@ function showLegend() {
   } else {
     const scores = film().scores();
     items = scores
-      ? [ramp(number(scores.lowest, 3), number(scores.highest, 3)), key(style.unknown, "not scored"),
+      ? [ramp(`${scores.low > 1 ? "≤ " : ""}${number(scores.value(scores.low), 3)}`,
+        `${scores.high < 255 ? "≥ " : ""}${number(scores.value(scores.high), 3)}`), key(style.unknown, "not scored"),
         key(style.absent, "absent"), element("span", `scores of step ${whole(scores.step)}`)]
       : [element("span", "No block has been scored by this frame."), key(style.unknown, "not scored")];
   }
@@ -358,7 +380,9 @@ function buildGallery() {
     $("gallery").append(button);
     seen.observe(button);
   });
-  document.querySelector(".stage").classList.toggle("alone", story.layers.length < 2);
+  const { classList } = document.querySelector(".stage");
+  classList.toggle("alone", story.layers.length < 2);
+  classList.toggle("wide", story.layers.some((layer) => Math.max(...layer.grid) > 400));
 }
 
 function drawTile(tile) {

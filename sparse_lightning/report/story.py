@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_lightning.history import History, LayerHistory, quantise
+from sparse_lightning.history import Frame, History, LayerHistory, Metrics, quantise
 
 MOST_FRAMES = 200  # more than a film of seconds needs
 MOST_POINTS = 1000  # of a curve: more than a screen is wide
@@ -61,7 +61,8 @@ def follow(layer: LayerHistory, steps: list[int]) -> tuple[Track, NDArray[np.int
         steps: of its frames.
 
     Returns:
-        The counts, and since which step each block has been as it is, int64 `[out_blocks * in_blocks]`.
+        The counts, and since which step each block has been as it is, int64
+        `[out_blocks * in_blocks]`.
     """
     rows, columns = layer.grid
     mask = layer.first.reshape(-1).copy()
@@ -165,7 +166,7 @@ def tell(history: History, title: str) -> dict[str, Any]:
             }
         )
     total = Track(*(_sum(getattr(t, key) for t in tracks) for key in Track.__annotations__))
-    moments = [*history.frames, *history.metrics]
+    moments: list[Frame | Metrics] = [*history.frames, *history.metrics]
     return {
         "title": title,
         "about": [[key, _text(value)] for key, value in _flat(history.about)],
