@@ -287,7 +287,7 @@ def _unpack(packed: bytes, grid: tuple[int, int]) -> Bools:
 
 
 def quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
-    """Return the lowest and highest of scores `[n]`, and the level of each: 1 to 255, 0 for none."""
+    """Return the lowest and highest of scores `[n]`, and the level of each: 1 to 255; 0 is none."""
     finite = np.isfinite(scores)
     if not finite.any():
         return 0.0, 0.0, np.zeros(len(scores), dtype=np.uint8)
