@@ -403,7 +403,8 @@ function draw() {
   $("layer-state").textContent = `${whole(present)} of ${whole(of.blocks)} blocks, `
     + `${percent(present / of.blocks)}${state.frame ? ` · ${whole(came)} came, ${whole(went)} went` : ""}`;
   const frame = story.frames[state.frame];
-  const when = `step ${whole(frame.step)} · ${frame.number ? `update ${whole(frame.number)}` : "start"}`;
+  const what = frame.number ? `update ${whole(frame.number)}` : state.frame ? "went on" : "start";
+  const when = `step ${whole(frame.step)} · ${what}`;
   $("when").textContent = when;
   $("slider").value = state.frame;
   $("slider").setAttribute("aria-valuetext", when);
