@@ -15,6 +15,7 @@ from sparse_lightning.bench import quality_command as quality
 from sparse_lightning.bench import tune
 from sparse_lightning.export import command as export
 from sparse_lightning.planning import command as planning
+from sparse_lightning.report import command as report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "look into a checkpoint",
         "List the block-sparse layers of a checkpoint, and what the training was told; or show "
         "the block mask of one.",
+    )
+    _add(
+        commands,
+        "report",
+        report,
+        "show what became of a training's blocks, as one HTML file",
+        "Write an HTML page from what a training recorded: how the block masks of every layer "
+        "changed, and everything that was logged beside it. Needs neither a GPU nor a network.",
     )
     options = parser.parse_args(arguments)
     try:

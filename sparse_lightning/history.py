@@ -70,6 +70,11 @@ class LayerHistory:
     first: Bools
     flips: list[NDArray[np.int32]] = field(default_factory=list)
     scores: dict[int, Floats] = field(default_factory=dict)
+    # The mask of the last frame while a file is read: counting up to it each time takes seconds.
+    _last: Bools = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._last = self.first.copy()
 
     def mask(self, frame: int) -> Bools:
         """Return the mask of a frame, bool `[out_blocks, in_blocks]`; -1 is the last."""
@@ -77,6 +82,13 @@ class LayerHistory:
         for flips in self.flips[: frame % len(self.flips) + 1]:
             flat[flips] ^= True
         return flat.reshape(self.grid)
+
+    def masks(self) -> Iterator[Bools]:
+        """Yield the mask of every frame in turn: one array, changed in place between them."""
+        flat = self.first.reshape(-1).copy()
+        for flips in self.flips:
+            flat[flips] ^= True
+            yield flat.reshape(self.grid)
 
 
 @dataclass
@@ -161,7 +173,7 @@ class HistoryWriter:
         """
         ranges, levels = [], []
         for name, mask in self._masks.items():
-            lowest, highest, of_layer = _quantise(scores[name][mask])
+            lowest, highest, of_layer = quantise(scores[name][mask])
             ranges.append([lowest, highest])
             levels.append(of_layer)
         self._append({"kind": "scores", "ranges": ranges}, levels)
@@ -221,7 +233,7 @@ def _start(history: History, head: dict[str, Any], body: bytes) -> None:
     history.about = head["about"]
     if goes_on and history.frames:
         flips = {
-            name: np.flatnonzero(history.layers[name].mask(-1) ^ layer.first).astype(np.int32)
+            name: np.flatnonzero(history.layers[name]._last ^ layer.first).astype(np.int32)
             for name, layer in masks.items()
         }
         if any(map(len, flips.values())):
@@ -248,7 +260,7 @@ def _update(history: History, head: dict[str, Any], body: bytes) -> None:
 def _scores(history: History, head: dict[str, Any], body: bytes) -> None:
     frame = len(history.frames) - 1
     for (lowest, highest), layer in zip(head["ranges"], history.layers.values(), strict=True):
-        mask = layer.mask(frame)
+        mask = layer._last
         n = int(mask.sum())
         level = np.frombuffer(body[:n], dtype=np.uint8).astype(np.float32)
         body = body[n:]
@@ -263,6 +275,7 @@ def _add_frame(history: History, frame: Frame, flips: Mapping[str, NDArray[np.in
     history.frames.append(frame)
     for name, layer in history.layers.items():
         layer.flips.append(flips[name])
+        layer._last.reshape(-1)[flips[name]] ^= True
 
 
 def _forget_after(history: History, step: int) -> None:
@@ -271,6 +284,7 @@ def _forget_after(history: History, step: int) -> None:
     history.metrics = [each for each in history.metrics if each.step <= step]
     for layer in history.layers.values():
         layer.flips = layer.flips[:kept]
+        layer._last = layer.mask(-1) if kept else layer.first.copy()
         layer.scores = {frame: scores for frame, scores in layer.scores.items() if frame < kept}
 
 
@@ -279,8 +293,8 @@ def _unpack(packed: bytes, grid: tuple[int, int]) -> Bools:
     return bits.astype(bool).reshape(grid)
 
 
-def _quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
-    """Return the lowest and the highest score, and the level of each from 1 to 255; 0 is none."""
+def quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
+    """Return the lowest and highest of scores `[n]`, and the level of each: 1 to 255; 0 is none."""
     finite = np.isfinite(scores)
     if not finite.any():
         return 0.0, 0.0, np.zeros(len(scores), dtype=np.uint8)

@@ -26,7 +26,7 @@ from tests import pages
 from tests.pages import PAGES, ROOT
 
 # Commands that the pages tell of before they are there.
-NOT_YET = ("report",)
+NOT_YET = ()
 
 # Code of other tools, which are not installed, is fenced as ```py.
 OTHER_TOOLS = [ROOT / "docs" / "migration.md"]

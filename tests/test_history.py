@@ -94,6 +94,22 @@ def test_a_resumed_training_writes_over_what_it_does_anew(tmp_path: Path) -> Non
     assert (history.layers["b"].mask(-1) == masks(8)["b"]).all()
 
 
+def test_scores_are_those_of_the_masks_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "pattern.history"
+    writer = written(path)
+    for step, number in ((10, 1), (0, 0)):
+        writer.start(step, masks(number), SIZES, {})
+        writer.update(step + 5, number + 1, masks(7))
+        scores = {n: np.where(mask, 2.0, np.nan).astype(np.float32) for n, mask in masks(7).items()}
+        writer.scores(scores)
+        history = read_history(path)
+        for name, layer in history.layers.items():
+            np.testing.assert_array_equal(layer.scores[number + 1], scores[name])
+    # Before all that is known: everything begins anew.
+    writer.start(-5, masks(3), SIZES, {})
+    assert [frame.step for frame in read_history(path).frames] == [-5]
+
+
 def test_other_layers_begin_anew(tmp_path: Path) -> None:
     path = tmp_path / "pattern.history"
     written(path)

@@ -1,0 +1,843 @@
+"use strict";
+// Films are drawn by hand, one pixel a block; curves by Plotly. All text goes in as text, never as
+// HTML, since names of layers and metrics may be anything.
+
+const story = JSON.parse(document.getElementById("story").textContent);
+const $ = (id) => document.getElementById(id);
+const last = story.frames.length - 1;
+const state = { frame: 0, layer: 0, colour: "presence", zoom: 1, playing: false, cell: null,
+  hidden: new Set() }; // names of lines that are left out of the curves
+
+const number = (value, digits = 4) =>
+  value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits });
+const whole = (value) => value.toLocaleString("en");
+const percent = (share) =>
+  share === null ? "–" : `${(100 * share).toLocaleString("en", { maximumFractionDigits: 1 })}\u00a0%`;
+const many = (n, one, more = `${one}s`) => `${whole(n)} ${n === 1 ? one : more}`;
+const shorter = (n) =>
+  n.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
+
+function element(tag, text = "", attributes = {}) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+function duration(seconds) {
+  if (seconds < 120) return `${number(seconds, 3)} s`;
+  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
+  return `${(seconds / 3600).toFixed(1)} h`;
+}
+
+// -- the masks ------------------------------------------------------------------------------------
+
+async function unpack(base64) {
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+const SNAPSHOT = 16; // frames between what is kept to go back from
+
+/** The mask of one layer, which can be moved to any frame. */
+class Film {
+  constructor(layer, bits, levels) {
+    this.layer = layer;
+    [this.rows, this.columns] = layer.grid;
+    this.blocks = this.rows * this.columns;
+    this.bits = bits; // of each frame, which blocks changed
+    this.stride = Math.ceil(this.blocks / 8);
+    this.levels = levels; // of each scored frame, a byte a block
+    this.mask = new Uint8Array(this.blocks);
+    this.since = new Uint16Array(this.blocks); // the frame of the last change
+    this.snapshots = [];
+    this.ends = []; // of each scored frame
+    this.frame = -1;
+    this.step();
+    this.lying = this.rows > this.columns; // on its long side, as screens do
+    this.width = this.lying ? this.rows : this.columns;
+    this.height = this.lying ? this.columns : this.rows;
+  }
+
+  seek(frame) {
+    if (frame < this.frame) {
+      const kept = this.snapshots[Math.floor(frame / SNAPSHOT)];
+      this.mask.set(kept.mask);
+      this.since.set(kept.since);
+      this.frame = frame - (frame % SNAPSHOT);
+    }
+    while (this.frame < frame) this.step();
+  }
+
+  step() {
+    const frame = ++this.frame;
+    const start = frame * this.stride;
+    for (let i = 0; i < this.stride; i++) {
+      const byte = this.bits[start + i];
+      if (!byte) continue;
+      for (let bit = 0; bit < 8; bit++) {
+        if (byte & (128 >> bit)) {
+          this.mask[8 * i + bit] ^= 1;
+          this.since[8 * i + bit] = frame;
+        }
+      }
+    }
+    if (frame % SNAPSHOT === 0 && !this.snapshots[frame / SNAPSHOT]) {
+      this.snapshots[frame / SNAPSHOT] = { mask: this.mask.slice(), since: this.since.slice() };
+    }
+  }
+
+  /** The latest scored frame until now, or null; {low, high}: between which levels colours change. */
+  scores() {
+    const { from, ranges, steps, levels } = this.layer.scores;
+    let i = from.length - 1;
+    while (i >= 0 && from[i] > this.frame) i--;
+    if (i < 0) return null;
+    const of = this.levels.subarray(i * this.blocks, (i + 1) * this.blocks);
+    const [lowest, highest] = ranges[i];
+    const value = (level) => lowest + ((level - 1) / 254) * (highest - lowest);
+    this.ends[i] ??= middle(of);
+    return { step: steps[i], levels: of, value, ...this.ends[i] };
+  }
+
+  /** What is known of one block: read from the film, whatever frame it was moved to before. */
+  block(row, column) {
+    const index = row * this.columns + column;
+    const changes = [];
+    for (let frame = 1; frame <= this.frame; frame++) {
+      const byte = this.bits[frame * this.stride + (index >> 3)];
+      if (byte & (128 >> (index & 7))) changes.push(frame);
+    }
+    const present = this.mask[index] === 1;
+    const scores = this.scores();
+    const level = scores ? scores.levels[index] : 0;
+    const came = present ? Math.ceil(changes.length / 2) : Math.floor(changes.length / 2);
+    return {
+      present,
+      since: changes.length ? changes.at(-1) : 0,
+      came,
+      went: changes.length - came,
+      score: present && level
+        ? scores.value(level) : null,
+      scored: scores && scores.step,
+    };
+  }
+
+  /** Blocks present, and of these those that came with this frame; and those that went. */
+  count() {
+    let present = 0, came = 0, went = 0;
+    for (let i = 0; i < this.blocks; i++) {
+      const moved = this.frame > 0 && this.since[i] === this.frame;
+      if (this.mask[i]) { present++; if (moved) came++; } else if (moved) went++;
+    }
+    return { present, came, went };
+  }
+
+  /** Draw the frame, one pixel a block. */
+  draw(canvas, colour) {
+    if (canvas.width !== this.width || canvas.height !== this.height) {
+      canvas.width = this.width;
+      canvas.height = this.height;
+    }
+    const context = canvas.getContext("2d");
+    const image = context.createImageData(this.width, this.height);
+    const pixels = new Uint32Array(image.data.buffer);
+    const paint = this.painter(colour);
+    for (let row = 0, i = 0; row < this.rows; row++) {
+      for (let column = 0; column < this.columns; column++, i++) {
+        pixels[this.lying ? column * this.rows + row : i] = paint(i);
+      }
+    }
+    context.putImageData(image, 0, 0);
+  }
+
+  painter(colour) {
+    const { mask, since } = this;
+    const { absent, kept, grown, dropped, unknown, ramp } = palette;
+    if (colour === "presence") {
+      const now = this.frame || -1; // nothing came or went with the first frame
+      return (i) => mask[i] ? (since[i] === now ? grown : kept) : since[i] === now ? dropped : absent;
+    }
+    if (colour === "age") {
+      const step = story.frames[this.frame].step;
+      const of = story.frames.map((frame) => ramp[Math.round((255 * Math.max(0, step - frame.step)) / span)]);
+      return (i) => (mask[i] ? of[since[i]] : absent);
+    }
+    const scores = this.scores();
+    if (!scores) return (i) => (mask[i] ? unknown : absent);
+    const { levels, low, high } = scores;
+    const of = Array.from({ length: 256 }, (_, level) =>
+      ramp[Math.round(255 * Math.min(1, Math.max(0, (level - low) / Math.max(1, high - low))))]);
+    return (i) => (!mask[i] ? absent : levels[i] ? of[levels[i]] : unknown);
+  }
+}
+
+/** The levels that 2 and 98 of 100 blocks stay below: single outliers would take all the colours. */
+function middle(levels) {
+  const counts = new Uint32Array(256);
+  for (const level of levels) counts[level]++;
+  const scored = levels.length - counts[0];
+  const below = (share) => {
+    let level = 1;
+    for (let sum = counts[1]; sum < share * scored && level < 255; sum += counts[level]) level++;
+    return level;
+  };
+  return { low: below(0.02), high: below(0.98) };
+}
+
+// -- colours --------------------------------------------------------------------------------------
+
+const span = Math.max(1, story.frames[last].step - story.frames[0].step);
+// From young or low to old or high; of Cividis, which colour-blind eyes read as others do.
+const RAMPS = {
+  light: ["#f2cf3b", "#c0b060", "#93907a", "#6a7280", "#3f5580", "#122c5c"],
+  dark: ["#ffe25e", "#cfbf68", "#a3a07c", "#7f8898", "#5f7db5", "#4468b8"],
+};
+let palette = {};
+let style = {};
+
+function rgb(hex) {
+  return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+}
+
+// Pixels lie in memory as red, green, blue, alpha.
+const pixel = ([red, green, blue]) =>
+  new Uint32Array(new Uint8ClampedArray([red, green, blue, 255]).buffer)[0];
+
+function readPalette() {
+  const css = getComputedStyle(document.documentElement);
+  style = {};
+  for (const name of ["paper", "raised", "ink", "soft", "line", "accent", "kept", "grown", "dropped",
+    "absent", "unknown"]) style[name] = css.getPropertyValue(`--${name}`).trim();
+  const stops = RAMPS[theme()].map(rgb);
+  const ramp = Uint32Array.from({ length: 256 }, (_, level) => {
+    const place = (level / 255) * (stops.length - 1);
+    const i = Math.min(stops.length - 2, Math.floor(place));
+    return pixel(stops[i].map((from, c) => from + (place - i) * (stops[i + 1][c] - from)));
+  });
+  palette = { ramp };
+  for (const name of ["kept", "grown", "dropped", "absent", "unknown"]) palette[name] = pixel(rgb(style[name]));
+}
+
+const theme = () => document.documentElement.dataset.theme;
+
+function setTheme(name) {
+  document.documentElement.dataset.theme = name;
+  $("theme").textContent = name === "dark" ? "Light" : "Dark";
+  $("theme").setAttribute("aria-label", name === "dark" ? "Light colours" : "Dark colours");
+  readPalette();
+}
+
+// -- the layer shown large ------------------------------------------------------------------------
+
+const film = () => films[state.layer];
+let films = [];
+let scale = 1;
+
+/** Choose how many CSS pixels a block takes, and lay out all that depends on it. */
+function layOut() {
+  const { width, height, lying, layer } = film();
+  const room = Math.max(120, $("window").clientWidth - 6);
+  const fit = Math.min(room / width, Math.max(260, 0.56 * innerHeight) / height, 64);
+  scale = (fit > 1 ? Math.floor(fit) : fit) * state.zoom;
+  const canvas = $("mask");
+  canvas.style.width = `${width * scale}px`;
+  canvas.style.height = `${height * scale}px`;
+  // Several blocks to a pixel are averaged, else some would be left out.
+  canvas.style.imageRendering = scale * devicePixelRatio < 1 ? "auto" : "pixelated";
+  $("lines").hidden = scale < 6;
+  $("lines").style.backgroundSize = `${scale}px ${scale}px`;
+  const [outputs, inputs] = layer.grid.map((n) => n * layer.block_size);
+  const across = lying ? `${whole(outputs)} outputs` : `${whole(inputs)} inputs`;
+  const down = lying ? `${whole(inputs)} inputs` : `${whole(outputs)} outputs`;
+  $("across").textContent = `${across} →`;
+  $("down").textContent = `← ${down}`;
+  $("smaller").disabled = state.zoom <= 1;
+  $("larger").disabled = scale >= 64;
+  showCell();
+}
+
+function zoom(factor) {
+  state.zoom = Math.max(1, state.zoom * factor);
+  layOut();
+  if (state.cell) $("cursor").scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+function showCell() {
+  const { lying, layer } = film();
+  $("cursor").hidden = state.cell === null;
+  $("readout").setAttribute("aria-live", state.playing ? "off" : "polite");
+  if (state.cell === null) {
+    $("readout").replaceChildren(element("span",
+      `Point at a block, or tap it: each is ${layer.block_size} × ${layer.block_size} weights.`));
+    return;
+  }
+  const [row, column] = state.cell;
+  const [x, y] = lying ? [row, column] : [column, row];
+  Object.assign($("cursor").style, {
+    left: `${x * scale}px`, top: `${y * scale}px`,
+    width: `${Math.max(3, scale)}px`, height: `${Math.max(3, scale)}px`,
+  });
+  const block = film().block(row, column);
+  const size = layer.block_size;
+  const since = story.frames[block.since].step;
+  const age = story.frames[state.frame].step - since;
+  const atLeast = story.recorded > story.frames.length ? "at least " : "";
+  const times = (n) => `${atLeast}${many(n, "time")}`;
+  const parts = [
+    block.since === 0
+      ? `${block.present ? "present" : "absent"} from the start`
+      : `${block.present ? "present" : "absent"} since step ${whole(since)}`,
+    `for ${many(age, "step")}`,
+  ];
+  if (block.present) {
+    parts.push(block.score === null
+      ? "not scored" : `score ${number(block.score, 4)} (of step ${whole(block.scored)})`);
+  }
+  parts.push(`came ${times(block.came)}, went ${times(block.went)}`);
+  $("readout").replaceChildren(
+    element("b", `Block ${row}, ${column}`),
+    element("span", ` · outputs ${whole(row * size)}–${whole((row + 1) * size - 1)},`
+      + ` inputs ${whole(column * size)}–${whole((column + 1) * size - 1)}`),
+    element("br"),
+    document.createTextNode(parts.join(" · ")),
+  );
+}
+
+function choose(cell) {
+  state.cell = cell;
+  showCell();
+}
+
+function cellAt(event) {
+  const { width, height, lying } = film();
+  const box = $("mask").getBoundingClientRect();
+  const x = Math.min(width - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * width)));
+  const y = Math.min(height - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * height)));
+  return lying ? [x, y] : [y, x];
+}
+
+function showLegend() {
+  const key = (colour, text) => {
+    const item = element("span");
+    const swatch = element("i");
+    swatch.style.background = colour;
+    item.append(swatch, text);
+    return item;
+  };
+  const ramp = (from, to) => {
+    const item = element("span");
+    const bar = element("i", "", { class: "ramp" });
+    bar.style.background = `linear-gradient(to right, ${RAMPS[theme()].join(", ")})`;
+    item.append(from, bar, to);
+    return item;
+  };
+  let items;
+  if (state.colour === "presence") {
+    items = [key(style.kept, "present"), key(style.grown, "came with this frame"),
+      key(style.dropped, "went with it"), key(style.absent, "absent")];
+  } else if (state.colour === "age") {
+    items = [ramp("new", `${many(span, "step")} old`), key(style.absent, "absent")];
+  } else {
+    const scores = film().scores();
+    items = scores
+      ? [ramp(`${scores.low > 1 ? "≤ " : ""}${number(scores.value(scores.low), 3)}`,
+        `${scores.high < 255 ? "≥ " : ""}${number(scores.value(scores.high), 3)}`), key(style.unknown, "not scored"),
+        key(style.absent, "absent"), element("span", `scores of step ${whole(scores.step)}`)]
+      : [element("span", "No block has been scored by this frame."), key(style.unknown, "not scored")];
+  }
+  $("legend").replaceChildren(...items);
+}
+
+// -- the gallery ----------------------------------------------------------------------------------
+
+const tiles = []; // {button, canvas, share, visible}
+
+function buildGallery() {
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const tile = tiles[entry.target.dataset.layer];
+      tile.visible = entry.isIntersecting;
+      if (tile.visible) drawTile(tile);
+    }
+  });
+  story.layers.forEach((layer, index) => {
+    const button = element("button", "", {
+      type: "button", class: "tile", "data-layer": index, title: layer.name,
+    });
+    const canvas = element("canvas", "", { "aria-hidden": "true" });
+    // From 70 blocks on the browser makes the picture smaller, and should average.
+    button.classList.toggle("coarse", Math.max(...layer.grid) < 70);
+    const name = element("span", "", { class: "name" });
+    name.append(element("bdi", layer.name));
+    const share = element("span", "", { class: "share" });
+    button.append(canvas, name, share);
+    button.addEventListener("click", () => chooseLayer(index));
+    tiles.push({ index, button, canvas, share, visible: false });
+    $("gallery").append(button);
+    seen.observe(button);
+  });
+  const { classList } = document.querySelector(".stage");
+  classList.toggle("alone", story.layers.length < 2);
+  classList.toggle("wide", story.layers.some((layer) => Math.max(...layer.grid) > 400));
+}
+
+function drawTile(tile) {
+  const of = films[tile.index];
+  of.seek(state.frame);
+  of.draw(tile.canvas, state.colour);
+  tile.share.textContent = percent(of.count().present / of.blocks);
+}
+
+// -- moving about ---------------------------------------------------------------------------------
+
+/** Show the frame, layer and colour of the state. */
+function draw() {
+  const of = film();
+  of.seek(state.frame);
+  of.draw($("mask"), state.colour);
+  const { present, came, went } = of.count();
+  $("layer-state").textContent = `${whole(present)} of ${whole(of.blocks)} blocks, `
+    + `${percent(present / of.blocks)}${state.frame ? ` · ${whole(came)} came, ${whole(went)} went` : ""}`;
+  const frame = story.frames[state.frame];
+  const what = frame.number ? `update ${whole(frame.number)}` : state.frame ? "went on" : "start";
+  const when = `step ${whole(frame.step)} · ${what}`;
+  $("when").textContent = when;
+  $("slider").value = state.frame;
+  $("slider").setAttribute("aria-valuetext", when);
+  for (const tile of tiles) if (tile.visible) drawTile(tile);
+  for (const panel of panels) panel.mark();
+  showLegend();
+  showCell();
+}
+
+function showFrame(frame) {
+  state.frame = Math.max(0, Math.min(last, frame));
+  draw();
+}
+
+function chooseLayer(index) {
+  if (index < 0 || index >= story.layers.length) return;
+  state.layer = index;
+  state.cell = null;
+  state.zoom = 1;
+  const { layer } = film();
+  const [outputs, inputs] = layer.grid.map((n) => n * layer.block_size);
+  $("layer-name").textContent = layer.name;
+  $("sheet").setAttribute("aria-label",
+    `Block mask of ${layer.name}: ${outputs} outputs by ${inputs} inputs in blocks of ${layer.block_size}`);
+  $("colours").querySelector("[value=score]").disabled = layer.scores.from.length === 0;
+  if (state.colour === "score" && layer.scores.from.length === 0) setColour("presence");
+  tiles.forEach((tile) => tile.button.setAttribute("aria-pressed", tile.index === index));
+  const { button } = tiles[index];
+  const { parentElement: shelf } = button;
+  // Only the shelf scrolls; scrollIntoView would move the page too.
+  shelf.scrollTop += Math.min(0, button.offsetTop - shelf.offsetTop - shelf.scrollTop)
+    || Math.max(0, button.offsetTop - shelf.offsetTop + button.offsetHeight - shelf.scrollTop - shelf.clientHeight);
+  shelf.scrollLeft += Math.min(0, button.offsetLeft - shelf.offsetLeft - shelf.scrollLeft)
+    || Math.max(0, button.offsetLeft - shelf.offsetLeft + button.offsetWidth - shelf.scrollLeft - shelf.clientWidth);
+  for (const row of $("layers").tBodies[0].rows) {
+    row.setAttribute("aria-selected", Number(row.dataset.layer) === index);
+  }
+  draw();
+  layOut();
+  refreshPanels();
+}
+
+function setColour(name) {
+  state.colour = name;
+  $("colours").querySelector(`[value=${name}]`).checked = true;
+}
+
+let shownAt = 0;
+
+function play(on) {
+  state.playing = on && last > 0;
+  $("play").textContent = state.playing ? "Pause" : "Play";
+  if (!state.playing) return showCell();
+  if (state.frame === last) showFrame(0);
+  shownAt = performance.now();
+  requestAnimationFrame(advance);
+}
+
+function advance(now) {
+  if (!state.playing) return;
+  // A slow machine leaves frames out, and keeps the pace.
+  const due = Math.floor(((now - shownAt) / 1000) * Number($("speed").value));
+  if (due > 0) {
+    shownAt = now;
+    showFrame(state.frame + due);
+    if (state.frame === last) return play(false);
+  }
+  requestAnimationFrame(advance);
+}
+
+function moveCell(rows, columns) {
+  const [maxRow, maxColumn] = film().layer.grid;
+  const [row, column] = state.cell ?? [0, 0];
+  const inside = (value, size) => Math.min(size - 1, Math.max(0, value));
+  choose(state.cell === null ? [0, 0] : [inside(row + rows, maxRow), inside(column + columns, maxColumn)]);
+  $("cursor").scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+function onKey(event) {
+  if (event.altKey || event.ctrlKey || event.metaKey) return;
+  const { target, key } = event;
+  const ways = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const inMask = target === $("sheet");
+  if (target.matches("select, [type=radio]") || target.closest(".plot")) return;
+  if (key === " " && !target.matches("button, summary")) {
+    play(!state.playing);
+  } else if (key === "Escape" && inMask) {
+    choose(null);
+    target.blur();
+  } else if (key in ways) {
+    const [down, right] = ways[key];
+    if (inMask && film().lying) moveCell(right, down);
+    else if (inMask) moveCell(down, right);
+    else if (down) chooseLayer(state.layer + down);
+    else { play(false); showFrame(state.frame + right); }
+  } else return;
+  event.preventDefault();
+}
+
+// -- curves ---------------------------------------------------------------------------------------
+
+// Okabe and Ito's, without black and yellow, which a background hides.
+const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a6fc8"];
+const SHARES = new Set(["density", "churn", "survival", "ever"]);
+const MOST_LAYERS = 24; // whose lines are shown at first
+
+// Plotly reads tags in names, so they are written as entities.
+const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+const panels = [];
+const seenPanels = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    const panel = panels[entry.target.dataset.panel];
+    panel.visible = entry.isIntersecting;
+    panel.render();
+  }
+}, { rootMargin: "300px" });
+
+/** A plot that is drawn when it is first seen, with a line at the frame that the films show. */
+class Panel {
+  /**
+   * @param lines makes Plotly's lines, in the colours of now
+   * @param ofLayers whether the legend is the one of all such plots
+   */
+  constructor(parent, title, note, lines, { share = false, fromZero = true, ofLayers = false } = {}) {
+    this.root = element("div", "", { class: "panel", "data-panel": panels.length });
+    this.plot = element("div", "", { class: "plot" });
+    this.root.append(element("h3", title), element("p", note), this.plot);
+    this.now = element("div", "", { class: "now" });
+    Object.assign(this, { share, fromZero, ofLayers, lines, visible: false, dirty: true, drawn: false });
+    panels.push(this);
+    parent.append(this.root);
+    seenPanels.observe(this.root);
+  }
+
+  async render() {
+    if (!this.visible || !this.dirty) return;
+    this.dirty = false;
+    const axis = { gridcolor: style.line, zeroline: false, linecolor: style.line, automargin: true };
+    const lines = this.lines();
+    await Plotly.react(this.plot, lines, {
+      uirevision: "kept", // what was hidden stays hidden
+      margin: { l: 8, r: 8, t: 8, b: 8 },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style.soft },
+      xaxis: { ...axis, range: [story.steps[0], Math.max(story.steps[0] + 1, story.steps[1])], title: { text: "step", standoff: 4 } },
+      yaxis: { ...axis, rangemode: this.fromZero ? "tozero" : "normal", tickformat: this.share ? ".0%" : undefined, hoverformat: this.share ? ".2%" : undefined },
+      hovermode: "closest",
+      hoverlabel: { namelength: -1, bgcolor: style.raised, bordercolor: style.line, font: { color: style.ink } },
+      showlegend: lines.length > 1 && !this.ofLayers,
+      legend: { orientation: "h", y: -0.24, yanchor: "top", font: { size: 11 }, itemwidth: 30 },
+    }, {
+      displaylogo: false, displayModeBar: false, responsive: true, doubleClick: "reset",
+      showTips: false,
+    });
+    if (!this.drawn) {
+      this.drawn = true;
+      this.plot.append(this.now);
+      this.plot.on("plotly_afterplot", () => this.mark());
+      this.plot.on("plotly_click", ({ points }) => {
+        play(false);
+        showFrame(nearestFrame(points[0].x));
+      });
+    }
+    this.mark();
+  }
+
+  /** Move the line alone: drawing the plot anew at every frame would take the time of many frames. */
+  mark() {
+    if (!this.drawn || !this.visible) return;
+    const { xaxis, yaxis } = this.plot._fullLayout;
+    const x = xaxis.d2p(story.frames[state.frame].step);
+    this.now.hidden = x < 0 || x > xaxis._length;
+    this.now.style.transform = `translate(${xaxis._offset + x - 0.75}px, ${yaxis._offset}px)`;
+    this.now.style.height = `${yaxis._length}px`;
+  }
+}
+
+function nearestFrame(step) {
+  let best = 0;
+  story.frames.forEach((frame, i) => {
+    if (Math.abs(frame.step - step) < Math.abs(story.frames[best].step - step)) best = i;
+  });
+  return best;
+}
+
+function refreshPanels() {
+  for (const panel of panels) {
+    panel.dirty = true;
+    panel.render();
+  }
+}
+
+function buildCurves() {
+  const { step, total, layers } = story.curves;
+  const sentence = (text) => $("curves").append(element("p", text, { class: "note" }));
+  if (story.recorded === 1) {
+    return sentence("Nothing changed yet: the history holds the masks the training began with, and no update after it.");
+  }
+  const named = [
+    ["density", "Density", "share of blocks that are present"],
+    ["churn", "Churn", "share of the blocks exchanged for others by each update"],
+    ["survival", "Survival", "share of the blocks that each update kept"],
+    ["ever", "Ever active (Rs)", "share of all blocks that have been present so far"],
+    ["dead_rows", "Dead rows", "block rows without a block: outputs that get nothing"],
+    ["dead_columns", "Dead columns", "block columns without a block: inputs that are not read"],
+  ];
+  const still = { churn: "No block was ever exchanged for another.",
+    dead_rows: "Every block row always had a block.",
+    dead_columns: "Every block column always had a block." };
+  for (const [key, title, note] of named) {
+    // The start is no update: nothing was kept or exchanged by it.
+    const from = key === "churn" || key === "survival" ? 1 : 0;
+    if (key in still && total[key].every((value) => value === 0)) {
+      const panel = element("div", "", { class: "panel" });
+      panel.append(element("h3", title), element("p", note), element("div", still[key], { class: "plot sentence" }));
+      $("curves").append(panel);
+      continue;
+    }
+    new Panel($("curves"), title, note, () => {
+      const drawn = layers.map((layer, i) => layerLine(i, step.slice(from), layer[key].slice(from)));
+      const all = line(step.slice(from), total[key].slice(from), ALL, style.accent, 3);
+      return layers.length > 1 ? [{ ...all, visible: !state.hidden.has(ALL), zorder: 1 }, ...drawn] : drawn;
+    }, { share: SHARES.has(key), fromZero: key !== "survival", ofLayers: true });
+  }
+  if (layers.length > 1) buildLegend();
+}
+
+const ALL = "all layers";
+
+function line(x, y, name, color, width) {
+  return { x, y, name: plain(name), mode: x.length < 40 ? "lines+markers" : "lines", connectgaps: false,
+    line: { color, width }, marker: { size: width + 2 } };
+}
+
+function layerLine(index, x, y) {
+  const { name } = story.layers[index];
+  const chosen = index === state.layer;
+  return { ...line(x, y, name, chosen ? style.kept : style.unknown, chosen ? 2.5 : 1),
+    visible: chosen || !state.hidden.has(name), zorder: chosen ? 2 : 0 };
+}
+
+/** One legend for all the plots that have a line a layer. */
+function buildLegend() {
+  const names = story.layers.map((layer) => layer.name);
+  if (names.length > MOST_LAYERS) names.forEach((name) => state.hidden.add(name));
+  const chips = [ALL, ...names].map((name) => {
+    const chip = element("button", name, { type: "button", class: "chip" });
+    const show = () => chip.setAttribute("aria-pressed", !state.hidden.has(name));
+    chip.addEventListener("click", () => {
+      if (!state.hidden.delete(name)) state.hidden.add(name);
+      show();
+      refreshPanels();
+    });
+    show();
+    return chip;
+  });
+  $("lines-shown").append(...chips);
+  $("lines-shown").hidden = false;
+}
+
+function buildMetrics() {
+  const layers = new Map(story.layers.map((layer, index) => [layer.name, index]));
+  const groups = new Map();
+  for (const metric of story.metrics) {
+    if (!groups.has(metric.panel)) groups.set(metric.panel, []);
+    groups.get(metric.panel).push(metric);
+  }
+  if (!groups.size) {
+    $("metrics").append(element("p", "No metric was recorded: the training logged none, or it ended before one was known.", { class: "note" }));
+  }
+  for (const [title, metrics] of groups) {
+    const indices = metrics.map(({ name }) => layers.get(name.slice(title.length + 1)));
+    if (indices.every((index) => index !== undefined)) {
+      new Panel($("metrics"), title, "of each layer", () =>
+        metrics.map((metric, i) => layerLine(indices[i], metric.step, metric.value)),
+      { ofLayers: true, fromZero: false });
+      continue;
+    }
+    const names = metrics.map((metric) => metric.name).filter((name) => name !== title);
+    new Panel($("metrics"), title, metrics.length === 1 ? names.join() : "", () =>
+      metrics.map(({ step, value, name }, i) => line(step, value, name, LINES[i % LINES.length], 2)));
+  }
+}
+
+// -- the table ------------------------------------------------------------------------------------
+
+const COLUMNS = [
+  ["Layer", (layer) => layer.name, (value) => value],
+  ["Shape", (layer) => layer.grid[0] * layer.grid[1] * layer.block_size ** 2,
+    (_, layer) => layer.grid.map((n) => n * layer.block_size).join("×")],
+  ["Block size", (layer) => layer.block_size, whole],
+  ["Blocks", (layer) => layer.row.present, (n, layer) => `${whole(n)} of ${whole(layer.grid[0] * layer.grid[1])}`],
+  ["Density", (layer) => layer.row.density, percent],
+  ["Ever active", (layer) => layer.row.ever, percent],
+  ["Dead rows", (layer) => layer.row.dead_rows, whole],
+  ["Dead columns", (layer) => layer.row.dead_columns, whole],
+  ["Blocks exchanged in all", (layer) => layer.row.exchanged, whole],
+  ["Mean age, steps", (layer) => layer.row.age, (n) => number(n, 4)],
+  ["Mean score", (layer) => layer.row.score, (n) => number(n, 4)],
+];
+
+function buildTable() {
+  $("table-note").textContent = `After the last frame, of step ${whole(story.frames[last].step)}. `
+    + "Ages are those of the present blocks; scores those of the last time they were recorded.";
+  const head = $("layers").tHead.insertRow();
+  COLUMNS.forEach(([title, value], i) => {
+    const cell = element("th", "", { scope: "col" });
+    const button = element("button", title, { type: "button" });
+    button.addEventListener("click", () => {
+      // Numbers begin with the largest, names with the first.
+      const sorted = cell.getAttribute("aria-sort");
+      const down = sorted ? sorted === "ascending" : i !== 0;
+      for (const other of head.cells) other.removeAttribute("aria-sort");
+      cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const compare = (a, b) =>
+        typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : (a ?? -Infinity) - (b ?? -Infinity);
+      const rows = [...$("layers").tBodies[0].rows].sort((a, b) => {
+        const order = compare(value(story.layers[a.dataset.layer]), value(story.layers[b.dataset.layer]));
+        return (down ? -order : order) || a.dataset.layer - b.dataset.layer;
+      });
+      $("layers").tBodies[0].append(...rows);
+    });
+    cell.append(button);
+    head.append(cell);
+  });
+  story.layers.forEach((layer, index) => {
+    const row = $("layers").tBodies[0].insertRow();
+    row.dataset.layer = index;
+    COLUMNS.forEach(([, value, show], i) => {
+      const text = show(value(layer), layer);
+      const cell = row.insertCell();
+      if (i === 0) cell.append(element("button", text, { type: "button" }));
+      else cell.textContent = text;
+    });
+    row.addEventListener("click", () => chooseLayer(index));
+  });
+}
+
+// -- the header -----------------------------------------------------------------------------------
+
+function buildHeader() {
+  const { weights, layers, updates, frames, recorded } = story;
+  $("title").textContent = story.title;
+  const changed = story.layers.some((layer) => layer.row.exchanged > 0 || layer.row.ever !== layer.row.density);
+  const first = weights.first / weights.dense;
+  const end = weights.last / weights.dense;
+  const density = percent(first) === percent(end)
+    ? `stayed at ${percent(end)}` : `went from ${percent(first)} to ${percent(end)}`;
+  $("lede").textContent = `What became of the weight blocks of ${many(layers.length, "layer")}. Density ${density} in `
+    + `${many(updates, "update")}.`;
+  const facts = [
+    ["Steps", `${whole(story.steps[0])} to ${whole(story.steps[1])}`],
+    ["Updates", whole(updates)],
+    ["Weights of these layers", shorter(weights.last),
+      weights.first === weights.last ? ` of ${shorter(weights.dense)} dense`
+        : ` at the end, ${shorter(weights.first)} at first, ${shorter(weights.dense)} dense`],
+    ["Time", duration(story.seconds[1] - story.seconds[0])],
+  ];
+  for (const [name, value, aside] of facts) {
+    const fact = element("div");
+    const shown = element("dd", value);
+    if (aside) shown.append(element("small", aside));
+    fact.append(element("dt", name), shown);
+    $("facts").append(fact);
+  }
+  const about = story.about.filter(([key]) => !key.startsWith("config."));
+  $("made").textContent = about.map(([key, value]) => `${key.replaceAll("_", " ")} ${value}`).join(" · ");
+  const config = story.about.filter(([key]) => key.startsWith("config."));
+  $("about").hidden = config.length === 0;
+  for (const [key, value] of config) {
+    const pair = element("div");
+    pair.append(element("dt", key.slice("config.".length)), element("dd", value));
+    $("config").append(pair);
+  }
+  const notes = [];
+  if (last === 0) notes.push("There is one frame only, as no update was recorded: nothing to play.");
+  else if (!changed) notes.push("The pattern is static: no block came or went.");
+  if (recorded > frames.length) {
+    notes.push(`${whole(recorded)} frames were recorded. The films show ${frames.length}, evenly spaced: each `
+      + `takes about ${number(recorded / frames.length, 2)} updates together. Curves and table count every update.`);
+  }
+  $("still").textContent = notes.join(" ");
+  $("still").hidden = notes.length === 0;
+  $("play").disabled = $("slider").disabled = $("speed").disabled = last === 0;
+  $("slider").max = last;
+}
+
+// -- all together ---------------------------------------------------------------------------------
+
+function listen() {
+  $("play").addEventListener("click", () => play(!state.playing));
+  $("slider").addEventListener("input", (event) => { play(false); showFrame(Number(event.target.value)); });
+  $("colours").addEventListener("change", (event) => { setColour(event.target.value); draw(); });
+  $("smaller").addEventListener("click", () => zoom(1 / 2));
+  $("larger").addEventListener("click", () => zoom(2));
+  const sheet = $("sheet");
+  let held = false; // a block that was clicked, or reached by keys, stays
+  sheet.addEventListener("pointermove", (event) => { if (!held) choose(cellAt(event)); });
+  sheet.addEventListener("pointerleave", () => { if (!held && document.activeElement !== sheet) choose(null); });
+  sheet.addEventListener("click", (event) => { held = true; choose(cellAt(event)); });
+  sheet.addEventListener("focus", () => { held = true; if (state.cell === null) choose([0, 0]); });
+  sheet.addEventListener("blur", () => { held = false; choose(null); });
+  document.addEventListener("keydown", onKey);
+  addEventListener("resize", layOut);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const repaint = (name) => { setTheme(name); draw(); refreshPanels(); };
+  const follow = () => repaint(dark.matches ? "dark" : "light");
+  dark.addEventListener("change", follow);
+  $("theme").addEventListener("click", () => {
+    dark.removeEventListener("change", follow);
+    repaint(theme() === "dark" ? "light" : "dark");
+  });
+}
+
+async function begin() {
+  setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  buildHeader();
+  if (typeof DecompressionStream === "undefined") {
+    $("still").textContent = "This browser cannot unpack the films. Take one of 2023 or later.";
+    $("still").hidden = false;
+    return;
+  }
+  films = await Promise.all(story.layers.map(async (layer) =>
+    new Film(layer, await unpack(layer.film), await unpack(layer.scores.levels))));
+  buildTable();
+  buildGallery();
+  buildCurves();
+  buildMetrics();
+  listen();
+  chooseLayer(0);
+  document.documentElement.dataset.ready = "true";
+}
+
+begin();

@@ -1,0 +1,443 @@
+"""The page in headless Chromium: everything is clicked, and what it says is the history's truth."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparse_lightning.history import History, HistoryWriter, read_history
+from sparse_lightning.report import write_report
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+EVIL = "</script><b>fat</b>&amp;<img src=x onerror=alert(1)>"
+GRIDS = {"fc.0": (12, 5), "fc.1": (5, 12), EVIL: (3, 3), "one": (1, 1)}
+UPDATES = 9
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Opens the page of a history; at the end nothing may have gone wrong, or gone out."""
+    wrong: list[str] = []
+    opened = []
+
+    def open_page(history: Path, **options: Any) -> Any:
+        write_report(history, tmp_path / "report.html")
+        url = (tmp_path / "report.html").as_uri()
+        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+        opened.append(page)
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
+        page.on("dialog", lambda dialog: (wrong.append("a name was run"), dialog.dismiss()))
+        page.on(
+            "request",
+            lambda request: (
+                wrong.append(request.url)
+                if request.url != url and not request.url.startswith(("data:", "blob:"))
+                else None
+            ),
+        )
+        page.goto(url)
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        return page
+
+    yield open_page
+    for page in opened:
+        page.close()
+    assert not wrong, wrong
+
+
+def record(
+    path: Path,
+    grids: dict[str, tuple[int, int]],
+    updates: int,
+    *,
+    moves: bool = True,
+    metrics: bool = True,
+) -> Path:
+    generator = np.random.default_rng(0)
+    now = {name: generator.random(grid) < 0.5 for name, grid in grids.items()}
+    writer = HistoryWriter(path)
+    writer.start(0, now, dict.fromkeys(grids, 16), {"torch": EVIL, "config": {"seed": 3}})
+    for number in range(1, updates + 1):
+        if moves:
+            now = {n: m ^ (generator.random(m.shape) < 0.2) for n, m in now.items()}
+        writer.update(100 * number, number, now)
+        if number % 3 == 2:
+            writer.scores({n: generator.random(m.shape).astype(np.float32) for n, m in now.items()})
+        if metrics:
+            loss = float("nan") if number == 2 else 1 / number
+            writer.metrics(100 * number, {"train_loss": loss, "val_loss": 2.0, EVIL: 1.0})
+    return path
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Path:
+    return record(tmp_path / "run" / "pattern.history", GRIDS, UPDATES)
+
+
+def text(page: Any, selector: str) -> str:
+    return page.inner_text(selector).replace("\xa0", " ")
+
+
+def point_at(page: Any, grid: tuple[int, int], row: int, column: int, touch: bool = False) -> None:
+    """Go to the middle of a block; masks lie on their long side."""
+    lying = grid[0] > grid[1]
+    x, y = (row, column) if lying else (column, row)
+    page.locator("#mask").scroll_into_view_if_needed()
+    box = page.locator("#mask").bounding_box()
+    width, height = (grid[0], grid[1]) if lying else (grid[1], grid[0])
+    at = (
+        box["x"] + (x + 0.5) * box["width"] / width,
+        box["y"] + (y + 0.5) * box["height"] / height,
+    )
+    (page.touchscreen.tap if touch else page.mouse.move)(*at)
+
+
+def truth(history: History, name: str, frame: int, row: int, column: int) -> str:
+    """What the page has to say of a block."""
+    layer = history.layers[name]
+    seen = [bool(layer.mask(i)[row, column]) for i in range(frame + 1)]
+    changes = [i for i in range(1, frame + 1) if seen[i] != seen[i - 1]]
+    since = history.frames[changes[-1] if changes else 0].step
+    state = "present" if seen[-1] else "absent"
+    parts = [
+        f"{state} since step {since:,}" if changes else f"{state} from the start",
+        f"for {history.frames[frame].step - since:,} steps",
+    ]
+    if seen[-1]:
+        scored = [i for i in layer.scores if i <= frame]
+        score = layer.scores[scored[-1]][row, column] if scored else np.nan
+        step = history.frames[scored[-1]].step if scored else 0
+        parts.append(
+            "not scored"
+            if np.isnan(score)
+            else f"score {float(f'{score:.4g}'):g} (of step {step:,})"
+        )
+    came = sum(seen[i] for i in changes)
+    times = [f"{n} time{'' if n == 1 else 's'}" for n in (came, len(changes) - came)]
+    parts.append(f"came {times[0]}, went {times[1]}")
+    size = layer.block_size
+    where = (
+        f"Block {row}, {column} · outputs {row * size:,}–{(row + 1) * size - 1:,}, "
+        f"inputs {column * size:,}–{(column + 1) * size - 1:,}"
+    )
+    return f"{where}\n{' · '.join(parts)}"
+
+
+def test_what_is_pointed_at_is_the_truth(show, history: Path) -> None:
+    page, known = show(history), read_history(history)
+    for index, (name, grid) in enumerate(GRIDS.items()):
+        page.click(f".tile[data-layer='{index}']")
+        assert text(page, "#layer-name") == name
+        for frame in (0, 4, UPDATES, 3):
+            page.evaluate("frame => showFrame(frame)", frame)
+            mask = known.layers[name].mask(frame)
+            assert text(page, "#layer-state").startswith(f"{mask.sum()} of {mask.size} blocks")
+            for row, column in {(0, 0), (grid[0] - 1, grid[1] - 1), (grid[0] // 2, grid[1] // 3)}:
+                page.mouse.move(0, 0)
+                point_at(page, grid, row, column)
+                assert text(page, "#readout") == truth(known, name, frame, row, column)
+
+
+def test_the_film_shows_every_mask(show, history: Path) -> None:
+    page, known = show(history), read_history(history)
+    is_present = """() => {
+        const { width, height } = film();
+        const copy = new OffscreenCanvas(width, height).getContext("2d");
+        copy.drawImage(document.getElementById("mask"), 0, 0);
+        const of = [...copy.getImageData(0, 0, width, height).data];
+        const pixels = of.flatMap((_, i) => i % 4 ? [] : [of.slice(i, i + 3).join()]);
+        const shown = ["kept", "grown"].map((name) => rgb(style[name]).join());
+        return pixels.map((pixel) => shown.includes(pixel));
+    }"""
+    for index, (name, grid) in enumerate(GRIDS.items()):
+        page.click(f".tile[data-layer='{index}']")
+        for frame in (*range(UPDATES + 1), 2, 7, 0):
+            page.evaluate("frame => showFrame(frame)", frame)
+            mask = known.layers[name].mask(frame)
+            shown = np.array(page.evaluate(is_present))
+            assert (shown == (mask.T if grid[0] > grid[1] else mask).reshape(-1)).all()
+
+
+def test_play_pause_and_the_slider(show, history: Path) -> None:
+    page = show(history)
+    assert text(page, "#when") == "step 0 · start"
+    page.select_option("#speed", "20")
+    page.click("#play")
+    assert text(page, "#play") == "Pause"
+    page.wait_for_function("state.frame >= 2")
+    page.click("#play")
+    frame = page.evaluate("state.frame")
+    page.wait_for_timeout(200)
+    assert page.evaluate("state.frame") == frame and text(page, "#play") == "Play"
+    page.click("#play")
+    page.wait_for_function(f"state.frame === {UPDATES} && !state.playing")
+    assert text(page, "#when") == f"step {100 * UPDATES} · update {UPDATES}"
+    page.click("#play")  # from the end it begins anew
+    page.wait_for_function(f"state.frame < {UPDATES}")
+    page.locator("#slider").fill("5")
+    assert text(page, "#when") == "step 500 · update 5" and not page.evaluate("state.playing")
+
+
+def test_keys(show, history: Path) -> None:
+    page, known = show(history), read_history(history)
+    for key, frame, layer in (
+        ("ArrowRight", 1, 0),
+        ("ArrowRight", 2, 0),
+        ("ArrowLeft", 1, 0),
+        ("ArrowDown", 1, 1),
+        ("ArrowDown", 1, 2),
+        ("ArrowUp", 1, 1),
+    ):
+        page.keyboard.press(key)
+        assert page.evaluate("[state.frame, state.layer]") == [frame, layer]
+    page.focus("#slider")
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("[state.frame, state.layer]") == [1, 0]
+    page.keyboard.press("Space")
+    page.wait_for_function("state.frame > 1")
+    page.keyboard.press("Space")
+    assert not page.evaluate("state.playing")
+    page.evaluate("showFrame(4)")
+    # 'fc.0' lies on its side: to the right is the next row.
+    page.focus("#sheet")
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert page.evaluate("[state.frame, state.layer]") == [4, 0]
+    assert text(page, "#readout") == truth(known, "fc.0", 4, 1, 1)
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    assert text(page, "#readout") == truth(known, "fc.0", 4, 11, 1)
+    page.keyboard.press("Escape")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("[state.frame, state.cell]") == [5, None]
+
+
+def test_every_control_is_reached_by_tab(show, history: Path) -> None:
+    page = show(history, viewport={"width": 1000, "height": 900})
+    seen = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        focused = "document.activeElement"
+        seen |= set(page.evaluate(f"[{focused}.id, ...{focused}.classList]"))
+        outline = page.evaluate(
+            "(({nextElementSibling: next}) => [document.activeElement, next].some((e) => e &&"
+            " getComputedStyle(e).outlineStyle !== 'none'))(document.activeElement)"
+        )
+        assert outline or page.evaluate("document.activeElement === document.body")
+    assert {"theme", "play", "slider", "speed", "sheet", "larger", "tile", "chip"} <= seen
+
+
+def test_colours_of_age_and_score(show, history: Path) -> None:
+    page = show(history)
+    pixels = "document.getElementById('mask').toDataURL()"
+    page.evaluate("showFrame(5)")
+    pictures = {page.evaluate(pixels)}
+    page.click(".choice span:text-is('age')")
+    pictures.add(page.evaluate(pixels))
+    assert "900 steps old" in text(page, "#legend")
+    page.click(".choice span:text-is('score')")
+    pictures.add(page.evaluate(pixels))
+    assert len(pictures) == 3
+    assert "scores of step 500" in text(page, "#legend")
+    page.evaluate("showFrame(1)")
+    assert "No block has been scored" in text(page, "#legend")
+
+
+def test_the_mask_is_enlarged(show, history: Path) -> None:
+    page = show(history, viewport={"width": 1000, "height": 900})
+    page.click(".tile[data-layer='1']")
+    width = page.locator("#mask").bounding_box()["width"]
+    page.click("#larger")
+    assert page.locator("#mask").bounding_box()["width"] == 2 * width
+    page.click("#smaller")
+    assert page.locator("#mask").bounding_box()["width"] == width
+    assert page.is_disabled("#smaller")
+
+
+def test_the_table_sorts_and_chooses(show, history: Path) -> None:
+    page, known = show(history), read_history(history)
+    names = (
+        "[...document.querySelectorAll('#layers tbody tr td:first-child')].map(c => c.innerText)"
+    )
+    assert page.evaluate(names) == list(GRIDS)
+    densities = {name: layer.mask(-1).mean() for name, layer in known.layers.items()}
+    page.click("#layers th:nth-child(5) button")
+    assert page.evaluate(names) == sorted(GRIDS, key=lambda n: -densities[n])
+    page.click("#layers th:nth-child(5) button")
+    assert page.evaluate(names) == sorted(GRIDS, key=lambda n: densities[n])
+    assert page.get_attribute("#layers th:nth-child(5)", "aria-sort") == "ascending"
+    page.click("#layers th:nth-child(1) button")
+    assert page.evaluate(names)[1:] == ["fc.0", "fc.1", "one"]
+    page.click("#layers tbody tr:has-text('fc.1') td:nth-child(3)")
+    assert text(page, "#layer-name") == "fc.1"
+    assert page.get_attribute(".tile[data-layer='1']", "aria-pressed") == "true"
+    assert page.locator("#layers tr[aria-selected=true]").inner_text().startswith("fc.1")
+
+
+def test_curves_are_drawn_and_followed_and_lead_back(show, history: Path) -> None:
+    page = show(history)
+    for panel in page.locator(".panel").all():
+        panel.scroll_into_view_if_needed()
+        page.wait_for_timeout(50)
+    page.wait_for_function("panels.every((panel) => panel.drawn)")
+    titles = page.locator(".panel h3").all_inner_texts()
+    assert titles[:4] == ["Density", "Churn", "Survival", "Ever active (Rs)"]
+    assert "loss" in titles and EVIL in titles
+    loss = "panels.find((panel) => panel.root.innerText.startsWith('loss'))"
+    # A loss that is no number leaves a gap.
+    assert page.evaluate(f"{loss}.plot.data[0].y")[:3] == [1.0, None, 0.333333]
+    assert page.evaluate(f"{loss}.plot.data.map((line) => line.name)") == ["train_loss", "val_loss"]
+    page.evaluate(f"{loss}.root.scrollIntoView()")
+    where = f"{loss}.now.getBoundingClientRect().x"
+    page.wait_for_function(f"{loss}.visible")
+    page.keyboard.press("ArrowRight")
+    before = page.evaluate(where)
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(where) > before
+    # The line stands where the plot has that step, of which the second has no point.
+    point = "plot.querySelector('.points path:nth-child({})').getBoundingClientRect().toJSON()"
+    page.keyboard.press("ArrowRight")
+    box = page.evaluate(f"(({{plot}}) => {point.format(2)})({loss})")
+    assert abs(page.evaluate(where) + 0.75 - box["x"] - box["width"] / 2) < 1.5
+    box = page.evaluate(f"(({{plot}}) => {point.format(7)})({loss})")
+    at = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(at[0], at[1] - 1)
+    page.wait_for_timeout(200)
+    page.mouse.click(*at)
+    page.wait_for_function("state.frame === 8")
+    # Its legend hides a line.
+    page.locator(".panel", has_text="train_loss").locator(".legendtoggle").first.click()
+    page.wait_for_function(f"{loss}.plot._fullData[0].visible === 'legendonly'")
+
+
+def test_the_legend_of_all_layers(show, history: Path) -> None:
+    page = show(history)
+    page.locator("#curves .panel").first.scroll_into_view_if_needed()
+    page.wait_for_function("panels[0].drawn")
+    visible = "panels[0].plot.data.map((line) => line.visible)"
+    assert page.evaluate(visible) == [True] * 5
+    page.click(".chip:text-is('fc.1')")
+    page.wait_for_function(f"{visible}[2] === false")
+    assert page.get_attribute(".chip:text-is('fc.1')", "aria-pressed") == "false"
+    page.click(".chip:text-is('fc.1')")
+    page.wait_for_function(f"{visible}[2] === true")
+
+
+def test_light_and_dark(show, history: Path) -> None:
+    page = show(history, color_scheme="dark")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(paper) == "rgb(17, 21, 27)"
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"{paper} === 'rgb(251, 250, 247)'")
+    absent = page.evaluate("palette.absent")
+    page.click("#theme")
+    assert page.evaluate(paper) == "rgb(17, 21, 27)" and page.evaluate("palette.absent") != absent
+    page.emulate_media(color_scheme="dark")
+    page.click("#theme")
+    assert page.evaluate(paper) == "rgb(251, 250, 247)"
+
+
+def test_names_are_text(show, history: Path) -> None:
+    page = show(history)
+    page.click(".tile[data-layer='2']")
+    page.locator("#metrics").scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    assert page.locator("b:has-text('fat'), img").count() == 0
+    for selector in (
+        "#layer-name",
+        ".tile[data-layer='2'] .name",
+        "#layers tr:nth-child(3) button",
+    ):
+        assert page.inner_text(selector) == EVIL
+    assert EVIL in page.inner_text("#made")
+    page.click("summary")
+    assert page.inner_text("#config") == "seed\n3"
+
+
+@pytest.mark.parametrize("width", [390, 320])
+def test_on_a_phone_nothing_is_wider_than_it(show, history: Path, width: int) -> None:
+    page = show(history, viewport={"width": width, "height": 844}, has_touch=True, is_mobile=True)
+    known = read_history(history)
+    for panel in page.locator(".panel").all():
+        panel.scroll_into_view_if_needed()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.locator(".tile[data-layer='1']").tap()
+    page.evaluate("scrollTo(0, 0), showFrame(6)")
+    point_at(page, GRIDS["fc.1"], 3, 7, touch=True)
+    assert text(page, "#readout") == truth(known, "fc.1", 6, 3, 7)
+
+
+def test_a_grid_of_1024_by_256_blocks(show, tmp_path: Path) -> None:
+    path = record(tmp_path / "h", {"up": (1024, 256)}, 4)
+    page, known = show(path), read_history(path)
+    page.evaluate("showFrame(4)")
+    box = page.locator("#mask").bounding_box()
+    assert (box["width"], box["height"]) == (1024, 256)  # a pixel a block
+    assert page.evaluate("document.documentElement.scrollWidth") == 1280
+    for row, column in ((0, 0), (517, 101), (1023, 255)):
+        point_at(page, (1024, 256), row, column)
+        assert text(page, "#readout") == truth(known, "up", 4, row, column)
+    page.click("#larger")
+    assert page.locator("#mask").bounding_box()["width"] == 2048
+    assert page.evaluate("document.documentElement.scrollWidth") == 1280
+
+
+def test_many_updates_are_merged_and_the_page_says_so(show, tmp_path: Path) -> None:
+    path = record(tmp_path / "h", {"a": (4, 4)}, 450)
+    page = show(path)
+    assert "451 frames were recorded. The films show 200" in page.inner_text("#still")
+    page.evaluate("showFrame(last)")
+    assert text(page, "#when") == "step 45,000 · update 450"
+    shown = page.evaluate("[...film().mask]")
+    assert shown == read_history(path).layers["a"].mask(-1).reshape(-1).astype(int).tolist()
+    point_at(page, (4, 4), 1, 2)
+    assert re.search(r"came at least \d+ times", page.inner_text("#readout"))
+
+
+@pytest.mark.parametrize(
+    ("updates", "options", "says"),
+    [
+        (0, {}, ["one frame only", "Nothing changed yet", "No metric was recorded"]),
+        (3, {"moves": False, "metrics": False}, ["The pattern is static", "No block was ever"]),
+    ],
+)
+def test_instead_of_empty_axes_a_sentence(
+    show, tmp_path: Path, updates: int, options: dict, says: list[str]
+) -> None:
+    page = show(record(tmp_path / "h", {"a": (3, 3)}, updates, **options))
+    words = page.inner_text("main")
+    assert all(part in words for part in says), words
+    assert page.is_disabled("#play") == (updates == 0)
+    assert not page.is_visible(".shelf")
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    point_at(page, (3, 3), 2, 1)
+    assert "from the start" in page.inner_text("#readout")
+
+
+def test_a_history_cut_by_a_kill(show, tmp_path: Path) -> None:
+    path = record(tmp_path / "h", GRIDS, UPDATES)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    known = read_history(path)
+    assert 1 < len(known.frames) <= UPDATES
+    page = show(path)
+    page.evaluate("showFrame(last)")
+    assert text(page, "#when").startswith(f"step {known.frames[-1].step} ")
