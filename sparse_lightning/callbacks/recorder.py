@@ -38,9 +38,10 @@ class PatternRecorder(Observer):
         self.every_n_updates = every_n_updates
         self.config = config
         self._writer: HistoryWriter | None = None
+        self._written: dict[str, float] = {}
 
     def start(self, fit: Fit) -> None:
-        self._writer = None
+        self._writer, self._written = None, {}
         trainer = fit.trainer
         folder = run_folder(trainer) if trainer.is_global_zero and fit.layers else None
         if folder is None:
@@ -79,8 +80,14 @@ class PatternRecorder(Observer):
 
     def _write_metrics(self, fit: Fit) -> None:
         with self._or_stop():
-            if self._writer is not None and (numbers := _numbers(fit.trainer.callback_metrics)):
-                self._writer.metrics(fit.step, numbers)
+            if self._writer is None:
+                return
+            numbers = _numbers(fit.trainer.callback_metrics)
+            # The trainer also holds what it logged long ago: a loss of the last validation.
+            new = dict(numbers.items() - self._written.items())
+            if new:
+                self._writer.metrics(fit.step, new)
+            self._written = numbers
 
     @contextmanager
     def _or_stop(self) -> Iterator[None]:
