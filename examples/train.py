@@ -62,7 +62,7 @@ def report(trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, floa
     for what, pattern in places.items():
         for path in Path(trainer.default_root_dir).glob(pattern):
             print(f"{what:<20} {path}")
-    if layers:
+    if sparsity:
         print(f"{'to look at it':<20} sparse-lightning report {trainer.default_root_dir}")
 
 
