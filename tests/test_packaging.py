@@ -55,7 +55,8 @@ def shipped_files(root: Path) -> set[str]:
         f"{shipped_as}/{path.relative_to(root / folder).as_posix()}"
         for folder, shipped_as in folders.items()
         for path in (root / folder).rglob("*")
-        if path.suffix in {".py", ".cu", ".cuh", ".json", ".yaml"} or path.name == "py.typed"
+        if path.suffix in {".py", ".cu", ".cuh", ".json", ".yaml", ".html", ".css", ".js"}
+        or path.name == "py.typed"
     }
 
 
