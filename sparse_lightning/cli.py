@@ -17,11 +17,25 @@ from sparse_lightning.export import command as export
 from sparse_lightning.planning import command as planning
 from sparse_lightning.report import command as report
 
+WAY = """the way of a model:
+  sparse-lightning plan project.model:build --input 8,2048,int64    what would it save?
+  (train it, with SparsityCallback among the trainer's callbacks)
+  sparse-lightning report lightning_logs/version_0 --open           what became of its blocks?
+  sparse-lightning inspect last.ckpt                                what is in the checkpoint?
+  sparse-lightning export last.ckpt --to dense                      out of sparsity again
+
+'sparse-lightning COMMAND --help' tells more, with examples.
+Exit status: 0; 1 for a failure; 2 for wrong options.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status: 0, 1 for a failure, 2 for wrong options."""
     parser = argparse.ArgumentParser(
-        prog="sparse-lightning", description="Block-sparse training for PyTorch Lightning."
+        prog="sparse-lightning",
+        description="Block-sparse training for PyTorch Lightning.",
+        epilog=WAY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add(

@@ -27,6 +27,7 @@ with hydra.initialize_config_module("sparse_lightning.configs", version_base="1.
     config = hydra.compose(overrides=["+callbacks=sparsity"])
 
 assert (package / "py.typed").is_file()
+assert all((package / "report" / f"page.{end}").is_file() for end in ("html", "css", "js"))
 assert sparse_lightning.__version__ == version("sparse-lightning")
 assert config.callbacks.sparsity._target_ == "sparse_lightning.SparsityCallback", config
 print(package)
