@@ -660,17 +660,20 @@ class SparsityCallback(Callback):
         if "patterns" in state_dict:
             self._patterns.load_state_dict(state_dict["patterns"])
 
-    # Not `on_train_end`: progress bars are still drawn then.
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._training:  # there was no step to take
-            return
-        self._training = False
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fit = self._fit(trainer, pl_module)
         self.summary = summarise(fit)
         for observer in self._observers:
             observer.end(fit)
+
+    # Progress bars are still drawn at `on_train_end`; here the model has left its device.
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._training:  # there was no step to take
+            return
+        self._training = False
         # A run of a few batches, to see that everything works, has bought nothing.
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not fast_dev_run and self.summary is not None:
             show_summary(self.summary)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

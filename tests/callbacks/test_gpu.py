@@ -55,6 +55,14 @@ def test_the_loss_is_that_of_masked_dense_layers(precision: str) -> None:
     torch.testing.assert_close(sparse.losses, masked.losses, rtol=tolerance, atol=tolerance)
 
 
+def test_the_summary_tells_what_to_expect_of_this_gpu() -> None:
+    sparsity = SparsityCallback(block_size=16, density=0.5, include=["net.0"])
+    model = Classifier()
+    trainer(sparsity, max_steps=2, accelerator="gpu", devices=1).fit(model, loader())
+    assert sparsity.summary is not None
+    assert sparsity.summary.speedup == pytest.approx(model.cuda().net[0].predicted_speedup(0.5))
+
+
 @pytest.mark.parametrize("grow", ["gradient", "momentum"])
 @pytest.mark.parametrize("drop", ["gradient", "saliency", "movement"])
 @pytest.mark.parametrize("exact", [False, True])
