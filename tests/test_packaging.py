@@ -27,6 +27,7 @@ with hydra.initialize_config_module("sparse_lightning.configs", version_base="1.
     config = hydra.compose(overrides=["+callbacks=sparsity"])
 
 assert (package / "py.typed").is_file()
+assert all((package / "report" / f"page.{end}").is_file() for end in ("html", "css", "js"))
 assert sparse_lightning.__version__ == version("sparse-lightning")
 assert config.callbacks.sparsity._target_ == "sparse_lightning.SparsityCallback", config
 print(package)
@@ -49,13 +50,14 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def shipped_files(root: Path) -> set[str]:
-    """What belongs in the wheel of the two folders: modules, kernels and their tables, configs."""
+    """What belongs in the wheel: modules, kernels and their tables, the report's page, configs."""
     folders = {"sparse_lightning": "sparse_lightning", "configs": "sparse_lightning/configs"}
+    endings = {".py", ".cu", ".cuh", ".json", ".html", ".css", ".js", ".yaml"}
     return {
         f"{shipped_as}/{path.relative_to(root / folder).as_posix()}"
         for folder, shipped_as in folders.items()
         for path in (root / folder).rglob("*")
-        if path.suffix in {".py", ".cu", ".cuh", ".json", ".yaml"} or path.name == "py.typed"
+        if path.suffix in endings or path.name == "py.typed"
     }
 
 

@@ -613,15 +613,19 @@ function buildCurves() {
     ["dead_rows", "Dead rows", "block rows without a block: outputs that get nothing"],
     ["dead_columns", "Dead columns", "block columns without a block: inputs that are not read"],
   ];
-  const still = { churn: "No block was ever exchanged for another.",
-    dead_rows: "Every block row always had a block.",
-    dead_columns: "Every block column always had a block." };
+  const still = { // what is said instead of drawing a line that never leaves this value
+    churn: [0, "No block was ever exchanged for another."],
+    survival: [1, "No block was ever dropped."],
+    ever: [1, "Every block has been present: the training began with all of them."],
+    dead_rows: [0, "Every block row always had a block."],
+    dead_columns: [0, "Every block column always had a block."],
+  };
   for (const [key, title, note] of named) {
     // The start is no update: nothing was kept or exchanged by it.
     const from = key === "churn" || key === "survival" ? 1 : 0;
-    if (key in still && total[key].every((value) => value === 0)) {
+    if (key in still && total[key].every((value) => value === still[key][0])) {
       const panel = element("div", "", { class: "panel" });
-      panel.append(element("h3", title), element("p", note), element("div", still[key], { class: "plot sentence" }));
+      panel.append(element("h3", title), element("p", note), element("div", still[key][1], { class: "plot sentence" }));
       $("curves").append(panel);
       continue;
     }

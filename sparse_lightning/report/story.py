@@ -258,6 +258,8 @@ def _metrics(history: History) -> list[dict[str, Any]]:
     for metrics in history.metrics:
         for name, value in metrics.values.items():
             steps, values = lines.setdefault(name, ([], []))
+            if steps and steps[-1] == metrics.step:  # known anew, after a validation
+                steps.pop(), values.pop()
             steps.append(metrics.step)
             values.append(_finite(value))
     found = []

@@ -103,6 +103,7 @@ def test_metrics_by_name_and_none_for_what_is_no_number(tmp_path: Path) -> None:
         0, {"a": np.ones((2, 2), dtype=bool)}, {"a": 16}, {"config": {"seed": 0, "x": [1, 2]}}
     )
     writer.metrics(3, {"train_loss": 1.5, "val/loss": float("nan")})
+    writer.metrics(9, {"train_loss": 0.5})
     writer.metrics(9, {"train_loss": float("inf")})
     story = tell(read_history(tmp_path / "h"), "")
     assert story["metrics"] == [
