@@ -54,7 +54,8 @@ class SparsityReport:
         present = sum(r.n_blocks * r.block_size**2 for r in self.layers.values())
         return present / max(1, sum(r.shape[0] * r.shape[1] for r in self.layers.values()))
 
-    def __str__(self) -> str:
+    def table(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
+        """Return a header, and a row of cells for each layer; the last row is their total."""
         header = ("layer", "shape", "blocks", "density", "parameters", "before")
         rows = [
             (
@@ -70,7 +71,10 @@ class SparsityReport:
         before = sum(r.parameters_before for r in self.layers.values())
         after = sum(r.parameters_after for r in self.layers.values())
         rows.append(("total", "", "", f"{self.density:.3f}", f"{after:,}", f"{before:,}"))
-        lines = ["Block-sparse layers", text_table(header, rows, total=True)]
+        return header, rows
+
+    def __str__(self) -> str:
+        lines = ["Block-sparse layers", text_table(*self.table(), total=True)]
         if self.skipped:
             lines += ["", "Left dense"]
             lines += [f"{name}: {reason}" for name, reason in self.skipped.items()]

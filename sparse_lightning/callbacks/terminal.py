@@ -56,7 +56,7 @@ def show_report(report: SparsityReport) -> None:
         f"Block-sparse layers: {len(report.layers)}; linear layers left dense: "
         f"{len(report.skipped)}; density {report.density:.3f}; parameters {before:,} -> {after:,}."
     )
-    _show(str(report), line, lambda: _report_table(report, before, after))
+    _show(str(report), line, lambda: _report_table(report))
 
 
 def show_summary(summary: FitSummary) -> None:
@@ -83,26 +83,19 @@ def _show(text: str, line: str, pretty: Callable[[], RenderableType]) -> None:
     print(capture.get(), end="", flush=True)
 
 
-def _report_table(report: SparsityReport, before: int, after: int) -> RenderableType:
+def _report_table(report: SparsityReport) -> RenderableType:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    (first, *others), (*rows, total) = report.table()
     table = Table(title="Block-sparse layers", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for name in ("shape", "blocks", "density", "parameters", "before"):
+    table.add_column(first, overflow="fold")
+    for name in others:
         table.add_column(name, justify="right", no_wrap=True)
-    for name, layer in report.layers.items():
-        table.add_row(
-            Text(name),
-            f"{layer.shape[0]}x{layer.shape[1]}",
-            f"{layer.n_blocks} of {layer.block_size}x{layer.block_size}",
-            f"{layer.density:.3f}",
-            f"{layer.parameters_after:,}",
-            f"{layer.parameters_before:,}",
-        )
+    for name, *cells in rows:
+        table.add_row(Text(name), *cells)
     table.add_section()
-    total = ("total", "", "", f"{report.density:.3f}", f"{after:,}", f"{before:,}")
     table.add_row(*total, style="bold")
     if report.skipped:
         counts = Counter(report.skipped.values()).items()
