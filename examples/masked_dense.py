@@ -6,6 +6,7 @@ python examples/train.py '+callbacks.masked_dense._target_=masked_dense.MaskedDe
 from __future__ import annotations
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,14 +19,26 @@ class MaskedLinear(BlockSparseLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out_features]` for `x` of `[..., in_features]`."""
         weight = self.topology.unpack(self.values)
-        if weight.requires_grad:
-            weight.register_hook(self._add_scores)
+        if self.armed and weight.requires_grad:
+            weight = WithNorms.apply(weight, self.block_norms)
         return F.linear(x, weight, self.bias)
 
-    def _add_scores(self, gradient: Tensor) -> None:
-        rows, cols = self.topology.grid
-        blocks = gradient.float().view(rows, self.block_size, cols, self.block_size)
-        self.block_scores += self.armed * blocks.square().sum((1, 3))
+
+class WithNorms(torch.autograd.Function):
+    """A weight as it is; the squared norms of its gradient's blocks become that of a leaf."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, leaf: Tensor) -> Tensor:
+        """Return the weight."""
+        ctx.grid = leaf.shape
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of weight and leaf."""
+        rows, cols = ctx.grid
+        blocks = gradient.float().unflatten(0, (rows, -1)).unflatten(2, (cols, -1))
+        return gradient, blocks.square().sum((1, 3))
 
 
 class MaskedDense(L.Callback):

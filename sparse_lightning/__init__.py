@@ -16,6 +16,7 @@ from sparse_lightning.distributions import Floor
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.mlp import BlockSparseMLP
 from sparse_lightning.patching import SparsityReport, densify, sparsify
+from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.topology import BlockTopology
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "Floor",
     "MonitorOptions",
     "Plan",
+    "Sparsifier",
     "SparsityCallback",
     "SparsityMonitor",
     "SparsityReport",

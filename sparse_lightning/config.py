@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, Criterion, find_criterion
+from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, Criterion, gradient, magnitude
 from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, by_score, share
+from sparse_lightning.lookup import find
 from sparse_lightning.patching import (
     DEFAULT_EXCLUDE,
     INITS,
@@ -24,11 +29,15 @@ from sparse_lightning.patching import (
     check_patterns,
     layer_densities,
 )
+from sparse_lightning.rules import DropAndGrow, UpdateRule
 from sparse_lightning.schedules import (
     DENSITY_SCHEDULES,
     DROP_FRACTION_SCHEDULES,
+    Schedule,
+    Times,
     Timetable,
     check_time,
+    constant,
     is_fraction,
     resolve_time,
 )
@@ -43,29 +52,40 @@ class DensitySchedule:
 
     Attributes:
         schedule: "linear", "cosine", "cubic" (Zhu & Gupta 2017), "stepwise" (four times by the same
-            factor), "one_shot" (all at `until`), or "constant", which takes either of the next two.
+            factor), "one_shot" (all at `until`), or "constant", which takes either of the next two;
+            or a function of (progress in [0, 1], initial, final) that returns a density in (0, 1],
+            or its dotted path.
         initial: density at `begin`, in (0, 1]; 1.0 if not given.
         final: density from `until` on, in (0, 1]; 0.25 if not given.
         begin, until: step (int >= 2), fraction of the training (float in (0, 1]) or 0.
     """
 
-    schedule: str = "cubic"
+    schedule: str | Schedule = "cubic"
     initial: float | None = None
     final: float | None = None
     begin: int | float = 0
     until: int | float = 0.5
 
     def __post_init__(self) -> None:
-        _fill_in(self, "density", initial=1.0, final=0.25)
+        schedule = find("density.schedule", self.schedule, DENSITY_SCHEDULES)
+        _fill_in(self, schedule, "density", initial=1.0, final=0.25)
 
 
 @dataclass
 class UpdateSchedule:
-    """When topology updates run: every `every_n_steps` optimizer steps, within begin..until."""
+    """When topology updates run, within begin..until.
+
+    Attributes:
+        every_n_steps: optimizer steps from one update to the next.
+        begin, until: step (int >= 2), fraction of the training (float in (0, 1]) or 0.
+        times: instead of every so many steps, the steps to update after: a list of them, or a
+            function of the number of steps of the training that returns one, or its dotted path.
+    """
 
     every_n_steps: int = 100
     begin: int | float = 0
     until: int | float = 0.75
+    times: Any = None  # a list, a string or a function, which OmegaConf cannot express as a type
 
 
 @dataclass
@@ -73,17 +93,20 @@ class DropFractionSchedule:
     """The share of a layer's blocks that an update exchanges, over update.begin..until.
 
     Attributes:
-        schedule: "linear", "cosine", or "constant", which takes either of the next two.
+        schedule: "linear", "cosine", or "constant", which takes either of the next two; or a
+            function of (progress in [0, 1], initial, final) that returns a share in [0, 1], or its
+            dotted path.
         initial: in [0, 1]; 0.1 if not given.
         final: in [0, 1]; 0.0 if not given.
     """
 
-    schedule: str = "cosine"
+    schedule: str | Schedule = "cosine"
     initial: float | None = None
     final: float | None = None
 
     def __post_init__(self) -> None:
-        _fill_in(self, "drop_fraction", initial=0.1, final=0.0)
+        schedule = find("drop_fraction.schedule", self.schedule, DROP_FRACTION_SCHEDULES)
+        _fill_in(self, schedule, "drop_fraction", initial=0.1, final=0.0)
 
 
 @dataclass
@@ -120,7 +143,7 @@ class SparsityConfig:
     include: Any = ("*",)
     exclude: Any = DEFAULT_EXCLUDE
     density: Any = 0.25
-    distribution: str = "uniform"
+    distribution: Any = "uniform"
     layer_density: Any = None
     floor: Any = field(default_factory=Floor)
     update: Any = field(default_factory=UpdateSchedule)
@@ -128,7 +151,7 @@ class SparsityConfig:
     drop: Any = "magnitude"
     grow: Any = "gradient"
     regrow: bool = True
-    exact: bool = False
+    rule: Any = None
     token_stride: int = 1
     init: str = "random"
     shrink: bool = True
@@ -147,11 +170,11 @@ class SparsityConfig:
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
         self.include, self.exclude = tuple(self.include), tuple(self.exclude)
-        check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        find_criterion("drop", self.drop, DROP_CRITERIA)
-        find_criterion("grow", self.grow, GROW_CRITERIA)
+        find("distribution", self.distribution, DISTRIBUTIONS)
+        find("drop", self.drop, DROP_CRITERIA)
+        find("grow", self.grow, GROW_CRITERIA)
         check_choice("init", self.init, INITS)
-        for key in ("regrow", "exact", "shrink"):
+        for key in ("regrow", "shrink"):
             _check_bool(key, getattr(self, key))
         _check_int("token_stride", self.token_stride, 1)
         _check_int("seed", self.seed, 0)
@@ -164,13 +187,13 @@ class SparsityConfig:
         self._check_density()
         self._check_update()
         self._check_drop_fraction()
+        self._check_rule()
         if self.monitor is not None:
             _check_int("monitor.every_n_updates", self.monitor.every_n_updates, 1)
             _check_int("monitor.images", self.monitor.images, 0)
             _check_bool("monitor.record", self.monitor.record)
 
     def _check_density(self) -> None:
-        check_choice("density.schedule", self.density.schedule, DENSITY_SCHEDULES)
         check_density(self.density.initial, "density.initial")
         check_density(self.density.final, "density.final")
         check_time(self.density.begin, "density.begin")
@@ -189,44 +212,104 @@ class SparsityConfig:
         check_time(self.update.begin, "update.begin")
         check_time(self.update.until, "update.until")
         _check_order("update", self.update.begin, self.update.until)
+        times = self.update.times
+        if isinstance(times, str) or callable(times):
+            find("update.times", times, {})
+        elif times is not None:
+            self.update.times = _checked_times(times)
         if not self.density_is_constant and _same_kind(self.density.until, self.update.until):
             _check_reaches(self.density.until, self.update.until)
 
     def _check_drop_fraction(self) -> None:
-        check_choice("drop_fraction.schedule", self.drop_fraction.schedule, DROP_FRACTION_SCHEDULES)
         for key in ("initial", "final"):
             _check_share(f"drop_fraction.{key}", getattr(self.drop_fraction, key))
+
+    def _check_rule(self) -> None:
+        ignored = (self.drop_criterion, self.grow_criterion, self.regrow)
+        if self.rule is not None and ignored != (magnitude, gradient, True):
+            raise ValueError(
+                "`rule` must not be given together with `drop`, `grow` or `regrow`, which only the "
+                f"usual rule reads; got rule={self.rule!r}, drop={self.drop!r}, "
+                f"grow={self.grow!r}, regrow={self.regrow!r}. Leave them as they are by default."
+            )
+        if not callable(self.update_rule):
+            raise ValueError(
+                "`rule` must be a class whose objects can be called; got "
+                f"{type(self.update_rule).__qualname__}."
+            )
 
     def of_training(self) -> dict[str, Any]:
         """Return what a resumed training has to share, by dotted key: primitives and lists of them.
 
-        Criteria are named by their function. Logging (`monitor`), memory (`shrink`) and the first
-        blocks (`init`) are left out: they may change.
+        A function is named by its module and name, however the configuration names it, and a rule
+        that is an object by its class. Logging (`monitor`), memory (`shrink`) and the first blocks
+        (`init`) are left out: they may change.
         """
-        values = {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key not in ("monitor", "shrink", "init")
+        values: dict[str, Any] = {}
+        for key in (each.name for each in dataclasses.fields(self)):
+            if key not in ("monitor", "shrink", "init"):
+                value = getattr(self, key)
+                values[key] = vars(value) if isinstance(value, _NESTED) else value
+        functions: dict[str, Any] = {
+            "density.schedule": self._density_schedule,
+            "drop_fraction.schedule": self._drop_fraction_schedule,
+            "drop": self.drop_criterion,
+            "grow": self.grow_criterion,
         }
-        criteria = {"drop": self.drop_criterion, "grow": self.grow_criterion}
-        return _flat({**values, **criteria})
+        # "global" begins as another one, and is none of the functions.
+        if self.distribution != "global":
+            functions["distribution"] = find("distribution", self.distribution, DISTRIBUTIONS)
+        if self._times_function is not None:
+            functions["update.times"] = self._times_function
+        if self.rule is not None:
+            functions["rule"] = self.update_rule
+        return {**_flat(values), **_flat(functions)}
 
     @property
     def drop_criterion(self) -> Criterion:
         """The function that scores present blocks."""
-        criterion = find_criterion("drop", self.drop, DROP_CRITERIA)
-        assert criterion is not None
-        return criterion
+        return find("drop", self.drop, DROP_CRITERIA)
 
     @property
     def grow_criterion(self) -> Criterion | None:
         """The function that scores absent blocks; None for no growth."""
-        return find_criterion("grow", self.grow, GROW_CRITERIA)
+        return find("grow", self.grow, GROW_CRITERIA)
+
+    @functools.cached_property
+    def update_rule(self) -> UpdateRule:
+        """What decides an update: `rule`, or what follows `drop`, `grow` and `regrow`."""
+        if self.rule is None:
+            return DropAndGrow(self.drop_criterion, self.grow_criterion, self.regrow)
+        rule: Any = find("rule", self.rule, {})
+        if not isinstance(rule, type):
+            return rule  # type: ignore[no-any-return]
+        try:
+            return rule()  # type: ignore[no-any-return]
+        except TypeError as error:
+            raise ValueError(
+                "`rule` must be a class that needs no arguments, or an object; got "
+                f"{self.rule!r}: {error}."
+            ) from error
+
+    @property
+    def _density_schedule(self) -> Schedule:
+        return find("density.schedule", self.density.schedule, DENSITY_SCHEDULES)
+
+    @property
+    def _drop_fraction_schedule(self) -> Schedule:
+        schedule = self.drop_fraction.schedule
+        return find("drop_fraction.schedule", schedule, DROP_FRACTION_SCHEDULES)
+
+    @property
+    def _times_function(self) -> Times | None:
+        """What makes the steps of updates, where they are not given themselves."""
+        times = self.update.times
+        return None if times is None or isinstance(times, list) else find("update.times", times, {})
 
     @property
     def density_is_constant(self) -> bool:
         """Whether the density never moves."""
-        return bool(self.density.schedule == "constant")
+        return self._density_schedule is constant
 
     def density_at(self, progress: float, final: float | None = None) -> float:
         """Return the density at a progress in [0, 1] of the density schedule.
@@ -234,10 +317,18 @@ class SparsityConfig:
         Args:
             progress: of the schedule.
             final: of a layer that has its own, instead of the model's.
+
+        Raises:
+            ValueError: if a schedule of the user's returns something else.
         """
-        schedule = DENSITY_SCHEDULES[self.density.schedule]
         final = self.density.final if final is None else final
-        return schedule(progress, self.density.initial, final)
+        density = self._density_schedule(progress, self.density.initial, final)
+        if not (_is_number(density) and 0 < density <= 1):
+            raise ValueError(
+                "`density.schedule` must return a density in (0, 1]; "
+                f"got {density!r} at progress {progress:.4g}."
+            )
+        return float(density)
 
     def budgets_at(self, progress: float, grids: Mapping[str, Grid]) -> dict[str, int]:
         """Return the blocks of each layer at a progress in [0, 1] of the density schedule.
@@ -247,7 +338,21 @@ class SparsityConfig:
         Args:
             progress: of the schedule.
             grids: (out_blocks, in_blocks) of each layer, by name.
+
+        Raises:
+            ValueError: if a schedule or distribution of the user's returns no budget.
         """
+        budgets = self._shares_at(progress, grids)
+        if not self._is_monotonic:
+            # So that capacities hold, whatever is asked for between the points they are made of.
+            points = math.floor(progress * _INTERVALS), math.ceil(progress * _INTERVALS)
+            around = [self._shares_at(k / _INTERVALS, grids) for k in points]
+            for name, blocks in budgets.items():
+                budgets[name] = min(blocks, max(shares[name] for shares in around))
+        return budgets
+
+    def _shares_at(self, progress: float, grids: Mapping[str, Grid]) -> dict[str, int]:
+        """Return what schedule and distribution give each layer at a progress in [0, 1]."""
         fixed = {
             name: self.density_at(progress, final)
             for name, final in layer_densities(self.layer_density, grids).items()
@@ -260,64 +365,176 @@ class SparsityConfig:
     ) -> dict[str, int]:
         """Return the blocks of each layer at a progress in [0, 1], under any distribution.
 
+        Under "global", layers without scores keep the blocks that they have, and the others
+        compete for what these leave of the model's budget.
+
         Args:
             progress: of the density schedule.
-            scores: drop scores `[out_blocks, in_blocks]` of each layer, by name.
-            masks: bool, of the same shapes, the present blocks.
+            scores: drop scores `[out_blocks, in_blocks]` of the layers that may change, by name.
+            masks: bool, of the same shapes, the present blocks of all managed layers.
+
+        Returns:
+            The budget of each layer in `masks`.
         """
         grids = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
         budgets = self.budgets_at(progress, grids)
-        if self.distribution == "global":
-            fixed = layer_densities(self.layer_density, grids)
-            others = [name for name in grids if name not in fixed]
-            cells = sum(masks[name].numel() for name in others)
+        if self.distribution != "global":
+            return budgets
+        budgets.update({name: int(masks[name].sum()) for name in masks if name not in scores})
+        fixed = layer_densities(self.layer_density, grids)
+        sharing = [name for name in grids if name not in fixed]
+        rivals = [name for name in sharing if name in scores]
+        if rivals:
+            cells = sum(masks[name].numel() for name in sharing)
+            kept = sum(budgets[name] for name in sharing if name not in scores)
             shares = by_score(
-                count_blocks(self.density_at(progress), cells) if others else 0,
-                [scores[name] for name in others],
-                [masks[name] for name in others],
-                [self.floor.blocks(grids[name]) for name in others],
+                count_blocks(self.density_at(progress), cells) - kept,
+                [scores[name] for name in rivals],
+                [masks[name] for name in rivals],
+                [self.floor.blocks(grids[name]) for name in rivals],
             )
-            budgets.update(zip(others, shares, strict=True))
+            budgets.update(zip(rivals, shares, strict=True))
         return budgets
 
-    def capacities(self, grids: Mapping[str, Grid]) -> dict[str, int]:
-        """Return the most blocks that each layer will ever hold: no budget moves both ways."""
-        ends = (self.budgets_at(0.0, grids), self.budgets_at(1.0, grids))
-        return {name: max(budgets[name] for budgets in ends) for name in grids}
+    def capacities(self, grids: Mapping[str, Grid], progress: float = 0.0) -> dict[str, int]:
+        """Return the most blocks that each layer will hold from a progress in [0, 1] on.
+
+        No budget of the schedules and distributions that are offered moves both ways, so the two
+        ends tell. One of the user's may: it is looked at 65 points, and between two of them no
+        budget passes the larger of theirs.
+
+        Args:
+            grids: (out_blocks, in_blocks) of all managed layers, by name.
+            progress: of the density schedule.
+        """
+        points = [progress, 1.0]
+        if not self._is_monotonic:
+            first = math.floor(progress * _INTERVALS)
+            points = [k / _INTERVALS for k in range(first, _INTERVALS + 1)]
+        budgets = [self._shares_at(point, grids) for point in points]
+        return {name: max(shares[name] for shares in budgets) for name in grids}
+
+    @property
+    def _is_monotonic(self) -> bool:
+        """Whether every layer's budget moves one way only."""
+        distribution = find("distribution", self.distribution, DISTRIBUTIONS)
+        return (
+            self._density_schedule in DENSITY_SCHEDULES.values()
+            and distribution in DISTRIBUTIONS.values()
+        )
+
+    def largest_fall(self, timetable: Timetable, grids: Mapping[str, Grid]) -> tuple[float, int]:
+        """Return how much of the model the steepest update drops for good, and when.
+
+        Args:
+            timetable: of the training.
+            grids: (out_blocks, in_blocks) of all managed layers, by name.
+
+        Returns:
+            The share of the present blocks, in [0, 1), by which the update at which the density
+            falls by the largest factor leaves fewer, and its step; (0.0, 0) if it never falls.
+        """
+        if self.density_is_constant:
+            return 0.0, 0
+        # Densities are quickly compared; budgets are shared for one update only.
+        steps, at = [0], [timetable.density_progress(0)]
+        while at[-1] < 1 and (step := timetable.next_update(steps[-1])) is not None:
+            steps.append(step)
+            at.append(timetable.density_progress(step))
+        densities = [self.density_at(progress) for progress in at]
+        kept = [after / before for before, after in pairwise(densities)]
+        if min(kept, default=1.0) >= 1:
+            return 0.0, 0
+        i = kept.index(min(kept))
+        before, after = (sum(self.budgets_at(p, grids).values()) for p in at[i : i + 2])
+        return max(0.0, 1 - after / max(1, before)), steps[i + 1]
 
     def drop_fraction_at(self, progress: float) -> float:
-        """Return the drop fraction at a progress in [0, 1] of the updates."""
-        schedule = DROP_FRACTION_SCHEDULES[self.drop_fraction.schedule]
-        return schedule(progress, self.drop_fraction.initial, self.drop_fraction.final)
-
-    def timetable(self, total_steps: int) -> Timetable:
-        """Resolve fractions to steps of a training of `total_steps` optimizer steps.
+        """Return the drop fraction at a progress in [0, 1] of the updates.
 
         Raises:
-            ValueError: if the resolved steps are out of order.
+            ValueError: if a schedule of the user's returns something else.
         """
+        span = self.drop_fraction
+        fraction = self._drop_fraction_schedule(progress, span.initial, span.final)
+        if not (_is_number(fraction) and 0 <= fraction <= 1):
+            raise ValueError(
+                "`drop_fraction.schedule` must return a share in [0, 1]; "
+                f"got {fraction!r} at progress {progress:.4g}."
+            )
+        return float(fraction)
 
+    def timetable(self, total_steps: int | None) -> Timetable:
+        """Resolve times to steps.
+
+        Args:
+            total_steps: optimizer steps that the training is planned to have; None if unknown.
+
+        Raises:
+            ValueError: if the resolved steps are out of order, or depend on a length that is not
+                known.
+        """
+        if total_steps is None and self.has_fractions:
+            raise ValueError(
+                "`update` and `density` times given as fractions or by a function need a training "
+                "of known length; got one without an end. Give steps, or total_steps / max_steps."
+            )
         update_begin, update_until = _resolve("update", self.update, total_steps)
+        times = self._times_between(update_begin, update_until, total_steps)
         if self.density_is_constant:
             density_begin, density_until = update_begin, update_until
         else:
             density_begin, density_until = _resolve("density", self.density, total_steps)
             _check_reaches(density_until, update_until)
+            if times is not None and density_until > times[-1]:
+                raise ValueError(
+                    "`density.until` must not be after the last of `update.times`, or the density "
+                    f"would never arrive; got density.until={density_until}, and {times[-1]} as "
+                    f"the last one until {update_until}. Give a later time, or a later "
+                    "`update.until`."
+                )
         return Timetable(
             every_n_steps=self.update.every_n_steps,
             update_begin=update_begin,
             update_until=update_until,
             density_begin=density_begin,
             density_until=density_until,
+            total_steps=total_steps,
+            times=times,
         )
+
+    def _times_between(
+        self, begin: int, until: int, total_steps: int | None
+    ) -> tuple[int, ...] | None:
+        """Return the steps of `update.times` within begin..until; None without such."""
+        times: list[int] | None = self.update.times
+        if self._times_function is not None:
+            assert total_steps is not None
+            times = _checked_times(self._times_function(total_steps))
+        if times is None:
+            return None
+        within = tuple(time for time in times if begin <= time <= until)
+        if not within:
+            raise ValueError(
+                "`update.times` must have a step within update.begin..update.until; got "
+                f"{times[0]}..{times[-1]} for {begin}..{until}. Give `update.until` as a step, "
+                "or other times."
+            )
+        return within
 
     @property
     def has_fractions(self) -> bool:
-        """Whether a time is a fraction, so that the length of the training must be known."""
+        """Whether a time depends on the length of the training, which must then be known."""
         times = [self.update.begin, self.update.until]
         if not self.density_is_constant:
             times += [self.density.begin, self.density.until]
-        return any(is_fraction(time) for time in times)
+        return self._times_function is not None or any(is_fraction(time) for time in times)
+
+
+_NESTED = (DensitySchedule, UpdateSchedule, DropFractionSchedule, Floor)
+
+# Between the points at which a schedule or distribution of the user's is looked at.
+_INTERVALS = 64
 
 
 @dataclass
@@ -338,7 +555,7 @@ class SparsityNode:
     drop: str = "magnitude"
     grow: str = "gradient"
     regrow: bool = True
-    exact: bool = False
+    rule: Any = None  # a dotted path, or a mapping with a `_target_`
     token_stride: int = 1
     init: str = "random"
     shrink: bool = True
@@ -397,10 +614,15 @@ def _coerce(cls: type[T], value: Any, argument: str) -> T:
 
 
 def _fill_in(
-    span: DensitySchedule | DropFractionSchedule, argument: str, *, initial: float, final: float
+    span: DensitySchedule | DropFractionSchedule,
+    schedule: Schedule,
+    argument: str,
+    *,
+    initial: float,
+    final: float,
 ) -> None:
     """Put in what was not given; a constant schedule has one value, given as either."""
-    if span.schedule == "constant":
+    if schedule is constant:
         given = [value for value in (span.initial, span.final) if value is not None] or [final]
         if given[0] not in given[-1:]:  # not `!=`, which holds for a NaN and itself
             raise ValueError(
@@ -429,6 +651,25 @@ def _check_share(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be a number in [0, 1]; got {value!r}.")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _checked_times(times: Iterable[Any]) -> list[int]:
+    """Return the steps of updates in order, each once."""
+    rule = "`update.times` must be steps, integers of at least 1, or a function that returns some"
+    if not isinstance(times, Iterable):
+        raise ValueError(f"{rule}; got {times!r}.")
+    steps = set()
+    for time in times:
+        if not isinstance(time, Integral) or isinstance(time, bool) or time < 1:
+            raise ValueError(f"{rule}; got {time!r}.")
+        steps.add(int(time))
+    if not steps:
+        raise ValueError(f"{rule}; got none.")
+    return sorted(steps)
+
+
 def _same_kind(a: int | float, b: int | float) -> bool:
     """Whether two times can be compared before the length of the training is known."""
     return is_fraction(a) == is_fraction(b)
@@ -443,10 +684,12 @@ def _check_order(argument: str, begin: int | float, until: int | float) -> None:
 
 
 def _resolve(
-    argument: str, span: UpdateSchedule | DensitySchedule, total_steps: int
+    argument: str, span: UpdateSchedule | DensitySchedule, total_steps: int | None
 ) -> tuple[int, int]:
     """Resolve begin and until to steps, in order."""
-    begin, until = resolve_time(span.begin, total_steps), resolve_time(span.until, total_steps)
+    # Without a known length there are no fractions of it.
+    length = 0 if total_steps is None else total_steps
+    begin, until = resolve_time(span.begin, length), resolve_time(span.until, length)
     if span.begin == 0 or _same_kind(span.begin, span.until):
         # In order as written; in a very short training they may round to the same step.
         until = max(until, begin + 1)

@@ -8,7 +8,6 @@ write their own, and say by `needs` what must be gathered for them during traini
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -20,28 +19,52 @@ from torch import Tensor
 GATHERED = ("gradient", "momentum", "saliency", "movement")
 
 
+def _no_values() -> Tensor:
+    raise ValueError("`scores.values` must be given, to be read; got scores without them.")
+
+
 @dataclass(frozen=True)
 class BlockScores:
-    """What a criterion may look at; every tensor is `[out_blocks, in_blocks]` on one device.
+    """What a criterion may look at: one layer at an update.
+
+    Tensors of one number a block are `[out_blocks, in_blocks]` on one device.
 
     Attributes:
         mask: bool, the present blocks.
         magnitude: fp32, Frobenius norm of each present block of the weight; 0 where absent.
         generator: a CPU generator that is the same on every rank.
         gathered: what the criteria of this training need, by its name in `GATHERED`.
+        layer: name of the layer.
+        step: steps of its optimizer so far.
+        age: int32, steps since each present block was grown, or since the training began; 0 where
+            absent.
+        read_values: reads `values`.
     """
 
     mask: Tensor
     magnitude: Tensor
     generator: torch.Generator
     gathered: Mapping[str, Tensor] = field(default_factory=dict)
+    layer: str = ""
+    step: int = 0
+    age: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int32, device="cpu"))
+    read_values: Callable[[], Tensor] = _no_values
+
+    @property
+    def values(self) -> Tensor:
+        """The weights of the present blocks, `[n, block_size, block_size]` on the layer's device.
+
+        In the order of `mask`'s places, row by row, so that `scores_of_blocks[scores.mask] = ...`
+        takes one number for each. Of sharded weights every rank gets all.
+        """
+        return self.read_values()
 
     @property
     def gradient(self) -> Tensor:
         """fp32, norm of each block of the dense weight gradient at the update's step.
 
-        Over micro-batches and ranks: the root of the summed squared norms; with exact scores, the
-        norm of the summed gradient.
+        Of what backward has accumulated for this step, before clipping. Over micro-batches and
+        ranks it is the root of the summed squared norms.
         """
         return self._gathered("gradient")
 
@@ -52,12 +75,18 @@ class BlockScores:
 
     @property
     def saliency(self) -> Tensor:
-        """fp32, mean of |sum of w * g| of each present block since the last update; 0 if absent."""
+        """fp32, mean of |sum of w * g| of each present block since the last update; 0 if absent.
+
+        g is the gradient that the optimizer applied: clipped and unscaled.
+        """
         return self._gathered("saliency")
 
     @property
     def movement(self) -> Tensor:
-        """fp32, -sum of w * g of each block over its time as a present one; 0 where absent."""
+        """fp32, -sum of w * g of each block over its time as a present one; 0 where absent.
+
+        g is as for `saliency`.
+        """
         return self._gathered("movement")
 
     def _gathered(self, name: str) -> Tensor:
@@ -70,7 +99,7 @@ class BlockScores:
 
 
 Criterion = Callable[[BlockScores], Tensor]
-C = TypeVar("C", bound=Criterion)
+C = TypeVar("C", bound=Callable[..., object])
 
 
 def needs(*names: str) -> Callable[[C], C]:
@@ -97,9 +126,9 @@ def needs(*names: str) -> Callable[[C], C]:
     return declare
 
 
-def needed_by(criteria: Iterable[Criterion | None]) -> frozenset[str]:
-    """Return what must be gathered for these criteria."""
-    return frozenset().union(*(getattr(criterion, "needs", ()) for criterion in criteria))
+def needed_by(functions: Iterable[Callable[..., object] | None]) -> frozenset[str]:
+    """Return what must be gathered for these criteria or rules."""
+    return frozenset().union(*(getattr(function, "needs", ()) for function in functions))
 
 
 def magnitude(scores: BlockScores) -> Tensor:
@@ -118,8 +147,8 @@ def momentum(scores: BlockScores) -> Tensor:
     """Score a block by its smoothed dense gradient (SNFS: Dettmers & Zettlemoyer 2019, sec. 3).
 
     SNFS smooths the dense gradient over the whole training. Here it is gathered in the
-    `MOMENTUM_STEPS` steps before an update only, as each costs a dense product; and without exact
-    scores it is the squared norms of blocks that are smoothed.
+    `MOMENTUM_STEPS` steps before an update only, as each costs a dense product; and it is the
+    squared norms of blocks that are smoothed.
     """
     return scores.momentum
 
@@ -144,7 +173,9 @@ def movement(scores: BlockScores) -> Tensor:
 
 def random(scores: BlockScores) -> Tensor:
     """Score blocks at random (SET: Mocanu et al. 2018)."""
-    drawn = torch.rand(scores.mask.shape, generator=scores.generator, device="cpu")
+    drawn = torch.rand(
+        scores.mask.shape, generator=scores.generator, dtype=torch.float32, device="cpu"
+    )
     return drawn.to(scores.mask.device)
 
 
@@ -163,39 +194,23 @@ GROW_CRITERIA: dict[str, Criterion | None] = {
 }
 
 
-def find_criterion(
-    argument: str, value: object, offered: Mapping[str, Criterion | None]
-) -> Criterion | None:
-    """Return the criterion that a configuration names.
+def score(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
+    """Return what a criterion says of a layer's blocks, on the CPU, in fp32 or fp64.
 
     Args:
         argument: for errors.
-        value: a name in `offered`, the dotted path of a function, or a function.
-        offered: criteria by name.
+        criterion: to ask.
+        scores: of the layer.
 
     Raises:
-        ValueError: if there is no such criterion.
-
-    >>> find_criterion("drop", "sparse_lightning.criteria.saliency", {}) is saliency
-    True
+        ValueError: unless it is one number a block.
     """
-    if isinstance(value, str) and value in offered:
-        return offered[value]
-    if callable(value):
-        return value
-    names = ", ".join(repr(name) for name in offered)
-    rule = f"`{argument}` must be one of {names} or the dotted path of a function; got {value!r}"
-    if not isinstance(value, str) or "." not in value:
-        raise ValueError(f"{rule}.")
-    module, _, name = value.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{rule}: {error}.") from error
-    if not callable(found):
-        raise ValueError(f"{rule}, which is a {type(found).__name__}.")
-    criterion: Criterion = found
-    return criterion
+    result = criterion(scores)
+    grid = scores.mask.shape
+    if not isinstance(result, Tensor) or result.shape != grid:
+        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"`{argument}` must return one score a block, {list(grid)}; got {got}.")
+    return result.detach().to("cpu", torch.promote_types(result.dtype, torch.float32))
 
 
 MOMENTUM_STEPS = 10

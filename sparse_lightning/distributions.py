@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from sparse_lightning.lookup import find
 from sparse_lightning.topology import count_blocks
 
 Grid = tuple[int, int]
@@ -138,7 +140,7 @@ def by_score(
     present = [int(mask.sum()) for mask in masks]
     floors = [min(*pair) for pair in zip(floors, present, strict=True)]
     if sum(floors) > total:
-        floors = [max(1, floor * total // sum(floors)) for floor in floors]
+        floors = [min(floor, max(1, floor * total // sum(floors))) for floor in floors]
     # Each layer's best blocks are its floor; what is left goes to the best of the others.
     contenders, layers = [], []
     for i, (score, mask, floor) in enumerate(zip(scores, masks, floors, strict=True)):
@@ -156,33 +158,8 @@ def _floors(grids: Sequence[Grid], least: float) -> list[int]:
     return [max(1, math.ceil(least * rows * cols)) for rows, cols in grids]
 
 
-def share(
-    distribution: str,
-    density: float,
-    grids: Mapping[str, Grid],
-    fixed: Mapping[str, float],
-    least: float = 0.0,
-) -> dict[str, int]:
-    """Return the budget of each layer of a model, in blocks.
-
-    Args:
-        distribution: a name in `DISTRIBUTIONS`.
-        density: in (0, 1], of all layers together that are not fixed.
-        grids: (out_blocks, in_blocks) of each layer.
-        fixed: density of the layers that have one of their own.
-        least: density that no other layer falls below, in [0, 1].
-
-    >>> share("uniform", 0.5, {"a": (4, 4), "b": (4, 4)}, {"b": 1.0})
-    {'a': 8, 'b': 16}
-    """
-    others = {name: grid for name, grid in grids.items() if name not in fixed}
-    shares = DISTRIBUTIONS[distribution](density, list(others.values()), least)
-    budgets = dict(zip(others, shares, strict=True))
-    for name, own in fixed.items():
-        budgets[name] = count_blocks(own, grids[name][0] * grids[name][1])
-    return {name: budgets[name] for name in grids}
-
-
+# (density in (0, 1], (out_blocks, in_blocks) of each layer, least density of a layer) -> blocks of
+# each layer.
 Distribution = Callable[[float, Sequence[Grid], float], list[int]]
 
 # "global" begins as "uniform"; once there are scores, updates share by them (`by_score`).
@@ -191,3 +168,49 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "erdos_renyi": erdos_renyi,
     "global": uniform,
 }
+
+
+def share(
+    distribution: str | Distribution,
+    density: float,
+    grids: Mapping[str, Grid],
+    fixed: Mapping[str, float],
+    least: float = 0.0,
+) -> dict[str, int]:
+    """Return the budget of each layer of a model, in blocks.
+
+    Args:
+        distribution: a name in `DISTRIBUTIONS`, a function like those there, or its dotted path.
+        density: in (0, 1], of all layers together that are not fixed.
+        grids: (out_blocks, in_blocks) of each layer.
+        fixed: density of the layers that have one of their own.
+        least: density that no other layer falls below, in [0, 1].
+
+    Raises:
+        ValueError: if the distribution returns anything but the blocks of each layer.
+
+    >>> share("uniform", 0.5, {"a": (4, 4), "b": (4, 4)}, {"b": 1.0})
+    {'a': 8, 'b': 16}
+    """
+    others = {name: grid for name, grid in grids.items() if name not in fixed}
+    budgets = {}
+    if others:
+        shares = find("distribution", distribution, DISTRIBUTIONS)
+        budgets = _checked(shares(density, list(others.values()), least), others)
+    for name, own in fixed.items():
+        budgets[name] = count_blocks(own, grids[name][0] * grids[name][1])
+    return {name: budgets[name] for name in grids}
+
+
+def _checked(shares: object, grids: Mapping[str, Grid]) -> dict[str, int]:
+    """Return the budgets of layers by name, once it is sure that they are some."""
+    rule = "`distribution` must return one integer for each layer, from 1 to all its blocks"
+    if not isinstance(shares, Sequence) or len(shares) != len(grids):
+        raise ValueError(f"{rule}; got {shares!r} for {len(grids)} layers.")
+    budgets = {}
+    for (name, (rows, cols)), blocks in zip(grids.items(), shares, strict=True):
+        is_integer = isinstance(blocks, Integral) and not isinstance(blocks, bool)
+        if not is_integer or not 1 <= blocks <= rows * cols:
+            raise ValueError(f"{rule}; got {blocks!r} of {rows * cols} (layer '{name}').")
+        budgets[name] = int(blocks)
+    return budgets

@@ -79,8 +79,8 @@ class ModelUpdate:
     density_target: float | None = None
 
 
-def update_topology(
-    topology: BlockTopology,
+def exchange_blocks(
+    mask: Tensor,
     drop_scores: Tensor,
     grow_scores: Tensor | None,
     n_target: int,
@@ -88,8 +88,8 @@ def update_topology(
     *,
     floor: tuple[int, int] = (0, 0),
     regrow: bool = True,
-) -> TopologyUpdate:
-    """Decide an update: keep the most useful blocks, drop the rest, grow the most promising.
+) -> Tensor:
+    """Decide an exchange: keep the most useful blocks, drop the rest, grow the most promising.
 
     `k = round(fraction * n_target)` blocks are exchanged, at most as many as are absent: the
     `n_target - k` present blocks of highest drop score stay, then the `k` others of highest grow
@@ -100,34 +100,44 @@ def update_topology(
     each cost a launch there.
 
     Args:
-        topology: the present blocks; not changed.
-        drop_scores: `[out_blocks, in_blocks]`, read at present blocks.
-        grow_scores: `[out_blocks, in_blocks]`, read at the others; None for no growth.
-        n_target: present blocks afterwards, at most the capacity. Without enough blocks that may
-            be chosen, fewer.
+        mask: bool `[out_blocks, in_blocks]`, the present blocks.
+        drop_scores: of the same shape, read at present blocks.
+        grow_scores: of the same shape, read at the others; None for no growth.
+        n_target: present blocks afterwards. Without enough blocks that may be chosen, fewer.
         fraction: of `n_target` to exchange, in [0, 1].
         floor: blocks that each block row and each block column shall hold, if there are enough
             for all (`choose_blocks`): both when blocks stay and when they are grown.
         regrow: whether a block that was just dropped may be chosen again.
 
+    Returns:
+        bool `[out_blocks, in_blocks]` on the CPU, the blocks that are present afterwards.
+
     Raises:
-        ValueError: if `n_target` is above the capacity or below 1, the fraction is outside
-            [0, 1], or the scores have another shape than the grid.
+        ValueError: if `n_target` is below 1, the fraction is outside [0, 1], or scores have
+            another shape than the mask.
 
     Source: Evci et al. 2020, "Rigging the Lottery", algorithm 1; Liu et al. 2021 (GraNet) for a
     density that falls meanwhile.
 
-    >>> topology = BlockTopology.from_mask(torch.tensor([[True, True], [False, False]]), 16)
+    >>> mask = torch.tensor([[True, True], [False, False]])
     >>> drop, grow = torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    >>> update = update_topology(topology, drop, grow, n_target=2, fraction=0.5)
-    >>> update.dropped.tolist(), update.grown.tolist(), update.coords.tolist()
-    ([1], [1], [[0, 0], [1, 1]])
+    >>> exchange_blocks(mask, drop, grow, n_target=2, fraction=0.5).int().tolist()
+    [[1, 0], [0, 1]]
     """
-    _check(topology, drop_scores, grow_scores, n_target, fraction)
-    mask = topology.mask.cpu()
-    floor = within_reach(floor, topology.grid, n_target)
+    for name, scores in (("drop_scores", drop_scores), ("grow_scores", grow_scores)):
+        if scores is not None and scores.shape != mask.shape:
+            raise ValueError(
+                f"`{name}` must have one score a block, {list(mask.shape)}; "
+                f"got {list(scores.shape)}."
+            )
+    if n_target < 1:
+        raise ValueError(f"`n_target` must be at least 1; got {n_target}.")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"`fraction` must be in [0, 1]; got {fraction}.")
+    mask = mask.cpu()
+    floor = within_reach(floor, (mask.shape[0], mask.shape[1]), n_target)
     n_exchanged = 0 if grow_scores is None else round(fraction * n_target)
-    n_exchanged = min(n_exchanged, mask.numel() - n_target)
+    n_exchanged = min(n_exchanged, max(0, mask.numel() - n_target))
 
     usefulness = drop_scores.cpu()
     keep = choose_blocks(usefulness, mask, n_target - n_exchanged, floor=floor)
@@ -138,13 +148,43 @@ def update_topology(
     for scores in (usefulness, torch.zeros_like(usefulness)):
         if int(keep.sum()) < n_target:
             keep = choose_blocks(scores, mask, n_target, floor=floor, chosen=keep)
+    return keep
 
+
+def place_blocks(topology: BlockTopology, mask: Tensor) -> TopologyUpdate:
+    """Find slots for the blocks that shall be present: those that stay keep theirs.
+
+    Args:
+        topology: the present blocks; not changed.
+        mask: bool `[out_blocks, in_blocks]`, the blocks that shall be present.
+
+    Raises:
+        ValueError: if the mask has another shape or dtype, or more blocks than there are slots.
+
+    >>> topology = BlockTopology.from_mask(torch.tensor([[True, True], [False, False]]), 16)
+    >>> update = place_blocks(topology, torch.tensor([[True, False], [False, True]]))
+    >>> update.dropped.tolist(), update.grown.tolist(), update.coords.tolist()
+    ([1], [1], [[0, 0], [1, 1]])
+    """
+    if mask.shape != topology.grid or mask.dtype != torch.bool:
+        raise ValueError(
+            f"`mask` must be bool {list(topology.grid)}, one place a block; "
+            f"got {mask.dtype} {list(mask.shape)}."
+        )
+    keep = mask.cpu()
+    if int(keep.sum()) > topology.capacity:
+        raise ValueError(
+            f"`mask` must have at most {topology.capacity} blocks, the capacity of the layer; got "
+            f"{int(keep.sum())}. Build the layer at the highest density it shall reach."
+        )
     coords = topology.coords.cpu().clone()
     rows, cols = coords.long().unbind(1)
     present = rows >= 0
     kept = present & keep[rows, cols]
     dropped = (present & ~kept).nonzero().squeeze(1)
-    new_blocks = (keep & ~mask).nonzero()
+    held = torch.zeros_like(keep)
+    held[rows[kept], cols[kept]] = True
+    new_blocks = (keep & ~held).nonzero()
     # Slots of dropped blocks are recycled before slots that were empty already.
     free = torch.cat([dropped, (~present).nonzero().squeeze(1)])
     grown = free[: len(new_blocks)]
@@ -152,6 +192,29 @@ def update_topology(
     coords[grown] = new_blocks.to(coords.dtype)
     n_before = int(present.sum())
     return TopologyUpdate(coords, dropped, grown, n_before)
+
+
+def update_topology(
+    topology: BlockTopology,
+    drop_scores: Tensor,
+    grow_scores: Tensor | None,
+    n_target: int,
+    fraction: float,
+    *,
+    floor: tuple[int, int] = (0, 0),
+    regrow: bool = True,
+) -> TopologyUpdate:
+    """Decide an update of one layer: `exchange_blocks` of its blocks, then `place_blocks`."""
+    keep = exchange_blocks(
+        topology.mask,
+        drop_scores,
+        grow_scores,
+        n_target,
+        fraction,
+        floor=floor,
+        regrow=regrow,
+    )
+    return place_blocks(topology, keep)
 
 
 def within_reach(floor: tuple[int, int], grid: tuple[int, int], n: int) -> tuple[int, int]:
@@ -259,25 +322,3 @@ def _best(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
     ties = candidates & (scores == least)
     first = ties.flatten().cumsum(0).view_as(ties) <= n - int(above.sum())
     return above | (ties & first)
-
-
-def _check(
-    topology: BlockTopology,
-    drop_scores: Tensor,
-    grow_scores: Tensor | None,
-    n_target: int,
-    fraction: float,
-) -> None:
-    for name, scores in (("drop_scores", drop_scores), ("grow_scores", grow_scores)):
-        if scores is not None and scores.shape != topology.grid:
-            raise ValueError(
-                f"`{name}` must have one score a block, {list(topology.grid)}; "
-                f"got {list(scores.shape)}."
-            )
-    if not 1 <= n_target <= topology.capacity:
-        raise ValueError(
-            f"`n_target` must be in 1..{topology.capacity}, the capacity of the layer; got "
-            f"{n_target}. Build the layer at the highest density it shall reach."
-        )
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"`fraction` must be in [0, 1]; got {fraction}.")

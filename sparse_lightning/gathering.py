@@ -1,123 +1,248 @@
 """What is gathered about a model's blocks while it trains, so that they can be scored.
 
-Only what the criteria of the training need: the dense gradient in the steps at an update, the work
-of present blocks at every step.
+Only what the criteria of the training need: norms of the dense gradient in the steps at an update,
+the work of present blocks at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
 
-from sparse_lightning.criteria import (
-    MOMENTUM_DECAY,
-    MOMENTUM_STEPS,
-    BlockScores,
-    Criterion,
-    dense_block_norms,
-)
+from sparse_lightning import ranks
+from sparse_lightning.criteria import MOMENTUM_DECAY, MOMENTUM_STEPS, BlockScores
 from sparse_lightning.evolution import TopologyUpdate
 from sparse_lightning.kernels.block_work import BlockWork, WorkSums
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.sharding import all_slots, at_local_slots, local_part, local_slots
+from sparse_lightning.sharding import all_slots, at_local_slots, local_part, local_slots, whole
 
-# Dense gradients of a whole model, in bytes: more would defeat what sparsity saves.
-MOST_EXACT_MEMORY = 4 << 30
 # What is summed over steps, by slot.
 _OF_SLOTS = ("saliency", "movement")
 
 
-class Gatherer:
-    """Gathers over training steps what criteria need of some layers' blocks.
+class Evidence:
+    """The squared block norms that backwards have accumulated for a layer's next step.
 
-    A training calls `arm` before a batch, `before_optimizer_step` once the gradients are final, and
-    `end_step` after a step, `skip_step` after one that a GradScaler skipped. At an update
-    `scores_of` a layer are read, and then `begin_anew` is told what the update did.
+    While armed, the layer's backward gives them as the gradient of `layer.block_norms`, so whatever
+    is accumulated into `values.grad` is accumulated there too, and what only differentiates
+    something else is not. Gradients that are thrown away before the step must not count either, as
+    those that a critic collects while its generator is trained. So at the beginning of a backward
+    the state of `values.grad` is compared with that at the end of the one before: if it is gone,
+    another tensor or written to in between, then what had been accumulated is dropped.
+
+    Args:
+        layer: whose backward is watched.
+        values: its parameter, as the optimizer holds it: sharded, under `fully_shard`.
+    """
+
+    def __init__(self, layer: BlockSparseLinear, values: nn.Parameter) -> None:
+        self.layer, self.values = layer, values
+        self.armed = False
+        self._handles: list[RemovableHandle] = []
+        self._known: tuple[int, int] | None = None
+        self._backward = -1
+
+    def arm(self, on: bool) -> None:
+        """Have the layer's backward compute block norms from now on, or no longer."""
+        if on == self.armed:
+            return
+        self.armed = on
+        self.layer.arm(on)
+        self.layer.block_norms.grad = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if on:
+            self._known = self._state()
+            # Both are asked before they are accumulated; which of them is first is not defined, and
+            # under fully_shard it is another tensor than `values` that backward sees.
+            for leaf in (self.values, self.layer.block_norms):
+                self._handles.append(leaf.register_hook(self._at_first))
+
+    def take(self) -> Tensor | None:
+        """Return the squared norms for the step that was just taken, and begin anew.
+
+        Returns:
+            fp32 `[out_blocks, in_blocks]`; None if there are none, or the step had no gradient.
+        """
+        norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
+        self._known = self._state()
+        return None if self.values.grad is None else norms
+
+    def _state(self) -> tuple[int, int] | None:
+        gradient = self.values.grad
+        return None if gradient is None else (id(gradient), gradient._version)
+
+    def _at_first(self, gradient: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return
+        self._backward = backward
+        if self._state() != self._known:
+            self.layer.block_norms.grad = None
+        # After DDP's own callback, which is there by then and writes the reduced gradient.
+        Variable._execution_engine.queue_callback(
+            lambda: Variable._execution_engine.queue_callback(self._at_last)
+        )
+
+    def _at_last(self) -> None:
+        self._known = self._state()
+
+
+class Gatherer:
+    """Gathers over training steps what an update rule needs of some layers' blocks.
+
+    Before an optimizer steps, and once the gradients are final, a training calls `read`; after the
+    step `confirm`, and `take` for the layers that are armed. At an update it reads `scores_of` some
+    layers, and then tells `prepare_anew` what the update did.
 
     Args:
         layers: by name.
         needs: names in `criteria.GATHERED`.
-        exact: whether the gradients of micro-batches and ranks are summed before the norm is
-            taken, which needs a dense gradient of every layer in memory; otherwise their squared
-            norms are summed.
         token_stride: dense gradients are of every so many-th token only.
-
-    Raises:
-        ValueError: if `exact` needs more than `MOST_EXACT_MEMORY`.
     """
 
     def __init__(
-        self,
-        layers: Mapping[str, BlockSparseLinear],
-        needs: frozenset[str],
-        exact: bool = False,
-        token_stride: int = 1,
+        self, layers: Mapping[str, BlockSparseLinear], needs: frozenset[str], token_stride: int = 1
     ) -> None:
         self.layers, self.needs = layers, needs
-        needs_dense = bool(needs & {"gradient", "momentum"})
         for layer in layers.values():
-            layer.score_by(exact and needs_dense, token_stride)
-        if self.exact_memory > MOST_EXACT_MEMORY:
-            raise ValueError(
-                f"`exact` must need at most {MOST_EXACT_MEMORY >> 20} MiB for dense gradients; got "
-                f"layers that need {self.exact_memory >> 20} MiB. Leave it out: the sum of squared "
-                "norms chooses about as well."
-            )
+            layer.token_stride = token_stride
         # The dense gradient is gathered in this many steps before and at an update.
-        self.window = MOMENTUM_STEPS if "momentum" in needs else int(needs_dense)
-        # Whether `before_optimizer_step` has something to do.
+        self.window = MOMENTUM_STEPS if "momentum" in needs else int("gradient" in needs)
+        # Whether `read` has something to do.
         self.reads_gradients = not needs.isdisjoint(_OF_SLOTS)
-        self._n_steps = 0
+        self._evidence: dict[str, Evidence] = {}
+        self._norms: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._sums: dict[str, WorkSums] = {}
-        # Of the optimizers seen so far, the sizes of their groups and the layers that they hold.
-        self._held: WeakKeyDictionary[Optimizer, tuple[list[int], BlockWork]]
-        self._held = WeakKeyDictionary()
-        # Which sums hold work of the current step: until it is known that it was not skipped.
-        self._fresh: list[WorkSums] = []
+        # Steps since the last update that each layer's sums are of.
+        self._n_steps: dict[str, int] = {}
+        # Which layers' sums hold the work of a step that is not over.
+        self._fresh: set[str] = set()
 
-    @property
-    def exact_memory(self) -> int:
-        """Bytes that dense gradients take."""
-        return sum(
-            layer.block_scores.nbytes for layer in self.layers.values() if layer.scores_exactly
-        )
+    # Norms of the dense gradient.
 
-    def arm(self, on: bool) -> None:
-        """Start or stop to gather dense gradients in every layer at once, from zero."""
-        for layer in self.layers.values():
-            layer.armed.fill_(on)
-            if not on:
-                layer.block_scores.zero_()
-
-    @torch.no_grad()
-    def before_optimizer_step(self, optimizer: Optimizer, grad_scale: float) -> None:
-        """Read the gradients that an optimizer is about to apply.
+    def arm(self, names: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Gather dense gradients in some layers, and no longer in the others of an optimizer.
 
         Args:
-            optimizer: whose step it is.
+            names: of the layers, among `parameters`.
+            parameters: the optimizer's, by layer.
+        """
+        for name, values in parameters.items():
+            evidence = self._evidence.get(name)
+            if evidence is None or evidence.values is not values:
+                if evidence is not None:
+                    evidence.arm(False)
+                if name not in names:
+                    continue
+                evidence = self._evidence[name] = Evidence(self.layers[name], values)
+            evidence.arm(name in names)
+
+    def disarm(self) -> None:
+        """Gather in no layer."""
+        for evidence in self._evidence.values():
+            evidence.arm(False)
+
+    def drop_evidence(self, names: Iterable[str]) -> None:
+        """Forget what backwards have accumulated for a step that was skipped."""
+        for name in names:
+            if name in self._evidence:
+                self._evidence[name].take()
+
+    @torch.no_grad()
+    def take(self, names: Sequence[str]) -> None:
+        """Take in what the step that is ending has shown of the dense gradient.
+
+        Args:
+            names: of the layers that are armed; the same on every rank, all of which must call.
+        """
+        found = {name: self._evidence[name].take() for name in names}
+        if ranks.world_size() > 1:
+            found = self._summed(found)
+        self._norms.update({name: norms for name, norms in found.items() if norms is not None})
+        for name, norms in found.items():
+            if norms is None:
+                self._norms.pop(name, None)
+            elif "momentum" in self.needs:
+                known = self._momentum.get(name)
+                if known is None:  # NaN until something is known: so long the layer is not scored
+                    known = torch.full_like(norms, torch.nan)
+                known = known.to(norms.device)
+                # A step whose gradient is not finite shows nothing.
+                new = known.nan_to_num() * MOMENTUM_DECAY + norms
+                self._momentum[name] = torch.where(norms.isfinite().all(), new, known)
+
+    def _summed(self, found: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return the sums over ranks; None for what no rank has found."""
+        by_device: dict[torch.device, list[str]] = {}
+        for name in found:
+            by_device.setdefault(self.layers[name].values.device, []).append(name)
+        summed: dict[str, Tensor | None] = {}
+        for device, names in by_device.items():
+            grids = [self.layers[name].topology.grid for name in names]
+            sizes = [rows * cols for rows, cols in grids]
+            flat = torch.zeros(sum(sizes) + len(names), dtype=torch.float32, device=device)
+            *parts, counts = flat.split([*sizes, len(names)])
+            for i, name in enumerate(names):
+                norms = found[name]
+                if norms is not None:
+                    parts[i].copy_(norms.flatten())
+                    counts[i] = 1
+            *parts, counts = ranks.sum_over_ranks(flat).split([*sizes, len(names)])
+            for name, grid, part, count in zip(names, grids, parts, counts.tolist(), strict=True):
+                summed[name] = part.view(grid) if count else None
+        return summed
+
+    # The work of present blocks.
+
+    def work_of(self, parameters: Mapping[str, nn.Parameter]) -> BlockWork:
+        """Return what adds up the work of an optimizer's layers.
+
+        It is to be made anew once a layer has given up slots, or was moved.
+
+        Args:
+            parameters: the optimizer's, by layer.
+        """
+        return BlockWork((values, self._sums_of(name)) for name, values in parameters.items())
+
+    @torch.no_grad()
+    def read(
+        self, work: BlockWork, parameters: Mapping[str, nn.Parameter], grad_scale: float
+    ) -> None:
+        """Read the gradients that an optimizer is about to apply.
+
+        Of several calls before `confirm`, as by an optimizer that evaluates its closure more than
+        once, the last counts.
+
+        Args:
+            work: `work_of` these parameters.
+            parameters: the optimizer's, by layer.
             grad_scale: what the gradients are still multiplied by.
         """
-        if self.reads_gradients:
-            work = self._work_of(optimizer)
-            work.add(grad_scale)
-            self._fresh += [sums for _, sums in work.layers]
+        for name in self._fresh & parameters.keys():
+            self._sums[name].work.zero_()
+        work.add(grad_scale)
+        self._fresh -= parameters.keys()
+        self._fresh |= {name for name, values in parameters.items() if values.grad is not None}
 
-    def _work_of(self, optimizer: Optimizer) -> BlockWork:
-        # Looked up once: going through all parameters of a model would take its time every step.
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        known = self._held.get(optimizer)
-        if known is None or known[0] != sizes:
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            names = [name for name, layer in self.layers.items() if id(layer.values) in ids]
-            work = BlockWork((self.layers[name].values, self._sums_of(name)) for name in names)
-            known = self._held[optimizer] = sizes, work
-        return known[1]
+    def confirm(self, names: Collection[str]) -> None:
+        """Count what was read for these layers: their optimizer has taken its step."""
+        for name in self._fresh & set(names):
+            self._n_steps[name] = self._n_steps.get(name, 0) + 1
+        self._fresh -= set(names)
+
+    def _take_in(self, name: str) -> None:
+        """Add the work of the latest step to a layer's sums, unless that step is not over."""
+        if name not in self._fresh:
+            self._sums[name].take_in()
 
     def _sums_of(self, name: str) -> WorkSums:
         """Return the sums of a layer, on its device, which may have been another before."""
@@ -129,145 +254,141 @@ class Gatherer:
         self._sums[name] = sums
         return sums
 
-    def skip_step(self) -> None:
-        """Forget the step that is ending."""
-        for sums in self._fresh:
-            sums.work.zero_()
-        self._fresh.clear()
-        self.arm(False)
-
-    def end_step(self, armed: bool, reduce: Callable[[Tensor], Tensor] | None) -> None:
-        """Take in the step that is ending.
-
-        Args:
-            armed: whether dense gradients were gathered in it.
-            reduce: sums a tensor over ranks; None on a single one.
-        """
-        self._n_steps += 1
-        self._fresh.clear()
-        if armed:
-            self._take_in_gradients(reduce)
+    # An update.
 
     @torch.no_grad()
-    def _take_in_gradients(self, reduce: Callable[[Tensor], Tensor] | None) -> None:
-        if reduce is not None:
-            for layer in self.layers.values():
-                layer.block_scores.copy_(reduce(layer.block_scores))
-        if "momentum" in self.needs:
-            for name, layer in self.layers.items():
-                known, new = self._momentum.get(name), layer.block_scores
-                self._momentum[name] = (
-                    new.clone() if known is None else known.to(new.device) * MOMENTUM_DECAY + new
-                )
+    def scores_of(
+        self,
+        names: Iterable[str],
+        step: int,
+        generator: Callable[[str], torch.Generator],
+        ages: Mapping[str, Tensor],
+    ) -> dict[str, BlockScores]:
+        """Return what is known of the blocks of those layers that were scored, on the CPU.
 
-    @torch.no_grad()
-    def scores_of(self, name: str, generator: torch.Generator) -> BlockScores:
-        """Return what is known of a layer's blocks, on the CPU.
+        A layer was not scored if what the rule needs of it is missing or not finite: it had no
+        gradient in the step, or one that was thrown away.
 
         Args:
-            name: of the layer.
-            generator: for criteria that draw.
+            names: of layers; the same on every rank, all of which must call.
+            step: of their optimizer.
+            generator: of a layer, for criteria that draw.
+            ages: int32 `[capacity]`, steps since the block of each slot was grown, by layer.
         """
-        layer = self.layers[name]
-        topology = layer.topology
+        known: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            tensors = self._known_of(name)
+            if tensors is not None:
+                known[name] = {**tensors, "magnitude": self.layers[name].magnitudes()}
+        copies = iter(on_cpu([t for tensors in known.values() for t in tensors.values()]))
+        masks = on_cpu([self.layers[name].topology.slots for name in known])
+        scores = {}
+        for (name, tensors), slots in zip(known.items(), masks, strict=True):
+            gathered = {need: next(copies) for need in tensors}
+            magnitude = gathered.pop("magnitude")
+            if not all(bool(tensor.isfinite().all()) for tensor in gathered.values()):
+                continue
+            layer = self.layers[name]
+            scores[name] = BlockScores(
+                mask=slots >= 0,
+                magnitude=magnitude,
+                generator=generator(name),
+                gathered=gathered,
+                layer=name,
+                step=step,
+                age=layer.topology.scatter(ages[name], fill=0),
+                read_values=functools.partial(_values_by_place, layer),
+            )
+        return scores
 
-        def norms(gathered: Tensor) -> Tensor:
-            exactly = layer.scores_exactly
-            return dense_block_norms(gathered, topology.grid) if exactly else gathered.sqrt()
-
-        def of_slots(need: str, divisor: int) -> Tensor:
-            sums = self._sums_of(name)
-            sums.take_in()
-            all_sums = all_slots(getattr(sums, need), layer.values)
-            return topology.scatter(all_sums / divisor, fill=0.0)
-
-        gathered = {
-            "gradient": lambda: norms(layer.block_scores),
-            "momentum": lambda: norms(self._momentum.get(name, layer.block_scores)),
-            "saliency": lambda: of_slots("saliency", max(1, self._n_steps)),
-            "movement": lambda: of_slots("movement", 1),
-        }
-        return BlockScores(
-            mask=topology.mask.cpu(),
-            magnitude=layer.magnitudes().cpu(),
-            generator=generator,
-            gathered={need: gathered[need]().cpu() for need in sorted(self.needs)},
-        )
-
-    def begin_anew(self, updates: Mapping[str, TopologyUpdate]) -> None:
-        """Forget what an update has used, and what was known of blocks that it changed."""
-        self.prepare_anew(updates)()
+    def _known_of(self, name: str) -> dict[str, Tensor] | None:
+        """Return what the rule needs of a layer, `[out_blocks, in_blocks]`; None without it."""
+        layer, known = self.layers[name], {}
+        for need in sorted(self.needs):
+            if need in _OF_SLOTS:
+                n_steps, sums = self._n_steps.get(name, 0), self._sums_of(name)
+                if not n_steps:
+                    return None
+                self._take_in(name)
+                of_slots = all_slots(getattr(sums, need), layer.values)
+                of_slots = of_slots / (n_steps if need == "saliency" else 1)
+                known[need] = layer.topology.scatter(of_slots, fill=0.0)
+            else:
+                squares = (self._momentum if need == "momentum" else self._norms).get(name)
+                if squares is None:
+                    return None
+                known[need] = squares.sqrt()
+        return known
 
     def prepare_anew(self, updates: Mapping[str, TopologyUpdate]) -> Callable[[], None]:
-        """Return what `begin_anew` does, as a function that only writes in place."""
+        """Return what forgets what an update has used, and what was known of blocks it changed.
+
+        The function that is returned only writes in place.
+        """
         changed = {}
-        for name, sums in self._sums.items():
-            sums.take_in()
-            if sums.movement is not None and name in updates:
-                slots = updates[name].changed
-                changed[name] = at_local_slots(slots, self.layers[name].values)
+        for name in updates.keys() & self._sums.keys():
+            self._take_in(name)
+            changed[name] = at_local_slots(updates[name].changed, self.layers[name].values)
 
         def write() -> None:
-            self._n_steps = 0
-            self._momentum.clear()
-            for name, sums in self._sums.items():
+            for name in updates:
+                self._n_steps.pop(name, None)
+                self._norms.pop(name, None)
+                self._momentum.pop(name, None)
+            for name, slots in changed.items():
+                sums = self._sums[name]
                 if sums.saliency is not None:
                     sums.saliency.zero_()
-                if sums.movement is not None and name in changed:
-                    sums.movement.index_fill_(0, changed[name], 0)
+                if sums.movement is not None:
+                    sums.movement.index_fill_(0, slots, 0)
 
         return write
 
-    def keep_slots(self, name: str, kept: Tensor) -> None:
-        """Follow a layer that has given up slots, right after an update.
+    def prepare_keep(self, name: str, kept: Tensor) -> Callable[[], None]:
+        """Return what follows a layer that has given up slots, right after an update.
+
+        The function that is returned takes no memory and cannot fail.
 
         Args:
             name: of the layer.
             kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
         """
-        self.prepare_keep(name, kept)()
-
-    def prepare_keep(self, name: str, kept: Tensor) -> Callable[[], None]:
-        """Return what `keep_slots` does, as a function that takes no memory and cannot fail."""
         sums = self._sums.get(name)
         left = None if sums is None else sums.each(lambda tensor: tensor[kept.to(tensor.device)])
 
         def write() -> None:
             if left is not None:
                 self._sums[name] = left
-            self._held.clear()
 
         return write
 
     def forget(self) -> None:
         """Forget everything, also how many slots the layers had."""
-        self._n_steps = 0
-        self._momentum.clear()
-        self._sums.clear()
-        self._held.clear()
+        self.disarm()
+        for known in (self._evidence, self._norms, self._momentum, self._sums, self._n_steps):
+            known.clear()
         self._fresh.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been gathered, as tensors on the CPU and primitives."""
-        state: dict[str, Any] = {"n_steps": self._n_steps}
-        state["momentum"] = {n: sums.to("cpu", copy=True) for n, sums in self._momentum.items()}
-        for sums in self._sums.values():
-            sums.take_in()
+        for name in self._sums:
+            self._take_in(name)
+        state: dict[str, Any] = {
+            "n_steps": dict(self._n_steps),
+            "momentum": {n: sums.to("cpu", copy=True) for n, sums in self._momentum.items()},
+        }
         for need in _OF_SLOTS:
-            if need in self.needs:
-                of_layers = ((name, getattr(sums, need)) for name, sums in self._sums.items())
-                state[need] = {
-                    name: all_slots(sums, self.layers[name].values).to("cpu", copy=True)
-                    for name, sums in of_layers
-                }
-            else:
-                state[need] = {}
+            of_layers = self._sums.items() if need in self.needs else ()
+            state[need] = {
+                name: all_slots(getattr(sums, need), self.layers[name].values).to("cpu", copy=True)
+                for name, sums in of_layers
+            }
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, of layers that have that many slots now."""
         self.forget()
-        self._n_steps = state["n_steps"]
+        self._n_steps = {n: count for n, count in state["n_steps"].items() if n in self.layers}
         self._momentum = {n: s.clone() for n, s in state["momentum"].items() if n in self.layers}
         for need in _OF_SLOTS:
             for name in state[need]:
@@ -276,15 +397,23 @@ class Gatherer:
                     getattr(self._sums_of(name), need).copy_(state[need][name][mine])
 
 
-def score(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
-    """Return what a criterion says of a layer's blocks.
+def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of one dtype on the CPU, in one transfer a device.
 
-    Raises:
-        ValueError: unless it is one number a block.
+    >>> [tensor.tolist() for tensor in on_cpu([torch.tensor([[1], [2]]), torch.tensor(3)])]
+    [[[1], [2]], 3]
     """
-    result = criterion(scores)
-    grid = scores.mask.shape
-    if not isinstance(result, Tensor) or result.shape != grid:
-        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"`{argument}` must return one score a block, {list(grid)}; got {got}.")
-    return result.detach().to("cpu", torch.promote_types(result.dtype, torch.float32))
+    copies: dict[int, Tensor] = {}
+    for device in {tensor.device for tensor in tensors}:
+        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[i].flatten() for i in here]).cpu()
+        parts = flat.split([tensors[i].numel() for i in here])
+        copies.update((i, part.view(tensors[i].shape)) for i, part in zip(here, parts, strict=True))
+    return [copies[i] for i in range(len(tensors))]
+
+
+@torch.no_grad()
+def _values_by_place(layer: BlockSparseLinear) -> Tensor:
+    """Return the weights of the present blocks, in the order of their places, row by row."""
+    slots = layer.topology.slots.flatten()
+    return whole(layer.values.detach())[slots[slots >= 0].long()]

@@ -22,6 +22,9 @@ from sparse_lightning.sharding import (
 )
 from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
 
+# Since PyTorch 2.7. Some versions of Dynamo take it for true wherever they compile.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,11 +39,13 @@ class BlockSparseLinear(nn.Module):
             `[out, in]` orientation. Empty slots hold zeros.
         bias: parameter `[out_features]`, or None.
         topology: `BlockTopology`, which block each slot holds. Part of the state dict.
-        armed: 0-dim bool tensor; while set, backward adds to `block_scores`.
-        block_scores: fp32 `[out_blocks, in_blocks]`, sums of the squared norms of each block of
-            the dense weight gradient, absent blocks too; or that gradient itself,
-            `[out_features, in_features]`. `score_by` says which.
-        token_stride: of the tokens, which of them the scores are taken from.
+        block_norms: fp32 `[out_blocks, in_blocks]`, zeros, a leaf of autograd that is neither a
+            parameter nor a buffer. While armed, backward sums up in `block_norms.grad` the squared
+            Frobenius norm of each block of the dense weight gradient, absent blocks too, of every
+            call and micro-batch; whoever reads it sets it to None. It stays as it is in
+            `autograd.grad(loss, x)` and `backward(inputs=[x])`, as the gradient of `values` does.
+        armed: whether forwards prepare for that; set it by `arm`.
+        token_stride: the norms are those of every so many-th token.
         locked: True while an optimizer holds `values`; then a state dict of another capacity is
             refused, since the optimizer's state could not follow.
 
@@ -99,8 +104,9 @@ class BlockSparseLinear(nn.Module):
         # Not buffers: averaging callbacks average integer buffers, and DDP's broadcast of buffers
         # would hide a rank whose topology has diverged.
         self.topology = topology
-        self.armed = torch.zeros((), dtype=torch.bool, device="cpu")
-        self.block_scores = torch.zeros(topology.grid, device="cpu")
+        self.armed = False
+        self._armed = torch.zeros((), dtype=torch.bool, device="cpu")
+        self.block_norms = _zero_norms(topology.grid, torch.device("cpu"))
         self.token_stride = 1
         self._follow_device()
         self.reset_parameters()
@@ -182,7 +188,7 @@ class BlockSparseLinear(nn.Module):
             )
 
     def operands(self, x: Tensor) -> tuple[Tensor | int | None, ...]:
-        """Return what the ops take of this layer: values, bias, indices, and what they score.
+        """Return what the ops take of this layer: values, bias, indices, and for block norms.
 
         Args:
             x: the input, already `in_autocast_dtype`; only its dtype and device count.
@@ -210,10 +216,37 @@ class BlockSparseLinear(nn.Module):
             at.col_offsets,
             at.col_entries,
             at.slots,
-            self.armed,
-            self.block_scores,
+            *self._norms_operands(x),
             self.token_stride,
         )
+
+    def _norms_operands(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return the leaf whose gradient is the block norms, and the device's flag; or Nones."""
+        if not (self.values.requires_grad and torch.is_grad_enabled()):
+            return None, None
+        if not torch.compiler.is_dynamo_compiling() and _is_exporting():
+            return None, None
+        # What is compiled or captured always gets both, so that arming changes nothing in it. The
+        # compiler must not come to `armed`, which it would take for a constant and guard.
+        if (
+            torch.compiler.is_compiling()
+            or self.armed
+            or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return self.block_norms, self._armed
+        return None, None
+
+    def arm(self, on: bool) -> None:
+        """Have backward compute block norms, or no more; what is in `block_norms.grad` stays.
+
+        Nothing is compiled or captured anew. What is compiled, or captured in a CUDA graph,
+        computes zeros while the layer is not armed; in eager code nothing is launched then.
+
+        Args:
+            on: whether the forwards from now on are followed by backwards that compute them.
+        """
+        self.armed = on
+        self._armed.fill_(on)
 
     def kernel_choice(self, x: Tensor) -> dict[str, str]:
         """Return what would compute each product of a step with input `x`.
@@ -274,23 +307,6 @@ class BlockSparseLinear(nn.Module):
         """Return the Frobenius norm of each block, fp32 `[out_blocks, in_blocks]`; 0 if absent."""
         magnitudes = all_slots(block_magnitudes(local_part(self.values)), self.values)
         return self.topology.scatter(magnitudes, fill=0.0)
-
-    @property
-    def scores_exactly(self) -> bool:
-        """Whether `block_scores` is the dense gradient."""
-        return self.block_scores.shape[0] == self.out_features
-
-    def score_by(self, exact: bool = False, token_stride: int = 1) -> None:
-        """Choose what backward adds to `block_scores`, and begin at zero.
-
-        Args:
-            exact: the dense gradient, in memory of the size of the dense weight in fp32, so that
-                it can be summed over micro-batches; otherwise the squared norms of its blocks.
-            token_stride: read every so many-th token only, for as much less time.
-        """
-        shape = (self.out_features, self.in_features) if exact else self.topology.grid
-        self.block_scores = torch.zeros(shape, device=self.block_scores.device)
-        self.token_stride = token_stride
 
     def apply_update(self, update: TopologyUpdate) -> None:
         """Make a topology update real: changed slots become zero, in value and in gradient."""
@@ -376,11 +392,13 @@ class BlockSparseLinear(nn.Module):
         )
 
     def _follow_device(self) -> None:
-        """Bring the index tensors to the device of `values`; they stay where they are on meta."""
+        """Bring what is not a parameter to the device of `values`; on meta it stays where it is."""
         device = self.values.device
         if device.type != "meta":
             self.topology.to_(device)
-            self.armed, self.block_scores = self.armed.to(device), self.block_scores.to(device)
+            self._armed = self._armed.to(device)
+            if self.block_norms.device != device:
+                self.block_norms = _zero_norms(self.topology.grid, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         # The function itself must not see the indices: `.double()` would make them floats, and
@@ -472,7 +490,7 @@ class BlockSparseLinear(nn.Module):
                 f"{topology.block_size}. Load it before the optimizer is built."
             )
         self.topology, self.block_size = topology, topology.block_size
-        self.score_by(self.scores_exactly, self.token_stride)
+        self.block_norms = _zero_norms(topology.grid, self.block_norms.device)
         # The parameter object stays, so that ties and optimizers yet without state still hold it.
         shape = (topology.capacity, topology.block_size, topology.block_size)
         self.values.data = self.values.data.new_zeros(shape)
@@ -491,6 +509,10 @@ def largest_blocks(weight: Tensor, grid: tuple[int, int], n_blocks: int) -> Tens
     # Blocks with a NaN come last, but they are chosen where nothing else is left.
     norms = dense_block_norms(weight, grid).cpu().nan_to_num(-1.0, -1.0, -1.0)
     return choose_blocks(norms, torch.ones_like(norms, dtype=torch.bool), n_blocks)
+
+
+def _zero_norms(grid: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.zeros(grid, dtype=torch.float32, device=device, requires_grad=True)
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

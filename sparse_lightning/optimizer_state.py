@@ -122,21 +122,16 @@ def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> No
             )
 
 
-def reset_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Tensor) -> None:
-    """Put the state of some slots back to its beginning.
+def prepare_reset(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Tensor
+) -> Callable[[], None]:
+    """Return what puts the state of some slots back to its beginning, and only writes in place.
 
     Args:
         optimizer: holds `parameter`; its class must have a rule.
         parameter: `[capacity, block_size, block_size]`.
         slots: int64 `[n]`.
     """
-    prepare_reset(optimizer, parameter, slots)()
-
-
-def prepare_reset(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Tensor
-) -> Callable[[], None]:
-    """Return what `reset_slots` does, as a function that only writes in place."""
     starts_at = state_rule(optimizer).starts_at
     # PyTorch, too, takes the default and not the group's option.
     start = 0.0 if starts_at is None else optimizer.defaults[starts_at]
@@ -154,25 +149,21 @@ def prepare_reset(
     return write
 
 
-def keep_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor) -> None:
-    """Give up the state of all slots but some, and its memory.
+@torch.no_grad()
+def prepare_keep(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor
+) -> Callable[[], None]:
+    """Return what gives up the state of all slots but some, and its memory.
 
-    With Adafactor alone that changes what follows: it takes the RMS of weights and updates over
-    all slots, and so its steps are larger without the empty ones.
+    The function that is returned takes no memory and cannot fail. With Adafactor alone it changes
+    what follows: that takes the RMS of weights and updates over all slots, and so its steps are
+    larger without the empty ones.
 
     Args:
         optimizer: holds `parameter`; its class must have a rule.
         parameter: may have its new shape already; only its identity counts.
         kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
     """
-    prepare_keep(optimizer, parameter, kept)()
-
-
-@torch.no_grad()
-def prepare_keep(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor
-) -> Callable[[], None]:
-    """Return what `keep_slots` does, as a function that takes no memory and cannot fail."""
     left = {name: tensor[kept] for name, tensor in _slot_state(optimizer, parameter).items()}
 
     def write() -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_lightning.criteria import seeded_generator
-from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, share
+from sparse_lightning.distributions import DISTRIBUTIONS, Distribution, Floor, Grid, share
 from sparse_lightning.evolution import choose_blocks, within_reach
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, largest_blocks
+from sparse_lightning.lookup import find
 from sparse_lightning.mlp import CALL_HOOKS, BlockSparseMLP, can_fuse
 from sparse_lightning.sharding import is_sharded
 from sparse_lightning.tables import text_table
@@ -88,7 +89,7 @@ def sparsify(
     density: float = 0.25,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
-    distribution: str = "uniform",
+    distribution: str | Distribution = "uniform",
     layer_density: Mapping[str, float] | None = None,
     init: str = "random",
     seed: int = 0,
@@ -110,7 +111,9 @@ def sparsify(
             name, one with a dot the whole name; `*` and `?` are wildcards, "re:..." is a regular
             expression that must match the whole name. A layer named exactly must be swappable.
         exclude: patterns of layers to leave alone, read the same way.
-        distribution: how the budget is shared: "uniform" or "erdos_renyi".
+        distribution: how the budget is shared among these layers and the block-sparse ones that
+            `include` and `exclude` choose too: "uniform", "erdos_renyi", a function like those in
+            `distributions`, or its dotted path.
         layer_density: densities of layers that have their own, by pattern as in `include`; the
             other layers share `density`.
         init: "random" keeps random blocks, scaled by density ** -0.5 so that the variance of the
@@ -137,7 +140,14 @@ def sparsify(
         raise ValueError(
             f"`max_density` must be at least `density`; got {max_density} for {density}."
         )
-    check_choice("distribution", distribution, DISTRIBUTIONS)
+    if distribution == "global":
+        raise ValueError(
+            "`distribution` must be one that needs no scores: layers compete by them in a training "
+            "whose density falls; got 'global'. Take another one, or have SparsityCallback or "
+            "Sparsifier swap the layers."
+        )
+    offered = {name: shares for name, shares in DISTRIBUTIONS.items() if name != "global"}
+    find("distribution", distribution, offered)
     check_choice("init", init, INITS)
     own = {} if layer_density is None else layer_density
     check_layer_density(own)
@@ -165,15 +175,20 @@ def swap_layers(
 
     Args:
         model, block_size, include, exclude, init, seed: as for `sparsify`.
-        budgets: from the block grid of each layer to its blocks and its slots.
+        budgets: from the block grid of each layer to its blocks and its slots. It is asked about
+            all layers that the patterns choose, in the model's order, so about those too that are
+            block-sparse already and stay as they are: updates share among the same.
         floor: whose rows and columns random blocks keep to.
     """
     chosen, skipped = select_layers(model, block_size, include, exclude)
-    grids = {
-        name: block_grid(linear.out_features, linear.in_features, block_size)
-        for name, linear in chosen.items()
-    }
-    n_blocks, capacities = budgets(grids) if grids else ({}, {})
+    grids: dict[str, Grid] = {}
+    for name, module in model.named_modules():
+        if name in chosen:
+            linear = chosen[name]
+            grids[name] = block_grid(linear.out_features, linear.in_features, block_size)
+        elif isinstance(module, BlockSparseLinear) and is_chosen(name, include, exclude):
+            grids[name] = module.topology.grid
+    n_blocks, capacities = budgets(grids) if chosen else ({}, {})
     layers = {}
     for name, linear in chosen.items():
         mask, scale = _initial_mask(linear, grids[name], n_blocks[name], init, seed, name, floor)
@@ -422,7 +437,10 @@ def _initial_mask(
     """Return the first block mask of a layer, and the factor for the values it keeps."""
     if init == "magnitude" and linear.weight.device.type != "meta":
         return largest_blocks(linear.weight, grid, n_blocks), 1.0
-    drawn = torch.rand(grid, generator=seeded_generator(seed, 0, name), device="cpu")
+    # The default dtype may be a half one, which draws otherwise and has many ties.
+    drawn = torch.rand(
+        grid, generator=seeded_generator(seed, 0, name), dtype=torch.float32, device="cpu"
+    )
     everywhere = torch.ones_like(drawn, dtype=torch.bool)
     density = n_blocks / (grid[0] * grid[1])
     lines = within_reach((floor.row, floor.column), grid, n_blocks)

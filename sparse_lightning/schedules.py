@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+# (progress in [0, 1], initial, final) -> value.
 Schedule = Callable[[float, float, float], float]
+# total steps of the training -> steps to update after.
+Times = Callable[[int], Sequence[int]]
 
 
 def constant(progress: float, initial: float, final: float) -> float:
@@ -173,7 +177,16 @@ class Timetable:
 
     All are optimizer steps. Updates run after `update_begin` + k * `every_n_steps` steps, never
     before the first step, and at last after `update_until` steps, so that a density schedule
-    always arrives at its final value.
+    always arrives at its final value; or after the steps in `times`. Where the training is planned
+    to end before the last of them, that one runs after the last planned step, so that the schedule
+    comes as far as it can.
+
+    Attributes:
+        every_n_steps: from one update to the next; not used with `times`.
+        update_begin, update_until: the first and the last step that an update may run after.
+        density_begin, density_until: where the density schedule begins and ends.
+        total_steps: how many are planned; None if that is not known.
+        times: the steps to update after, ascending; None for every so many steps.
     """
 
     every_n_steps: int
@@ -181,6 +194,13 @@ class Timetable:
     update_until: int
     density_begin: int
     density_until: int
+    total_steps: int | None = None
+    times: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # What `as_dict` returns has a list.
+        if self.times is not None:
+            object.__setattr__(self, "times", tuple(self.times))
 
     def next_update(self, step: int) -> int | None:
         """Return the first update after `step` steps; None if there is no further one.
@@ -191,12 +211,41 @@ class Timetable:
         >>> table.next_update(250) is None
         True
         """
+        following = self._next_scheduled(step)
+        if following is None or self.total_steps is None:
+            return following
+        if self.total_steps < self.update_begin:
+            return None
+        following = min(following, self.total_steps)
+        return following if following > step else None
+
+    def _next_scheduled(self, step: int) -> int | None:
+        """Return what `next_update` does of a training without an end."""
+        if self.times is not None:
+            at = bisect.bisect_right(self.times, step)
+            return self.times[at] if at < len(self.times) else None
         k = max(0, (step - self.update_begin) // self.every_n_steps + 1)
         following = self.update_begin + k * self.every_n_steps
         if following == 0:
             following = self.every_n_steps
         following = min(following, self.update_until)
         return following if following > step else None
+
+    def updates(self) -> list[int]:
+        """Return the steps of all updates of the training.
+
+        >>> Timetable(100, 0, 250, 0, 200).updates()
+        [100, 200, 250]
+        >>> Timetable(100, 0, 250, 0, 200, total_steps=130).updates()
+        [100, 130]
+        >>> Timetable(100, 0, 250, 0, 200, times=(7, 90)).updates()
+        [7, 90]
+        """
+        found, step = [], self.next_update(0)
+        while step is not None:
+            found.append(step)
+            step = self.next_update(step)
+        return found
 
     def density_progress(self, step: int) -> float:
         """Return the progress of the density schedule after `step` steps, within [0, 1]."""
@@ -207,14 +256,23 @@ class Timetable:
         return progress(step, self.update_begin, self.update_until)
 
     def __str__(self) -> str:
-        text = (
-            f"topology updates every {self.every_n_steps} steps, "
-            f"from step {self.update_begin} to {self.update_until}"
-        )
+        if self.times is None:
+            text = (
+                f"topology updates every {self.every_n_steps} steps, "
+                f"from step {self.update_begin} to {self.update_until}"
+            )
+        else:
+            steps = ", ".join(map(str, self.times[:_NAMED_TIMES]))
+            more = len(self.times) - _NAMED_TIMES
+            text = f"topology updates at steps {steps}"
+            text += f" and {more} more, to step {self.times[-1]}" if more > 0 else ""
         if (self.density_begin, self.density_until) != (self.update_begin, self.update_until):
             text += f"; density moves from step {self.density_begin} to {self.density_until}"
         return text
 
-    def as_dict(self) -> dict[str, int]:
-        """Return the fields as primitives, for a checkpoint."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, int | list[int] | None]:
+        """Return the fields as primitives and a list of them, for a checkpoint."""
+        return {**asdict(self), "times": None if self.times is None else list(self.times)}
+
+
+_NAMED_TIMES = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterator
 
@@ -63,11 +64,14 @@ def update_all(model: nn.Module, step: int, n_blocks_less: int) -> None:
 def run(
     model: nn.Module, function: Callable[..., Tensor], x: Tensor, armed: bool
 ) -> dict[str, Tensor]:
-    """Forward and backward from clean gradients and scores; everything that comes out of it."""
+    """Forward and backward from clean gradients; everything that comes out of it.
+
+    Where there are no norms, as in eager code that is not armed, they come out as zeros.
+    """
     model.zero_grad()
     for _, layer in sparse_layers(model):
-        layer.armed.fill_(armed)
-        layer.block_scores.zero_()
+        layer.arm(armed)
+        layer.block_norms.grad = None
     x = x.detach().clone().requires_grad_()
     y = function(x)
     y.square().sum().backward()
@@ -77,8 +81,10 @@ def run(
         assert parameter.grad is not None
         out[name] = parameter.grad.clone()
     for name, layer in sparse_layers(model):
-        out[f"{name}.scores"] = layer.block_scores.clone()
-        assert bool((layer.block_scores > 0).any()) == armed
+        assert layer.block_norms.count_nonzero() == 0
+        norms = layer.block_norms.grad
+        out[f"{name}.norms"] = torch.zeros_like(layer.block_norms) if norms is None else norms
+        assert bool((out[f"{name}.norms"] > 0).any()) == armed
     return out
 
 
@@ -108,11 +114,11 @@ def test_topology_updates_and_arming_compile_once(backend: str, device: str) -> 
     assert counter.frame_count == 1
 
 
-def test_scores_of_every_few_tokens_compile() -> None:
+def test_norms_of_every_few_tokens_compile() -> None:
     model = make_model()
     for layer in model.modules():
         if isinstance(layer, BlockSparseLinear):
-            layer.score_by(token_stride=3)
+            layer.token_stride = 3
     function, _ = compiled(model, "aot_eager")
     x = tokens(7)
     assert_same(run(model, function, x, True), run(model, model, x, True))
@@ -150,6 +156,47 @@ def test_a_layer_called_twice_compiles() -> None:
         update_all(model, step, n_blocks_less=0)
         assert_same(run(model, function, x, armed), run(model, twice, x, armed))
     assert counter.frame_count == 1
+
+
+def test_arming_compiles_once_where_norms_add_up() -> None:
+    """Over micro-batches, some of them not armed: also the sum is that of eager code."""
+    model = make_model()
+    eager = copy.deepcopy(model)
+    function, counter = compiled(model)
+    for armed in (False, True, True, False):
+        x = tokens(7)
+        for each, forward in ((model, function), (eager, eager)):
+            for _, layer in sparse_layers(each):
+                layer.arm(armed)
+            forward(x).square().sum().backward()
+    for (_, ours), (_, expected) in zip(sparse_layers(model), sparse_layers(eager), strict=True):
+        assert expected.block_norms.grad is not None and expected.block_norms.grad.any()
+        torch.testing.assert_close(ours.block_norms.grad, expected.block_norms.grad)
+    assert counter.frame_count == 1
+
+
+def test_gradients_of_the_input_leave_no_norms_when_compiled() -> None:
+    model = make_model()
+    for _, layer in sparse_layers(model):
+        layer.arm(True)
+    function, _ = compiled(model)
+    x = tokens(7).requires_grad_()
+    (dx,) = torch.autograd.grad(function(x).square().sum(), x)
+    function(x).square().sum().backward(inputs=[x])
+    torch.testing.assert_close(x.grad, dx)
+    torch.testing.assert_close(torch.autograd.grad(model(x).square().sum(), x)[0], dx)
+    for _, layer in sparse_layers(model):
+        assert layer.block_norms.grad is layer.values.grad is None
+
+
+def test_a_frozen_layer_has_no_norms_when_compiled() -> None:
+    model = make_model()
+    model[0].values.requires_grad_(False)
+    for _, layer in sparse_layers(model):
+        layer.arm(True)
+    function, _ = compiled(model)
+    function(tokens(7)).square().sum().backward()
+    assert model[0].block_norms.grad is None and (model[2].block_norms.grad > 0).any()
 
 
 def test_dynamic_token_counts_compile_once() -> None:
@@ -215,6 +262,22 @@ def test_checkpointing_in_eager(use_reentrant: bool, armed: bool) -> None:
     assert_same(run(model, checkpointed, x, armed), run(model, model, x, armed))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_norms_of_checkpointed_micro_batches(use_reentrant: bool) -> None:
+    plain = make_model()
+    checkpointed = copy.deepcopy(plain)
+    for model in (plain, checkpointed):
+        for _, layer in sparse_layers(model):
+            layer.arm(True)
+    for _ in range(2):
+        x = tokens(7).requires_grad_()
+        plain(x).square().sum().backward()
+        y = checkpoint(checkpointed, x, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+    for ours, expected in ((checkpointed[0], plain[0]), (checkpointed[2], plain[2])):
+        torch.testing.assert_close(ours.block_norms.grad, expected.block_norms.grad)
+
+
 def test_checkpointing_compiled() -> None:
     model = make_model()
 
@@ -260,9 +323,12 @@ def make_layer() -> BlockSparseLinear:
 )
 def test_export(make: Callable[[], nn.Module], op: object, training: bool) -> None:
     model = make().train(training)
+    for _, layer in sparse_layers(nn.Sequential(model)):
+        layer.arm(True)  # which is for backward only: what is exported has nothing of it
     batch = torch.export.Dim("batch", min=1, max=1000)
     program = torch.export.export(model, (tokens(3, 5),), dynamic_shapes=({0: batch},))
     assert op in [node.target for node in program.graph.nodes]
+    assert {constant.dtype for constant in program.constants.values()} == {torch.int32}
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

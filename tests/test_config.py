@@ -6,8 +6,11 @@ import re
 from collections import OrderedDict
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_lightning import (
     DensitySchedule,
@@ -16,9 +19,14 @@ from sparse_lightning import (
     UpdateSchedule,
 )
 from sparse_lightning.config import SparsityConfig, SparsityNode
-from sparse_lightning.criteria import magnitude, random
+from sparse_lightning.criteria import gradient, magnitude, random
+from sparse_lightning.distributions import Grid, erdos_renyi
+from sparse_lightning.rules import DropAndGrow
+from sparse_lightning.schedules import constant, cubic
+from tests import extensions
 
 NAN, INF = math.nan, math.inf
+quick = settings(deadline=None, max_examples=150, derandomize=True)
 
 
 def test_the_defaults() -> None:
@@ -26,7 +34,8 @@ def test_the_defaults() -> None:
     assert config.block_size == 64
     assert config.include == ("*",) and config.exclude == ("head", "lm_head", "classifier")
     assert config.density == DensitySchedule("constant", 0.25, 0.25)
-    assert config.update == UpdateSchedule(100, 0, 0.75)
+    assert config.update == UpdateSchedule(100, 0, 0.75, None)
+    assert config.rule is None
     assert config.drop_fraction == DropFractionSchedule("cosine", 0.1, 0.0)
     assert config.monitor == MonitorOptions(10, 8)
 
@@ -104,6 +113,13 @@ def test_the_highest_density_fixes_the_capacity(density: dict, highest: float) -
         {"density": 0.5, "update": {"until": 0.1}},
         {"drop_fraction": 1.0},
         {"monitor": {"every_n_updates": 1, "images": 0}},
+        {"update": {"times": range(10, 20)}},
+        {"update": {"times": (20, 10, 20)}},
+        {"update": {"times": "tests.extensions.every_tenth_part"}},
+        {"distribution": "tests.extensions.first_full"},
+        {"density": {"schedule": "tests.extensions.quadratic"}},
+        {"drop_fraction": {"schedule": lambda progress, initial, final: 0.2}},
+        {"rule": "tests.extensions.Still", "drop": "magnitude", "drop_fraction": 0.5},
     ],
     ids=str,
 )
@@ -138,6 +154,16 @@ BAD_TIMES = [-1, -0.5, 1.5, NAN, INF]
         refused("density.schedule", "cosin", density={"schedule": "cosin"}),
         refused("density.schedule", None, density={"schedule": None}),
         refused("drop_fraction.schedule", "cubic", drop_fraction={"schedule": "cubic"}),
+        *(
+            refused("update.times", t, update={"times": t})
+            for t in ("often", "no.such", "os.path", True, 3, 0.5)
+        ),
+        *(
+            refused("update.times", t, update={"times": [10, t]})
+            for t in (0, -1, 2.0, 0.5, True, "20", None, NAN)
+        ),
+        refused("rule", "rigl", rule="rigl"),
+        *(refused("rule", r, rule=r) for r in (3, True, ["a.b"], "no.such", "os.path")),
         # Patterns.
         refused("include", "fc1", TypeError, include="fc1"),
         refused("exclude", "head", TypeError, exclude="head"),
@@ -238,7 +264,7 @@ def test_the_density_must_arrive_before_updates_end(density: float, update: floa
 @pytest.mark.parametrize(
     ("argument", "choices"),
     [
-        ("distribution", ["uniform", "erdos_renyi"]),
+        ("distribution", ["uniform", "erdos_renyi", "global"]),
         ("drop", ["magnitude", "gradient", "saliency", "movement", "random"]),
         ("grow", ["gradient", "momentum", "random", "none"]),
         ("init", ["random", "magnitude"]),
@@ -256,8 +282,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones(argument: str, choices:
     message = str(error.value)
     assert message.startswith(f"`{argument}` must be one of") and "'foo'" in message
     assert all(repr(choice) in message for choice in choices)
+    falling = {"density": {"schedule": "cubic"}} if argument == "distribution" else {}
     for choice in choices:
-        SparsityConfig(**{name: {key: choice} if key else choice})
+        SparsityConfig(**falling, **{name: {key: choice} if key else choice})
 
 
 @pytest.mark.parametrize(
@@ -330,6 +357,78 @@ def test_budgets_by_score_of_the_global_distribution() -> None:
     assert uniform.budgets_by_score(1.0, scores, masks) == {"a": 2, "b": 2, "c": 2}
 
 
+def test_under_global_layers_without_scores_keep_what_they_have() -> None:
+    config = SparsityConfig(
+        density={"schedule": "linear", "initial": 1.0, "final": 0.25},
+        distribution="global",
+        layer_density={"own*": 0.5},
+        floor={"row": 0, "column": 0},
+    )
+    everywhere = torch.ones(2, 2, dtype=torch.bool)
+    masks = dict.fromkeys(["a", "b", "frozen", "own", "own frozen"], everywhere)
+    masks["frozen"] = torch.tensor([[True, True], [True, False]])
+    scores = {"a": torch.ones(2, 2), "b": torch.full((2, 2), 2.0), "own": torch.zeros(2, 2)}
+    # Of 12 blocks of those that share, 7.5 and 3 are left; 3 are frozen.
+    assert config.budgets_by_score(0.5, scores, masks) == {
+        **{"a": 1, "b": 4, "frozen": 3},  # 8 - 3
+        **{"own": 3, "own frozen": 4},
+    }
+    # Nothing is left for the others: each keeps the one block that keeps it alive.
+    assert config.budgets_by_score(1.0, scores, masks) == {
+        **{"a": 1, "b": 1, "frozen": 3},
+        **{"own": 2, "own frozen": 4},
+    }
+    assert config.budgets_by_score(1.0, {}, masks) == {
+        name: int(mask.sum()) for name, mask in masks.items()
+    }
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.booleans()), min_size=1),
+    st.floats(0, 1),
+    st.integers(0, 2**31),
+)
+def test_budgets_under_global_with_frozen_layers_sum_to_the_models(layers, progress, seed) -> None:
+    config = SparsityConfig(
+        density={"schedule": "linear", "final": 0.1},
+        distribution="global",
+        floor={"row": 0, "column": 0},
+    )
+    generator = torch.Generator().manual_seed(seed)
+    masks, scores = {}, {}
+    for i, (rows, cols, frozen) in enumerate(layers):
+        masks[str(i)] = torch.rand(rows, cols, generator=generator) < 0.8
+        masks[str(i)][0, 0] = True
+        if not frozen:
+            scores[str(i)] = torch.rand(rows, cols, generator=generator)
+    budgets = config.budgets_by_score(progress, scores, masks)
+    assert list(budgets) == list(masks)
+    present = {name: int(mask.sum()) for name, mask in masks.items()}
+    assert all(budgets[name] == present[name] for name in masks.keys() - scores.keys())
+    assert all(1 <= budgets[name] <= present[name] for name in scores)
+    total = round(config.density_at(progress) * sum(mask.numel() for mask in masks.values()))
+    kept = sum(present[name] for name in masks.keys() - scores.keys())
+    most, least = sum(present[name] for name in scores), len(scores)
+    assert sum(budgets[name] for name in scores) == min(most, max(least, total - kept))
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erdos_renyi", extensions.first_full])
+def test_other_budgets_are_shared_among_all_layers_at_the_swap_and_at_updates(distribution) -> None:
+    """Frozen ones too: they have no scores, and take their part all the same."""
+    density = {"schedule": "linear", "final": 0.25}
+    config = SparsityConfig(density=density, distribution=distribution)
+    masks = {name: torch.ones(grid, dtype=torch.bool) for name, grid in GRIDS.items()}
+    for progress in (0.0, 0.3, 1.0):
+        expected = config.budgets_at(progress, GRIDS)
+        for scored in ({}, {"down": torch.ones(8, 8)}):
+            assert config.budgets_by_score(progress, scored, masks) == expected
+    if distribution == "erdos_renyi":
+        assert sum(config.budgets_at(0.5, GRIDS).values()) == 90  # of 144
+        alone = config.budgets_at(1.0, {"down": (8, 8)})
+        assert config.budgets_at(1.0, GRIDS)["down"] != alone["down"], "or the test shows nothing"
+
+
 @pytest.mark.parametrize("density", [0.25, {"schedule": "cubic", "initial": 0.1, "final": 0.25}])
 def test_global_needs_a_density_that_falls(density) -> None:
     with pytest.raises(ValueError, match=r"`distribution` must not be 'global' unless .*falls"):
@@ -348,7 +447,7 @@ def test_global_needs_a_density_that_falls(density) -> None:
         ({"floor": {"col": 1}}, ValueError, r"has no key 'col' \(did you mean 'column'\?\)"),
         ({"floor": 1}, TypeError, r"`floor` must be a mapping"),
         ({"regrow": "no"}, TypeError, r"`regrow` must be true or false; got 'no'"),
-        ({"exact": 1}, TypeError, r"`exact` must be true or false; got 1"),
+        ({"exact": True}, TypeError, "unexpected keyword argument 'exact'"),
         ({"shrink": None}, TypeError, r"`shrink` must be true or false; got None"),
         ({"drop": "none"}, ValueError, r"`drop` must be one of"),
         ({"drop": None}, ValueError, r"`drop` must be one of"),
@@ -363,6 +462,327 @@ def test_criteria_may_be_functions_and_paths() -> None:
     config = SparsityConfig(drop=magnitude, grow="sparse_lightning.criteria.random")
     assert config.drop_criterion is magnitude and config.grow_criterion is random
     assert SparsityConfig(grow="none").grow_criterion is None
+
+
+# -- functions of the user's ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [extensions.quadratic, "tests.extensions.quadratic"])
+@pytest.mark.parametrize("kind", [DensitySchedule, dict])
+def test_a_schedule_of_ones_own(schedule, kind) -> None:
+    config = SparsityConfig(
+        density=kind(schedule=schedule, initial=1.0, final=0.2),
+        drop_fraction=DropFractionSchedule(schedule),
+    )
+    assert [config.density_at(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.4, 0.2])
+    assert config.density_at(0.5, final=0.6) == pytest.approx(0.7)
+    assert [config.drop_fraction_at(p) for p in (0.0, 0.5)] == pytest.approx([0.1, 0.025])
+    assert not config.density_is_constant
+    assert config.budgets_at(0.5, {"fc": (10, 10)}) == {"fc": 40}
+
+
+@pytest.mark.parametrize("schedule", ["constant", constant, "sparse_lightning.schedules.constant"])
+def test_constant_is_constant_however_it_is_named(schedule) -> None:
+    config = SparsityConfig(density={"schedule": schedule, "initial": 0.3})
+    assert config.density_is_constant
+    assert config.density_at(0.2) == 0.3
+
+
+WRONG_VALUES = [1.01, -0.1, NAN, INF, -INF, None, "0.5", True, 1 + 0j, torch.tensor(0.5)]
+
+
+@pytest.mark.parametrize("value", [*WRONG_VALUES, 0, 0.0, 2], ids=repr)
+def test_what_a_density_schedule_may_not_return(value: object) -> None:
+    config = SparsityConfig(density={"schedule": lambda *_: value})
+    got = re.escape(repr(value))
+    says = rf"`density\.schedule` must return a density in \(0, 1\]; got {got} at progress 0\.25\."
+    for ask in (
+        lambda: config.density_at(0.25),
+        lambda: config.budgets_at(0.25, GRIDS),
+        lambda: config.capacities(GRIDS, 0.25),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ask()
+
+
+@pytest.mark.parametrize("value", [*WRONG_VALUES, 2], ids=repr)
+def test_what_a_drop_fraction_schedule_may_not_return(value: object) -> None:
+    config = SparsityConfig(drop_fraction={"schedule": lambda *_: value})
+    rule = r"`drop_fraction\.schedule` must return a share in \[0, 1\]"
+    with pytest.raises(
+        ValueError, match=rf"{rule}; got {re.escape(repr(value))} at progress 0\.5\."
+    ):
+        config.drop_fraction_at(0.5)
+
+
+@pytest.mark.parametrize("value", [0.25, 1, np.float64(0.25), np.float32(0.25), np.int64(1)])
+def test_numbers_of_other_kinds_are_taken_as_floats(value: float) -> None:
+    def schedule(progress: float, initial: float, final: float) -> float:
+        return value
+
+    config = SparsityConfig(density={"schedule": schedule}, drop_fraction={"schedule": schedule})
+    for taken in (config.density_at(0.5), config.drop_fraction_at(0.5)):
+        assert type(taken) is float and taken == value
+
+
+def test_where_a_schedule_goes_wrong_is_said() -> None:
+    config = SparsityConfig(density={"schedule": extensions.too_dense, "initial": 0.5})
+    assert config.density_at(0.5) == 1.0
+    with pytest.raises(ValueError, match=r"got 1\.25 at progress 0\.75\."):
+        config.density_at(0.75)
+    with pytest.raises(ValueError, match=r"`density\.schedule` must .* at progress 0\.5156\."):
+        config.capacities(GRIDS)
+
+
+@pytest.mark.parametrize("distribution", [extensions.first_full, "tests.extensions.first_full"])
+def test_a_distribution_of_ones_own(distribution) -> None:
+    config = SparsityConfig(density=0.5, distribution=distribution)
+    assert config.budgets_at(0.0, GRIDS) == {"up.0": 16, "up.1": 32, "down": 32}
+    fixed = SparsityConfig(density=0.5, distribution=distribution, layer_density={"up.0": 0.25})
+    assert fixed.budgets_at(0.0, GRIDS) == {"up.0": 4, "up.1": 64, "down": 32}
+    every = SparsityConfig(density=0.5, distribution=distribution, layer_density={"*": 0.25})
+    assert every.budgets_at(0.0, GRIDS) == {"up.0": 4, "up.1": 16, "down": 16}
+
+
+def test_a_distribution_is_told_the_floor_of_layers() -> None:
+    def floored(density: float, grids: list[Grid], least: float) -> list[int]:
+        return [round(max(density, least) * rows * cols) for rows, cols in grids]
+
+    config = SparsityConfig(density=0.25, distribution=floored, floor={"layer": 0.5})
+    assert config.budgets_at(0.0, GRIDS) == {"up.0": 8, "up.1": 32, "down": 32}
+
+
+def test_capacities_follow_what_moves_both_ways() -> None:
+    rising = SparsityConfig(density={"schedule": extensions.bump, "initial": 0.5, "final": 0.25})
+    assert rising.capacities(GRIDS) == {"up.0": 16, "up.1": 64, "down": 64}
+    # From a progress on: the last quarter of the way down from its height.
+    assert rising.capacities(GRIDS, 0.75) == rising.budgets_at(0.75, GRIDS)
+    swinging = SparsityConfig(
+        density={"schedule": "linear", "final": 0.1}, distribution=extensions.back_and_forth
+    )
+    ends = [swinging.budgets_at(p, GRIDS)["down"] for p in (0.0, 1.0)]
+    # 64 are asked for between two of the points that are looked at.
+    assert max(ends) == 13 and swinging.capacities(GRIDS)["down"] == 63
+
+
+def restless(progress: float, initial: float, final: float) -> float:
+    """Up and down more often than anyone looks."""
+    return 0.5 + 0.49 * math.sin(1000 * progress)
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5),
+    st.sampled_from(
+        ["linear", "cosine", "cubic", "stepwise", "one_shot", restless, extensions.quadratic]
+    ),
+    st.sampled_from(["uniform", "erdos_renyi", extensions.first_full, extensions.back_and_forth]),
+    st.floats(0.05, 1),
+    st.floats(0.05, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_no_budget_passes_its_capacity(grids, schedule, shares, initial, final, p, since) -> None:
+    config = SparsityConfig(
+        density={"schedule": schedule, "initial": initial, "final": final}, distribution=shares
+    )
+    named = {f"fc{i}": grid for i, grid in enumerate(grids)}
+    budgets = config.budgets_at(max(p, since), named)
+    before, after = config.capacities(named), config.capacities(named, since)
+    assert all(budgets[name] <= after[name] <= before[name] for name in named)
+
+
+@quick
+@given(st.floats(0, 1))
+def test_what_moves_one_way_is_followed_to_the_block(progress: float) -> None:
+    config = SparsityConfig(density={"schedule": extensions.quadratic, "final": 0.1})
+    grids = {"fc": (100, 1000)}
+    assert config.budgets_at(progress, grids) == {"fc": round(1e5 * config.density_at(progress))}
+
+
+# -- rules ----------------------------------------------------------------------------------------
+
+
+def test_without_a_rule_blocks_are_dropped_and_grown() -> None:
+    rule = SparsityConfig(drop="random", grow="none", regrow=False).update_rule
+    assert isinstance(rule, DropAndGrow)
+    assert (rule.drop, rule.grow, rule.regrow) == (random, None, False)
+    usual = SparsityConfig().update_rule
+    assert isinstance(usual, DropAndGrow)
+    assert (usual.drop, usual.grow, usual.regrow) == (magnitude, gradient, True)
+
+
+@pytest.mark.parametrize(
+    "rule", [extensions.still, extensions.fewest, "tests.extensions.still", lambda request: None]
+)
+def test_a_rule_of_ones_own_is_taken_as_it_is(rule) -> None:
+    config = SparsityConfig(rule=rule)
+    found = config.update_rule
+    assert found is (extensions.still if isinstance(rule, str) else rule)
+    assert found is config.update_rule
+
+
+@pytest.mark.parametrize("rule", [extensions.Still, "tests.extensions.Still"])
+def test_a_class_of_rules_is_instantiated_once(rule) -> None:
+    config = SparsityConfig(rule=rule, drop_fraction=0.5, density=0.1)
+    found = config.update_rule
+    assert type(found) is extensions.Still and found.patience == 3
+    assert config.update_rule is found
+    assert SparsityConfig(rule=rule).update_rule is not found
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (extensions.Demanding, r"class that needs no arguments.*'patience'"),
+        ("tests.extensions.Demanding", r"class that needs no arguments.*'patience'"),
+        (extensions.Uncallable, r"objects can be called; got Uncallable\."),
+        ("tests.extensions.Uncallable", r"objects can be called; got Uncallable\."),
+        (extensions.Uncallable(), r"dotted path of a function; got <tests"),
+        ("tests.extensions.WRONG", r"has no attribute 'WRONG'"),
+    ],
+)
+def test_what_is_no_rule(rule, says: str) -> None:
+    with pytest.raises(ValueError, match=rf"^`rule` must be .*{says}"):
+        SparsityConfig(rule=rule)
+
+
+@pytest.mark.parametrize(
+    "ignored", [{"drop": "random"}, {"grow": "none"}, {"regrow": False}, {"drop": random}]
+)
+def test_what_a_rule_would_not_read_is_refused(ignored: dict) -> None:
+    (key, value), *_ = ignored.items()
+    says = rf"`rule` must not be given together with `drop`.*{key}={re.escape(repr(value))}"
+    with pytest.raises(ValueError, match=says):
+        SparsityConfig(rule=extensions.still, **ignored)
+    # The defaults in other words are no others.
+    SparsityConfig(rule=extensions.still, drop=magnitude, grow="gradient", regrow=True)
+
+
+# -- what a resumed training shares ---------------------------------------------------------------
+
+
+def test_of_training_names_functions_and_holds_primitives() -> None:
+    config = SparsityConfig(
+        density={"schedule": extensions.quadratic},
+        distribution="tests.extensions.first_full",
+        update={"times": "tests.extensions.every_tenth_part"},
+        drop_fraction={"schedule": lambda progress, initial, final: 0.1},
+        rule=extensions.Still(7),
+    )
+    state = config.of_training()
+    own = "tests.extensions"
+    assert state["density.schedule"] == f"{own}.quadratic"
+    assert state["distribution"] == f"{own}.first_full"
+    assert state["update.times"] == f"{own}.every_tenth_part"
+    assert state["drop_fraction.schedule"].endswith("<lambda>")
+    assert state["rule"] == f"{own}.Still"
+    assert state["drop"] == "sparse_lightning.criteria.magnitude"
+    assert SparsityConfig(rule=extensions.fewest).of_training()["rule"] == f"{own}.fewest"
+    assert SparsityConfig().of_training()["rule"] is None
+    assert SparsityConfig().of_training()["update.times"] is None
+    times = SparsityConfig(update={"times": (30, np.int64(10), 30)}).of_training()["update.times"]
+    assert times == [10, 30] and all(type(time) is int for time in times)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"density": {"schedule": "cubic"}}, {"density": {"schedule": cubic}}),
+        ({"distribution": "erdos_renyi"}, {"distribution": erdos_renyi}),
+        ({"rule": extensions.Still}, {"rule": "tests.extensions.Still"}),
+        ({"rule": extensions.Still}, {"rule": extensions.Still(9)}),
+        ({"update": {"times": [20, 10]}}, {"update": {"times": (10, 20, 20)}}),
+        ({"drop": "random"}, {"drop": random}),
+    ],
+)
+def test_the_same_training_in_other_words(one: dict, other: dict) -> None:
+    assert SparsityConfig(**one).of_training() == SparsityConfig(**other).of_training()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"density": {"schedule": "linear"}},
+        {"density": {"schedule": extensions.quadratic}},
+        {"distribution": "uniform"},
+        {"distribution": extensions.first_full},
+        {"update": {"times": [10, 20]}},
+        {"update": {"times": extensions.every_tenth_part}},
+        {"drop_fraction": {"schedule": extensions.quadratic}},
+        {"rule": extensions.fewest},
+        {"rule": "tests.extensions.Still"},
+    ],
+    ids=str,
+)
+def test_another_training_is_told_apart(change: dict) -> None:
+    usual = {"density": {"schedule": "cubic"}, "distribution": "global"}
+    mine, other = SparsityConfig(**usual), SparsityConfig(**{**usual, **change})
+    assert mine.of_training() != other.of_training()
+
+
+def only_primitives(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(only_primitives, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"distribution": "global", "density": {"schedule": "cubic"}},
+        {"rule": extensions.still, "update": {"times": [10]}},
+        {"grow": "none", "layer_density": {"a.*": 0.5}},
+    ],
+    ids=str,
+)
+def test_of_training_can_be_in_any_checkpoint(arguments: dict) -> None:
+    state = SparsityConfig(**arguments).of_training()
+    assert all(map(only_primitives, state.values())), state
+    assert not {"monitor.images", "shrink", "init"} & state.keys()
+
+
+# -- how much falls at once -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("density", "update", "fall"),
+    [
+        # 1.0, 0.55, 0.1; then 1.0, 0.91, 0.1.
+        ({"schedule": "linear", "final": 0.1, "until": 100}, {"every_n_steps": 50}, (0.818, 100)),
+        ({"schedule": "linear", "final": 0.1, "until": 100}, {"times": [10, 100]}, (0.89, 100)),
+        ({"schedule": "cubic", "final": 0.1, "until": 100}, {"every_n_steps": 100}, (0.9, 100)),
+        ({"schedule": "one_shot", "final": 0.25, "until": 60}, {"every_n_steps": 10}, (0.75, 60)),
+        ({"schedule": "linear", "initial": 0.1, "final": 0.9, "until": 60}, {}, (0.0, 0)),
+        (0.25, {}, (0.0, 0)),
+    ],
+)
+def test_the_largest_fall_by_hand(density, update: dict, fall: tuple[float, int]) -> None:
+    config = SparsityConfig(density=density, update={"until": 100, **update})
+    share, step = config.largest_fall(config.timetable(1000), {"fc": (20, 50)})
+    assert (round(share, 3), step) == fall
+
+
+@quick
+@given(
+    st.sampled_from(["linear", "cosine", "cubic", "stepwise", "one_shot", extensions.bump]),
+    st.integers(1, 60),
+    st.integers(2, 200),
+    st.floats(0.05, 0.9),
+)
+def test_the_largest_fall_equals_a_walk(schedule, every: int, total: int, final: float) -> None:
+    density = {"schedule": schedule, "initial": 0.5, "final": final, "until": 1.0}
+    config = SparsityConfig(density=density, update={"every_n_steps": every, "until": 1.0})
+    table, grids = config.timetable(total), {"fc": (1000, 1000)}
+    before, falls = config.budgets_at(0.0, grids)["fc"], {0: 0.0}
+    for step in table.updates():
+        after = config.budgets_at(table.density_progress(step), grids)["fc"]
+        falls[step] = 1 - after / before
+        before = after
+    share, step = config.largest_fall(table, grids)
+    assert share == pytest.approx(max(falls.values()), abs=1e-4)
+    assert falls[step] == pytest.approx(share, abs=1e-4)
 
 
 def test_a_mistyped_argument_is_named() -> None:

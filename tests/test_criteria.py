@@ -1,7 +1,6 @@
 """Scores of blocks, and the generator behind random ones."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from sparse_lightning.criteria import (
     BlockScores,
     block_magnitudes,
     dense_block_norms,
-    find_criterion,
     gradient,
     magnitude,
     momentum,
@@ -73,33 +71,6 @@ def test_what_was_not_asked_for_is_answered_with_the_way_to_ask() -> None:
     bare = BlockScores(torch.ones(1, 1) > 0, torch.ones(1, 1), seeded_generator(0, 0, ""))
     with pytest.raises(ValueError, match=r"`scores.momentum` must .*@needs\('momentum'\)"):
         momentum(bare)
-
-
-def test_a_criterion_is_found_by_name_by_path_and_as_itself() -> None:
-    assert find_criterion("drop", "movement", DROP_CRITERIA) is movement
-    assert find_criterion("grow", "none", GROW_CRITERIA) is None
-    assert find_criterion("drop", random, DROP_CRITERIA) is random
-    path = "sparse_lightning.criteria.saliency"
-    assert find_criterion("drop", path, DROP_CRITERIA) is saliency
-
-
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [
-        ("magnitud", r"got 'magnitud'\.$"),
-        ("no_such_module.f", "got 'no_such_module.f': No module named 'no_such_module'"),
-        ("sparse_lightning.criteria.nothing", "has no attribute 'nothing'"),
-        ("sparse_lightning.criteria.GATHERED", "which is a tuple"),
-        (".f", "got '.f': "),
-        (3, "got 3"),
-        (None, "got None"),
-    ],
-)
-def test_a_criterion_that_is_none_is_refused(value: object, says: str) -> None:
-    rule = "`drop` must be one of 'magnitude', .* or the dotted path of a function; "
-    with pytest.raises(ValueError, match=rule) as error:
-        find_criterion("drop", value, DROP_CRITERIA)
-    assert re.search(says, str(error.value))
 
 
 def test_dense_block_norms_are_those_of_the_blocks() -> None:

@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -19,6 +20,7 @@ from sparse_lightning.distributions import (
     uniform,
 )
 from sparse_lightning.topology import count_blocks
+from tests import extensions
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)
 GRIDS = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=8)
@@ -200,6 +202,65 @@ def test_layers_with_a_density_of_their_own_take_no_part() -> None:
     assert share("erdos_renyi", 0.25, {}, {}) == {}
 
 
+# -- of one's own ---------------------------------------------------------------------------------
+
+LAYERS = {"a": (4, 4), "b": (8, 8), "c": (16, 16)}
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        extensions.first_full,
+        "tests.extensions.first_full",
+        lambda density, grids, least: tuple(np.int64(n) for n in (16, 16, 64)),
+    ],
+)
+def test_a_distribution_of_ones_own(distribution) -> None:
+    budgets = share(distribution, 0.25, LAYERS, {})
+    assert budgets == {"a": 16, "b": 16, "c": 64}
+    assert all(type(blocks) is int for blocks in budgets.values())
+
+
+def test_a_distribution_is_asked_about_the_layers_that_share() -> None:
+    asked = []
+
+    def note(density: float, grids: list[Grid], least: float) -> list[int]:
+        asked.append((density, list(grids), least))
+        return [3 for _ in grids]
+
+    assert share(note, 0.25, LAYERS, {"b": 0.5}, 0.1) == {"a": 3, "b": 32, "c": 3}
+    assert share(note, 0.25, LAYERS, dict.fromkeys(LAYERS, 0.5)) == {"a": 8, "b": 32, "c": 128}
+    assert asked == [(0.25, [(4, 4), (16, 16)], 0.1)], "not where all are fixed"
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        ([1, 1], r"got \[1, 1\] for 3 layers\."),
+        ([1, 1, 1, 1], r"got \[1, 1, 1, 1\] for 3 layers\."),
+        ({"a": 1, "b": 1, "c": 1}, r"got \{.*\} for 3 layers\."),
+        (None, r"got None for 3 layers\."),
+        (5, r"got 5 for 3 layers\."),
+        ([1, 0, 1], r"got 0 of 64 \(layer 'b'\)\."),
+        ([1, -1, 1], r"got -1 of 64 \(layer 'b'\)\."),
+        ([17, 1, 1], r"got 17 of 16 \(layer 'a'\)\."),
+        ([1, 1, 1.0], r"got 1\.0 of 256 \(layer 'c'\)\."),
+        ([1, 1, math.nan], r"got nan of 256 \(layer 'c'\)\."),
+        ([True, 1, 1], r"got True of 16 \(layer 'a'\)\."),
+        ("abc", r"got 'a' of 16 \(layer 'a'\)\."),
+    ],
+)
+def test_what_a_distribution_may_not_return(returned: object, says: str) -> None:
+    with pytest.raises(ValueError, match=rf"^`distribution` must return one integer .*{says}$"):
+        share(lambda density, grids, least: returned, 0.25, LAYERS, {})
+
+
+def test_a_distribution_that_is_not_found() -> None:
+    for wrong in ("erdos", "tests.extensions.nothing", None):
+        with pytest.raises(ValueError, match=r"`distribution` must be one of 'uniform', 'erdos_r"):
+            share(wrong, 0.25, LAYERS, {})
+
+
 # -- by score -----------------------------------------------------------------------------------
 
 ONE_ROW = [torch.tensor([[9.0, 5.0, 3.0]]), torch.tensor([[8.0, 7.0, 1.0]])]
@@ -217,6 +278,8 @@ ONE_ROW = [torch.tensor([[9.0, 5.0, 3.0]]), torch.tensor([[8.0, 7.0, 1.0]])]
         # Floors that do not fit shrink alike; one block each is the least.
         (3, [3, 3], [1, 2]),
         (1, [1, 1], [1, 1]),
+        (0, [3, 3], [1, 1]),
+        (-5, [3, 1], [1, 1]),
         # More than there are.
         (9, [1, 1], [3, 3]),
     ],
@@ -234,6 +297,12 @@ def test_absent_blocks_do_not_count_and_unscorable_ones_come_last() -> None:
     everywhere = [torch.ones(1, 3, dtype=torch.bool)] * 2
     assert by_score(4, nan, everywhere, [1, 1]) == [1, 3]
     assert by_score(5, nan, everywhere, [1, 1]) == [2, 3]
+
+
+def test_a_layer_without_blocks_wins_none() -> None:
+    masks = [torch.zeros(1, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)]
+    assert by_score(2, ONE_ROW, masks, [1, 1]) == [0, 2]
+    assert by_score(0, ONE_ROW, masks, [1, 1]) == [0, 1]
 
 
 def test_ties_go_to_the_earlier_layer() -> None:

@@ -195,7 +195,7 @@ def test_what_growth_cannot_fill_goes_to_present_blocks(bad: float) -> None:
 @pytest.mark.parametrize(
     ("argument", "change", "got"),
     [
-        ("n_target", {"n_target": 4}, "4"),
+        ("mask", {"n_target": 4}, "4"),
         ("n_target", {"n_target": 0}, "0"),
         ("n_target", {"n_target": -1}, "-1"),
         ("fraction", {"fraction": -0.1}, "-0.1"),

@@ -43,7 +43,14 @@ def names(*known: str) -> st.SearchStrategy[Any]:
     return st.sampled_from([*known, "", "x", "no.such", "os.path", None, 3])
 
 
-SCHEDULES = names("constant", "linear", "cosine", "cubic", "stepwise", "one_shot")
+OWN = "tests.extensions"
+SCHEDULES = names(
+    *("constant", "linear", "cosine", "cubic", "stepwise", "one_shot"),
+    *(f"{OWN}.{schedule}" for schedule in ("quadratic", "bump", "too_dense")),
+)
+TIMES = st.one_of(
+    st.lists(COUNTS, max_size=3), names(f"{OWN}.every_tenth_part", f"{OWN}.first_full")
+)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "block_size": COUNTS,
     "include": st.one_of(PATTERNS, st.sampled_from(["*", None, 3])),
@@ -52,21 +59,26 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
         NUMBERS,
         some_of(schedule=SCHEDULES, initial=NUMBERS, final=NUMBERS, begin=NUMBERS, until=NUMBERS),
     ),
-    "distribution": names("uniform", "erdos_renyi", "global"),
+    "distribution": names(
+        *("uniform", "erdos_renyi", "global"),
+        *(f"{OWN}.{shares}" for shares in ("first_full", "back_and_forth", "one_too_few")),
+    ),
     "layer_density": st.one_of(
         st.none(),
         NUMBERS,
         st.dictionaries(st.sampled_from(["net.0", "*", "re:(", "x"]), NUMBERS, max_size=2),
     ),
     "floor": st.one_of(some_of(layer=NUMBERS, row=COUNTS, column=COUNTS), NUMBERS),
-    "update": st.one_of(some_of(every_n_steps=COUNTS, begin=NUMBERS, until=NUMBERS), NUMBERS),
+    "update": st.one_of(
+        some_of(every_n_steps=COUNTS, begin=NUMBERS, until=NUMBERS, times=TIMES), NUMBERS
+    ),
     "drop_fraction": st.one_of(
         NUMBERS, some_of(schedule=SCHEDULES, initial=NUMBERS, final=NUMBERS)
     ),
     "drop": names("magnitude", "gradient", "saliency", "movement", "random"),
     "grow": names("gradient", "momentum", "random", "none"),
     "regrow": names("x") | st.booleans(),
-    "exact": names("x") | st.booleans(),
+    "rule": names(f"{OWN}.Still", f"{OWN}.still", f"{OWN}.fewest", f"{OWN}.Demanding"),
     "token_stride": COUNTS,
     "init": names("random", "magnitude"),
     "shrink": names("x") | st.booleans(),

@@ -18,6 +18,7 @@ from sparse_lightning import DensitySchedule, DropFractionSchedule, MonitorOptio
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.criteria import momentum, saliency
 from sparse_lightning.distributions import Floor
+from tests import extensions
 
 CHOICES = ("rigl", "set", "snfs", "cubic", "granet", "movement", "static")
 
@@ -139,13 +140,12 @@ def test_overrides_of_the_dynamics() -> None:
         "callbacks.sparsity.floor={row: 2, layer: 0.05}",
         "callbacks.sparsity.layer_density={up: 0.5, down: 0.1}",
         "callbacks.sparsity.regrow=false",
-        "callbacks.sparsity.exact=true",
         "callbacks.sparsity.shrink=false",
     )
     assert config.drop_criterion is saliency and config.grow_criterion is momentum
     assert config.floor == Floor(layer=0.05, row=2, column=1)
     assert config.layer_density == {"up": 0.5, "down": 0.1}
-    assert (config.regrow, config.exact, config.shrink) == (False, True, False)
+    assert (config.regrow, config.shrink) == (False, False)
 
 
 def test_overrides() -> None:
@@ -163,7 +163,7 @@ def test_overrides() -> None:
     )
     assert changed(config) == {
         "density": dataclasses.asdict(DensitySchedule("cubic", 1.0, 0.1, 0, 1000.0)),
-        "update": {"every_n_steps": 10, "begin": 0.1, "until": 2000},
+        "update": {"every_n_steps": 10, "begin": 0.1, "until": 2000, "times": None},
         "drop_fraction": {"schedule": "cosine", "initial": 0.5, "final": 0.0},
         "block_size": 16,
         "include": ("fc1", "re:.*mlp"),
@@ -180,6 +180,12 @@ def test_overrides() -> None:
         ("update.begin=200 update.until=300", UpdateSchedule(100, 200, 300)),
         ("update.until=1.0", UpdateSchedule(100, 0, 1.0)),
         ("update={every_n_steps:5}", UpdateSchedule(5, 0, 0.75)),
+        ("update.times=[30,10,20]", UpdateSchedule(times=[10, 20, 30])),
+        ("update={times:[10],until:50}", UpdateSchedule(100, 0, 50, [10])),
+        (
+            "update.times=tests.extensions.every_tenth_part",
+            UpdateSchedule(times="tests.extensions.every_tenth_part"),
+        ),
     ],
 )
 def test_overrides_of_times(override: str, update: UpdateSchedule) -> None:
@@ -187,6 +193,38 @@ def test_overrides_of_times(override: str, update: UpdateSchedule) -> None:
     config = config_of("callbacks/sparsity=rigl", *overrides)
     assert config.update == update
     assert type(config.update.until) is type(update.until)
+
+
+@pytest.mark.parametrize("choice", ["rigl", "cubic"])
+def test_functions_of_ones_own(choice: str) -> None:
+    own = "tests.extensions"
+    config = config_of(
+        f"callbacks/sparsity={choice}",
+        f"callbacks.sparsity.density={{schedule: {own}.quadratic, final: 0.2}}",
+        f"callbacks.sparsity.drop_fraction.schedule={own}.quadratic",
+        f"callbacks.sparsity.distribution={own}.first_full",
+        f"callbacks.sparsity.update.times={own}.every_tenth_part",
+    )
+    assert config.density_at(0.5) == pytest.approx(0.4)
+    assert config.drop_fraction_at(0.5) == pytest.approx(0.025)
+    assert config.budgets_at(1.0, {"a": (4, 4), "b": (10, 10)}) == {"a": 16, "b": 20}
+    assert config.timetable(1000).updates() == [100, 200, 300, 400, 500, 600, 700]
+
+
+@pytest.mark.parametrize(
+    ("override", "patience"),
+    [
+        ("rule=tests.extensions.Still", 3),
+        ("rule=tests.extensions.still", 5),
+        ("rule={_target_: tests.extensions.Still}", 3),
+        ("rule={_target_: tests.extensions.Demanding, patience: 4}", 4),
+    ],
+)
+def test_a_rule_of_ones_own(override: str, patience: int) -> None:
+    config = config_of("callbacks/sparsity=cubic", f"callbacks.sparsity.{override}")
+    assert isinstance(config.update_rule, extensions.Still)
+    assert config.update_rule.patience == patience
+    assert config.of_training()["rule"].startswith("tests.extensions.")
 
 
 def test_a_mapping_over_a_number() -> None:
@@ -242,6 +280,18 @@ def test_what_composing_refuses(override: str, says: list[str]) -> None:
         ("callbacks.sparsity.density=null", ["`density` must", "got None"]),
         ("callbacks.sparsity.update.begin=1", ["`update.begin` must", "Write 1.0 or a step >= 2"]),
         ("callbacks.sparsity.density.until=0.8", ["`density.until` must not be after", "0.8"]),
+        ("callbacks.sparsity.update.times=[10,0]", ["`update.times` must be steps", "got 0"]),
+        ("callbacks.sparsity.update.times=[]", ["`update.times` must be steps", "got none"]),
+        ("callbacks.sparsity.update.times=often", ["`update.times` must", "got 'often'"]),
+        ("callbacks.sparsity.rule=rigl", ["`rule` must be the dotted path", "got 'rigl'"]),
+        (
+            "callbacks.sparsity.density.schedule=tests.extensions.cubic",
+            ["`density.schedule` must be one of", "no attribute 'cubic'"],
+        ),
+        (
+            "callbacks.sparsity.distribution=tests.nowhere.f",
+            ["`distribution` must be one of", "No module named 'tests.nowhere'"],
+        ),
     ],
 )
 def test_what_the_callback_refuses(override: str, says: list[str]) -> None:
@@ -250,6 +300,13 @@ def test_what_the_callback_refuses(override: str, says: list[str]) -> None:
         instantiate(node)
     text = messages(error.value)
     assert all(part in text for part in says), text
+
+
+def test_a_rule_leaves_no_room_for_criteria() -> None:
+    node = composed("callbacks/sparsity=set", "callbacks.sparsity.rule=tests.extensions.Still")
+    with pytest.raises(HydraException) as error:
+        instantiate(node)
+    assert "`rule` must not be given together with `drop`, `grow`" in messages(error.value)
 
 
 @pytest.fixture
@@ -314,7 +371,8 @@ def test_a_users_app_sweeps_without_importing_the_package(users_app: Path) -> No
     ]
     for config in configs:
         assert config["density"] == dataclasses.asdict(DensitySchedule("constant", 0.1, 0.1))
-        assert config["update"] == {"every_n_steps": 100, "begin": 200, "until": 1000}
+        update = {"every_n_steps": 100, "begin": 200, "until": 1000, "times": None}
+        assert config["update"] == update
         assert config["monitor"] is None
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from sparse_lightning import BlockSparseLinear, BlockTopology
 from sparse_lightning.evolution import update_topology
 from sparse_lightning.mlp import BlockSparseMLP
-from sparse_lightning.optimizer_state import keep_slots
+from sparse_lightning.optimizer_state import prepare_keep
 
 
 def make_layer(density: float = 0.5, seed: int = 0, **kwargs: Any) -> BlockSparseLinear:
@@ -232,7 +232,7 @@ def test_an_input_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype: torch.dtype, input_dtype: torch.dtype) -> None:
     layer = make_layer()
-    layer.armed.fill_(True)
+    layer.arm(True)
     dense = layer.to_linear()
     x = torch.randn(5, 64, dtype=input_dtype)
     with torch.autocast("cpu", dtype):
@@ -248,7 +248,8 @@ def test_autocast(dtype: torch.dtype, input_dtype: torch.dtype) -> None:
     assert layer.values.grad is not None and dense.weight.grad is not None
     packed = layer.topology.pack(dense.weight.grad)
     torch.testing.assert_close(layer.values.grad, packed, rtol=0.02, atol=0.1)
-    assert layer.block_scores.dtype == torch.float32 and (layer.block_scores > 0).all()
+    norms = layer.block_norms.grad
+    assert norms is not None and norms.dtype == torch.float32 and (norms > 0).all()
 
 
 def test_autocast_leaves_fp64_alone_as_nn_linear_does() -> None:
@@ -319,18 +320,21 @@ def test_loading_another_capacity_gives_up_the_old_gradient_and_trains_on() -> N
     target(torch.randn(3, 64)).sum().backward()
     target.load_state_dict(source.state_dict())
     target.zero_grad()
-    target.armed.fill_(True)
+    target.arm(True)
     target(torch.randn(3, 64)).sum().backward()
     assert target.values.grad is not None and target.values.grad.shape == source.values.shape
-    assert (target.block_scores > 0).all()
+    assert target.block_norms.grad is not None and (target.block_norms.grad > 0).all()
 
 
 def test_loading_another_block_size() -> None:
     source = BlockSparseLinear(64, 64, block_size=32, density=0.5)
     target = BlockSparseLinear(64, 64, block_size=16, density=0.5)
     target.load_state_dict(source.state_dict())
-    assert target.block_size == 32 and target.block_scores.shape == (2, 2)
+    assert target.block_size == 32 and target.block_norms.shape == (2, 2)
     assert torch.equal(target.dense_weight(), source.dense_weight())
+    target.arm(True)
+    target(torch.randn(3, 64)).sum().backward()
+    assert target.block_norms.grad is not None and (target.block_norms.grad > 0).all()
 
 
 def test_saved_topology_is_one_int32_tensor_of_a_length_fixed_by_the_capacity() -> None:
@@ -517,10 +521,10 @@ def test_conversion_leaves_the_indices_alone(
     assert layer.values.dtype == dtype
     for name, tensor in index_tensors(layer).items():
         assert tensor.dtype == torch.int32 and torch.equal(tensor, before[name]), name
-    assert layer.block_scores.dtype == torch.float32 and layer.armed.dtype == torch.bool
-    layer.armed.fill_(True)
+    layer.arm(True)
     layer(torch.randn(3, 64).to(dtype)).sum().backward()
-    assert (layer.block_scores > 0).all()
+    norms = layer.block_norms.grad
+    assert norms is not None and norms.dtype == torch.float32 and (norms > 0).all()
 
 
 def test_to_meta_and_back_with_to_empty() -> None:
@@ -591,11 +595,69 @@ def test_copies_are_independent(copied: Callable[[Any], Any]) -> None:
     update_randomly(other)
     with torch.no_grad():
         other.values.fill_(1)
-    other.armed.fill_(True)
+    other.arm(True)
     other.train()(x).sum().backward()
+    assert other.block_norms.grad is not None and (other.block_norms.grad > 0).all()
     assert_unchanged(layer, before)
-    assert not layer.armed and layer.block_scores.count_nonzero() == 0
+    assert not layer.armed and not layer._armed and layer.block_norms.grad is None
     assert layer.values.grad is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_an_armed_layer_is_armed(copied: Callable[[Any], Any]) -> None:
+    layer, x = make_layer(), torch.randn(3, 64)
+    layer.arm(True)
+    layer(x).sum().backward()
+    other = copied(layer)
+    assert other.armed and other._armed and other.block_norms.is_leaf
+    other.block_norms.grad = None
+    other(x).sum().backward()
+    assert other.block_norms is not layer.block_norms
+    assert torch.equal(other.block_norms.grad, layer.block_norms.grad)
+
+
+@pytest.mark.parametrize("build", [make_layer, lambda: make_layer(device="meta")])
+def test_norms_are_fp32_whatever_the_default_dtype(build: Callable[[], BlockSparseLinear]) -> None:
+    """As under Lightning's precision "16-true"."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        layer = build().to_empty(device="cpu")
+        layer.reset_parameters()
+        assert layer.values.dtype == torch.float16
+        layer.load_state_dict(make_layer(0.75).state_dict())
+        layer.arm(True)
+        layer(torch.randn(3, 64)).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    norms = layer.block_norms.grad
+    assert norms is not None and norms.dtype == torch.float32 and (norms > 0).all()
+
+
+def test_the_leaf_of_the_norms_stays_where_the_device_does() -> None:
+    layer = make_layer(device="meta")
+    leaf = layer.block_norms
+    assert leaf.device.type == "cpu" and leaf.is_leaf and leaf.requires_grad
+    layer.to_empty(device="cpu").double().float()
+    with torch.no_grad():
+        layer.to("cpu")
+    assert layer.block_norms is leaf
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_leaf_of_the_norms_follows_the_values() -> None:
+    layer, x = make_layer(), torch.randn(3, 64)
+    layer.arm(True)
+    with torch.no_grad():
+        layer.cuda()
+    leaf = layer.block_norms
+    assert leaf.is_cuda and leaf.is_leaf and leaf.requires_grad and layer._armed.is_cuda
+    layer(x.cuda()).sum().backward()
+    assert leaf.grad is not None and (leaf.grad > 0).all()
+    norms = leaf.grad.cpu()
+    layer.cpu()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.block_norms.grad, norms, rtol=1e-4, atol=1e-5)
 
 
 def test_share_memory() -> None:
@@ -756,7 +818,7 @@ def train(model: BlockSparseMLP, optimizer: torch.optim.Optimizer, seed: int) ->
 
 def shrink_in_training(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer) -> None:
     layer.locked = True
-    keep_slots(optimizer, layer.values, layer.shrink(layer.topology.n_blocks))
+    prepare_keep(optimizer, layer.values, layer.shrink(layer.topology.n_blocks))()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -35,20 +35,21 @@ def unfused(mlp: BlockSparseMLP) -> nn.Sequential:
 
 
 def gradients(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Output, input's gradient, parameters' gradients, and the scores of armed layers."""
-    for part in module.modules():
-        if isinstance(part, BlockSparseLinear):
-            part.armed.fill_(True)
+    """Output, input's gradient, parameters' gradients, and the norms of armed layers."""
+    layers = [part for part in module.modules() if isinstance(part, BlockSparseLinear)]
+    for part in layers:
+        part.arm(True)
+        part.block_norms.grad = None
     x = x.clone().requires_grad_()
     y = module(x)
     y.backward(dy)
-    scores = [part.block_scores for part in module.modules() if isinstance(part, BlockSparseLinear)]
+    norms = [part.block_norms.grad for part in layers]
     assert x.grad is not None
     return [
         y.detach(),
         x.grad,
         *(p.grad for p in module.parameters() if p.grad is not None),
-        *scores,
+        *norms,
     ]
 
 
@@ -99,11 +100,23 @@ def test_only_what_is_needed_has_gradients(frozen: tuple[str, ...]) -> None:
     mlp = make_mlp(nn.GELU())
     for name, parameter in mlp.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    mlp[0].arm(True), mlp[2].arm(True)
     mlp(torch.randn(4, 32).double()).sum().backward()
     with_gradient = {
         name for name, parameter in mlp.named_parameters() if parameter.grad is not None
     }
     assert with_gradient == {name for name, _ in mlp.named_parameters()} - set(frozen)
+    for i in (0, 2):
+        assert (mlp[i].block_norms.grad is None) == (f"{i}.values" in frozen)
+
+
+@pytest.mark.parametrize("armed", [0, 2])
+def test_layers_are_armed_each_on_its_own(armed: int) -> None:
+    mlp = make_mlp(nn.GELU())
+    mlp[armed].arm(True)
+    mlp(torch.randn(4, 32).double()).sum().backward()
+    for i in (0, 2):
+        assert (mlp[i].block_norms.grad is not None) == (i == armed)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -171,9 +184,13 @@ def test_a_layer_that_runs_twice() -> None:
     plain = unfused(mlp)
     x, dy = torch.randn(3, 32).double(), torch.randn(3, 32).double()
     for module in (mlp, plain):
+        module[0].arm(True), module[2].arm(True)
         module(module(x)).backward(dy)
     for ours, theirs in zip(mlp.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+    for i in (0, 2):
+        expected = plain[i].block_norms.grad
+        torch.testing.assert_close(mlp[i].block_norms.grad, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -186,15 +203,12 @@ def test_compiles_without_graph_breaks(training: bool) -> None:
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), expected[0])
         return
-    for part in mlp:
-        if isinstance(part, BlockSparseLinear):
-            part.block_scores.zero_()
     x.requires_grad_()
     for part in (mlp[0], mlp[2]):
-        part.armed.fill_(True)
+        part.arm(True)
     compiled(x).backward(dy)
-    scores = [mlp[0].block_scores, mlp[2].block_scores]
-    results = [x.grad, *(p.grad for p in mlp.parameters()), *scores]
+    norms = [mlp[0].block_norms.grad, mlp[2].block_norms.grad]
+    results = [x.grad, *(p.grad for p in mlp.parameters()), *norms]
     for ours, theirs in zip(results, expected[1:], strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -25,8 +25,8 @@ from sparse_lightning.optimizer_state import (
     StateRule,
     check_state,
     find_optimizer,
-    keep_slots,
-    reset_slots,
+    prepare_keep,
+    prepare_reset,
     state_rule,
     warm_start,
 )
@@ -118,7 +118,7 @@ def test_reset_puts_exactly_the_changed_slots_to_their_beginning(name: str) -> N
         step(optimizer, parameter, torch.randn_like(parameter))
     before = clones(state_tensors(optimizer, parameter))
     before_other = clones(state_tensors(optimizer, other))
-    reset_slots(optimizer, parameter, torch.tensor([1, 3]))
+    prepare_reset(optimizer, parameter, torch.tensor([1, 3]))()
     # What the optimizer itself begins with: a gradient of zero adds nothing to it.
     beginning = make(name, fresh)
     step(beginning, fresh, torch.zeros_like(fresh))
@@ -161,7 +161,7 @@ def test_reset_takes_adagrads_start() -> None:
     optimizer = Adagrad([parameter], initial_accumulator_value=0.25)
     step(optimizer, parameter, torch.ones_like(parameter))
     assert (optimizer.state[parameter]["sum"] == 1.25).all()
-    reset_slots(optimizer, parameter, torch.tensor([2]))
+    prepare_reset(optimizer, parameter, torch.tensor([2]))()
     assert optimizer.state[parameter]["sum"][:, 0, 0].tolist() == [1.25, 1.25, 0.25, 1.25]
 
 
@@ -170,7 +170,7 @@ def test_reset_before_the_first_step_leaves_no_state_behind(name: str) -> None:
     parameter = make_parameter()
     optimizer = make(name, parameter)
     keys = {*optimizer.state[parameter]} if optimizer.state else None
-    reset_slots(optimizer, parameter, torch.tensor([0]))
+    prepare_reset(optimizer, parameter, torch.tensor([0]))()
     assert ({*optimizer.state[parameter]} if optimizer.state else None) == keys
     step(optimizer, parameter, torch.randn_like(parameter))
 
@@ -180,7 +180,7 @@ def test_reset_of_no_slots_changes_nothing() -> None:
     optimizer = make("adam", parameter)
     step(optimizer, parameter, torch.randn_like(parameter))
     before = clones(state_tensors(optimizer, parameter))
-    reset_slots(optimizer, parameter, torch.tensor([], dtype=torch.int64))
+    prepare_reset(optimizer, parameter, torch.tensor([], dtype=torch.int64))()
     assert before
     for name, tensor in state_tensors(optimizer, parameter).items():
         assert torch.equal(tensor, before[name])
@@ -232,7 +232,7 @@ def test_warm_start_by_hand(name: str, scale: float | Tensor) -> None:
     optimizer = cls([parameter], lr=LR, **kwargs)
     for _ in range(2):
         step(optimizer, parameter, torch.randn_like(parameter))
-    reset_slots(optimizer, parameter, torch.tensor([1, 2]))
+    prepare_reset(optimizer, parameter, torch.tensor([1, 2]))()
     before = clones(state_tensors(optimizer, parameter))
     gradient = torch.randn(4, 16, 16)
     gradient[1], gradient[2] = THREES, 0.0
@@ -273,7 +273,7 @@ def test_the_host_never_waits_for_a_number(name: str) -> None:
     on_meta.grad = torch.empty_like(on_meta)
     optimizer.param_groups[0]["params"] = [on_meta]
     optimizer.state[on_meta] = {n: t.to("meta") for n, t in optimizer.state[parameter].items()}
-    reset_slots(optimizer, on_meta, torch.ones(1, dtype=torch.int64, device="meta"))
+    prepare_reset(optimizer, on_meta, torch.ones(1, dtype=torch.int64, device="meta"))()
     pending = torch.ones(4, dtype=torch.bool, device="meta")
     group = optimizer.param_groups[0]
     assert warm_start(optimizer, group, on_meta, pending).device.type == "meta"
@@ -384,7 +384,7 @@ def largest_updates(
     grown = torch.tensor([1, 2], device=device)
     with torch.no_grad():
         parameter[grown] = 0
-    reset_slots(optimizer, parameter, grown)
+    prepare_reset(optimizer, parameter, grown)()
     pending = torch.zeros(shape[0], dtype=torch.bool, device=device)
     pending[grown] = True
     largest = torch.zeros(shape[0], device=device)
@@ -466,7 +466,7 @@ def test_a_constant_gradient_under_centered_rmsprop() -> None:
     gradient = torch.randn_like(parameter).sign()
     step(optimizer, parameter, gradient)
     grown, pending = torch.tensor([1]), torch.tensor([False, True, False, False])
-    reset_slots(optimizer, parameter, grown)
+    prepare_reset(optimizer, parameter, grown)()
     for k in range(1, 61):
         before = parameter.detach().clone()
         parameter.grad = gradient
@@ -532,9 +532,9 @@ def test_the_host_never_waits_for_a_gpu(cls: type[Optimizer], kwargs: dict[str, 
     pending = torch.ones(4, dtype=torch.bool, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        reset_slots(optimizer, parameter, slots)
+        prepare_reset(optimizer, parameter, slots)()
         warm_start(optimizer, optimizer.param_groups[0], parameter, pending)
-        keep_slots(optimizer, parameter, slots)
+        prepare_keep(optimizer, parameter, slots)()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -588,7 +588,7 @@ def test_keeping_slots_gives_up_the_others_with_their_memory(name: str) -> None:
     step(optimizer, parameter, torch.randn_like(parameter))
     before, before_other = dict(optimizer.state[parameter]), dict(optimizer.state[other])
     kept = torch.tensor([0, 3, 1])
-    keep_slots(optimizer, parameter, kept)
+    prepare_keep(optimizer, parameter, kept)()
     assert optimizer.state[parameter].keys() == before.keys()
     for key, value in optimizer.state[parameter].items():
         if isinstance(value, Tensor) and value.dim():
@@ -606,7 +606,7 @@ def test_keeping_slots_gives_up_the_others_with_their_memory(name: str) -> None:
 def test_keeping_slots_before_the_first_step_leaves_no_state_behind() -> None:
     parameter = make_parameter()
     optimizer = make("adam", parameter)
-    keep_slots(optimizer, parameter, torch.tensor([0]))
+    prepare_keep(optimizer, parameter, torch.tensor([0]))()
     assert not optimizer.state
 
 
@@ -631,8 +631,8 @@ def calls(optimizer: Optimizer, parameter: nn.Parameter) -> list[Any]:
     return [
         lambda: state_rule(optimizer),
         lambda: check_state(optimizer, parameter),
-        lambda: reset_slots(optimizer, parameter, slots),
-        lambda: keep_slots(optimizer, parameter, slots),
+        lambda: prepare_reset(optimizer, parameter, slots)(),
+        lambda: prepare_keep(optimizer, parameter, slots)(),
         lambda: warm_start(optimizer, {}, parameter, torch.ones(4, dtype=torch.bool)),
     ]
 

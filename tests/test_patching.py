@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from sparse_lightning import BlockSparseLinear, SparsityReport, densify, sparsify
-from sparse_lightning.patching import matches, sparse_layers
+from sparse_lightning.distributions import Floor, share
+from sparse_lightning.patching import matches, sparse_layers, swap_layers
+from tests import extensions
 
 
 class Block(nn.Module):
@@ -253,6 +255,14 @@ def test_an_exact_name_that_is_none_of_the_model_raises(name: str) -> None:
         ({"block_size": 24}, ValueError, r"`block_size` must be one of"),
         ({"distribution": "nope"}, ValueError, r"`distribution` must be one of 'uniform'.*'nope'"),
         (
+            {"distribution": "global"},
+            ValueError,
+            r"`distribution` must be one that needs no scores.*got 'global'\. Take .*Sparsifier",
+        ),
+        ({"distribution": extensions.one_too_few}, ValueError, r"`distribution` must return one"),
+        ({"distribution": "tests.extensions.no"}, ValueError, r"`distribution` must be .*no"),
+        ({"layer_density": {"norm": 0.5}}, ValueError, r"`layer_density` must name layers.*'norm'"),
+        (
             {"init": "zeros"},
             ValueError,
             r"`init` must be one of 'random', 'magnitude'; got 'zeros'",
@@ -341,6 +351,70 @@ def test_the_models_budget_is_met(distribution: str) -> None:
     assert abs(blocks - 0.25 * total) <= len(report.layers) / 2
     densities = {layer.density for layer in report.layers.values()}
     assert (len(densities) == 1) == (distribution == "uniform")
+
+
+@pytest.mark.parametrize("distribution", [extensions.first_full, "tests.extensions.first_full"])
+def test_a_distribution_of_ones_own(distribution: Any) -> None:
+    report = sparsify(Model(), block_size=16, density=0.25, distribution=distribution)
+    densities = [layer.density for layer in report.layers.values()]
+    assert densities == [1.0, 0.25, 0.25, 0.25, 0.25]
+    again = sparsify(
+        Model(), block_size=16, density=0.5, max_density=0.9, distribution=distribution
+    )
+    assert [layer.density for layer in again.layers.values()] == [1.0, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_layers_that_are_there_already_take_part_in_the_budget() -> None:
+    """As they do at updates, so that none of the two sees another model."""
+    asked: list[dict[str, tuple[int, int]]] = []
+
+    def budgets(grids: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], dict[str, int]]:
+        asked.append(dict(grids))
+        shares = share("erdos_renyi", 0.25, grids, {})
+        return shares, shares
+
+    model = Model()
+    sparsify(model, block_size=32, density=1.0, include=["blocks.0.fc2", "proj"])
+    adopted = model.get_submodule("blocks.0.fc2")
+    swap_layers(model, 16, ["fc*"], [], budgets, "random", 0, Floor())
+    grids = {name: (8, 4) if "fc1" in name else (4, 8) for name in BLOCKS}
+    grids["blocks.0.fc2"] = (2, 4)
+    assert [*map(list, asked)] == [[*grids]], "in the model's order; not `proj`, not chosen"
+    assert asked == [grids]
+    assert model.get_submodule("blocks.0.fc2") is adopted and adopted.density == 1.0
+    expected = share("erdos_renyi", 0.25, grids, {})
+    for name, layer in sparse_layers(model):
+        if name in grids and layer is not adopted:
+            assert layer.topology.n_blocks == layer.topology.capacity == expected[name]
+    # All of them are there now, so nothing is shared.
+    swap_layers(model, 16, ["fc*"], [], budgets, "random", 0, Floor())
+    assert len(asked) == 1
+
+
+def test_layers_of_their_own_density_may_be_there_already() -> None:
+    model = Model()
+    sparsify(model, block_size=16, density=0.5, include=["proj"])
+    report = sparsify(model, block_size=16, density=0.25, layer_density={"proj": 1.0, "fc1": 0.5})
+    densities = [layer.density for layer in report.layers.values()]
+    assert densities == [0.5, 0.25, 0.5, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("init", ["random", "magnitude"])
+def test_the_first_blocks_do_not_depend_on_the_default_dtype(init: str, dtype: torch.dtype) -> None:
+    """Under Lightning's precision "16-true" it is a half one."""
+    masks = []
+    model = Model()
+    for default in (torch.float32, dtype):
+        swapped_one = copy.deepcopy(model)
+        torch.set_default_dtype(default)
+        try:
+            sparsify(swapped_one, block_size=16, density=0.25, init=init)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        masks.append([layer.topology.mask for _, layer in sparse_layers(swapped_one)])
+        assert all(layer.values.dtype == torch.float32 for _, layer in sparse_layers(swapped_one))
+    assert all(torch.equal(*pair) for pair in zip(*masks, strict=True))
 
 
 def test_the_seed_decides_and_every_layer_draws_its_own() -> None:

@@ -1,8 +1,11 @@
 """Times, timetables and schedules, against tables and a step-by-step simulation."""
 
+import dataclasses
+import json
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +28,7 @@ from sparse_lightning.schedules import (
     should_shrink,
     stepwise,
 )
+from tests import extensions
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)
 
@@ -181,6 +185,7 @@ def walk(table: Timetable) -> list[int]:
     while (step := table.next_update(step)) is not None:
         updates.append(step)
         assert len(updates) <= table.update_until
+    assert table.updates() == updates
     return updates
 
 
@@ -207,12 +212,93 @@ def test_updates_equal_a_simulation(table: Timetable) -> None:
         assert table.next_update(step) == next((s for s in due if s > step), None)
 
 
+@quick
+@given(timetables, st.integers(0, 300))
+def test_the_last_update_is_at_the_last_planned_step(table: Timetable, total: int) -> None:
+    """Where the training ends before `update_until`; never before `update_begin`."""
+    unbounded, bounded = walk(table), walk(dataclasses.replace(table, total_steps=total))
+    if total >= table.update_until:
+        assert bounded == unbounded
+    elif total < max(1, table.update_begin):
+        assert bounded == []
+    else:
+        assert bounded == [*(step for step in unbounded if step < total), total]
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 200), min_size=1),
+    st.none() | st.integers(0, 220),
+    st.integers(0, 230),
+)
+def test_given_times_equal_a_simulation(times: list[int], total: int | None, step: int) -> None:
+    steps = tuple(sorted({*times}))
+    table = Timetable(7, 0, 200, 0, 200, total, steps)
+    due = [step for step in steps if total is None or step <= total]
+    if total and due != [*steps] and total not in due:
+        due.append(total)
+    assert walk(table) == due
+    assert table.next_update(step) == next((s for s in due if s > step), None)
+
+
+@pytest.mark.parametrize(
+    ("total", "times", "updates"),
+    [
+        (None, (10, 50, 120), [10, 50, 120]),
+        (1000, (10, 50, 120), [10, 50, 120]),
+        (100, (10, 50, 120), [10, 50, 100]),
+        (50, (10, 50, 120), [10, 50]),
+        (5, (10, 50, 120), [5]),
+        (100, (10, 50), [10, 50]),
+        (None, None, [100, 200, 250]),
+        (230, None, [100, 200, 230]),
+        (200, None, [100, 200]),
+        (250, None, [100, 200, 250]),
+        (8, None, [8]),
+        (0, None, []),
+    ],
+)
+def test_where_the_training_ends(total: int | None, times, updates: list[int]) -> None:
+    assert walk(Timetable(100, 0, 250, 0, 250, total, times)) == updates
+
+
+def test_a_training_that_ends_before_updates_begin_has_none() -> None:
+    table = Timetable(100, 300, 900, 0, 900, total_steps=299)
+    assert walk(table) == []
+    assert walk(dataclasses.replace(table, total_steps=300)) == [300]
+
+
+def test_a_timetable_as_text() -> None:
+    assert str(Timetable(100, 0, 250, 0, 200)) == (
+        "topology updates every 100 steps, from step 0 to 250; density moves from step 0 to 200"
+    )
+    assert str(Timetable(100, 0, 250, 0, 250, 900)) == (
+        "topology updates every 100 steps, from step 0 to 250"
+    )
+    assert str(Timetable(1, 0, 250, 0, 250, 900, (7, 40))) == "topology updates at steps 7, 40"
+    many = str(Timetable(1, 0, 250, 0, 250, 900, tuple(range(10, 100, 5))))
+    assert many == (
+        "topology updates at steps 10, 15, 20, 25, 30, 35, 40, 45 and 10 more, to step 95"
+    )
+
+
 def test_progress_of_a_timetable() -> None:
     table = Timetable(10, 20, 60, 40, 50)
     assert [table.density_progress(s) for s in (0, 40, 45, 50, 99)] == [0, 0, 0.5, 1, 1]
     assert [table.update_progress(s) for s in (0, 20, 30, 60, 99)] == [0, 0, 0.25, 1, 1]
     assert Timetable(**table.as_dict()) == table
-    assert all(type(value) is int for value in table.as_dict().values())
+    assert [type(value) for value in table.as_dict().values()] == [int] * 5 + [type(None)] * 2
+
+
+@quick
+@given(timetables, st.none() | st.integers(0, 300), st.none() | st.lists(st.integers(1, 300)))
+def test_a_timetable_is_read_again_from_what_a_checkpoint_holds(table, total, times) -> None:
+    table = dataclasses.replace(table, total_steps=total, times=times and tuple(sorted({*times})))
+    state = json.loads(json.dumps(table.as_dict()))
+    assert state == table.as_dict(), "primitives, and a list of them"
+    assert Timetable(**state) == table
+    assert Timetable(**state).updates() == table.updates()
+    assert hash(Timetable(**state)) == hash(table)
 
 
 @pytest.mark.parametrize("until", [200, 199, 201, 250, 7, 0.5, 0.333])
@@ -249,7 +335,7 @@ def test_fractions_and_steps_resolve_together() -> None:
         density=density, update={"every_n_steps": 30, "begin": 40, "until": 0.75}
     )
     assert config.has_fractions
-    assert config.timetable(1000) == Timetable(30, 40, 750, 100, 500)
+    assert config.timetable(1000) == Timetable(30, 40, 750, 100, 500, 1000)
     with pytest.raises(
         ValueError, match=r"`density.until` .*got density.until=500, update.until=75"
     ):
@@ -272,8 +358,117 @@ def test_times_out_of_order_once_resolved(update: dict, says: str) -> None:
 def test_steps_need_no_known_length() -> None:
     config = SparsityConfig(density=0.2, update={"begin": 0, "until": 500})
     assert not config.has_fractions, "the times of a constant density do not matter"
-    assert walk(config.timetable(0)) == [100, 200, 300, 400, 500]
+    table = config.timetable(None)
+    assert walk(table) == [100, 200, 300, 400, 500] and table.total_steps is None
     assert SparsityConfig(density={"until": 0.5}, update={"until": 500}).has_fractions
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"update": {"begin": 0.5, "until": 900}},
+        {"density": {"until": 0.5}, "update": {"until": 500}},
+        {"density": {"begin": 0.1, "until": 400}, "update": {"until": 500}},
+        {"update": {"until": 900, "times": extensions.every_tenth_part}},
+        {"update": {"until": 900, "times": "tests.extensions.every_tenth_part"}},
+        {"update": {"times": [10, 20]}},
+    ],
+    ids=str,
+)
+def test_what_depends_on_the_length_needs_one(arguments: dict) -> None:
+    config = SparsityConfig(**arguments)
+    assert config.has_fractions
+    says = (
+        r"`update` and `density` times .* need a training of known length; "
+        r".*Give steps, or total_steps / max_steps\."
+    )
+    with pytest.raises(ValueError, match=says):
+        config.timetable(None)
+
+
+def test_a_schedule_beyond_the_end_comes_as_far_as_it_can() -> None:
+    density = {"schedule": "linear", "initial": 1.0, "final": 0.2, "until": 800}
+    config = SparsityConfig(density=density, update={"every_n_steps": 150, "until": 1000})
+    table = config.timetable(400)
+    assert walk(table) == [150, 300, 400]
+    assert config.density_at(table.density_progress(400)) == pytest.approx(0.6)
+    longer = dataclasses.replace(table, total_steps=2000)
+    assert walk(longer) == [150, 300, 450, 600, 750, 900, 1000]
+
+
+# -- given times ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times", "steps"),
+    [
+        ([30, 10, 30, 20], (10, 20, 30)),
+        (range(100, 400, 100), (100, 200, 300)),
+        ((5, 600, 700), (5, 600)),
+        ([np.int64(40), 7], (7, 40)),
+        (extensions.every_tenth_part, (100, 200, 300, 400, 500, 600)),
+        ("tests.extensions.every_tenth_part", (100, 200, 300, 400, 500, 600)),
+        (lambda total_steps: range(2, total_steps, 300), (2, 302, 602)),
+        (lambda total_steps: (step for step in (9, 8)), (8, 9)),
+    ],
+)
+def test_updates_run_at_given_times(times, steps: tuple[int, ...]) -> None:
+    """Those within begin..until, in order, each once."""
+    table = SparsityConfig(update={"times": times, "until": 650}).timetable(1000)
+    assert table.times == steps and all(type(step) is int for step in table.times)
+    assert walk(table) == [*steps]
+
+
+def test_given_times_keep_to_begin_and_until() -> None:
+    update = {"times": [10, 20, 30, 40, 50], "begin": 20, "until": 0.4}
+    config = SparsityConfig(update=update)
+    assert config.timetable(100).times == (20, 30, 40)
+    assert config.timetable(60).times == (20,), "0.4 of 60 is 24"
+    with pytest.raises(ValueError, match=r"`update.times` must .*got 10\.\.50 for 51\.\.60\."):
+        SparsityConfig(update={**update, "begin": 51, "until": 60}).timetable(100)
+
+
+def test_given_times_leave_the_length_open() -> None:
+    config = SparsityConfig(update={"times": [30, 10], "until": 100})
+    assert not config.has_fractions
+    assert walk(config.timetable(None)) == [10, 30]
+    assert walk(config.timetable(20)) == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        ([], "got none"),
+        (None, "got None"),
+        (7, "got 7"),
+        ([0, 5], "got 0"),
+        ([5.0], r"got 5\.0"),
+        ([True], "got True"),
+        ("soon", "got 's'"),
+    ],
+)
+def test_what_a_function_of_times_may_not_return(returned: object, says: str) -> None:
+    config = SparsityConfig(update={"times": lambda total_steps: returned})
+    with pytest.raises(ValueError, match=rf"`update.times` must be steps, .*{says}\."):
+        config.timetable(100)
+
+
+@pytest.mark.parametrize(("times", "until"), [([10, 40], 41), ([10, 40, 90], 60), ([10], 0.5)])
+def test_the_density_must_arrive_at_the_last_of_given_times(times, until) -> None:
+    density = {"schedule": "cubic", "until": until}
+    config = SparsityConfig(density=density, update={"times": times, "until": 80})
+    with pytest.raises(ValueError, match=r"`density.until` must not be after the last of `update"):
+        config.timetable(100)
+    # A density that does not move need not arrive.
+    SparsityConfig(density=0.5, update={"times": times, "until": 80}).timetable(100)
+
+
+def test_the_density_arrives_at_the_last_of_given_times() -> None:
+    density = {"schedule": "cubic", "final": 0.1, "until": 40}
+    config = SparsityConfig(density=density, update={"times": [10, 40], "until": 80})
+    table = config.timetable(100)
+    assert [config.density_at(table.density_progress(step)) for step in walk(table)][-1] == 0.1
 
 
 @pytest.mark.parametrize("total", [1, 2, 3])

@@ -1,24 +1,26 @@
-"""What the callback costs in a real training: between updates, and at one."""
+"""What dynamic sparsity costs in a real training: between updates, and at one."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparse_lightning import sparsifier
 from sparse_lightning.bench.quality_fit import quiet
 from sparse_lightning.callbacks import SparsityCallback
+from sparse_lightning.stepping import StepWatch
 
 # The longest window is ten steps, and the steps after an update may still warm up grown blocks.
 _EVERY, _UPDATES = 24, 8
-_HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
 class Mlps(pl.LightningModule):
@@ -51,7 +53,7 @@ class Clock:
     """Times of one training.
 
     Attributes:
-        host: seconds that the callback's hooks took in each step, without waiting for the device.
+        host: seconds that the hooks took in each step, without waiting for the device.
         steps: seconds that each step took, the device included.
     """
 
@@ -59,22 +61,23 @@ class Clock:
     steps: list[float] = field(default_factory=list)
 
 
-class Timed(SparsityCallback):
-    """The callback, with a clock around each of its hooks."""
+class Timed(StepWatch):
+    """Sees an optimizer's steps, with a clock around what is done at each.
 
-    def __init__(self, clock: Clock, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in _HOOKS:
-            setattr(self, name, self._timed(clock, getattr(self, name)))
+    The closure, which makes the gradients, is not among it.
+    """
 
-    @staticmethod
-    def _timed(clock: Clock, hook: Callable[..., None]) -> Callable[..., None]:
-        def timed(*args: Any) -> None:
-            begin = time.perf_counter()
-            hook(*args)
-            clock.host[-1] += time.perf_counter() - begin
+    clock = Clock()
 
-        return timed
+    def _read_gradients(self, optimizer: Optimizer) -> None:
+        begin = time.perf_counter()
+        super()._read_gradients(optimizer)
+        self.clock.host[-1] += time.perf_counter() - begin
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+        super()._after(optimizer, args, kwargs)
+        self.clock.host[-1] += time.perf_counter() - begin
 
 
 class Steps(pl.Callback):
@@ -109,13 +112,12 @@ def measure(
     """Train some steps and return what a step and an update cost.
 
     Returns:
-        `host`: microseconds of the host that the callback takes in a step between updates;
+        `host`: microseconds of the host that a step takes beside the training, between updates;
         `step`: milliseconds of such a step; `update`: that an update adds, in such steps; `window`:
         that the steps which gather for an update add, all together, in such steps.
     """
     clock = Clock()
-    sparsity = Timed(
-        clock,
+    sparsity = SparsityCallback(
         block_size=block_size,
         density=density,
         drop=drop,
@@ -138,9 +140,12 @@ def measure(
             enable_model_summary=False,
         )
         numbers = torch.arange(trainer.max_steps)
-        trainer.fit(Mlps(width, layers, tokens), DataLoader(TensorDataset(numbers)))
+        timed = type("Timed", (Timed,), {"clock": clock})
+        with mock.patch.object(sparsifier, "StepWatch", timed):
+            trainer.fit(Mlps(width, layers, tokens), DataLoader(TensorDataset(numbers)))
 
-    window = sparsity._gatherer.window
+    assert sparsity.sparsifier is not None
+    window = sparsity.sparsifier.window
     kinds: dict[str, list[int]] = {"ordinary": [], "window": [], "update": []}
     for i in range(_EVERY, len(clock.steps)):  # the first round compiles kernels
         before = -(i + 1) % _EVERY  # the next update comes after so many steps

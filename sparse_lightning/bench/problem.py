@@ -86,22 +86,15 @@ class Problem:
         at, values = layer.topology, layer.values.detach()
         rows = at.row_offsets, at.row_entries
         cols = at.col_offsets, at.col_entries, at.slots
-        armed = torch.ones_like(layer.armed)
-        scores = torch.zeros_like(layer.block_scores)
-        unused = (layer.armed, layer.block_scores, 1)
-
-        def norms() -> Tensor:
-            ops.block_norms_(dy, x, armed, scores)
-            return scores
-
+        armed = torch.ones((), dtype=torch.bool, device=x.device)
         step = Contender(self._step(layer), lambda out: out)
         return {
             "fwd": Contender(
-                lambda: ops.block_linear(x, values, None, at.coords, *rows, *cols, *unused)
+                lambda: ops.block_linear(x, values, None, at.coords, *rows, *cols, None, None, 1)
             ),
             "dx": Contender(lambda: ops.block_linear_dx(dy, values, *cols)),
             "dw": Contender(lambda: ops.block_linear_dw(dy, x, at.coords, *rows, at.slots)),
-            "norms": Contender(norms),
+            "norms": Contender(lambda: ops.block_norms(dy, x, armed, at.block_size)),
             "layer": step,
             "host": step,
         }[op]

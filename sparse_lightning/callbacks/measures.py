@@ -18,6 +18,7 @@ from sparse_lightning.patching import sparse_layers
 def update_scalars(model: nn.Module, update: ModelUpdate, patterns: Patterns) -> dict[str, float]:
     """Return the numbers that describe an update and the model after it.
 
+    What was dropped and grown is of the layers that the update changed; all else of every layer.
     Densities are shares of blocks; `ever_active` is the share of all blocks that were ever present
     (Rs in Liu et al. 2021, "In-Time Over-Parameterization"); a row or column is dead if it has no
     block; a threshold is the smallest score of a block that stayed, left out where there is none.
@@ -29,8 +30,7 @@ def update_scalars(model: nn.Module, update: ModelUpdate, patterns: Patterns) ->
     after = sum(change.n_after for change in changes)
     dropped = sum(len(change.dropped) for change in changes)
     grown = sum(len(change.grown) for change in changes)
-    present = [patterns.present[name] for name in update.layers]
-    ever = [patterns.ever[name] for name in update.layers]
+    present, ever = [*patterns.present.values()], [*patterns.ever.values()]
     done, dense = linear_weights(model)
     scalars = {
         "sparsity/density": share(present),
@@ -135,7 +135,7 @@ def training_bytes(
     )
     indices = sum(t.nbytes for t in vars(layer.topology).values() if isinstance(t, Tensor))
     dense = values // max(1, layer.values.numel()) * layer.out_features * layer.in_features
-    return values + indices + layer.block_scores.nbytes, dense
+    return values + indices + layer.block_norms.nbytes, dense
 
 
 def predicted_speedup(

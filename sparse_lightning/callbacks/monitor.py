@@ -54,7 +54,7 @@ class SparsityMonitor(Observer):
         self._throughput = Throughput(trainer.world_size, linear_weights(fit.model), peak)
 
     def count(self, batch: Any) -> None:
-        """Take in a batch that was trained on."""
+        """Take in a batch that is about to be trained on."""
         if self._throughput is not None:
             self._throughput.count(batch)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.gathering import on_cpu
 from sparse_lightning.linear import BlockSparseLinear
 
 
@@ -37,23 +38,14 @@ class Patterns:
 
     def follow(self, update: ModelUpdate) -> None:
         """Take in an update."""
-        self.prepare(update)()
-
-    def prepare(self, update: ModelUpdate) -> Callable[[], None]:
-        """Return what `follow` does, as a function that takes no memory and cannot fail."""
-        present, ever = {}, {}
+        present = {}
         for name, done in update.layers.items():
             rows, cols = done.coords[done.coords[:, 0] >= 0].long().unbind(1)
             present[name] = torch.zeros_like(self.present[name])
             present[name][rows, cols] = True
-            ever[name] = self.ever[name] | present[name]
-
-        def write() -> None:
-            self.present.update(present)
-            self.ever.update(ever)
-            self.grown += sum(len(done.grown) for done in update.layers.values())
-
-        return write
+        self.ever.update({name: self.ever[name] | mask for name, mask in present.items()})
+        self.present.update(present)
+        self.grown += sum(len(done.grown) for done in update.layers.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the layers themselves do not tell: tensors on the CPU and primitives."""
@@ -63,18 +55,3 @@ class Patterns:
         """Take over what `state_dict` returned."""
         self.first, self.ever = dict(state["first"]), dict(state["ever"])
         self.grown = state["grown"]
-
-
-def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one dtype on the CPU, in one transfer a device.
-
-    >>> [tensor.tolist() for tensor in on_cpu([torch.tensor([[1], [2]]), torch.tensor(3)])]
-    [[[1], [2]], 3]
-    """
-    copies: dict[int, Tensor] = {}
-    for device in {tensor.device for tensor in tensors}:
-        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        flat = torch.cat([tensors[i].flatten() for i in here]).cpu()
-        parts = flat.split([tensors[i].numel() for i in here])
-        copies.update((i, part.view(tensors[i].shape)) for i, part in zip(here, parts, strict=True))
-    return [copies[i] for i in range(len(tensors))]

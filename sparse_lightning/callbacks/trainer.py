@@ -2,18 +2,98 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 
+from sparse_lightning.config import SparsityConfig
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.sharding import is_sharded
+
+_REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+
+# Before a fit: what cannot work is refused.
+
+
+def check_trainer(trainer: pl.Trainer, callback: Callback) -> None:
+    """Raise ValueError for a strategy, a precision or an order of callbacks that cannot work."""
+    _check_strategy(trainer)
+    _check_precision(trainer)
+    _check_order(trainer, callback)
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    name = type(trainer.strategy).__name__
+    tensor_parallel = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+    if name in _REFUSED_STRATEGIES or tensor_parallel != 1:
+        what = name if name in _REFUSED_STRATEGIES else f"{name} with tensor parallelism"
+        raise ValueError(
+            f"`Trainer(strategy=...)` must be one that keeps whole blocks; got {what}. "
+            "Use DDP, or ModelParallelStrategy(tensor_parallel_size=1) with fully_shard."
+        )
+    if not getattr(trainer.strategy, "_save_distributed_checkpoint", True):
+        raise ValueError(
+            "`save_distributed_checkpoint` must be True: Lightning loads a checkpoint of one "
+            "file into a sharded model without the topology, so this run could not be "
+            "resumed; got False. To have one file afterwards, call "
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch`."
+        )
+
+
+def _check_precision(trainer: pl.Trainer) -> None:
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        raise ValueError(
+            "`Trainer(plugins=...)` must leave the model's nn.Linears to SparsityCallback; got "
+            f"{type(plugin).__name__}, which puts its own layers in their place. "
+            "Use precision='bf16-mixed', '16-mixed' or 'bf16-true'."
+        )
+
+
+def _check_order(trainer: pl.Trainer, callback: Callback) -> None:
+    # Averaging callbacks copy the model in their own setup, so they must find it swapped.
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks[: callbacks.index(callback)]:
+        if isinstance(other, averaging_callbacks()):
+            raise ValueError(
+                "`callbacks` must list SparsityCallback before callbacks that average "
+                f"weights; got it after {type(other).__name__}. Put it first."
+            )
+
+
+def after_configure_model(model: pl.LightningModule, call: Callable[[], None]) -> None:
+    """Have something called right after `configure_model`, until `leave_configure_model`."""
+    original = model.configure_model
+
+    @functools.wraps(original)
+    def wrapped() -> None:
+        original()
+        call()
+
+    # As an instance attribute it hides the method.
+    model.configure_model = wrapped  # type: ignore[method-assign]
+
+
+def leave_configure_model(model: pl.LightningModule) -> None:
+    """Undo `after_configure_model`."""
+    vars(model).pop("configure_model", None)
+
+
+# Averages.
 
 
 def averaging_callbacks() -> tuple[type[Callback], ...]:
@@ -41,13 +121,60 @@ def averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinea
                 yield copy
 
 
-def planned_steps(trainer: pl.Trainer) -> float:
-    """Return how many optimizer steps the training will have; infinite if nobody knows."""
-    total = trainer.estimated_stepping_batches
+# The length of a training.
+
+
+def planned_steps(trainer: pl.Trainer, steps: int) -> int | None:
+    """Return how many steps each optimizer will have taken at the end; None if nobody knows.
+
+    Where a training steps its optimizers itself, that is as if each did so in every batch.
+
+    Args:
+        trainer: that is about to train.
+        steps: that counted before: some, if it is resumed, or fits a model another time.
+    """
+    by_batches = _planned_by_batches(trainer)
+    by_steps = None
+    if trainer.max_steps >= 0:
+        manual = not trainer.lightning_module.automatic_optimization
+        # Lightning's limit is on the steps of all of them together.
+        by_steps = -(-trainer.max_steps // max(1, len(trainer.optimizers) if manual else 1))
+    known = [steps for steps in (by_batches, by_steps) if steps is not None]
+    return max(1, min(known)) + _of_earlier_fits(trainer, steps) if known else None
+
+
+def is_new(trainer: pl.Trainer) -> bool:
+    """Whether nothing of a fit is over: it is not resumed."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx < 0
+
+
+def _of_earlier_fits(trainer: pl.Trainer, steps: int) -> int:
+    """Return how many steps were taken in earlier fits, which Lightning does not count."""
+    if is_new(trainer):
+        return steps
+    # It may count none where a training steps its optimizers itself.
+    automatic = trainer.lightning_module.automatic_optimization
+    return max(0, steps - trainer.global_step) if automatic else 0
+
+
+def _planned_by_batches(trainer: pl.Trainer) -> int | None:
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
-    if not epochs or epochs < 0 or math.isinf(batches) or not _has_batch_norm_epoch(trainer):
-        return total
-    return min(total, math.ceil(batches / trainer.accumulate_grad_batches) * (epochs - 1))
+    if epochs is None or epochs < 0 or math.isinf(batches):
+        return None
+    if _has_batch_norm_epoch(trainer):
+        epochs -= 1
+    schedules = [
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler)
+    ]
+    steps = 0
+    for epoch in range(epochs):
+        at_once = trainer.accumulate_grad_batches
+        for schedule in schedules:
+            at_once = schedule.get_accumulate_grad_batches(epoch)
+        steps += math.ceil(batches / at_once)
+    return steps
 
 
 def _has_batch_norm_epoch(trainer: pl.Trainer) -> bool:
@@ -64,18 +191,62 @@ def skips_backward(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop._skip_backward
 
 
-def grad_scale(trainer: pl.Trainer) -> float | None:
-    """Return what a GradScaler multiplies losses by; None without one."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else float(scaler.get_scale())
+class StepsToCome:
+    """Says while a training runs how many steps an optimizer will have taken at its end.
+
+    Lightning counts a step that a GradScaler skips, which is lost of what was planned. Where a
+    training steps its optimizers itself, each is taken to go on at the pace that it has had since
+    its first step.
+
+    Args:
+        trainer: that runs it, from its beginning or from a checkpoint.
+        total: what is planned, by `planned_steps`.
+        steps: that counted before.
+        first: of each optimizer, by its place in the trainer's list, its count and the trainer's
+            step and batch at its first step. It is filled in, and to be saved.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, total: int, steps: int, first: dict[int, list[int]]
+    ) -> None:
+        self.trainer, self.total, self.first = trainer, total, first
+        self.automatic = trainer.lightning_module.automatic_optimization
+        self.before = _of_earlier_fits(trainer, steps)
+
+    def __call__(self, optimizer: Optimizer, steps: int) -> int:
+        """Return the number for an optimizer that has just taken its `steps`-th step."""
+        trainer = self.trainer
+        if self.automatic:
+            lost = self.before + trainer.global_step + 1 - steps
+            return self.total - max(0, lost)
+        now = [steps, trainer.global_step, trainer.fit_loop.epoch_loop.total_batch_idx]
+        place = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+        at_first, *then = self.first.setdefault(place, now)
+        over, over_at_first = self._share(*now[1:]), self._share(*then)
+        if over is None or over_at_first is None:
+            return self.total
+        # After one step nobody knows its pace: as fast as can be, then.
+        pace = Fraction(self.total - self.before)
+        if over > over_at_first:
+            pace = (steps - at_first) / (over - over_at_first)
+        return steps + math.floor(pace * (1 - over))
+
+    def _share(self, step: int, batch: int) -> Fraction | None:
+        """Return the share of the training that is over once a step in a batch is.
+
+        Exactly, as a number that is one off now and then would move the schedule.
+        """
+        trainer = self.trainer
+        shares = []
+        if trainer.max_steps > 0:
+            shares.append(Fraction(step + 1, trainer.max_steps))
+        epochs, batches = trainer.max_epochs, trainer.num_training_batches
+        if epochs is not None and epochs > 0 and not math.isinf(batches):
+            shares.append(Fraction(batch + 1, int(epochs * batches)))
+        return min(Fraction(1), max(shares)) if shares else None
 
 
-def unscale_factor(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> float:
-    """Return what gradients are still multiplied by: only fused optimizers unscale themselves."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    scale = grad_scale(trainer)
-    return 1.0 if scale is None else scale
+# What the trainer knows of the model.
 
 
 def compute_dtype(trainer: pl.Trainer, layer: BlockSparseLinear) -> torch.dtype:
@@ -84,45 +255,55 @@ def compute_dtype(trainer: pl.Trainer, layer: BlockSparseLinear) -> torch.dtype:
     return mixed.get(str(trainer.precision), layer.values.dtype)
 
 
-def check_ranks(trainer: pl.Trainer, tensors: Iterable[Tensor]) -> None:
-    """Raise RuntimeError on every rank unless all hold the same; every rank must call this."""
-    if trainer.world_size == 1:
-        return
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.cpu().numpy().tobytes())
-    own = int.from_bytes(digest.digest()[:8], "little") >> 1
-    # The largest, and the smallest by its negative, in one go.
-    both = torch.tensor([own, -own], device=trainer.strategy.root_device)
-    largest, smallest = trainer.strategy.reduce(both, reduce_op="max").tolist()
-    if largest != -smallest:
-        raise RuntimeError(
-            "All ranks must hold the same blocks, and score them alike; they differ at step "
-            f"{trainer.global_step} (seen on rank {trainer.global_rank}). Look for what differs "
-            "between ranks: weights changed outside of the optimizer, or a criterion that draws "
-            "numbers without `scores.generator`. Resume from the last checkpoint."
+def warn_of_slow_layers(
+    trainer: pl.Trainer, config: SparsityConfig, layers: Mapping[str, BlockSparseLinear]
+) -> None:
+    """Name the layers that are predicted to be slower than dense ones on this GPU."""
+    # Where the schedule ends: before that, more blocks are present on purpose.
+    budgets = config.budgets_at(1.0, {name: layer.topology.grid for name, layer in layers.items()})
+    slow = []
+    for name, layer in layers.items():
+        density = budgets[name] / (layer.topology.grid[0] * layer.topology.grid[1])
+        speedup = layer.predicted_speedup(density, compute_dtype(trainer, layer))
+        if speedup is not None and speedup < 1:
+            slow.append(f"{name} ({speedup:.2f} of dense at density {density:.2f})")
+    if slow:
+        rank_zero_warn(
+            "Some layers are predicted to be slower than dense ones, on this GPU, at their "
+            f"shape and final density: {', '.join(slow)}. Take larger blocks, a lower density, "
+            "or exclude them."
         )
 
 
-def can_shrink(trainer: pl.Trainer, layers: Iterable[BlockSparseLinear]) -> bool:
-    """Tell whether parameters may change their shape: not where they are sharded or compiled."""
-    module = trainer.lightning_module
-    # Lightning keeps the wrapper of a module that was compiled as a whole apart from the module.
-    wrapped = isinstance(trainer.strategy.model, torch._dynamo.OptimizedModule)
-    compiled = wrapped or any(
-        isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
-        for m in module.modules()
-    )
-    return not compiled and not any(is_sharded(layer.values) for layer in layers)
+def services(
+    trainer: pl.Trainer, total: int | None, steps: int, first: dict[int, list[int]]
+) -> dict[str, Any]:
+    """Return what `Sparsifier.attach` gets from Lightning.
 
-
-def forget_old_shapes(trainer: pl.Trainer) -> None:
-    """Let go of what was built for parameters of other shapes, after they have shrunk."""
+    Args:
+        trainer: that is about to train.
+        total: steps that are planned; None if nobody knows.
+        steps: that counted before.
+        first: as `StepsToCome` takes it.
+    """
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
-        # DDP's buckets have the old sizes. The old wrapper must be gone before there is a new one,
-        # or both would reduce every gradient.
-        strategy.model = trainer.lightning_module
-        strategy.configure_ddp()
-    if strategy.root_device.type == "cuda":
-        torch.cuda.empty_cache()  # so that others, too, can use what is free now
+    manual = not trainer.lightning_module.automatic_optimization
+    # Otherwise every step is seen at the optimizer, also one that does not count.
+    unseen = manual or getattr(trainer.precision_plugin, "scaler", None) is not None
+    planned = StepsToCome(trainer, total, steps, first) if unseen and total is not None else None
+    return {
+        "rewrap": functools.partial(_rewrap, strategy)
+        if isinstance(strategy, DDPStrategy)
+        else None,
+        "copies": functools.partial(averaged_copies, trainer),
+        "planned": planned,
+        # Lightning keeps the wrapper of a module that was compiled as a whole apart from it.
+        "shrink": not isinstance(strategy.model, torch._dynamo.OptimizedModule),
+    }
+
+
+def _rewrap(strategy: DDPStrategy) -> None:
+    """Build DDP's buckets anew, for parameters of other shapes."""
+    # The old wrapper must be gone before there is a new one, or both would reduce every gradient.
+    strategy.model = strategy.lightning_module
+    strategy.configure_ddp()

@@ -1,13 +1,13 @@
-// scores += squared Frobenius norm of each block of dy^T x, if armed; if DENSE, scores += dy^T x.
+// norms = squared Frobenius norm of each block of dy^T x, if armed; else zeros.
 //
 //   dy     T [tokens, out_features]     rows 16-byte aligned, `dy_pitch` elements from each other
 //   x      T [tokens, in_features]      as well, by `x_pitch`
-//   armed  bool                         read on the device: without it the kernel ends at once
-//   scores float [out_features / block_size, in_features / block_size]; a block_size of 1 if DENSE
+//   armed  bool                         read on the device, so that a CUDA graph sees it change
+//   norms  float [out_features / block_size, in_features / block_size]
 //
 // dy^T x is computed in tiles of TM x TN, multiples of every block size. A thread block takes tiles
-// in turn; each is added to the scores as it is, or reduced to sums over 16 x 16 squares, then to
-// the sums of its blocks, always in one order.
+// in turn; each is reduced to sums over 16 x 16 squares, then to the sums of its blocks, always in
+// one order. A block lies in one tile, so every norm is written once.
 //
 // The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
 // with the arithmetic.
@@ -22,7 +22,7 @@ struct Arguments {
   const T* dy;
   const T* x;
   const bool* armed;
-  float* scores;
+  float* norms;
   long long tokens;
   int dy_pitch, x_pitch;
   int out_features;
@@ -37,8 +37,8 @@ typedef Tile<float, TM, TN> Result;
 static_assert(shared_bytes<STAGES, TileProduct, Result>() == CONFIG_SHARED_BYTES,
               "portable_programs.py must count alike");
 
-// Adds the squared norms of a tile's blocks.
-__device__ inline void add_norms(Result tile, const Arguments& a, int first_m, int first_n) {
+// Writes the squared norms of a tile's blocks.
+__device__ inline void write_norms(Result tile, const Arguments& a, int first_m, int first_n) {
   __shared__ float squares[SQUARES_M][SQUARES_N];
   // One warp a square: its lanes take every second row of one column, then add up by halves.
   const int lane = threadIdx.x % 32;
@@ -67,25 +67,20 @@ __device__ inline void add_norms(Result tile, const Arguments& a, int first_m, i
     for (int row = 0; row < per_block; ++row)
       for (int col = 0; col < per_block; ++col)
         sum += squares[m * per_block + row][n * per_block + col];
-    a.scores[(long long)block_row * (a.in_features / a.block_size) + block_col] += sum;
+    a.norms[(long long)block_row * (a.in_features / a.block_size) + block_col] = sum;
   }
-}
-
-// Adds the tile itself. Not for atomicity, as nobody else adds to it: L2 adds up, and no thread has
-// to wait for what was there.
-__device__ inline void add_tile(Result tile, const Arguments& a, int first_m, int first_n) {
-  const int rows = min(TM, a.out_features - first_m), cols = min(TN, a.in_features - first_n);
-  float* scores = a.scores + (long long)first_m * a.in_features + first_n;
-  for (int i = threadIdx.x; i < rows * TN; i += TileProduct::THREADS) {
-    const int row = i / TN, col = i % TN;
-    if (col < cols) atomicAdd(scores + (long long)row * a.in_features + col, *tile.at(row, col));
-  }
-  __syncthreads();  // the next tile's operands take this one's place
 }
 
 extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(const Arguments a) {
   extern __shared__ __align__(128) char shared[];
-  if (!*a.armed) return;
+  if (!*a.armed) {
+    const long long blocks =
+        (long long)(a.out_features / a.block_size) * (a.in_features / a.block_size);
+    for (long long i = blockIdx.x * TileProduct::THREADS + threadIdx.x; i < blocks;
+         i += gridDim.x * TileProduct::THREADS)
+      a.norms[i] = 0;
+    return;
+  }
 
   const int tiles_n = (a.in_features + TN - 1) / TN;
   const int tiles = (a.out_features + TM - 1) / TM * tiles_n;
@@ -109,9 +104,6 @@ extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(c
     Result result(shared);
     product.store(result);
     __syncthreads();
-    if constexpr (CONFIG_DENSE)
-      add_tile(result, a, first_m, first_n);
-    else
-      add_norms(result, a, first_m, first_n);
+    write_norms(result, a, first_m, first_n);
   }
 }

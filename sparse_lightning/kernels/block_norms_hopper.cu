@@ -1,13 +1,14 @@
-// scores += squared Frobenius norm of each block of dy^T x, if armed, on sm_90a: what
+// norms = squared Frobenius norm of each block of dy^T x, if armed, else zeros, on sm_90a: what
 // block_norms.cu computes, for bf16 and fp16.
 //
 //   dy     [tokens, out_features]   x [tokens, in_features]
-//   armed  bool                     read on the device: without it the kernel ends at once
-//   scores float [out_features / block_size, in_features / block_size]
+//   armed  bool                     read on the device, so that a CUDA graph sees it change
+//   norms  float [out_features / block_size, in_features / block_size]
 //
 // dy^T x is computed in tiles of 128 x 256, multiples of every block size, and never stored. Thread
 // blocks, the workers, take tiles in turn; each is reduced to sums over 16 x 16 squares, then to
-// the sums of its blocks, always in one order.
+// the sums of its blocks, always in one order. A block lies in one tile, so every norm is written
+// once.
 
 #include "product_strips.cuh"
 
@@ -17,7 +18,7 @@ constexpr int TM = WARPGROUPS * STRIP, TN = MOST * STRIP;
 struct Arguments {
   TensorMap dy, x;  // boxes of a strip, STEP tokens
   const bool* armed;
-  float* scores;
+  float* norms;
   long long tokens;
   int out_features, in_features;
   int block_size;
@@ -28,7 +29,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(1024) char memory[];
   static_assert(sizeof(Shared<Runs>) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
   Shared<Runs>& s = *reinterpret_cast<Shared<Runs>*>(memory);
-  if (!*a.armed) return;
+  if (!*a.armed) {
+    const long long blocks =
+        (long long)(a.out_features / a.block_size) * (a.in_features / a.block_size);
+    for (long long i = blockIdx.x * THREADS + threadIdx.x; i < blocks; i += gridDim.x * THREADS)
+      a.norms[i] = 0;
+    return;
+  }
 
   const int tiles_n = (a.in_features + TN - 1) / TN;
   auto plan = [&](Planner<Runs>& planner) {
@@ -80,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float sum = 0;
         for (int i = 0; i < per_block; ++i)
           for (int j = 0; j < per_block; ++j) sum += squares[m * per_block + i][n * per_block + j];
-        a.scores[(long long)row * (a.in_features / a.block_size) + col] += sum;
+        a.norms[(long long)row * (a.in_features / a.block_size) + col] = sum;
       }
     }
     warps_sync<32 * WARPS>();

@@ -44,7 +44,7 @@ class WorkSums:
     @classmethod
     def zeros(cls, capacity: int, device: torch.device, wanted: Collection[str]) -> WorkSums:
         """Begin at zero, with those sums that are wanted by name."""
-        work = torch.zeros(capacity, device=device)
+        work = torch.zeros(capacity, dtype=torch.float32, device=device)
         names = ("saliency", "movement")
         return cls(work, *(torch.zeros_like(work) if n in wanted else None for n in names))
 

@@ -60,8 +60,8 @@ def block_linear(
     col_offsets: Tensor,
     col_entries: Tensor,
     slots: Tensor,
-    armed: Tensor,
-    scores: Tensor,
+    norms: Tensor | None,
+    armed: Tensor | None,
     token_stride: int,
 ) -> Tensor:
     """Return x W^T + bias; see `ops` for shapes."""
@@ -282,21 +282,20 @@ def block_linear_dw(
     return out
 
 
-def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-    """Add squared norms of blocks of dy^T x, or itself, to `scores`, if armed; see `ops`."""
+def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
+    """Return the squared norms of the blocks of dy^T x, or zeros if not armed; see `ops`."""
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    out_blocks, in_blocks = dy.shape[1] // block_size, x.shape[1] // block_size
+    norms = x.new_zeros(out_blocks, in_blocks, dtype=torch.float32)
     if not armed.item():
-        return
+        return norms
     # A product of half-precision inputs is summed and squared in fp32: fp16 would overflow.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    dy, x = dy.reshape(-1, dy.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
-    out_blocks, in_blocks = scores.shape
-    block_size = x.shape[1] // in_blocks  # 1 where the scores are dense
+    dy, x = dy.to(dtype), x.to(dtype)
     rows_a_band = max(1, _NORMS_BAND_BYTES // (block_size * x.shape[1] * x.element_size()))
     for first in range(0, out_blocks, rows_a_band):
-        band = scores[first : first + rows_a_band]
+        band = norms[first : first + rows_a_band]
         rows = slice(first * block_size, (first + band.shape[0]) * block_size)
-        gradient = dy[:, rows].T @ x
-        if block_size > 1:
-            blocks = gradient.view(band.shape[0], block_size, in_blocks, block_size)
-            gradient = blocks.square().sum((1, 3))
-        band += gradient
+        blocks = (dy[:, rows].T @ x).view(band.shape[0], block_size, in_blocks, block_size)
+        band.copy_(blocks.square().sum((1, 3)))
+    return norms

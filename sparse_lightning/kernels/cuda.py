@@ -2,15 +2,19 @@
 
 Nothing here waits for the device, and nothing depends on the number of present blocks, which only
 the device knows: grids are made for the capacity. So a step can be captured in a CUDA graph, once
-each of its kernels has run before and is loaded.
+one has run before, which loads its kernels.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
 from sparse_lightning.kernels import activations, choice, densified, hopper, portable
 from sparse_lightning.kernels.launch import packed, row_pitch
+from sparse_lightning.topology import block_grid
 
 _MOST_PITCH = 2**31 - 1  # kernels count it in 32 bits
 
@@ -25,8 +29,8 @@ def block_linear(
     col_offsets: Tensor,
     col_entries: Tensor,
     slots: Tensor,
-    armed: Tensor,
-    scores: Tensor,
+    norms: Tensor | None,
+    armed: Tensor | None,
     token_stride: int,
 ) -> Tensor:
     """Return x W^T + bias; see `ops` for shapes."""
@@ -174,24 +178,34 @@ def block_linear_dw(
         densified.linear_dw(dy, x, coords, dw, device)
     else:
         portable.linear_dw(dy, x, coords, row_offsets, row_entries, dw, device)
+    # A kernel cannot be loaded while a CUDA graph is captured; and a captured step computes norms
+    # also where the steps before it did not. So their kernel is loaded with that of dW.
+    _norms_family(x.dtype, block_size, grid, tokens, device).norms_kernel(x.dtype, device)
     return dw
 
 
-def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-    """Add squared norms of blocks of dy^T x, or itself, to `scores`, if armed; see `ops`."""
-    device = _device_of(x, dy, armed, scores)
-    out_blocks, in_blocks = scores.shape
-    block_size = x.shape[-1] // in_blocks  # 1 where the scores are dense
-    _check_pair(dy, x, out_blocks * block_size)
+def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
+    """Return the squared norms of the blocks of dy^T x, or zeros if not armed; see `ops`."""
+    device = _device_of(x, dy, armed)
+    out_features, in_features = dy.shape[-1], x.shape[-1]
+    _check_pair(dy, x, out_features)
+    grid = block_grid(out_features, in_features, block_size)
     if x.numel() == 0:
-        return
+        return x.new_zeros(grid, dtype=torch.float32)
+    norms = x.new_empty(grid, dtype=torch.float32)  # the kernels write all of it
     dy, x = _packed_rows(dy), _packed_rows(x)
-    kind = choice.PORTABLE
-    if block_size > 1:
-        grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
-        kind = choice.choose("norms", x.dtype, block_size, scores.numel(), grid, tokens, device)
-    family = hopper if kind == choice.HOPPER else portable
-    family.add_norms(dy, x, armed, scores, device)
+    family = _norms_family(x.dtype, block_size, grid, x.shape[0], device)
+    family.norms(dy, x, armed, norms, device)
+    return norms
+
+
+def _norms_family(
+    dtype: torch.dtype, block_size: int, grid: tuple[int, int], tokens: int, device: int
+) -> ModuleType:
+    """Return the module whose kernel computes the block norms of a layer."""
+    blocks = grid[0] * grid[1]
+    kind = choice.choose("norms", dtype, block_size, blocks, grid, tokens, device)
+    return hopper if kind == choice.HOPPER else portable
 
 
 def _device_of(first: Tensor, *others: Tensor | None) -> int:

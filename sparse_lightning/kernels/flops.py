@@ -60,9 +60,9 @@ def _dw(
     return _product(x, row_offsets, *out_val.shape[:2])
 
 
-@register_flop_formula(_ops.block_norms_, get_raw=True)
-def _norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, out_val: Any = None) -> int:
-    """A dense product of the tokens that are read, in the steps that gather scores."""
+@register_flop_formula(_ops.block_norms, get_raw=True)
+def _norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int, out_val: Any = None) -> int:
+    """A dense product of the tokens that are read, while armed."""
     if is_fake(armed) or armed.is_meta or not armed:
         return 0
     return 2 * x.shape[:-1].numel() * dy.shape[-1] * x.shape[-1]

@@ -117,23 +117,23 @@ def linear_dw(
     )
 
 
-def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
-    """Add the squared norm of each block of dy^T x to `scores`, if armed.
+def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> None:
+    """Fill `out` with the squared norm of each block of dy^T x, or with zeros if not armed.
 
     `dy` and `x` are rows at any distance that is a multiple of 16 bytes.
     """
-    kernel = _norms_kernel(x.dtype, device)
+    kernel = norms_kernel(x.dtype, device)
     out_features, in_features = dy.shape[-1], x.shape[-1]
     kernel.launch(
         kernel.processors,
         1,
         *_strip_maps(dy, x, programs.STEP, programs.STRIP, (row_pitch(dy), row_pitch(x))),
         armed.data_ptr(),
-        scores.data_ptr(),
+        out.data_ptr(),
         x.shape[0],
         out_features,
         in_features,
-        in_features // scores.shape[1],
+        in_features // out.shape[1],
     )
 
 
@@ -178,5 +178,6 @@ def _narrow_dw_kernel(
 
 
 @build_once
-def _norms_kernel(dtype: torch.dtype, device: int) -> Kernel[Program]:
+def norms_kernel(dtype: torch.dtype, device: int) -> Kernel[Program]:
+    """Return the kernel of `norms`, loaded."""
     return Kernel(programs.norms_program(dtype), "block_norms", "128s128sPPqiii", device)

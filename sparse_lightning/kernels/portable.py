@@ -95,14 +95,13 @@ def linear_dw(
         )
 
 
-def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int) -> None:
-    """Add the squared norm of each block of dy^T x, or itself, to `scores`, if armed.
+def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> None:
+    """Fill `out` with the squared norm of each block of dy^T x, or with zeros if not armed.
 
     `dy` and `x` are rows at any distance that is a multiple of 16 bytes.
     """
     out_features, in_features = dy.shape[-1], x.shape[-1]
-    block_size = in_features // scores.shape[1]
-    kernel = _norms_kernel(x.dtype, block_size == 1, device)
+    kernel = norms_kernel(x.dtype, device)
     tiling = kernel.program.tiling
     tiles = -(-out_features // tiling.tm) * -(-in_features // tiling.tn)
     kernel.launch(
@@ -111,13 +110,13 @@ def add_norms(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor, device: int)
         dy.data_ptr(),
         x.data_ptr(),
         armed.data_ptr(),
-        scores.data_ptr(),
+        out.data_ptr(),
         x.shape[0],
         row_pitch(dy),
         row_pitch(x),
         out_features,
         in_features,
-        block_size,
+        in_features // out.shape[1],
     )
 
 
@@ -141,5 +140,6 @@ def _dw_kernels(
 
 
 @build_once
-def _norms_kernel(dtype: torch.dtype, dense: bool, device: int) -> Kernel[TiledProgram]:
-    return Kernel(norms_program(dtype, dense=dense), "block_norms", "PPPPqiiiii", device)
+def norms_kernel(dtype: torch.dtype, device: int) -> Kernel[TiledProgram]:
+    """Return the kernel of `norms`, loaded."""
+    return Kernel(norms_program(dtype), "block_norms", "PPPPqiiiii", device)

@@ -60,17 +60,16 @@ def dw_program(dtype: torch.dtype, block_size: int) -> TiledProgram:
     return _program("block_linear_dw.cu", dtype, tiling, {"B": block_size})
 
 
-def norms_program(dtype: torch.dtype, *, dense: bool) -> TiledProgram:
-    """Return the program of the block norms of the gradient, or of itself: `block_norms`."""
+def norms_program(dtype: torch.dtype) -> TiledProgram:
+    """Return the program of the block norms of the dense gradient: `block_norms`."""
     tiling = _NORMS_MMA if _has_mma(dtype) else _NORMS_SIMT
-    return _program("block_norms.cu", dtype, tiling, {"DENSE": int(dense)})
+    return _program("block_norms.cu", dtype, tiling, {})
 
 
 def all_programs() -> Iterator[TiledProgram]:
     """Yield every portable program."""
     for dtype in DTYPES:
-        yield norms_program(dtype, dense=False)
-        yield norms_program(dtype, dense=True)
+        yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
             yield linear_program(dtype, block_size, forward=True)
             yield linear_program(dtype, block_size, forward=False)

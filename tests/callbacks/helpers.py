@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_lightning import BlockSparseLinear, BlockTopology
+from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
+from sparse_lightning.config import SparsityConfig
+from sparse_lightning.criteria import BlockScores
+from sparse_lightning.rules import Decision, UpdateRequest
 
 
 class Classifier(L.LightningModule):
@@ -55,6 +58,24 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters(), lr=self.lr)
+
+
+class Look(SparsityCallback):
+    """Keeps what the rule of every update saw, by layer; the rule is the usual one."""
+
+    def __init__(self, block_size: int = 16, **options: Any) -> None:
+        self.seen: list[dict[str, BlockScores]] = []
+        names = ("drop", "grow", "regrow")
+        usual = SparsityConfig(
+            block_size=block_size, **{name: options.pop(name) for name in names if name in options}
+        ).update_rule
+
+        def look(request: UpdateRequest) -> Decision:
+            self.seen.append(dict(request.layers))
+            return usual(request)
+
+        look.needs = usual.needs  # type: ignore[attr-defined]
+        super().__init__(block_size, rule=look, **options)
 
 
 class Late(Classifier):

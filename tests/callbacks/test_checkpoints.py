@@ -59,9 +59,17 @@ BASE: dict[str, Any] = {
     ("change", "says"),
     [
         ({"block_size": 32}, r"block_size=32 \(was 16\)"),
-        ({"density": 0.5}, r"density.schedule='constant' \(was 'cubic'\), density.initial=0.5"),
+        (
+            {"density": 0.5},
+            r"density.schedule='sparse_lightning.schedules.constant' "
+            r"\(was 'sparse_lightning.schedules.cubic'\), density.initial=0.5",
+        ),
         ({"density": {**BASE["density"], "until": 0.75}}, r"got density.until=0.75 \(was 0.7\)\. "),
-        ({"distribution": "erdos_renyi"}, r"distribution='erdos_renyi' \(was 'uniform'\)"),
+        (
+            {"distribution": "erdos_renyi"},
+            r"distribution='sparse_lightning.distributions.erdos_renyi' "
+            r"\(was 'sparse_lightning.distributions.uniform'\)",
+        ),
         ({"drop": "saliency"}, r"drop='.*saliency' \(was '.*magnitude'\)"),
         ({"grow": "none"}, r"grow=None \(was '.*gradient'\)"),
         ({"update": {"every_n_steps": 3}}, r"update.every_n_steps=3 \(was 5\)"),
@@ -78,7 +86,7 @@ def test_another_configuration_is_refused(change: dict[str, Any], says: str, sav
         return
     with pytest.raises(ValueError, match=r"configured as before.*" + says) as error:
         resume(SparsityCallback(**{**BASE, **change}), saved)
-    assert "load checkpoint['state_dict'] before the fit" in str(error.value)
+    assert "load the model's state dict alone, after `sparsify`" in str(error.value)
 
 
 def test_what_only_concerns_memory_logging_and_the_beginning_may_change(saved: Path) -> None:

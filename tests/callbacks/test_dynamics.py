@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,25 +13,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from sparse_lightning import SparsityCallback
+from sparse_lightning.callbacks.trainer import StepsToCome
 from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, BlockScores, needs
 from sparse_lightning.schedules import DENSITY_SCHEDULES
-from tests.callbacks.helpers import Classifier, loader, trainer
-from tests.callbacks.test_sparsity import dense_scores, fit, sparse
+from tests.callbacks.helpers import Classifier, Look, loader, trainer
+from tests.callbacks.test_sparsity import fit, sparse
 
 FALLING = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
-
-
-class Look(SparsityCallback):
-    """Keeps what the criteria of every update saw, by layer."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"block_size": 16, **kwargs})
-        self.seen: list[dict[str, BlockScores]] = []
-
-    def _decide(self, *arguments: Any) -> Any:
-        generator = torch.Generator()
-        self.seen.append({n: self._gatherer.scores_of(n, generator) for n in self._layers})
-        return super()._decide(*arguments)
 
 
 @pytest.mark.parametrize("drop", DROP_CRITERIA)
@@ -119,26 +108,6 @@ class Constant(Classifier):
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         return super().batch(0)
-
-
-def test_exact_scores_are_the_norm_of_the_summed_gradient() -> None:
-    expected: dict[str, Tensor] = {}
-
-    class Spy(Look):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            super().on_train_batch_start(trainer, pl_module, *args)
-            if bool(self._layers["net.0"].armed):
-                number = trainer.fit_loop.epoch_loop.total_batch_idx
-                for name, gradient in dense_scores(pl_module, number, norms=False).items():
-                    expected[name] = expected.get(name, torch.zeros(())) + gradient / 3
-
-    sparsity = Spy(exact=True, update={"every_n_steps": 2, "until": 2})
-    fit(sparsity, max_steps=2, accumulate_grad_batches=3)
-    assert set(expected) == {"net.0", "net.2"}
-    for name, gradient in expected.items():
-        blocks = gradient.unflatten(0, (-1, 16)).unflatten(2, (-1, 16))
-        norms = torch.linalg.vector_norm(blocks, dim=(1, 3))
-        torch.testing.assert_close(sparsity.seen[0][name].gradient, norms, rtol=1e-4, atol=1e-7)
 
 
 def test_momentum_is_gathered_in_the_steps_before_an_update() -> None:
@@ -304,14 +273,46 @@ class Manual(Classifier):
 def test_several_optimizers_and_manual_optimization() -> None:
     sparsity = Look(drop="movement", density=FALLING, update={"every_n_steps": 4})
     model, record = fit(sparsity, Manual(), max_epochs=5, max_steps=-1)
-    # 40 batches, in each of which an optimizer stepped; the trainer counts 60 steps.
-    assert sparsity._step == 40
-    # The last one at three quarters of the 40.
-    assert [u.step for u in record.updates] == [4, 8, 12, 16, 20, 24, 28, 30]
-    assert record.blocks[-1] == 16
-    for scores in sparsity.seen[0].values():
+    # 40 batches, in each of which the first optimizer stepped; the trainer counts 60 steps.
+    assert sparsity.sparsifier is not None and sparsity.sparsifier.steps == 40
+    assert [of["steps"] for of in sparsity.state_dict()["courses"]] == [40, 20]
+    # Each at its own steps, and the last at three quarters of those that it takes.
+    steps: dict[str, list[int]] = {}
+    for layers in sparsity.seen:
+        ((name, scores),) = layers.items()
+        steps.setdefault(name, []).append(scores.step)
         assert scores.movement.count_nonzero() > 0
+    assert steps == {"net.0": [4, 8, 12, 16, 20, 24, 28, 30], "net.2": [4, 8, 12, 15]}
+    assert [u.number for u in record.updates] == [1, 3, 4, 6, 7, 9, 10, 12], "two in some batches"
+    assert record.blocks[-1] == 16
     assert sum(model.losses[-8:]) < 0.8 * sum(model.losses[:8])
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("late", [0, 40])
+@pytest.mark.parametrize("by", ["epochs", "steps"])
+def test_an_even_pace_is_told_exactly(by: str, late: int, every: int) -> None:
+    """Of an optimizer that steps in every so many-th batch, from its second step on.
+
+    It may begin late, as after a warm-up of others.
+    """
+    for total in range(1, 61):
+        batches = late + total * every
+        manual = SimpleNamespace(
+            lightning_module=SimpleNamespace(automatic_optimization=False),
+            optimizers=[None],
+            global_step=0,
+            max_steps=batches if by == "steps" else -1,
+            max_epochs=1 if by == "epochs" else None,
+            num_training_batches=batches,
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0)),
+        )
+        to_come = StepsToCome(manual, batches, 0, {})  # type: ignore[arg-type]
+        for steps in range(1, total + 1):
+            place = late + steps * every - 1
+            manual.global_step = manual.fit_loop.epoch_loop.total_batch_idx = place
+            told = to_come(None, steps)  # type: ignore[arg-type]
+            assert told == total if steps > 1 or total == 1 else told >= total
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ def test_a_shrunk_model_is_saved_and_loaded(tmp_path: Path) -> None:
         other,
         max_steps=1,
     )
-    other.net[0].locked = other.net[2].locked = False
+    assert not any(layer.locked for layer in sparse(other).values()), "the fit is over"
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     x, _ = model.batch(0)
     assert torch.equal(model(x), other(x))

@@ -36,6 +36,11 @@ def sparse(model: nn.Module) -> dict[str, BlockSparseLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
 
 
+def steps(sparsity: SparsityCallback) -> int:
+    assert sparsity.sparsifier is not None
+    return sparsity.sparsifier.steps
+
+
 class Normed(Classifier):
     """With a BatchNorm, for which weight averaging runs one more epoch, without steps."""
 
@@ -100,7 +105,9 @@ class EveryEpoch(DenseAverage):
 
 
 @pytest.mark.parametrize("density", [0.25, FALLING])
-@pytest.mark.parametrize(("until", "last"), [(1.0, 32), (33, 30)])
+@pytest.mark.parametrize(
+    ("until", "last"), [(1.0, 32), (30, 30), pytest.param(33, 32, id="after the end")]
+)
 @pytest.mark.parametrize("build", [Classifier, Normed])
 def test_swa_ends_with_the_average_of_each_block(
     build: type[Classifier], until: float, last: int, density: Any
@@ -113,7 +120,7 @@ def test_swa_ends_with_the_average_of_each_block(
     model = build()
     trainer(sparsity, swa, average, max_steps=-1, max_epochs=4).fit(model, loader())
     # Batch norm has an epoch more, which is no part of the training and in which no block moves.
-    assert (sparsity._step, sparsity.last_update.step) == (32, last)
+    assert (steps(sparsity), sparsity.last_update.step) == (32, last)
     if build is Classifier:
         average.check(model)
 
@@ -227,7 +234,7 @@ def test_lr_find_before_the_model_was_swapped(tmp_path: Path) -> None:
     fitting = trainer(sparsity, root=tmp_path)
     Tuner(fitting).lr_find(model, loader(), num_training=12)
     assert list(sparse(model)) == ["net.0", "net.2"]
-    assert sparsity._step == 0 and sparsity.last_update is None
+    assert steps(sparsity) == 0 and sparsity.last_update is None
     fitting.fit(model, loader())
     assert [n.topology.n_blocks for n in sparse(model).values()] == [8, 8]
     assert sparsity.last_update.number > 3
@@ -268,13 +275,13 @@ def test_a_learning_rate_finder_in_the_same_fit(tmp_path: Path) -> None:
     finder = LearningRateFinder(num_training_steps=40)
     trainer(sparsity, finder, root=tmp_path).fit(model, loader())
     assert finder.optimal_lr.suggestion() == model.lr != 1e-2
-    assert sparsity._step == 24 and sparsity.last_update.step == 18
+    assert steps(sparsity) == 24 and sparsity.last_update.step == 18
 
 
 def test_overfit_batches() -> None:
     sparsity, model = SparsityCallback(block_size=16, update=UPDATES), Classifier()
     trainer(sparsity, overfit_batches=2, max_steps=-1, max_epochs=10).fit(model, loader())
-    assert sparsity._step == len(model.losses) == 20
+    assert steps(sparsity) == len(model.losses) == 20
     assert sparsity.last_update.step == 15, "three quarters of 2 batches for 10 epochs"
 
 
@@ -286,7 +293,7 @@ def test_a_second_fit_of_the_same_trainer_goes_on() -> None:
     masks = {name: layer.topology.mask for name, layer in first.items()}
     fitting.fit_loop.max_epochs = 5
     fitting.fit(model, loader())
-    assert sparsity._step == len(model.losses) == 40
+    assert steps(sparsity) == len(model.losses) == 40
     assert sparse(model) == first
     for name, layer in first.items():
         assert layer.density == 0.25

@@ -23,8 +23,12 @@ from tests.callbacks.helpers import Classifier, trainer
 from tests.callbacks.test_resume import assert_identical, final, run, sparsity
 
 STEPS = 24
-# Where: in which call of which function; how many calls and returns of functions later.
-WHERE = {"update": "_update", "write": "_atomic_save", "step": "on_train_batch_start"}
+# Where: in which call of which function of which file; how many calls and returns later.
+WHERE = {
+    "update": ("_update", "sparse_lightning/sparsifier.py"),
+    "write": ("_atomic_save", ""),
+    "step": ("on_train_batch_start", ""),
+}
 _random = random.Random(0)
 KILLS = [
     *(("update", call, _random.randrange(4000)) for call in (1, 2, 3, 4)),
@@ -36,13 +40,15 @@ KILLS = [
 def kill_at(where: str, call: int, events: int) -> None:
     """Kill this process so many calls and returns after that call of a function has begun."""
     left = [call, events]
+    name, file = WHERE[where]
 
     def profile(frame: Any, event: str, arg: Any) -> None:
+        is_there = frame.f_code.co_name == name and frame.f_code.co_filename.endswith(file)
         if left[0] > 0:
-            left[0] -= event == "call" and frame.f_code.co_name == WHERE[where]
+            left[0] -= event == "call" and is_there
         else:
             left[1] -= 1
-            is_over = event == "return" and frame.f_code.co_name == WHERE[where]
+            is_over = event == "return" and is_there
             if left[1] < 0 or (is_over and where != "step"):
                 os.kill(os.getpid(), signal.SIGKILL)
 

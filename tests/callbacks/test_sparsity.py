@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from torch import nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback
 from sparse_lightning.evolution import ModelUpdate
-from tests.callbacks.helpers import Classifier, Late, loader, trainer
+from tests.callbacks.helpers import Classifier, Late, Look, loader, trainer
 
 
 class Record(L.Callback):
@@ -53,6 +54,70 @@ def test_layers_are_swapped_before_the_optimizer_and_train() -> None:
     assert sum(model.losses[-8:]) < 0.7 * sum(model.losses[:8])
     assert [u.step for u in record.updates] == [5, 10, 15, 20, 25, 30, 35, 40, 45]
     assert sum(len(u.grown) for m in record.updates for u in m.layers.values()) > 0
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_update_is_over_before_callbacks_see_the_end_of_a_batch(first: bool) -> None:
+    """Also before those that are listed first."""
+    seen: list[tuple[int, int]] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            last = sparsity.last_update
+            if last is not None and last.step == trainer.global_step:
+                blocks = sum(layer.topology.n_blocks for layer in sparse(pl_module).values())
+                seen.append((last.step, blocks))
+
+    sparsity = SparsityCallback(
+        block_size=16,
+        density={"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5},
+        update={"every_n_steps": 4},
+    )
+    callbacks = (Look(), sparsity) if first else (sparsity, Look())
+    trainer(*callbacks).fit(Classifier(), loader())
+    assert seen == [(4, 48), (8, 32), (12, 16), (16, 16), (18, 16)]
+
+
+def test_after_a_fit_nothing_is_locked_or_watched() -> None:
+    sparsity, model = SparsityCallback(block_size=16, update={"every_n_steps": 4}), Classifier()
+    fitting = trainer(sparsity, max_steps=7)  # an update comes next: layers are armed
+    locked: list[bool] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            locked.extend(layer.locked for layer in sparse(model).values())
+
+    fitting.callbacks.append(Look())  # type: ignore[attr-defined]
+    fitting.fit(model, loader())
+    assert len(locked) == 14 and all(locked)
+    for layer in sparse(model).values():
+        assert not layer.locked and not layer.armed
+        assert not layer.values._backward_hooks and not layer.block_norms._backward_hooks
+    (optimizer,) = fitting.optimizers
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("stop", [7, 24])
+def test_a_density_that_is_not_reached_is_told_of_once(stop: int) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= stop
+
+    sparsity = SparsityCallback(
+        block_size=16,
+        density={"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5},
+        update={"every_n_steps": 3},
+    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer(sparsity, Stop(), min_epochs=0).fit(Classifier(), loader(24))
+    told = [str(w.message) for w in warned if "The training has ended" in str(w.message)]
+    if stop == 24:
+        assert not told
+    else:
+        (text,) = told
+        assert "at density 0.625, where 0.250 was asked for" in text
+        assert text.endswith(": 7 steps were taken, where the schedule takes 12.")
 
 
 def test_report_is_shown_once_and_kept(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,33 +178,30 @@ def test_a_step_is_an_optimizer_step_under_accumulation() -> None:
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_gradient_scores_are_those_of_the_dense_gradient(accumulate: int) -> None:
     """Against autograd on the dense model, at the weights the step was taken with."""
-    seen: dict[str, torch.Tensor] = {}
     expected: dict[str, torch.Tensor] = {}
 
-    class Spy(SparsityCallback):
+    class Spy(Look):
         def on_train_batch_start(
             self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
         ) -> None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            if bool(self._layers["net.0"].armed):
+            if pl_module.net[0].armed:
                 number = trainer.fit_loop.epoch_loop.total_batch_idx
                 for name, score in dense_scores(pl_module, number).items():
                     expected[name] = expected.get(name, 0) + score / accumulate**2
 
-        def _decide(self, *args: Any) -> Any:
-            seen.update({n: layer.block_scores.clone() for n, layer in self._layers.items()})
-            return super()._decide(*args)
-
-    sparsity = Spy(block_size=16, update={"every_n_steps": 3, "until": 3})
+    sparsity = Spy(update={"every_n_steps": 3, "until": 3})
     fit(sparsity, max_steps=3, accumulate_grad_batches=accumulate)
-    assert set(seen) == {"net.0", "net.2"}
+    (scored,) = sparsity.seen
+    seen = {name: scores.gradient.square() for name, scores in scored.items()}
+    assert set(seen) == set(expected) == {"net.0", "net.2"}
     for name, scores in seen.items():
         assert (scores > 0).sum() > 8, "absent blocks are scored too"
         torch.testing.assert_close(scores, expected[name], rtol=1e-4, atol=1e-9)
 
 
-def dense_scores(model: Any, number: int, norms: bool = True) -> dict[str, torch.Tensor]:
-    """Squared block norms of the dense gradient, or that gradient."""
+def dense_scores(model: Any, number: int) -> dict[str, torch.Tensor]:
+    """Squared block norms of the dense gradient."""
     x, y = model.batch(number)
     first, second = model.net[0], model.net[2]
     weights = [layer.dense_weight().requires_grad_() for layer in (first, second)]
@@ -148,8 +210,6 @@ def dense_scores(model: Any, number: int, norms: bool = True) -> dict[str, torch
         hidden = nn.functional.linear(hidden, weights[1], second.bias).relu()
         loss = nn.functional.cross_entropy(model.head(hidden), y)
         grads = torch.autograd.grad(loss, weights)
-    if not norms:
-        return dict(zip(("net.0", "net.2"), grads, strict=True))
     return {
         name: g.view(g.shape[0] // 16, 16, g.shape[1] // 16, 16).square().sum((1, 3))
         for name, g in zip(("net.0", "net.2"), grads, strict=True)
@@ -185,7 +245,7 @@ def test_scores_are_gathered_only_for_an_update() -> None:
     model = Classifier()
     trainer(sparsity, Look(), max_steps=8).fit(model, loader())
     assert armed == [False, False, False, True] * 2
-    assert not model.net[0].armed and not model.net[0].block_scores.any()
+    assert not model.net[0].armed and model.net[0].block_norms.grad is None
 
 
 def test_models_built_in_configure_model() -> None:
@@ -224,12 +284,15 @@ def test_nan_loss_is_never_chosen_from_and_does_not_crash() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return super().training_step(batch, batch_idx) * float("nan")
 
-    _, record = fit(
-        SparsityCallback(block_size=16, update={"every_n_steps": 4, "until": 1.0}),
-        Broken(),
-        max_steps=8,
-    )
-    assert [u.n_after for m in record.updates for u in m.layers.values()] == [8] * 4
+    sparsity, model = SparsityCallback(block_size=16, update={"every_n_steps": 4}), Broken()
+    trainer(sparsity).validate(model, loader(1), verbose=False)
+    masks = {name: layer.topology.mask for name, layer in sparse(model).items()}
+    with pytest.warns(UserWarning, match="not scored at step 4.*: net.0, net.2. ") as warnings:
+        _, record = fit(sparsity, model, max_steps=8)
+    assert sum("not scored" in str(w.message) for w in warnings) == 1
+    assert not record.updates and record.blocks == [16] * 8
+    for name, layer in sparse(model).items():
+        assert torch.equal(layer.topology.mask, masks[name])
 
 
 def test_bf16_mixed_trains() -> None:
@@ -256,7 +319,7 @@ def test_16_mixed_does_not_count_skipped_steps(fused: bool) -> None:
     model, record = fit(sparsity, Classifier(optimizer=optimizer), plugins=[plugin], max_steps=90)
     skipped = round(torch.tensor(2.0**30 / scaler.get_scale()).log2().item())
     assert 0 < skipped < 40, "the test needs both skipped and taken steps"
-    assert sparsity._step == 90 - skipped
+    assert sparsity.sparsifier is not None and sparsity.sparsifier.steps == 90 - skipped
     assert [u.step for u in record.updates] == [4, 8, 12]
     for layer in sparse(model).values():
         assert layer.values.isfinite().all()
@@ -292,14 +355,19 @@ def test_grown_blocks_do_not_jump() -> None:
     lr = 1e-2
     largest: list[float] = []
 
-    class Look(L.Callback):  # before the other, so that it sees the step but not the update
+    class Moves(L.Callback):
         before: dict[str, torch.Tensor] = {}  # noqa: RUF012
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            # A hook before that of the other, so that it sees the step but not the update.
+            trainer.optimizers[0].register_step_post_hook(lambda *_: self.compare(pl_module))
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             self.before = {n: m.values.detach().clone() for n, m in sparse(pl_module).items()}
 
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        def compare(self, pl_module: Any) -> None:
             last = sparsity.last_update
+            assert last is None or last.step < pl_module.trainer.global_step + 1
             for name, update in ({} if last is None else last.layers).items():
                 moved = (sparse(pl_module)[name].values.detach() - self.before[name]).abs()
                 largest.append(moved[update.grown].max().item() if len(update.grown) else 0.0)
@@ -312,7 +380,7 @@ def test_grown_blocks_do_not_jump() -> None:
         update={"every_n_steps": 50, "until": 100},
         drop_fraction={"schedule": "cosine", "initial": 0.3},
     )
-    trainer(Look(), sparsity, max_steps=103).fit(Classifier(lr, optimizer), loader())
+    trainer(Moves(), sparsity, max_steps=103).fit(Classifier(lr, optimizer), loader())
     assert 0.1 * lr < max(largest) <= 1.1 * lr
 
 

@@ -274,7 +274,7 @@ def run_on_ranks(out: Path) -> None:
     callback, logger = sparsity(), Speeds(out)
     fitting = trainer(ticking, callback, logger=logger, strategy="ddp", devices=2)
     fitting.fit(Classifier(), loader(16))
-    state = {"speeds": logger.speeds, "patterns": callback._patterns.state_dict()}
+    state = {"speeds": logger.speeds, "patterns": callback.state_dict()["patterns"]}
     torch.save(state, out / f"{fitting.global_rank}.pt")
     end_rank()
 

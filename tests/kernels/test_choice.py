@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparse_lightning import BlockSparseLinear
 from sparse_lightning.bench.tune import write_table
-from sparse_lightning.kernels import choice, cuda, portable
+from sparse_lightning.kernels import choice, cuda, hopper, portable
 from sparse_lightning.kernels.choice import KINDS, Measured, Table
 
 SHAPE = (8192, 4096, 4096)
@@ -147,16 +146,25 @@ def test_forcing_a_kind(device: Path) -> None:
         pass
 
 
-def test_dense_scores_are_never_chosen_for(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the portable kernels have them."""
+def test_norms_are_computed_by_the_chosen_kind(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_table(device, [row(1.0, "norms", portable=1.0, hopper=2.0)], {})
-    added: list[Tensor] = []
-    monkeypatch.setattr(portable, "add_norms", lambda *args: added.append(args[3]))
-    x, scores = torch.zeros(8, 64, dtype=torch.bfloat16), torch.zeros(64, 64)
-    with choice.forced("hopper"):
-        cuda.block_norms_(x, x, torch.tensor(True), scores)
-    cuda.block_norms_(x, x, torch.tensor(True), scores)
-    assert [each is scores for each in added] == [True, True]
+    used: list[str] = []
+    monkeypatch.setattr(portable, "norms", lambda *_: used.append("portable"))
+    monkeypatch.setattr(hopper, "norms", lambda *_: used.append("hopper"))
+    x, armed = torch.zeros(8, 64, dtype=torch.bfloat16), torch.tensor(True)
+    norms = cuda.block_norms(x, x, armed, 64)
+    assert norms.shape == (1, 1) and norms.dtype == torch.float32
+    with choice.forced("portable"):
+        cuda.block_norms(x, x, armed, 64)
+    assert used == ["hopper", "portable"]
+
+
+def test_norms_of_no_tokens_need_no_kernel(device: Path) -> None:
+    x = torch.zeros(0, 64, dtype=torch.bfloat16)
+    norms = cuda.block_norms(x, x, torch.tensor(True), 16)
+    assert norms.shape == (4, 4) and norms.dtype == torch.float32 and not norms.any()
 
 
 def test_the_predicted_speedup_of_a_step(device: Path) -> None:

@@ -35,7 +35,7 @@ ARCHITECTURES = {
     (10, 0): "sm_100",
     (12, 0): "sm_120",
 }
-PROGRAM = norms_program(torch.float32, dense=False)
+PROGRAM = norms_program(torch.float32)
 
 
 def test_the_names_of_architectures() -> None:
@@ -229,7 +229,7 @@ def test_without_cupy_a_kernel_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(sys.modules, module, None)
     compiler._nvrtc.cache_clear()
     with pytest.raises(RuntimeError, match=r"need CuPy.*pip install 'sparse-lightning"):
-        portable._norms_kernel(torch.bfloat16, False, 0)
+        portable.norms_kernel(torch.bfloat16, 0)
 
 
 def test_without_nvrtc_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.evolution import update_topology
-from sparse_lightning.kernels import choice, hopper_programs, ops, portable, reference
+from sparse_lightning.kernels import choice, hopper, hopper_programs, ops, portable, reference
 from sparse_lightning.kernels.activations import ACTIVATIONS, activate, go_back
-from tests.kernels.test_ops import with_dense_scores
 from tests.kernels.test_parity import (
     DTYPES,
     PATTERNS,
@@ -62,6 +61,20 @@ def run(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     y = layer(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+def run_backward(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> list[Tensor | None]:
+    """As `run`, by a backward that also gives the block norms, if it computes them."""
+    leaves = [x.detach().requires_grad_(), *layer.parameters(), layer.block_norms]
+    for leaf in leaves:
+        leaf.grad = None
+    y = layer(leaves[0])
+    y.backward(dy)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def norms_of(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
+    return ops.block_norms(dy, x, torch.tensor(True).to(x.device), block_size)
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
@@ -136,7 +149,7 @@ def test_activations_on_the_way(activation: str, block_size: int, dtype: torch.d
     for n in (1, 1000):
         x, dy = tokens(n, layer)
         operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer.operands(x)]
-        values, *_, col_offsets, col_entries, slots, _, _, _ = operands
+        values, *_, col_offsets, col_entries, slots = operands[:8]
         h, a = ops.block_linear_act(5 * x, *operands[:8], activation)
         assert torch.equal(h, ops.block_linear(5 * x, *operands))
         expected = activate(h.double(), activation)
@@ -214,16 +227,15 @@ def test_every_way_to_cut_dw_of_narrow_blocks_on_hopper(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 33, 1000])
-@pytest.mark.usefixtures("poisoned_memory")
-def test_dense_scores_of_more_tiles_than_thread_blocks(n: int, dtype: torch.dtype) -> None:
-    """So that one thread block adds several tiles, whole and ragged ones."""
+@pytest.mark.usefixtures("poisoned_memory", "kind")
+def test_norms_of_more_tiles_than_thread_blocks(n: int, dtype: torch.dtype) -> None:
+    """So that one thread block has several tiles, whole and ragged ones."""
     x = torch.randn(n, 2048 + 48, device=DEVICE).to(dtype)
     dy = torch.randn(n, 4096 + 16, device=DEVICE).to(dtype)
-    scores, armed = torch.zeros(4096 + 16, 2048 + 48, device=DEVICE), torch.tensor(True).to(DEVICE)
-    ops.block_norms_(dy, x, armed, scores)
-    expected = reference.dense_gradient(dy.double(), x.double())
-    size = reference.dense_gradient(dy.double().square(), x.double().square()).sqrt()
-    assert ((scores.double() - expected).abs() <= 1e-4 * size).all()
+    expected = reference.block_norms(dy.double(), x.double(), (257, 131))
+    torch.testing.assert_close(norms_of(dy, x, 16).double(), expected, rtol=1e-4, atol=1e-5)
+    unarmed = ops.block_norms(dy, x, torch.tensor(False).to(DEVICE), 16)
+    assert unarmed.shape == (257, 131) and unarmed.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -248,18 +260,14 @@ def test_misaligned_memory(dtype: torch.dtype, kind: str) -> None:
 
 
 @pytest.mark.parametrize("n", [7, 4096])
-@pytest.mark.parametrize("dense_scores", [False, True], ids=["norms", "dense scores"])
 @pytest.mark.usefixtures("kind")
-def test_two_runs_give_the_same_bits(n: int, dense_scores: bool) -> None:
+def test_two_runs_give_the_same_bits(n: int) -> None:
     layer = make_layer()
-    if dense_scores:
-        with_dense_scores(layer)
-    layer.armed.fill_(True)
+    layer.arm(True)
     x, dy = tokens(n, layer)
-    first, scores = run(layer, x, dy), layer.block_scores.clone()
-    layer.block_scores.zero_()
-    assert_same(run(layer, x, dy), first, rtol=0, atol=0)
-    torch.testing.assert_close(layer.block_scores, scores, rtol=0, atol=0)
+    first = run_backward(layer, x, dy)
+    assert first[-1] is not None
+    assert_same(run_backward(layer, x, dy), first, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("kind")
@@ -342,58 +350,81 @@ def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
 @pytest.mark.parametrize("n", [64, 4096])
 @pytest.mark.usefixtures("kind")
 def test_a_graph_follows_topology_updates(n: int) -> None:
+    """And arming: though neither the step that loads the kernels nor the captured one is armed."""
     layer = make_layer()
     x, dy = tokens(n, layer)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        run(layer, x, dy)  # loads the kernels
+        assert run_backward(layer, x, dy)[-1] is None  # loads the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(layer, x, dy)
-    for step, armed in enumerate((False, True, True)):
+        # Held here: the runs below, in eager code, give the leaves other gradients.
+        *captured, norms = run_backward(layer, x, dy)
+    assert norms is not None
+    for step, armed in enumerate((False, True, True, False)):
         scores = [torch.rand(layer.topology.grid, device=DEVICE) for _ in range(2)]
         target = layer.topology.capacity - step
         layer.apply_update(update_topology(layer.topology, *scores, target, fraction=0.5))
         with torch.no_grad():
             present = (layer.topology.coords[:, 0] >= 0).view(-1, 1, 1)
             layer.values.copy_(torch.randn_like(layer.values) * present)
-        layer.armed.fill_(armed)
-        layer.block_scores.zero_()
+        layer.arm(armed)
         graph.replay()
-        scores_of_graph = layer.block_scores.clone()
-        assert bool((scores_of_graph > 0).all()) == armed
-        layer.block_scores.zero_()
-        assert_same(captured, run(layer, x, dy), rtol=0, atol=0)
-        torch.testing.assert_close(scores_of_graph, layer.block_scores, rtol=0, atol=0)
+        *expected, expected_norms = run_backward(layer, x, dy)
+        assert_same(captured, expected, rtol=0, atol=0)
+        if armed:
+            assert (norms > 0).all()
+            torch.testing.assert_close(norms, expected_norms, rtol=0, atol=0)
+        else:
+            assert norms.count_nonzero() == 0 and expected_norms is None
 
 
-def test_a_graph_adds_to_dense_scores_while_armed() -> None:
-    layer = with_dense_scores(make_layer())
-    x, dy = tokens(64, layer)
+def test_a_graph_sums_the_norms_of_its_micro_batches() -> None:
+    layer = make_layer()
+    batches = [tokens(64, layer) for _ in range(2)]
+
+    def step() -> Tensor | None:
+        layer.block_norms.grad = None
+        for x, dy in batches:
+            layer(x).backward(dy)
+        return layer.block_norms.grad
+
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        run(layer, x, dy)  # loads the kernels
+        step()  # loads the kernels
     torch.cuda.synchronize()
+    layer.zero_grad()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(layer, x, dy)
-    expected = torch.zeros_like(layer.block_scores)
-    for armed in (False, True, True):
-        layer.armed.fill_(armed)
+        norms = step()
+    assert norms is not None
+    layer.arm(True)
+    expected = step()
+    assert expected is not None and (expected > 0).all()
+    for _ in range(2):  # a replay begins anew
         graph.replay()
-        expected += armed * reference.dense_gradient(dy.float(), x.float())
-        torch.testing.assert_close(layer.block_scores, expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(norms, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dense_scores", [False, True], ids=["norms", "dense scores"])
+def test_nothing_is_launched_for_norms_while_not_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer()
+    x, dy = tokens(64, layer)
+    launched = []
+    monkeypatch.setattr(portable, "norms", lambda *_: launched.append("portable"))
+    monkeypatch.setattr(hopper, "norms", lambda *_: launched.append("hopper"))
+    run_backward(layer, x, dy)
+    assert not launched
+    layer.arm(True)
+    run_backward(layer, x, dy)
+    assert len(launched) == 1
+
+
 @pytest.mark.usefixtures("kind")
-def test_a_step_does_not_wait_for_the_device(dense_scores: bool) -> None:
+def test_a_step_does_not_wait_for_the_device() -> None:
     layer = make_layer(dtype=torch.float32)
-    if dense_scores:
-        with_dense_scores(layer)
-    layer.armed.fill_(True)
+    layer.arm(True)
     x = torch.randn(4096, layer.in_features, device=DEVICE, requires_grad=True)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
 
@@ -454,25 +485,8 @@ def test_more_than_two_to_the_31_activations() -> None:
         dense += dy[part].float().T @ x[part].float()
     expected = layer.topology.pack(dense)
     assert (dvalues.float() - expected).norm() < 5e-3 * expected.norm()
-    scores, armed = torch.zeros(layer.topology.grid, device=DEVICE), torch.tensor(True).to(DEVICE)
-    ops.block_norms_(dy, x, armed, scores)
     expected = dense.view(16, 64, 16, 64).square().sum((1, 3))
-    torch.testing.assert_close(scores, expected, rtol=1e-2, atol=0)
-    scores = torch.zeros_like(dense)
-    ops.block_norms_(dy, x, armed, scores)
-    assert (scores - dense).norm() < 1e-2 * dense.norm()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(_free_memory() < 40 << 30, reason="needs 40 GB of GPU memory")
-def test_more_than_two_to_the_31_dense_scores() -> None:
-    x = torch.randn(16, 2**15 + 16, device=DEVICE, dtype=torch.bfloat16)
-    dy = torch.randn(16, 2**16, device=DEVICE, dtype=torch.bfloat16)
-    scores = torch.zeros(dy.shape[1], x.shape[1], device=DEVICE)
-    assert scores.numel() > 2**31
-    ops.block_norms_(dy, x, torch.tensor(True).to(DEVICE), scores)
-    for rows in slice(0, 128), slice(-128, None):
-        _assert_near(scores[rows], dy[:, rows].float().T @ x.float())
+    torch.testing.assert_close(norms_of(dy, x, 64), expected, rtol=1e-2, atol=0)
 
 
 @pytest.mark.slow
@@ -487,8 +501,7 @@ def test_more_than_two_to_the_31_values() -> None:
     dy = torch.randn(16, out_blocks * size, device=DEVICE, dtype=torch.bfloat16)
     rows = at.row_offsets, at.row_entries
     cols = at.col_offsets, at.col_entries, at.slots
-    armed, scores = torch.tensor(False).to(DEVICE), torch.zeros(at.grid, device=DEVICE)
-    y = ops.block_linear(x, values, None, at.coords, *rows, *cols, armed, scores, 1)
+    y = ops.block_linear(x, values, None, at.coords, *rows, *cols, None, None, 1)
     last = values[-in_blocks:].transpose(0, 1).reshape(size, -1)  # the last block row
     _assert_near(y[:, -size:], x.float() @ last.float().T)
     dx = ops.block_linear_dx(dy, values, *cols)
@@ -512,8 +525,7 @@ def test_an_update_on_the_device_equals_one_on_the_cpu(block_size: int) -> None:
     twin.load_state_dict(layer.state_dict())
     for step in range(5):
         scores = torch.rand(layer.topology.grid)
-        twin.block_scores.copy_(scores), layer.block_scores.copy_(scores)
-        updates = [_decide(each, step) for each in (layer, twin)]
+        updates = [_decide(each, step, scores) for each in (layer, twin)]
         assert torch.equal(updates[0].coords, updates[1].coords)
         for each, update in zip((layer, twin), updates, strict=True):
             each.apply_update(update)
@@ -524,23 +536,23 @@ def test_an_update_on_the_device_equals_one_on_the_cpu(block_size: int) -> None:
 
 def test_the_memory_of_an_update_follows_blocks_not_elements() -> None:
     layer = make_layer(8192, 8192, block_size=64, density=0.02, dtype=torch.float32)
-    layer.block_scores.uniform_()
-    _decide(layer, 0)
+    norms = torch.rand(layer.topology.grid, device=DEVICE)
+    _decide(layer, 0, norms)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    layer.apply_update(_decide(layer, 1))
+    layer.apply_update(_decide(layer, 1, norms))
     peak = torch.cuda.max_memory_allocated() - before
     n_blocks = 128 * 128
     assert peak < 200 * n_blocks < 8192 * 8192 // 20
 
 
-def _decide(layer: BlockSparseLinear, step: int):
+def _decide(layer: BlockSparseLinear, step: int, norms: Tensor):
     scores = BlockScores(
         mask=layer.topology.mask,
         magnitude=layer.magnitudes(),
         generator=seeded_generator(0, step, "layer"),
-        gathered={"gradient": layer.block_scores.sqrt()},
+        gathered={"gradient": norms.to(layer.values.device).sqrt()},
     )
     target = layer.topology.capacity
     return update_topology(layer.topology, magnitude(scores), gradient(scores), target, 0.3)
@@ -553,8 +565,7 @@ def _arguments(layer: BlockSparseLinear, x: Tensor) -> tuple[Tensor | None, ...]
     at = layer.topology
     rows = at.row_offsets, at.row_entries
     cols = at.col_offsets, at.col_entries, at.slots
-    scoring = layer.armed, layer.block_scores, 1
-    return (x, layer.values, layer.bias, at.coords, *rows, *cols, *scoring)
+    return (x, layer.values, layer.bias, at.coords, *rows, *cols, None, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -576,16 +587,15 @@ def test_a_gradient_that_does_not_fit() -> None:
     layer = make_layer()
     x, dy = tokens(3, layer)
     with pytest.raises(ValueError, match=r"shape \[3, 192\].*got \[2, 192\]"):
-        ops.block_norms_(dy[:2], x, layer.armed, layer.block_scores)
+        norms_of(dy[:2], x, 16)
     with pytest.raises(TypeError, match=r"dtype of x, torch\.bfloat16; got torch\.float32"):
-        ops.block_norms_(dy.float(), x, layer.armed, layer.block_scores)
-    with pytest.raises(ValueError, match=r"shape \[3, 192\].*got \[2, 192\]"):
-        ops.block_norms_(dy[:2], x, layer.armed, with_dense_scores(layer).block_scores)
-    neither = torch.zeros(12, 256, device=DEVICE)
-    with pytest.raises(ValueError, match=r"shape \[3, 12\].*got \[3, 192\]"):
-        ops.block_norms_(dy, x, layer.armed, neither)
+        norms_of(dy.float(), x, 16)
+    with pytest.raises(ValueError, match=r"`out_features` must be .*block_size=128; got 192"):
+        norms_of(dy, x, 128)
+    with pytest.raises(RuntimeError, match=r"same device"):
+        ops.block_norms(dy, x, torch.tensor(True), 16)
 
 
 def test_a_kernel_is_loaded_once_a_device() -> None:
-    kernel = portable._norms_kernel(torch.bfloat16, False, 0)
-    assert portable._norms_kernel(torch.bfloat16, False, 0) is kernel
+    kernel = portable.norms_kernel(torch.bfloat16, 0)
+    assert portable.norms_kernel(torch.bfloat16, 0) is kernel

@@ -50,7 +50,6 @@ def test_a_layer() -> None:
         "block_linear": 5 * BLOCK,
         "block_linear_dx": 5 * BLOCK,
         "block_linear_dw": 5 * BLOCK,
-        "block_norms_": 0,
     }
 
 
@@ -68,7 +67,6 @@ def test_the_op_of_an_mlp() -> None:
         "block_linear_dh": 5 * BLOCK,
         "block_linear_dx": 5 * BLOCK,
         "block_linear_dw": 10 * BLOCK,
-        "block_norms_": 0,
     }
 
 
@@ -85,11 +83,24 @@ def test_without_gradients(mode: type, module: Forward, blocks: int) -> None:
 
 
 @pytest.mark.parametrize(("token_stride", "read"), [(1, 10), (4, 3)])
-def test_norms_count_where_scores_are_gathered(token_stride: int, read: int) -> None:
+def test_norms_count_while_armed(token_stride: int, read: int) -> None:
     layer = make_layer()
-    layer.score_by(token_stride=token_stride)
-    layer.armed.fill_(True)
-    assert counts(layer, tokens())["block_norms_"] == 2 * read * 48 * 64
+    layer.token_stride = token_stride
+    layer.arm(True)
+    assert counts(layer, tokens())["block_norms"] == 2 * read * 48 * 64
+    assert "block_norms" not in counts(layer, tokens(), backward=False)
+
+
+@pytest.mark.parametrize(("armed", "flops"), [(True, 2 * TOKENS * 48 * 64), (False, 0)])
+def test_norms_count_by_the_flag_of_the_device(armed: bool, flops: int) -> None:
+    """As compiled code asks for them: always, and only the flag says whether for anything."""
+    x, dy, flag = tokens(False), torch.randn(2, 5, 48), torch.tensor(armed)
+    assert counts(lambda x: ops.block_norms(dy, x, flag, 16), x, backward=False) == {
+        "block_norms": flops
+    }
+    with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
+        ops.block_norms(*map(mode.from_tensor, (dy, x, flag)), 16)
+    assert counter.get_total_flops() == 0  # it cannot be read
 
 
 def test_a_topology_update_changes_the_count() -> None:
@@ -124,7 +135,7 @@ def test_a_dense_layer_and_all_blocks_count_the_same() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu() -> None:
     found = counts(make_layer().cuda(), torch.randn(2, 5, 64, device="cuda", requires_grad=True))
-    assert [*found.values()] == [5 * BLOCK, 5 * BLOCK, 5 * BLOCK, 0]
+    assert [*found.values()] == [5 * BLOCK, 5 * BLOCK, 5 * BLOCK]
 
 
 class Model(L.LightningModule):

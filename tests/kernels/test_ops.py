@@ -1,13 +1,16 @@
-"""The ops on PyTorch's dispatcher: schemas, autograd, scores."""
+"""The ops on PyTorch's dispatcher: schemas, autograd, block norms."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.kernels import cpu, ops, reference
@@ -33,18 +36,11 @@ def dense_gradient_norms(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> Ten
     return reference.block_norms(dy.double(), x.detach().double(), layer.topology.grid).float()
 
 
-def with_dense_scores(layer: BlockSparseLinear) -> BlockSparseLinear:
-    """Have backward add the dense gradient itself to the layer's scores."""
-    layer.score_by(exact=True)
-    return layer
-
-
 def op_arguments(
     op: str,
     dtype: torch.dtype,
     requires_grad: bool = False,
     device: str = "cpu",
-    dense_scores: bool = False,
 ) -> tuple[Any, ...]:
     layer = make_layer(dtype).to(device)
     at, values = layer.topology, layer.values.detach()
@@ -56,21 +52,22 @@ def op_arguments(
     ).to(device)
     rows = at.row_offsets, at.row_entries
     cols = at.col_offsets, at.col_entries, at.slots
-    if dense_scores:
-        with_dense_scores(layer), with_dense_scores(down)
-    armed, scores = torch.tensor(True, device=device), torch.rand_like(layer.block_scores)
+    armed = torch.tensor(True, device=device)
+    norms, down_norms = (torch.zeros(grid, device=device) for grid in (at.grid, at.grid[::-1]))
     if requires_grad:
-        x, values, bias = (t.requires_grad_() for t in (x, values, bias))
+        for leaf in (x, values, bias, norms, down_norms):
+            leaf.requires_grad_()
     return {
-        "block_linear": (x, values, bias, at.coords, *rows, *cols, armed, scores, 1),
+        "block_linear": (x, values, bias, at.coords, *rows, *cols, norms, armed, 1),
         "block_linear_dx": (dy, values, *cols),
         "block_linear_dw": (dy, x, at.coords, *rows, at.slots),
-        "block_norms_": (dy, x, armed, scores),
+        "block_norms": (dy, x, armed, 16),
         "block_linear_act": (x, values, bias, at.coords, *rows, *cols, "gelu"),
         "block_linear_dh": (dy, values, *cols, torch.randn_like(x), "silu"),
         "block_mlp": (
-            *(x, values, bias, at.coords, *rows, *cols, armed, scores, 1),
-            *(down.values.detach(), None, *down.operands(x)[2:], "gelu"),
+            *(x, values, bias, at.coords, *rows, *cols, norms, armed, 1),
+            *(down.values.detach(), None, *down.operands(x)[2:8], down_norms, armed, 1),
+            "gelu",
         ),
     }[op]
 
@@ -87,18 +84,9 @@ def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype, device: str) 
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", ["block_linear", "block_norms_", "block_mlp"])
-def test_opcheck_with_dense_scores(op: str, dtype: torch.dtype, device: str) -> None:
-    arguments = op_arguments(op, dtype, op != "block_norms_", device, dense_scores=True)
-    results = torch.library.opcheck(getattr(ops, op), arguments)
-    assert len(results) >= 4
-    assert set(results.values()) == {"SUCCESS"}
-
-
-def test_opcheck_without_bias() -> None:
-    x, values, _, *rest = op_arguments("block_linear", torch.float32, requires_grad=True)
-    results = torch.library.opcheck(ops.block_linear, (x, values, None, *rest))
+def test_opcheck_without_bias_and_norms() -> None:
+    x, values, _, *indices = op_arguments("block_linear", torch.float32, requires_grad=True)[:9]
+    results = torch.library.opcheck(ops.block_linear, (x, values, None, *indices, None, None, 1))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -171,7 +159,7 @@ def assert_same_gradients(layer: BlockSparseLinear, dense: nn.Linear) -> None:
 def test_a_layer_called_twice_in_one_forward() -> None:
     topology = BlockTopology.random(64, 64, 16, 0.5)
     layer = BlockSparseLinear(64, 64, topology=topology, dtype=torch.float64)
-    layer.armed.fill_(True)
+    layer.arm(True)
     dense = layer.to_linear()
     x = torch.randn(5, 64, dtype=torch.float64)
     hidden = layer(x)
@@ -184,7 +172,7 @@ def test_a_layer_called_twice_in_one_forward() -> None:
     # Each call adds the norms of its own product: no call overwrites the other's.
     expected = dense_gradient_norms(layer, x, hidden.grad)
     expected += dense_gradient_norms(layer, hidden.detach().tanh(), y.grad)
-    torch.testing.assert_close(layer.block_scores, expected)
+    torch.testing.assert_close(layer.block_norms.grad, expected)
 
 
 def test_an_input_without_gradient() -> None:
@@ -196,14 +184,14 @@ def test_an_input_without_gradient() -> None:
 def test_frozen_values_still_pass_the_gradient_on() -> None:
     layer = make_layer()
     layer.values.requires_grad_(False)
-    layer.armed.fill_(True)
+    layer.arm(True)
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.dense_weight().sum(0).expand(3, -1))
     assert layer.values.grad is None
     assert layer.bias is not None and layer.bias.grad is not None
-    # A frozen layer is never updated, so its scores cost nothing.
-    assert layer.block_scores.count_nonzero() == 0
+    # A frozen layer is never updated, so its norms cost nothing.
+    assert layer.block_norms.grad is None
 
 
 def test_without_gradients_nothing_is_kept_for_backward() -> None:
@@ -213,92 +201,27 @@ def test_without_gradients_nothing_is_kept_for_backward() -> None:
         assert not make_layer()(torch.randn(3, 64, dtype=torch.float64)).requires_grad
 
 
-# -- scores -----------------------------------------------------------------------------------
+# -- what a backward is asked for ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rtol"),
-    [(torch.float64, 1e-5), (torch.float32, 1e-4), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)],
-    ids=str,
-)
-def test_scores_accumulate_over_micro_batches_while_armed(dtype: torch.dtype, rtol: float) -> None:
-    layer = make_layer(dtype)
-    scores, expected = layer.block_scores, torch.zeros(3, 4)
-    for armed in (False, True, True, False):
-        layer.armed.fill_(armed)
-        x, dy = torch.randn(7, 64).to(dtype), torch.randn(7, 48).to(dtype)
-        layer(x).backward(dy)
-        if armed:
-            expected += dense_gradient_norms(layer, x, dy)
-    assert layer.block_scores is scores and scores.dtype == torch.float32
-    assert (expected > 0).all()  # absent blocks and the empty row too
-    torch.testing.assert_close(scores, expected, rtol=rtol, atol=0)
+class Calls(TorchDispatchMode):
+    """Notes which of our ops run, and sums, as that of dbias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == ops.NAMESPACE or name == "sum":
+            self.seen.append(name.removeprefix("block_linear_"))
+        return func(*args, **(kwargs or {}))
 
 
-def test_scores_of_half_precision_do_not_overflow() -> None:
-    layer = make_layer(torch.float16)
-    layer.armed.fill_(True)
-    x, dy = torch.full((8, 64), 100.0).half(), torch.full((8, 48), 50.0).half()
-    ops.block_norms_(dy, x, layer.armed, layer.block_scores)
-    # Every element of dy^T x is 8 * 100 * 50 = 40,000; a block has 256.
-    torch.testing.assert_close(layer.block_scores, torch.full((3, 4), 256 * 40_000.0**2))
-    scores = torch.zeros(48, 64)
-    ops.block_norms_(dy, 2 * x, layer.armed, scores)
-    torch.testing.assert_close(scores, torch.full((48, 64), 80_000.0))
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("stride", [2, 5, 100])
-def test_scores_of_every_few_tokens(stride: int, exact: bool, device: str) -> None:
-    layer = make_layer().to(device)
-    layer.score_by(exact, stride)
-    layer.armed.fill_(True)
-    x = torch.randn(3, 7, 64, dtype=torch.float64, device=device)
-    dy = torch.randn(3, 7, 48, dtype=torch.float64, device=device)
-    layer(x).backward(dy)
-    read = [t.flatten(0, 1)[::stride] for t in (dy, x)]
-    if exact:
-        expected = reference.dense_gradient(*read)
-    else:
-        expected = reference.block_norms(*read, layer.topology.grid)
-    torch.testing.assert_close(layer.block_scores.double(), expected, rtol=1e-5, atol=1e-5)
-    whole = reference.block_linear_dw(dy.flatten(0, 1), x.flatten(0, 1), layer.topology.coords, 16)
-    torch.testing.assert_close(layer.values.grad, whole)  # of all tokens
-
-
-@pytest.mark.parametrize("shape", [(7, 5), (7 * 16, 5 * 16)], ids=["norms", "dense"])
-def test_scores_of_a_large_layer_equal_those_of_its_bands(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dy, x = torch.randn(9, 7 * 16), torch.randn(9, 5 * 16)
-    expected = torch.zeros(shape)
-    ops.block_norms_(dy, x, torch.tensor(True), expected)
-    monkeypatch.setattr(cpu, "_NORMS_BAND_BYTES", 3 * 16 * x.shape[1] * 4)  # three block rows
-    scores = torch.zeros(shape)
-    ops.block_norms_(dy, x, torch.tensor(True), scores)
-    assert (expected != 0).all()
-    torch.testing.assert_close(scores, expected)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
-def test_dense_scores_are_the_gradient_of_all_micro_batches(
-    dtype: torch.dtype, device: str
-) -> None:
-    layer = with_dense_scores(make_layer(dtype).to(device))
-    scores, expected = layer.block_scores, torch.zeros(48, 64, dtype=torch.float64, device=device)
-    for armed in (False, True, True, False):
-        layer.armed.fill_(armed)
-        before = scores.clone()
-        x = torch.randn(2, 7, 64, device=device).to(dtype)
-        dy = torch.randn(2, 7, 48, device=device).to(dtype)
-        layer(x).backward(dy)
-        assert torch.equal(scores, before) != armed
-        if armed:
-            expected += reference.dense_gradient(dy.double(), x.double())
-    assert layer.block_scores is scores and scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+def calls(function: Callable[[], Any]) -> list[str]:
+    with Calls() as mode:
+        function()
+    return sorted(mode.seen)
 
 
 def make_mlp(device: str) -> BlockSparseMLP:
@@ -306,62 +229,218 @@ def make_mlp(device: str) -> BlockSparseMLP:
     up = make_layer()
     down = BlockSparseLinear(48, 64, topology=BlockTopology.from_mask(up.topology.mask.T, 16))
     mlp = BlockSparseMLP(up, nn.GELU(), down.double()).to(device)
-    up.armed.fill_(True), down.armed.fill_(True)
+    up.arm(True), down.arm(True)
     return mlp
 
 
+@pytest.fixture(params=["layer", "layer without bias", "first of an mlp", "last of an mlp"])
+def armed(request: pytest.FixtureRequest, device: str) -> tuple[nn.Module, BlockSparseLinear]:
+    """A module, and an armed layer in it."""
+    if "mlp" in request.param:
+        mlp = make_mlp(device)
+        return mlp, mlp[0 if "first" in request.param else 2]
+    layer = make_layer(bias="without" not in request.param).to(device)
+    layer.arm(True)
+    return layer, layer
+
+
+# What brings the gradient to a layer, and what takes it on to x.
+TO_LAYER = {"first of an mlp": ["dh"]}
+TO_X = {"first of an mlp": ["dh", "dx"], "last of an mlp": ["dh", "dx"]}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_the_input_compute_nothing_else(
+    armed: tuple[nn.Module, BlockSparseLinear],
+    checkpointed: bool,
+    device: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """As penalties on gradients take them: they are no evidence of what the layer would learn."""
+    module, layer = armed
+    x = torch.randn(5, 64, dtype=torch.float64, device=device, requires_grad=True)
+    expected = TO_X.get(request.node.callspec.params["armed"], ["dx"])
+    forward = ["act", "block_linear"] if len(expected) > 1 else ["block_linear"]
+    if not checkpointed:
+        forward = []
+
+    def loss() -> Tensor:
+        y = checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+        return y.sin().mean()
+
+    (dx,) = torch.autograd.grad(loss(), x)
+    of_grad, of_inputs = loss(), loss()
+    assert calls(lambda: torch.autograd.grad(of_grad, x)) == sorted(forward + expected)
+    assert calls(lambda: of_inputs.backward(inputs=[x])) == sorted(forward + expected)
+    torch.testing.assert_close(x.grad, dx)
+    for part in module.modules():
+        if isinstance(part, BlockSparseLinear):
+            assert part.block_norms.grad is part.values.grad is None
+    loss().backward()
+    torch.testing.assert_close(x.grad, 2 * dx)
+    assert layer.block_norms.grad is not None and layer.block_norms.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "op"), [("values", "dw"), ("bias", "sum"), ("block_norms", "block_norms")]
+)
+def test_each_gradient_is_computed_alone(
+    armed: tuple[nn.Module, BlockSparseLinear],
+    wanted: str,
+    op: str,
+    device: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    module, layer = armed
+    leaf = getattr(layer, wanted)
+    if leaf is None:
+        pytest.skip("has no bias")
+    x = torch.randn(5, 64, dtype=torch.float64, device=device, requires_grad=True)
+    expected = sorted([*TO_LAYER.get(request.node.callspec.params["armed"], []), op])
+    loss = module(x).sin().mean()
+    assert calls(lambda: torch.autograd.grad(loss, leaf, retain_graph=True)) == expected
+    (alone,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert calls(lambda: loss.backward(inputs=[leaf], retain_graph=True)) == expected
+    torch.testing.assert_close(leaf.grad, alone)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * alone)
+
+
+def test_a_layer_that_is_not_armed_computes_no_norms() -> None:
+    layer, x = make_layer(), torch.randn(5, 64, dtype=torch.float64)
+    loss = layer(x).sin().mean()
+    assert calls(loss.backward) == ["dw", "sum"] and layer.block_norms.grad is None
+    layer.arm(True)
+    with torch.no_grad():
+        layer(x)
+    assert layer.operands(x)[8] is layer.block_norms
+    with torch.no_grad():
+        assert layer.operands(x)[8:10] == (None, None)
+    layer.arm(False)
+    assert layer.operands(x)[8:10] == (None, None)
+
+
+def test_a_backward_that_is_called_without_the_engine_computes_everything() -> None:
+    layer, x = make_layer(), torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
+    layer.arm(True)
+    y = layer(x)
+    assert calls(lambda: y.grad_fn.apply(torch.ones_like(y))) == ["block_norms", "dw", "dx", "sum"]
+
+
+# -- block norms --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float64, 1e-5), (torch.float32, 1e-4), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)],
+    ids=str,
+)
+def test_norms_accumulate_over_micro_batches_while_armed(dtype: torch.dtype, rtol: float) -> None:
+    layer = make_layer(dtype)
+    leaf, expected = layer.block_norms, torch.zeros(3, 4)
+    for armed in (False, True, True, False):
+        layer.arm(armed)
+        x, dy = torch.randn(7, 64).to(dtype), torch.randn(7, 48).to(dtype)
+        layer(x).backward(dy)
+        if armed:
+            expected += dense_gradient_norms(layer, x, dy)
+    assert layer.block_norms is leaf and leaf.count_nonzero() == 0
+    assert leaf.grad is not None and leaf.grad.dtype == torch.float32
+    assert (expected > 0).all()  # absent blocks and the empty row too
+    torch.testing.assert_close(leaf.grad, expected, rtol=rtol, atol=0)
+
+
+def test_norms_of_half_precision_do_not_overflow() -> None:
+    x, dy = torch.full((8, 64), 100.0).half(), torch.full((8, 48), 50.0).half()
+    # Every element of dy^T x is 8 * 100 * 50 = 40,000; a block has 256.
+    expected = torch.full((3, 4), 256 * 40_000.0**2)
+    torch.testing.assert_close(ops.block_norms(dy, x, torch.tensor(True), 16), expected)
+    torch.testing.assert_close(ops.block_norms(dy, 2 * x, torch.tensor(True), 16), 4 * expected)
+
+
+@pytest.mark.parametrize("stride", [2, 5, 100])
+def test_norms_of_every_few_tokens(stride: int, device: str) -> None:
+    layer = make_layer().to(device)
+    layer.token_stride = stride
+    layer.arm(True)
+    x = torch.randn(3, 7, 64, dtype=torch.float64, device=device)
+    dy = torch.randn(3, 7, 48, dtype=torch.float64, device=device)
+    layer(x).backward(dy)
+    read = [t.flatten(0, 1)[::stride] for t in (dy, x)]
+    expected = reference.block_norms(*read, layer.topology.grid)
+    torch.testing.assert_close(layer.block_norms.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    whole = reference.block_linear_dw(dy.flatten(0, 1), x.flatten(0, 1), layer.topology.coords, 16)
+    torch.testing.assert_close(layer.values.grad, whole)  # of all tokens
+
+
+def test_norms_of_a_large_layer_equal_those_of_its_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    dy, x = torch.randn(9, 7 * 16), torch.randn(9, 5 * 16)
+    expected = ops.block_norms(dy, x, torch.tensor(True), 16)
+    monkeypatch.setattr(cpu, "_NORMS_BAND_BYTES", 3 * 16 * x.shape[1] * 4)  # three block rows
+    norms = ops.block_norms(dy, x, torch.tensor(True), 16)
+    assert norms.shape == (7, 5) and (expected != 0).all()
+    torch.testing.assert_close(norms, expected)
+
+
+def test_a_flag_that_is_written_after_the_forward() -> None:
+    """Autograd must not refuse it, as what is saved for backward."""
+    layer, x = make_layer(), torch.randn(5, 64, dtype=torch.float64)
+    layer.arm(True)
+    loss = layer(x).sin().mean()
+    layer.arm(False)
+    loss.backward()
+    assert layer.values.grad is not None and not layer.block_norms.grad.any()
+
+
 @pytest.mark.parametrize("which", [0, 2], ids=["up", "down"])
-def test_an_mlp_scores_each_layer_by_its_own_tokens(which: int, device: str) -> None:
+def test_an_mlp_reads_each_layers_own_tokens(which: int, device: str) -> None:
     mlp = make_mlp(device)
     x = torch.randn(9, 64, dtype=torch.float64, device=device)
     dy = torch.randn(9, 64, dtype=torch.float64, device=device)
-    mlp[which].score_by(token_stride=4)
+    mlp[which].token_stride = 4
     mlp(x).backward(dy)
-    scores = [mlp[i].block_scores.clone() for i in (0, 2)]
+    norms = [mlp[i].block_norms.grad for i in (0, 2)]
     for i in (0, 2):
-        mlp[i].score_by(token_stride=4 if i == which else 1)
+        mlp[i].block_norms.grad = None
     plain = nn.Sequential(*mlp)  # layer by layer
     plain(x).backward(dy)
-    for i, score in zip((0, 2), scores, strict=True):
-        torch.testing.assert_close(score, mlp[i].block_scores)
+    for i, of_mlp in zip((0, 2), norms, strict=True):
+        torch.testing.assert_close(of_mlp, mlp[i].block_norms.grad)
 
 
-@pytest.mark.parametrize("which", [0, 2], ids=["up", "down"])
-def test_dense_scores_of_an_mlp(which: int, device: str) -> None:
+def test_norms_of_an_mlp(device: str) -> None:
     mlp = make_mlp(device)
-    with_dense_scores(mlp[which])
     dense = nn.Sequential(mlp[0].to_linear(), nn.GELU(), mlp[2].to_linear())
     x = torch.randn(5, 64, dtype=torch.float64, device=device)
     mlp(x).square().sum().backward()
     dense(x).square().sum().backward()
     for part, reference_part in ((mlp[0], dense[0]), (mlp[2], dense[2])):
-        expected = reference_part.weight.grad
-        if part is not mlp[which]:
-            expected = reference.squared_norms(expected, part.topology.grid)
-        torch.testing.assert_close(part.block_scores, expected.float(), rtol=1e-4, atol=1e-5)
+        expected = reference.squared_norms(reference_part.weight.grad, part.topology.grid)
+        torch.testing.assert_close(part.block_norms.grad, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["mlp", "layer"])
-def test_dense_scores_of_a_compiled_model(whole: bool, device: str) -> None:
+def test_norms_of_a_compiled_model(whole: bool, device: str) -> None:
     """Arming it compiles nothing anew."""
     mlp = make_mlp(device)
-    with_dense_scores(mlp[0])
     model = mlp if whole else mlp[0]
     eager = copy.deepcopy(model)
+    first, first_of_eager = mlp[0], eager[0] if whole else eager
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for armed in (True, False, True):
-            for each in (mlp[0], eager[0] if whole else eager):
-                each.armed.fill_(armed)
+            for each in (first, first_of_eager):
+                each.arm(armed)
             x = torch.randn(5, 64, dtype=torch.float64, device=device)
-            before = mlp[0].block_scores.clone()
+            known = first.block_norms.grad
+            before = 0 if known is None else known.clone()
             compiled(x).square().sum().backward()
             eager(x).square().sum().backward()
-            assert torch.equal(mlp[0].block_scores, before) != armed
+            assert bool((first.block_norms.grad != before).any()) == armed
     torch.compiler.reset()
-    scores = (eager[0] if whole else eager).block_scores
-    torch.testing.assert_close(mlp[0].block_scores, scores, rtol=1e-5, atol=1e-5)
+    expected = first_of_eager.block_norms.grad
+    torch.testing.assert_close(first.block_norms.grad, expected, rtol=1e-5, atol=1e-5)
 
 
 # -- the choice of kernel, and devices -------------------------------------------------------------

@@ -24,7 +24,6 @@ from sparse_lightning.kernels import choice, cpu, hopper_programs, ops, referenc
 METHODS = ("by block", "by row", "densify")  # what cpu.choose returns
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEADS = ((), (0,), (1,), (7,), (2, 3, 5), (2, 0, 3), (300,))
-GUARD = 61  # numbers that must stay on each side of dense scores; not aligned to anything
 
 
 CUDA_KERNELS = [pytest.param(kind, marks=pytest.mark.gpu) for kind in choice.KINDS]
@@ -188,11 +187,10 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     bias64 = None if bias is None else bias.cpu().double()
     squares = x64.square(), dy64.square(), values64.square()
     bias2 = None if bias64 is None else bias64.square()
-    armed, scores = torch.tensor(True, device=device), torch.rand(grid, device=device)
-    before = scores.clone()
+    armed, leaf = torch.tensor(True, device=device), torch.full(grid, torch.nan, device=device)
 
-    y = kernels.block_linear(*(x, values, bias, topology.coords, *rows, *cols), armed, scores, 1)
-    assert torch.equal(scores, before), "forward must leave the scores alone"
+    y = kernels.block_linear(*(x, values, bias, topology.coords, *rows, *cols), leaf, armed, 1)
+    assert leaf.isnan().all(), "forward must leave the leaf of the norms alone"
     expected = reference.block_linear(x64, values64, bias64, coords, grid)
     size_y = reference.block_linear(squares[0], squares[2], bias2, coords, grid).sqrt()
     assert_close("block_linear", y, expected, size_y, case, *sums(grid[1]))
@@ -208,39 +206,15 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     assert_close("block_linear_dw", dw, expected, size_dw, case, math.prod(case.lead), fp32)
     assert dw[topology.coords[:, 0] < 0].count_nonzero() == 0, "block_linear_dw: empty slots"
 
-    kernels.block_norms_(dy, x, armed, scores)
-    expected = before.double().cpu() + reference.block_norms(dy64, x64, grid)
-    torch.testing.assert_close(scores.cpu().double(), expected, rtol=1e-4, atol=1e-5)
-    before = scores.clone()
-    kernels.block_norms_(dy, x, torch.tensor(False, device=device), scores)
-    assert torch.equal(scores, before), "unarmed, the scores must stay"
-
     third = [t.reshape(-1, t.shape[-1])[::3] for t in (dy, x)]
-    expected += reference.block_norms(*(t.double().cpu() for t in third), grid)
-    kernels.block_norms_(*third, armed, scores)
-    torch.testing.assert_close(scores.cpu().double(), expected, rtol=1e-4, atol=1e-5)
-
-    shape = dy64.shape[-1], x64.shape[-1]
-    memory = torch.full((math.prod(shape) + 2 * GUARD,), torch.nan, device=device)
-    scores = memory[GUARD:-GUARD].view(shape).copy_(torch.rand(shape))
-    expected = scores.double().cpu()
-    size_scores = expected.square() + 4 * reference.dense_gradient(squares[1], squares[0])
-    size_scores.sqrt_()
-    expected += 2 * reference.dense_gradient(dy64, x64)
-    for _ in range(2):
-        kernels.block_norms_(dy, x, torch.tensor(True, device=device), scores)
-    # Of all that was added: tensor cores cut sums off where others round them.
-    error = (scores.cpu().double() - expected).abs()
-    assert (error <= 1e-4 * size_scores).all(), "dense scores"
-    expected += reference.dense_gradient(*(t.double().cpu() for t in third))
-    kernels.block_norms_(*third, torch.tensor(True, device=device), scores)
-    error = (scores.cpu().double() - expected).abs()
-    assert (error <= 2e-4 * size_scores).all(), "dense scores of every third token"
-    before = scores.clone()
-    kernels.block_norms_(dy, x, torch.tensor(False, device=device), scores)
-    assert torch.equal(scores, before), "unarmed, dense scores must stay"
-    around = torch.cat([memory[:GUARD], memory[-GUARD:]])
-    assert around.isnan().all(), "what lies around dense scores must stay"
+    for operands in ((dy, x), third):
+        norms = kernels.block_norms(*operands, armed, size)
+        assert norms.dtype == torch.float32, f"block_norms: {norms.dtype}"
+        expected = reference.block_norms(*(t.double().cpu() for t in operands), grid)
+        torch.testing.assert_close(norms.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+        zeros = kernels.block_norms(*operands, torch.tensor(False, device=device), size)
+        assert zeros.dtype == torch.float32 and zeros.shape == grid
+        assert zeros.count_nonzero() == 0, "unarmed, the norms must be zeros"
 
     for tensor, copy in zip((x, dy, values, topology.coords), untouched, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
@@ -328,33 +302,12 @@ def _mutants() -> dict[str, dict[str, Any]]:
     def last_token_is_zero(y: Tensor, *_: Any) -> None:
         y[-1] = 0
 
-    def not_even_armed(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-        ops.block_norms_(dy, x, torch.ones_like(armed), scores)
+    def not_even_armed(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
+        return ops.block_norms(dy, x, torch.ones_like(armed), block_size)
 
-    def overwrite(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-        if armed:
-            ops.block_norms_(dy, x, armed, scores.zero_())
-
-    def not_squared(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-        norms = torch.zeros_like(scores)
-        ops.block_norms_(dy, x, armed, norms)
-        scores += norms.sqrt()
-
-    def dense(wrong: Any) -> dict[str, Any]:
-        def block_norms_(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-            is_dense = scores.shape[1] == x.shape[-1]
-            (wrong if is_dense else ops.block_norms_)(dy, x, armed, scores)
-
-        return {"block_norms_": block_norms_}
-
-    def squared(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-        gradient = torch.zeros_like(scores)
-        ops.block_norms_(dy, x, armed, gradient)
-        scores += gradient.square()
-
-    def one_row_more(dy: Tensor, x: Tensor, armed: Tensor, scores: Tensor) -> None:
-        ops.block_norms_(dy, x, armed, scores)
-        scores.as_strided((1,), (1,), scores.storage_offset() + scores.numel()).zero_()
+    def unwritten_unless_armed(norms: Tensor, dy: Tensor, x: Tensor, armed: Tensor, _: int) -> None:
+        if not armed:
+            norms.view(-1)[-1] = torch.nan
 
     def nan_leaks(y: Tensor, x: Tensor, values: Tensor, *_: Any) -> Tensor:
         return y + 0 * values.sum()
@@ -389,15 +342,15 @@ def _mutants() -> dict[str, dict[str, Any]]:
         "dw poisons empty slots": after(
             "block_linear_dw", lambda dw, dy, x, c, *_: dw.masked_fill(_empty(c), torch.nan)
         ),
-        "norms ignore the flag": {"block_norms_": not_even_armed},
-        "norms forget what was there": {"block_norms_": overwrite},
-        "norms are not squared": {"block_norms_": not_squared},
-        "norms do nothing": {"block_norms_": lambda *_: None},
-        "dense scores ignore the flag": dense(not_even_armed),
-        "dense scores forget what was there": dense(overwrite),
-        "dense scores are squares": dense(squared),
-        "dense scores go beyond the last row": dense(one_row_more),
-        "dense scores do nothing": dense(lambda *_: None),
+        "norms ignore the flag": {"block_norms": not_even_armed},
+        "norms are unwritten unless armed": after("block_norms", unwritten_unless_armed),
+        "norms leave one element unwritten": after("block_norms", nan_at_last),
+        "norms drop the last token": before(
+            "block_norms", lambda dy, x, *rest: (dy[:-1], x[:-1], *rest)
+        ),
+        "norms are not squared": after("block_norms", lambda norms, *_: norms.sqrt()),
+        "norms have another dtype": after("block_norms", lambda norms, *_: norms.double()),
+        "norms are always zeros": after("block_norms", lambda norms, *_: norms.zero_()),
     }
 
 

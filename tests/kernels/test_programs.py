@@ -19,7 +19,7 @@ from sparse_lightning.kernels.programs import Program
 
 def test_every_dtype_and_block_size_has_its_programs() -> None:
     programs = list(portable_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 4 * (2 + 3 * 4)
+    assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
     programs = list(hopper_programs.all_programs())
     assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 4 + 2 + 2 + 4 + 5)
 
@@ -45,9 +45,8 @@ def test_shared_memory_by_hand() -> None:
     assert linear_program(torch.bfloat16, 64, forward=True).shared_bytes == 49_152
     # Two stages of 16 x (64 + 128) fp64: 49,152; the result, 64 x 128 fp64: 65,536.
     assert dw_program(torch.float64, 128).shared_bytes == 65_536
-    # The norms' result is fp32 for every dtype: 128 x 128 of them; so are dense scores.
-    assert norms_program(torch.float64, dense=False).shared_bytes == 65_536
-    assert norms_program(torch.float64, dense=True).shared_bytes == 65_536
+    # The norms' result is fp32 for every dtype: 128 x 128 of them.
+    assert norms_program(torch.float64).shared_bytes == 65_536
 
 
 @pytest.mark.parametrize("block_size", [64, 128])
@@ -110,7 +109,7 @@ def test_tokens_are_split_where_blocks_are_few() -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"float64; got {dtype}"):
-        norms_program(dtype, dense=False)
+        norms_program(dtype)
 
 
 def test_another_block_size_is_refused() -> None:

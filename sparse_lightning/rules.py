@@ -1,0 +1,107 @@
+"""Update rules: which blocks are present after a topology update.
+
+A rule owns the whole decision. `DropAndGrow` is the one that a training has unless it is given
+another; it asks two criteria for scores. A rule of one's own is any function of an `UpdateRequest`
+that returns a `Decision`; `criteria.needs` says what has to be gathered for it. If it has
+`state_dict` and `load_state_dict`, what they return (tensors and primitives) is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sparse_lightning.criteria import BlockScores, Criterion, needed_by, score
+from sparse_lightning.evolution import exchange_blocks
+
+
+@dataclass(frozen=True)
+class UpdateRequest:
+    """What a rule decides on.
+
+    Attributes:
+        step: steps of the layers' optimizer so far.
+        number: updates so far, this one included.
+        density: scheduled density of the model, in (0, 1].
+        fraction: share of the blocks to exchange, in [0, 1].
+        floor: blocks that each block row and each block column shall hold.
+        layers: what is known of the blocks of each layer that may change, by name.
+        capacities: the most blocks that each of these layers can hold.
+        budgets: from drop scores of these layers (read only where layers compete, under the
+            "global" distribution) to the number of blocks that each shall have.
+    """
+
+    step: int
+    number: int
+    density: float
+    fraction: float
+    floor: tuple[int, int]
+    layers: Mapping[str, BlockScores]
+    capacities: Mapping[str, int]
+    budgets: Callable[[Mapping[str, Tensor]], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a rule has decided.
+
+    Attributes:
+        masks: bool `[out_blocks, in_blocks]`, the blocks that shall be present, by layer. A layer
+            that is left out stays as it is.
+        drop_scores: of the same shapes, what blocks were kept for; for those who look on.
+    """
+
+    masks: Mapping[str, Tensor]
+    drop_scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+UpdateRule = Callable[[UpdateRequest], Decision]
+
+
+class DropAndGrow:
+    """Keep the blocks of highest drop score, and grow those of highest grow score for the others.
+
+    Args:
+        drop: scores present blocks.
+        grow: scores the others; None for no growth.
+        regrow: whether a block that was just dropped may be grown again.
+
+    Source: Evci et al. 2020, "Rigging the Lottery", algorithm 1; Mocanu et al. 2018 (SET) with
+    random growth.
+    """
+
+    def __init__(self, drop: Criterion, grow: Criterion | None, regrow: bool = True) -> None:
+        self.drop, self.grow, self.regrow = drop, grow, regrow
+        self.needs = needed_by([drop, grow])
+
+    def __call__(self, request: UpdateRequest) -> Decision:
+        """Decide an update of every layer."""
+        drop: dict[str, Tensor] = {}
+        grow: dict[str, Tensor | None] = {}
+        for name, scores in request.layers.items():
+            drop[name] = _asked("drop", self.drop, scores)
+            grow[name] = None if self.grow is None else _asked("grow", self.grow, scores)
+        budgets = request.budgets(drop)
+        masks = {
+            name: exchange_blocks(
+                scores.mask,
+                drop[name],
+                grow[name],
+                budgets[name],
+                request.fraction,
+                floor=request.floor,
+                regrow=self.regrow,
+            )
+            for name, scores in request.layers.items()
+        }
+        return Decision(masks, drop)
+
+
+def _asked(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
+    """Return what a criterion says of a layer, which is named in what goes wrong."""
+    try:
+        return score(argument, criterion, scores)
+    except ValueError as error:
+        raise ValueError(f"{error} (layer '{scores.layer}')") from error

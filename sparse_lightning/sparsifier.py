@@ -1,0 +1,971 @@
+"""`Sparsifier`: dynamic block sparsity of a model, driven by the steps of its optimizers.
+
+What is decided lives in `schedules`, `distributions`, `criteria`, `rules` and `evolution`; how it
+is done in `patching`, `linear`, `gathering` and `optimizer_state`. Here it is put together: a step
+is seen at the optimizer, evidence is taken in, and an update is applied wholly or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sparse_lightning import ranks
+from sparse_lightning.config import SparsityConfig
+from sparse_lightning.criteria import BlockScores, needed_by, seeded_generator
+from sparse_lightning.distributions import Grid
+from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
+from sparse_lightning.gathering import Gatherer
+from sparse_lightning.kernels.block_work import BlockWork
+from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.optimizer_state import (
+    check_state,
+    find_optimizer,
+    prepare_keep,
+    prepare_reset,
+    warm_start,
+)
+from sparse_lightning.patching import (
+    SparsityReport,
+    check_layers_found,
+    is_chosen,
+    sparse_layers,
+    swap_layers,
+)
+from sparse_lightning.resume import check_same_training
+from sparse_lightning.rules import Decision, UpdateRequest
+from sparse_lightning.schedules import Timetable, should_shrink
+from sparse_lightning.sharding import check_whole_blocks, is_sharded
+from sparse_lightning.stepping import StepWatch, innermost
+
+UpdateHook = Callable[["Sparsifier", ModelUpdate], None]
+
+
+@dataclass(eq=False)
+class _Course:
+    """Where the layers of one optimizer are in their schedule, and the optimizer while attached.
+
+    Attributes:
+        steps: that it has taken with a gradient of one of its layers, and that were not skipped.
+        length: `total_steps` of the training, when `end` was last set.
+        end: steps that it will have taken when the training ends, as far as known.
+        timetable: resolved by that.
+        updated: steps after which the latest update was due.
+        next_update: steps after which the next one is; None if there is none.
+        progress: of the density, in [0, 1]; it never goes back, also where `total` grows.
+        skipped: steps that did not count.
+        waiting: layers whose update waits for a step that shows what it needs.
+        pending: bool `[capacity]`, grown slots that have not had a gradient yet, by layer.
+        optimizer: while attached.
+        watch: of its steps.
+        sizes: of its parameter groups, when `held` was looked up.
+        held: the layers' parameters that it holds, by layer.
+        own: which of these follow its steps: those that no optimizer before it holds.
+        armed: layers whose dense gradient is gathered in the step that is under way.
+        work: adds up the work of `own` layers; None until it is needed.
+        still_pending: what becomes of `pending` if the step that is under way counts.
+    """
+
+    steps: int = 0
+    length: int | None = None
+    end: int | None = None
+    timetable: Timetable | None = None
+    updated: int = 0
+    next_update: int | None = None
+    progress: float = 0.0
+    skipped: int = 0
+    waiting: list[str] = field(default_factory=list)
+    pending: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: Optimizer | None = None
+    watch: StepWatch | None = None
+    sizes: list[int] = field(default_factory=list)
+    held: dict[str, nn.Parameter] = field(default_factory=dict)
+    own: dict[str, nn.Parameter] = field(default_factory=dict)
+    armed: list[str] = field(default_factory=list)
+    work: BlockWork | None = None
+    still_pending: dict[str, Tensor] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "length": self.length,
+            "end": self.end,
+            "timetable": None if self.timetable is None else self.timetable.as_dict(),
+            "updated": self.updated,
+            "next_update": self.next_update,
+            "progress": self.progress,
+            "skipped": self.skipped,
+            "waiting": list(self.waiting),
+            "pending": {name: pending.cpu() for name, pending in self.pending.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> _Course:
+        known = dict(state)
+        table = known.pop("timetable")
+        return cls(
+            **{**known, "waiting": list(known["waiting"]), "pending": dict(known["pending"])},
+            timetable=None if table is None else Timetable(**table),
+        )
+
+
+class Sparsifier:
+    """Makes a model's linear layers block-sparse, and evolves their blocks while it trains.
+
+    It swaps the layers when it is made, so before the optimizer is built. Then `attach` it to the
+    optimizer: from there on steps count and updates run by themselves, in the optimizer's hooks,
+    and an update is over before a scheduler, an average or a checkpoint looks at the model. A step
+    is one of the optimizer that holds a layer; with several optimizers each counts its own.
+
+    Whoever drives the training may offer services, all of them to `attach`: to rebuild what was
+    built for parameters of another shape (`rewrap`), to find copies of a layer (`copies`), and to
+    say how many steps an optimizer is going to take (`planned`). Everything else is done here:
+    ranks agree by `torch.distributed` where it is initialised, updates are all or nothing, and
+    `state_dict` holds what a resumed training needs beside those of the model and the optimizer.
+
+    Args:
+        model: is changed in place.
+        total_steps: optimizer steps of the training; None if all times are given in steps. Of a
+            training that is resumed it may be another: what was resolved by it stays.
+        config: everything that can be told, instead of `options`.
+        options: the keywords of `SparsityCallback`; `monitor` means nothing here.
+
+    Attributes:
+        model: as given.
+        layers: the `BlockSparseLinear`s that it evolves, by name.
+        report: `SparsityReport` of the swap.
+        total_steps: as given.
+        last_update: `ModelUpdate` of the latest topology update, or None.
+        n_updates: updates so far.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range, naming it; the model is then unchanged.
+
+    >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    >>> sparsifier = Sparsifier(model, total_steps=100, density=0.25, block_size=16)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> sparsifier.attach(optimizer)
+    >>> for step in range(100):
+    ...     model(torch.randn(8, 64)).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> sparsifier.density, sparsifier.last_update.step
+    (0.25, 75)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int | None = None,
+        *,
+        config: SparsityConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if config is not None and options:
+            raise TypeError("`config` must be given alone; got options beside it.")
+        self.config = SparsityConfig(**options) if config is None else config
+        is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool)
+        if total_steps is not None and not (is_count and total_steps >= 1):
+            raise ValueError(
+                f"`total_steps` must be an integer of at least 1, or None; got {total_steps!r}."
+            )
+        self.model = model
+        self.total_steps = total_steps
+        self._rule = self.config.update_rule
+        # The steps that fractions are of: a resumed training keeps those of its beginning.
+        self._resolved_by: int | None = None
+        self._timetable: Timetable | None = None
+        if total_steps is not None:  # an error in the times is told before the model is changed
+            self._resolve_times()
+        self.report = self._swap()
+        self.layers = self._managed()
+        self._agreed = False
+        self._agree()
+        needs = needed_by([self._rule])
+        self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
+        self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
+        self._courses: list[_Course] = []
+        self._born = self._age_zero()
+        self.n_updates = 0
+        self.last_update: ModelUpdate | None = None
+        self._rewrap: Callable[[], None] | None = None
+        self._copies: Callable[[str], Iterable[BlockSparseLinear]] = _no_copies
+        self._planned: Callable[[Optimizer, int], int] | None = None
+        self._may_shrink = True
+        self._told: set[str] = set()
+
+    # Before the training.
+
+    def _resolve_times(self) -> None:
+        self._timetable = self.config.timetable(self.total_steps)
+        self._resolved_by = self.total_steps
+
+    def _timetable_until(self, end: int) -> Timetable:
+        """Return the timetable of a training that is over after so many steps.
+
+        Raises:
+            ValueError: if these are so few that its times would be out of order.
+        """
+        total = end
+        if self._resolved_by is not None and self.total_steps is not None:
+            total = max(1, round(end * self._resolved_by / self.total_steps))
+        return replace(self.config.timetable(total), total_steps=end)
+
+    def _swap(self) -> SparsityReport:
+        config = self.config
+
+        def budgets(grids: Mapping[str, Grid]) -> tuple[dict[str, int], dict[str, int]]:
+            check_layers_found(config.layer_density, grids)
+            return config.budgets_at(0.0, grids), config.capacities(grids)
+
+        return swap_layers(
+            self.model,
+            config.block_size,
+            config.include,
+            config.exclude,
+            budgets,
+            config.init,
+            config.seed,
+            config.floor,
+        )
+
+    def _managed(self) -> dict[str, BlockSparseLinear]:
+        include, exclude = self.config.include, self.config.exclude
+        return {n: m for n, m in sparse_layers(self.model) if is_chosen(n, include, exclude)}
+
+    def _age_zero(self) -> dict[str, Tensor]:
+        """Return the step at which the block of each slot was grown: int32 `[capacity]`."""
+        return {
+            name: torch.zeros(layer.topology.capacity, dtype=torch.int32, device="cpu")
+            for name, layer in self.layers.items()
+        }
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Take over rank 0's blocks and values."""
+        if self._agreed or ranks.world_size() == 1:
+            return
+        for layer in self.layers.values():
+            # Of sharded values each rank has drawn its own part; those on meta are yet to come.
+            has_values = layer.values.device.type != "meta" and not is_sharded(layer.values)
+            own = layer.topology.coords.cpu(), layer.values.detach().cpu() if has_values else None
+            coords, values = ranks.of_rank_zero(own)
+            layer.topology.assign_(coords)
+            if values is not None:
+                layer.values.copy_(values)
+            elif layer.values.device.type != "meta":
+                layer.clear_empty_slots()
+        self._agreed = True
+
+    def attach(
+        self,
+        *optimizers: Any,
+        rewrap: Callable[[], None] | None = None,
+        copies: Callable[[str], Iterable[BlockSparseLinear]] | None = None,
+        planned: Callable[[Optimizer, int], int] | None = None,
+        shrink: bool = True,
+    ) -> None:
+        """Follow the steps of optimizers from now on, until `detach`.
+
+        Call it once everything is built, wrapped and restored; again for further optimizers. A
+        layer follows the first of those that hold it. Each may be wrapped, as by Accelerate.
+
+        Args:
+            optimizers: that hold the layers' parameters.
+            rewrap: is called after layers have given up memory, to build anew what holds gradients
+                of the old shapes: `DistributedDataParallel` above all. On several ranks nothing
+                shrinks without it.
+            copies: from a layer's name to further copies of the layer, such as averages, which
+                follow its blocks.
+            planned: from an optimizer, and the steps that it has taken, to those that it will have
+                taken when the training ends; for a training that learns this on its way. Without
+                it, these are `total_steps` less those that did not count.
+            shrink: False where something keeps parameters in their shape, such as a compiled
+                wrapper of the whole model.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: for an optimizer whose state cannot follow the
+                blocks, or whose steps cannot be seen; if a fraction is given as a time and
+                `total_steps` is not; if layers do not have the blocks that the schedule needs.
+        """
+        if self._timetable is None:
+            self._resolve_times()
+        self._rewrap, self._planned = rewrap or self._rewrap, planned or self._planned
+        self._copies = copies or self._copies
+        self._may_shrink = self._may_shrink and shrink
+        if not any(course.steps for course in self._courses):
+            self._agree()
+        try:
+            for optimizer in map(innermost, optimizers):
+                self._attach(optimizer)
+            self._check_layers()
+        except BaseException:
+            self._remove_watches()
+            raise
+        for layer in self.layers.values():
+            layer.locked = True
+        self._warn_of_sudden_falls()
+        for course in self._attached():
+            self._arm(course)
+
+    def _attach(self, optimizer: Optimizer) -> None:
+        if any(course.optimizer is optimizer for course in self._courses):
+            return
+        place = sum(course.optimizer is not None for course in self._courses)
+        if place == len(self._courses):
+            self._courses.append(_Course())
+        course = self._courses[place]
+        course.optimizer, course.sizes = optimizer, []
+        if course.timetable is None:
+            course.length = course.end = self.total_steps
+            course.timetable = self._timetable
+            assert course.timetable is not None
+            course.next_update = course.timetable.next_update(course.steps)
+        elif course.length != self.total_steps and self.total_steps is not None:
+            # A training that is resumed ends at another time: no density moves, and no update.
+            course.length, course.end = self.total_steps, self.total_steps - course.skipped
+            course.timetable = replace(course.timetable, total_steps=course.end)
+            course.next_update = course.timetable.next_update(course.updated)
+        self._look_up(course)
+        course.watch = StepWatch(
+            optimizer,
+            partial(self._wants_gradients, course),
+            partial(self._read, course),
+            partial(self._over, course),
+        )
+
+    def _attached(self) -> list[_Course]:
+        return [course for course in self._courses if course.optimizer is not None]
+
+    def _look_up(self, course: _Course) -> None:
+        """Find the layers that an optimizer holds, if its groups are not as they were."""
+        assert course.optimizer is not None
+        sizes = [len(group["params"]) for group in course.optimizer.param_groups]
+        if sizes == course.sizes:
+            return
+        ids = {id(p) for group in course.optimizer.param_groups for p in group["params"]}
+        held = {n: layer.values for n, layer in self.layers.items() if id(layer.values) in ids}
+        for name in (name for name in held if name not in course.held):
+            with _naming(name):
+                check_state(course.optimizer, held[name])
+                check_whole_blocks(held[name])
+                _check_steps_after_backward(held[name])
+        earlier = self._courses[: self._courses.index(course)]
+        others = {name for other in earlier for name in other.held}
+        course.sizes, course.held, course.work = sizes, held, None
+        course.own = {name: values for name, values in held.items() if name not in others}
+
+    def _check_layers(self) -> None:
+        holders = [course for course in self._attached() if course.own]
+        if self.config.distribution == "global" and len(holders) > 1:
+            raise ValueError(
+                "`distribution` must not be 'global' where layers are in several optimizers, which "
+                f"step at times of their own; got {len(holders)} that hold some. Take 'uniform' or "
+                "'erdos_renyi', or one optimizer."
+            )
+        needed = self._most_needed()
+        for name, layer in self.layers.items():
+            if needed.get(name, 0) > layer.topology.capacity:
+                raise ValueError(
+                    f"`density` must leave every layer within its capacity; got a budget of "
+                    f"{needed[name]} blocks for {layer.topology.capacity} slots (layer "
+                    f"'{name}'). Build the layer at a higher density, or exclude it."
+                )
+        self._check_ranks((layer.topology.to_state() for layer in self.layers.values()), 0)
+
+    def check_all_held(self) -> None:
+        """Raise RuntimeError unless every layer that can train is in an attached optimizer."""
+        for name in self._in_no_optimizer():
+            raise RuntimeError(
+                "`values` must be in an optimizer, or the layer would not train; got none that "
+                f"holds it (layer '{name}'). Build the optimizer from the model's parameters once "
+                "its layers are block-sparse: under Lightning in configure_optimizers, not in "
+                "__init__."
+            )
+
+    def _in_no_optimizer(self) -> list[str]:
+        """Return the layers that can train, but that no attached optimizer holds."""
+        held = {name for course in self._attached() for name in course.held}
+        return [n for n, m in self.layers.items() if m.values.requires_grad and n not in held]
+
+    def _warn_of_layers_in_no_optimizer(self) -> None:
+        missing = self._in_no_optimizer()
+        if missing:
+            self._warn(
+                "Block-sparse layers are in no optimizer that is attached, so their blocks stay: "
+                f"{', '.join(missing)}. Call `attach` with the optimizer that holds them.",
+                once="held",
+            )
+
+    def _check_ranks(self, tensors: Iterable[Tensor], step: int) -> None:
+        if self.layers:
+            device = next(iter(self.layers.values())).values.device
+            ranks.check_alike(tensors, step, device)
+
+    def _warn_of_sudden_falls(self) -> None:
+        table, started = self._timetable, any(course.steps for course in self._courses)
+        if started or table is None or self.config.density.schedule == "one_shot":
+            return
+        share, step = self.config.largest_fall(table, self._grids())
+        if share > 0.5:
+            self._warn(
+                f"One topology update, at step {step}, drops {share:.0%} of the blocks, as there "
+                "are few updates while the density falls. Give a smaller `update.every_n_steps`, "
+                "or let the density fall longer.",
+                once="fall",
+            )
+
+    def _grids(self) -> dict[str, Grid]:
+        return {name: layer.topology.grid for name, layer in self.layers.items()}
+
+    # What a training has come to.
+
+    @property
+    def density(self) -> float:
+        """Present blocks / all blocks of the layers together."""
+        topologies = [layer.topology for layer in self.layers.values()]
+        blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
+        return sum(at.n_blocks for at in topologies) / max(1, blocks)
+
+    @property
+    def timetable(self) -> Timetable | None:
+        """The resolved steps; of several optimizers, those of the first that holds a layer."""
+        course = self._main_course()
+        return self._timetable if course is None else course.timetable
+
+    @property
+    def steps(self) -> int:
+        """Steps that counted so far; of several optimizers, of the first that holds a layer."""
+        course = self._main_course()
+        return 0 if course is None else course.steps
+
+    @property
+    def window(self) -> int:
+        """Steps up to an update in which dense gradients are gathered."""
+        return self._gatherer.window
+
+    def _main_course(self) -> _Course | None:
+        holders = [course for course in self._attached() if course.own]
+        # While detached nobody holds any; but only of those that did a step has counted.
+        counted = [course for course in self._courses if course.steps]
+        return next(iter([*holders, *counted, *self._courses]), None)
+
+    def register_update_hook(self, hook: UpdateHook) -> RemovableHandle:
+        """Have a function called with this and each `ModelUpdate`, once it has been applied.
+
+        Returns:
+            a handle whose `remove()` ends that.
+        """
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    # A step.
+
+    def _wants_gradients(self, course: _Course) -> bool:
+        return bool(course.pending) or self._gatherer.reads_gradients
+
+    def _read(self, course: _Course, scale: float) -> None:
+        """Read the final gradients of an optimizer, right before it applies them."""
+        self._look_up(course)
+        if self._gatherer.reads_gradients:
+            if course.work is None:
+                course.work = self._gatherer.work_of(course.own)
+            self._gatherer.read(course.work, course.own, scale)
+        if course.pending:
+            self._warm_up(course, scale)
+
+    def _over(self, course: _Course, was_skipped: bool) -> None:
+        """Take in a step of an optimizer, if it counts."""
+        if not was_skipped:
+            self._look_up(course)
+            for values in course.held.values():
+                if values.grad is not None:
+                    self._step(course)
+                    return
+        self._skip(course)
+
+    def _warm_up(self, course: _Course, scale: float) -> None:
+        assert course.optimizer is not None
+        course.still_pending = {}
+        for name, pending in course.pending.items():
+            found = find_optimizer([course.optimizer], course.held[name])
+            if found is not None:
+                values = course.held[name]
+                left = warm_start(*found, values, pending.to(values.device), scale)
+                if left.any():
+                    course.still_pending[name] = left
+
+    def _skip(self, course: _Course) -> None:
+        """Forget a step that did not count."""
+        course.skipped += 1
+        self._gatherer.drop_evidence(course.armed)
+        if self._planned is None and course.end is not None:
+            self._plan(course, course.end - 1)  # one of those that were planned is lost
+            self._arm(course)  # the next update may have come nearer
+
+    def _step(self, course: _Course) -> None:
+        """Take in a step that an optimizer has taken."""
+        course.steps += 1
+        if course.steps == 1:
+            self._warn_of_layers_in_no_optimizer()
+        if course.pending:
+            course.pending = course.still_pending
+        if self._gatherer.reads_gradients:
+            self._gatherer.confirm(course.own)
+        if course.armed:
+            self._gatherer.take(course.armed)
+        if self._planned is not None:
+            assert course.optimizer is not None
+            self._plan(course, self._planned(course.optimizer, course.steps))
+        is_due = course.next_update is not None and course.steps >= course.next_update
+        if is_due or course.waiting:
+            self._update(course, is_due)
+        self._arm(course)
+
+    def _plan(self, course: _Course, end: int) -> None:
+        """Follow what is known of the number of steps by now."""
+        if end == course.end:
+            return
+        try:
+            course.timetable = self._timetable_until(end)
+        except ValueError:  # so few that the times would be out of order
+            return
+        course.end = end
+        course.next_update = course.timetable.next_update(course.updated)
+
+    def _arm(self, course: _Course) -> None:
+        """Gather dense gradients in the next step where they will be needed."""
+        window = self._gatherer.window
+        if not window:
+            return
+        near = course.next_update is not None and course.steps + window >= course.next_update
+        if not (near or course.waiting or course.armed):
+            return
+        names = [
+            name
+            for name, values in course.own.items()
+            if values.requires_grad and (near or name in course.waiting)
+        ]
+        self._gatherer.arm(names, course.own)
+        course.armed = names
+
+    # A topology update.
+
+    @torch.no_grad()
+    def _update(self, course: _Course, is_due: bool) -> None:
+        """Update the layers that are due, or that waited, as far as they were scored."""
+        assert course.timetable is not None
+        due = [
+            name
+            for name, values in course.own.items()
+            if values.requires_grad and (is_due or name in course.waiting)
+        ]
+        with _one_thread():
+            update = self._decide(course, self._scores(course, due))
+            if update.layers:
+                self._apply(course, update)
+        if is_due:
+            course.updated = course.steps
+            course.next_update = course.timetable.next_update(course.steps)
+        course.waiting = [name for name in due if name not in update.layers]
+        self._warn_of_waiting(course)
+        if update.layers:
+            self.last_update = update
+            try:
+                self._shrink()
+            finally:  # short of memory or not, the update has been applied
+                for hook in [*self._hooks.values()]:
+                    hook(self, update)
+
+    def _scores(self, course: _Course, names: list[str]) -> dict[str, BlockScores]:
+        """Return what is known of the layers that took part in the step, and were scored."""
+        if not names:
+            return {}
+        took_part = torch.tensor(
+            [course.own[name].grad is not None for name in names],
+            dtype=torch.float32,
+            device=course.own[names[0]].device,
+        )
+        took_part = ranks.sum_over_ranks(took_part)
+        step, seed = course.steps, self.config.seed
+        return self._gatherer.scores_of(
+            [name for name, count in zip(names, took_part.tolist(), strict=True) if count],
+            step,
+            lambda name: seeded_generator(seed, step, name),
+            {name: (step - self._born[name]).int() for name in names},
+        )
+
+    def _decide(self, course: _Course, scores: Mapping[str, BlockScores]) -> ModelUpdate:
+        """Decide an update of the layers that were scored; nothing is changed."""
+        config, table, step = self.config, course.timetable, course.steps
+        assert table is not None
+        progress = max(course.progress, table.density_progress(step))
+        density = config.density_at(progress)
+        if not scores:
+            return ModelUpdate(step, self.n_updates, {}, density_target=density)
+        masks = {
+            name: scores[name].mask if name in scores else layer.topology.mask.cpu()
+            for name, layer in self.layers.items()
+        }
+        # What is grown by the last step of a training that ends before its schedule learns nothing.
+        is_over = step == table.total_steps and step < table.update_until
+        request = UpdateRequest(
+            step=step,
+            number=self.n_updates + 1,
+            density=density,
+            fraction=0.0 if is_over else config.drop_fraction_at(table.update_progress(step)),
+            floor=(config.floor.row, config.floor.column),
+            layers=scores,
+            capacities={name: self.layers[name].topology.capacity for name in scores},
+            budgets=lambda drop: _only(config.budgets_by_score(progress, drop, masks), scores),
+        )
+        decision = self._rule(request)
+        _check_decision(decision, scores)
+        known = [*decision.masks.values()]
+        for of in scores.values():
+            known += [of.mask, of.magnitude, *of.gathered.values()]
+        self._check_ranks(known, step)
+        updates = {}
+        for name in scores:
+            with _naming(name):
+                mask = decision.masks.get(name, scores[name].mask)
+                updates[name] = place_blocks(self.layers[name].topology, mask)
+        magnitudes = {name: of.magnitude for name, of in scores.items()}
+        return ModelUpdate(
+            step, self.n_updates + 1, updates, decision.drop_scores, magnitudes, density
+        )
+
+    @torch.no_grad()
+    def _apply(self, course: _Course, update: ModelUpdate) -> None:
+        """Make an update real: what takes memory or can fail comes before anything is written."""
+        assert course.timetable is not None
+        writes = [self._gatherer.prepare_anew(update.layers)]
+        writes += [
+            self._prepare(name, of_layer, course.steps)
+            for name, of_layer in update.layers.items()
+            if len(of_layer.changed)
+        ]
+        progress = max(course.progress, course.timetable.density_progress(course.steps))
+        for write in writes:
+            write()
+        course.progress = progress
+        self.n_updates = update.number
+
+    def _prepare(self, name: str, update: TopologyUpdate, step: int) -> Callable[[], None]:
+        """Return what makes an update of a layer real, and only writes in place."""
+        layer = self.layers[name]
+        writes = [layer.prepare_update(update)]
+        writes += [copy.prepare_update(update) for copy in self._copies(name)]
+        pendings = []
+        for course in self._attached():
+            if name in course.held:
+                assert course.optimizer is not None
+                writes.append(prepare_reset(course.optimizer, layer.values, update.changed))
+                pending = torch.zeros(layer.topology.capacity, dtype=torch.bool, device="cpu")
+                if name in course.pending:
+                    pending.copy_(course.pending[name])
+                pending[update.dropped] = False
+                pending[update.grown] = True
+                pendings.append((course, pending if pending.any() else None))
+        born = self._born[name]
+
+        def write() -> None:
+            for each in writes:
+                each()
+            born.index_fill_(0, update.grown, step)
+            for course, pending in pendings:
+                course.pending.pop(name, None)
+                if pending is not None:
+                    course.pending[name] = pending
+
+        return write
+
+    def _warn_of_waiting(self, course: _Course) -> None:
+        names = [name for name in course.waiting if name not in self._told]
+        self._told.update(names)
+        if names:
+            self._warn(
+                f"Block-sparse layers were not scored at step {course.steps}, as they had no "
+                "gradient of the loss that was applied, or one that is not finite: "
+                f"{', '.join(names)}. Their blocks stay until a step scores them."
+            )
+
+    # Memory.
+
+    def _most_needed(self) -> dict[str, int]:
+        """Return the most blocks that each layer that is evolved may hold from here on."""
+        needed = {}
+        for course in self._attached():
+            if self.config.distribution == "global":  # budgets only fall
+                budgets = {name: self.layers[name].topology.n_blocks for name in course.own}
+            else:
+                budgets = self.config.capacities(self._grids(), course.progress)
+            needed.update({name: budgets[name] for name in course.own})
+        return needed
+
+    @torch.no_grad()
+    def _shrink(self) -> None:
+        """Give up the slots that will stay empty, if it is time for that."""
+        if not self.config.shrink:
+            return
+        needed = self._most_needed()
+        density, courses = self.config.density, self._attached()
+        is_time = should_shrink(
+            sum(self.layers[name].topology.capacity for name in needed),
+            sum(needed.values()),
+            density.initial,
+            density.final,
+            min(course.progress for course in courses if course.own),
+        )
+        if not is_time or not self._can_shrink():
+            return
+        for course in courses:
+            course.work = None  # it knows the old sizes
+        try:
+            for name, most in needed.items():
+                self._shrink_layer(name, most)
+        finally:  # also where memory was short in between, after some layers
+            if self._rewrap is not None:
+                self._rewrap()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # so that others, too, can use what is free now
+
+    def _shrink_layer(self, name: str, most: int) -> None:
+        """Give up the slots of a layer beyond the most that it will need.
+
+        One layer after the other, each wholly or not at all: all at once would take the memory that
+        is to become free.
+        """
+        layer = self.layers[name]
+        # A frozen layer, or one that was short of blocks to choose from, keeps what it has.
+        kept, write = layer.prepare_shrink(
+            min(layer.topology.capacity, max(most, layer.topology.n_blocks))
+        )
+        writes = [write, self._gatherer.prepare_keep(name, kept)]
+        writes += [copy.prepare_shrink(len(kept))[1] for copy in self._copies(name)]
+        pendings = []
+        for course in self._attached():
+            if name in course.held:
+                assert course.optimizer is not None
+                writes.append(prepare_keep(course.optimizer, layer.values, kept))
+                if name in course.pending:
+                    pendings.append((course, course.pending[name].cpu()[kept.cpu()]))
+        born = self._born[name][kept.cpu()]
+        for write in writes:
+            write()
+        self._born[name] = born
+        for course, pending in pendings:
+            course.pending[name] = pending
+
+    def _can_shrink(self) -> bool:
+        """Tell whether parameters may change shape: not where they are sharded or compiled."""
+        compiled = any(
+            isinstance(module, torch._dynamo.OptimizedModule)
+            or module._compiled_call_impl is not None
+            for module in self.model.modules()
+        )
+        sharded = any(is_sharded(layer.values) for layer in self.layers.values())
+        if compiled or sharded or not self._may_shrink:
+            return False
+        if ranks.world_size() > 1 and self._rewrap is None:
+            self._warn(
+                "The memory of block-sparse layers does not follow their density, as their "
+                "gradients are reduced over ranks in buckets of fixed sizes. Give "
+                "`attach(..., rewrap=...)` a function that wraps the model anew.",
+                once="rewrap",
+            )
+            return False
+        return True
+
+    # The end, and going on.
+
+    def forget_gathered(self) -> None:
+        """Forget what belongs to optimizers that are gone, as before another training.
+
+        How far the schedule is stays. The layers may have other sizes by now.
+        """
+        self._remove_watches()
+        self._gatherer.forget()
+        for course in self._courses:
+            course.pending.clear()
+        for name, born in self._age_zero().items():
+            if len(self._born[name]) != len(born):
+                self._born[name] = born
+
+    def detach(self) -> None:
+        """Let go of the optimizers: no further step counts, and nothing is gathered or locked.
+
+        What `attach` was offered beside them is forgotten too.
+
+        Warns if steps were taken, and the density is not the one that was asked for.
+        """
+        if not self._attached():
+            return
+        took_steps = any(course.steps for course in self._courses)
+        shortfall = self._shortfall() if took_steps else None
+        self._remove_watches()
+        self._rewrap, self._copies, self._planned = None, _no_copies, None
+        self._may_shrink = True
+        if shortfall is not None:
+            self._warn(shortfall)
+
+    def _remove_watches(self) -> None:
+        self._gatherer.disarm()
+        for course in self._attached():
+            if course.watch is not None:
+                course.watch.remove()
+            course.optimizer = course.watch = course.work = None
+            course.sizes, course.armed = [], []
+            course.held, course.own = {}, {}
+        for layer in self.layers.values():
+            layer.locked = False
+
+    def _shortfall(self) -> str | None:
+        """Return how the density differs from the one asked for, and why; None if it does not."""
+        grids = self._grids()
+        cells = sum(rows * cols for rows, cols in grids.values())
+        budgets = self.config.budgets_at(1.0, grids)
+        asked = sum(budgets.values())
+        present = {name: layer.topology.n_blocks for name, layer in self.layers.items()}
+        if sum(present.values()) == asked:
+            return None
+        courses = [course for course in self._attached() if course.own]
+        why = []
+        for course in courses:
+            table = course.timetable
+            if table is None or course.progress >= 1:
+                continue
+            skipped = f", and {course.skipped} more did not count" if course.skipped else ""
+            why.append(
+                f"{course.steps} steps were taken{skipped}, where the schedule takes "
+                f"{table.density_until}"
+            )
+        moving = {name for course in courses for name, v in course.own.items() if v.requires_grad}
+        still = sorted(present.keys() - moving)
+        still += [name for course in courses for name in course.waiting]
+        if still:
+            why.append(f"layers were frozen, in no optimizer or not scored: {', '.join(still)}")
+        reasons = "; ".join(why) or "the update rule chose so"
+        return (
+            f"The training has ended with block-sparse layers at density "
+            f"{sum(present.values()) / cells:.3f}, where {asked / cells:.3f} was asked for: "
+            f"{reasons}."
+        )
+
+    def _warn(self, text: str, once: str | None = None) -> None:
+        """Warn on rank 0; of what has a name, once."""
+        if once is not None and once in self._told:
+            return
+        if once is not None:
+            self._told.add(once)
+        if ranks.is_first():
+            warnings.warn(text, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs: tensors on the CPU and primitives.
+
+        The blocks themselves are in the model's state dict.
+        """
+        state = {
+            "config": self.config.of_training(),
+            "total_steps": self.total_steps,
+            "resolved_by": self._resolved_by,
+            "timetable": None if self._timetable is None else self._timetable.as_dict(),
+            "courses": [course.state_dict() for course in self._courses],
+            "n_updates": self.n_updates,
+            "born": {name: born.clone() for name, born in self._born.items()},
+            "gathered": self._gatherer.state_dict(),
+        }
+        if hasattr(self._rule, "state_dict"):
+            state["rule"] = self._rule.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a training was saved, after the model's own `load_state_dict`.
+
+        Call it before `attach`, so that layers may still take the capacity that was saved.
+
+        Raises:
+            ValueError: if the saved training had another configuration, or another version of this
+                package wrote it.
+        """
+        check_same_training(state, self.state_dict())
+        attached = [course.optimizer for course in self._attached()]
+        self._remove_watches()
+        self.total_steps = self.total_steps or state["total_steps"]
+        self._resolved_by, self.n_updates = state["resolved_by"], state["n_updates"]
+        table = state["timetable"]
+        self._timetable = None if table is None else Timetable(**table)
+        self._courses = [_Course.from_state(course) for course in state["courses"]]
+        self._born = {**self._age_zero(), **{n: born.clone() for n, born in state["born"].items()}}
+        self._gatherer.load_state_dict(state["gathered"])
+        if "rule" in state and hasattr(self._rule, "load_state_dict"):
+            self._rule.load_state_dict(state["rule"])
+        if attached:
+            self.attach(*attached)
+
+
+def _only(budgets: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
+    return {name: budgets[name] for name in names}
+
+
+def _no_copies(name: str) -> Iterable[BlockSparseLinear]:
+    return ()
+
+
+def _check_decision(decision: Any, scores: Mapping[str, BlockScores]) -> None:
+    """Raise unless a rule has decided on layers that it was asked about."""
+    if not isinstance(decision, Decision):
+        raise TypeError(
+            f"`rule` must return a Decision; got {type(decision).__name__}. "
+            "Return sparse_lightning.rules.Decision(masks)."
+        )
+    for name, mask in decision.masks.items():
+        if name not in scores:
+            raise ValueError(
+                f"`rule` must decide on layers of the request; got '{name}', which is none of them."
+            )
+        if not isinstance(mask, Tensor) or not mask.any():
+            raise ValueError(
+                f"`rule` must leave every layer a block, by a mask; got none (layer '{name}')."
+            )
+
+
+def _check_steps_after_backward(values: nn.Parameter) -> None:
+    if hasattr(values, "_in_backward_optimizers"):
+        raise ValueError(
+            "`values` must not be in an optimizer that steps within backward, when other gradients "
+            "are yet to come; got a parameter with `_in_backward_optimizers`. Leave it out of "
+            "`_apply_optimizer_in_backward`, and step one optimizer after backward."
+        )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch's CPU ops on this thread: grids are too small for waking others to pay."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Name the layer in what goes wrong with it."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{error} (layer '{layer}')") from error

@@ -1,0 +1,1183 @@
+"""The engine in plain loops: what counts as a step, who is updated when, and how it goes on."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from sparse_lightning import BlockSparseLinear, Sparsifier
+from sparse_lightning.config import SparsityConfig
+from sparse_lightning.criteria import BlockScores, gradient, magnitude, needs
+from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.rules import Decision, DropAndGrow, UpdateRequest
+from tests.callbacks.test_resume import assert_identical
+from tests.extensions import fewest
+from tests.loops import (
+    FALLING,
+    Net,
+    adamw,
+    assert_all_valid,
+    batch,
+    blocks,
+    everything,
+    loss_of,
+    make,
+    masks,
+    sparse,
+    train,
+)
+
+
+@needs("gradient", "momentum", "saliency", "movement")
+class Seeing:
+    """The usual rule, or another one, which keeps what it was asked."""
+
+    def __init__(self, rule: Callable[[UpdateRequest], Decision] | None = None) -> None:
+        self.rule = rule or DropAndGrow(magnitude, gradient)
+        self.requests: list[UpdateRequest] = []
+
+    def __call__(self, request: UpdateRequest) -> Decision:
+        self.requests.append(request)
+        return self.rule(request)
+
+    def by_layer(self) -> dict[str, list[int]]:
+        """The steps at which each layer was updated."""
+        steps: dict[str, list[int]] = {}
+        for request in self.requests:
+            for name in request.layers:
+                steps.setdefault(name, []).append(request.step)
+        return steps
+
+
+@needs("gradient")
+class SeeingGradients(Seeing):
+    """As the other, but all that it needs is the gradient of the step."""
+
+
+def dense_norms(model: Net, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> dict[str, Any]:
+    """Norms of the blocks of dense weight gradients, by autograd on a dense model."""
+    layers = sparse(model)
+    weights = {name: layer.dense_weight().requires_grad_() for name, layer in layers.items()}
+
+    def forward(x: Tensor) -> Tensor:
+        for name, layer in layers.items():
+            x = nn.functional.linear(x, weights[name], layer.bias).relu()
+        return model.head(x)  # type: ignore[no-any-return]
+
+    with torch.enable_grad():
+        grads = torch.autograd.grad(loss(forward), [*weights.values()])
+    return {
+        name: g.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).square().sum((1, 3)).sqrt()
+        for name, g in zip(weights, grads, strict=True)
+    }
+
+
+def updates_of(sparsifier: Sparsifier) -> list[ModelUpdate]:
+    """A list that every update from here on is put into."""
+    found: list[ModelUpdate] = []
+    sparsifier.register_update_hook(lambda _, update: found.append(update))
+    return found
+
+
+def said_of(warned: Iterable[warnings.WarningMessage], what: str) -> list[str]:
+    return [str(w.message) for w in warned if what in str(w.message)]
+
+
+# -- how it is made and attached ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [0, -1, 2.5, True, "24"])
+def test_a_number_of_steps_that_is_none_is_refused(total: Any) -> None:
+    model = Net()
+    with pytest.raises(ValueError, match="`total_steps` must be an integer of at least 1, or None"):
+        Sparsifier(model, total, block_size=16)
+    assert not sparse(model)
+
+
+def test_a_configuration_is_given_whole_or_in_parts() -> None:
+    model, config = Net(), SparsityConfig(block_size=16, exclude=["head"], density=0.5)
+    with pytest.raises(TypeError, match="`config` must be given alone"):
+        Sparsifier(model, 24, config=config, density=0.5)
+    assert not sparse(model)
+    sparsifier = Sparsifier(model, 24, config=config)
+    assert sparsifier.config is config and sparsifier.density == 0.5
+    assert list(sparsifier.layers) == list(sparsifier.report.layers) == ["net.0", "net.2"]
+
+
+@pytest.mark.parametrize("times", [{}, {"density": {**FALLING, "until": 10}}])
+def test_fractions_need_a_number_of_steps(times: dict[str, Any]) -> None:
+    model, sparsifier = make(None, **times)
+    optimizer = adamw(model.parameters())
+    with pytest.raises(ValueError, match=r"need a training of known length.*total_steps"):
+        sparsifier.attach(optimizer)
+    assert not optimizer._optimizer_step_post_hooks and not model.net[0].locked
+    train(model, optimizer, range(2))
+    assert sparsifier.steps == 0
+
+
+def test_steps_need_no_number_of_steps() -> None:
+    model, sparsifier = make(None, update={"every_n_steps": 3, "until": 7})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    updates = updates_of(sparsifier)
+    train(model, optimizer, range(12))
+    assert [update.step for update in updates] == [3, 6, 7]
+
+
+def test_the_global_distribution_is_refused_where_optimizers_have_steps_of_their_own() -> None:
+    model, sparsifier = make(density=FALLING, distribution="global", update={"every_n_steps": 3})
+    first, rest = (
+        adamw(model.net[0].parameters()),
+        adamw([*model.net[2:].parameters(), *model.head.parameters()]),
+    )
+    with pytest.raises(ValueError, match=r"must not be 'global'.*got 2 that hold some"):
+        sparsifier.attach(first, rest)
+    assert not any(optimizer._optimizer_step_pre_hooks for optimizer in (first, rest))
+    head = adamw(model.head.parameters())
+    sparsifier.attach(adamw(model.net.parameters()), head)
+
+
+class Wrapped(Optimizer):
+    """As Accelerate wraps an optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.state = optimizer.state
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_an_optimizer_may_be_wrapped(depth: int) -> None:
+    model, sparsifier = make(update={"every_n_steps": 4})
+    optimizer = wrapped = adamw(model.parameters())
+    for _ in range(depth):
+        wrapped = Wrapped(wrapped)
+    sparsifier.attach(wrapped)
+    sparsifier.attach(wrapped, optimizer)  # no second time
+    train(model, optimizer, range(8))
+    assert sparsifier.steps == 8 and sparsifier.n_updates == 2
+
+
+@pytest.mark.parametrize("holds", ["nothing", "a part"])
+def test_layers_in_no_optimizer_are_named_once(holds: str) -> None:
+    model, sparsifier = make(update={"every_n_steps": 2})
+    optimizer = adamw(model.net[2].parameters() if holds == "a part" else model.head.parameters())
+    sparsifier.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"`values` must be in an optimizer.*layer 'net.0'"):
+        sparsifier.check_all_held()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        train(model, optimizer, range(8))
+    told = said_of(warned, "in no optimizer that is attached")
+    assert len(told) == (holds == "a part")
+    if holds == "a part":
+        assert ": net.0. " in told[0]
+        assert sparsifier.last_update is not None and [*sparsifier.last_update.layers] == ["net.2"]
+    else:
+        assert sparsifier.steps == 0 and sparsifier.last_update is None
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def none_at_all(model: Net, optimizer: Optimizer) -> None:
+    optimizer.zero_grad()
+
+
+def of_the_head_alone(model: Net, optimizer: Optimizer) -> None:
+    optimizer.zero_grad()
+    x, y = batch(99)
+    nn.functional.cross_entropy(model.head(model.net(x).detach()), y).backward()
+
+
+def a_closure_without_a_backward(model: Net, optimizer: Optimizer) -> Any:
+    optimizer.zero_grad()
+    return lambda: loss_of(model, 99).detach()
+
+
+@pytest.mark.parametrize("empty", [none_at_all, of_the_head_alone, a_closure_without_a_backward])
+@pytest.mark.parametrize("drop", ["magnitude", "movement"])
+def test_steps_without_a_gradient_do_not_count(empty: Any, drop: str) -> None:
+    """Updates come after as many steps that did, by the same scores."""
+
+    def run(between: Any) -> tuple[list[int], Net]:
+        # Those that do not count are among the planned ones.
+        total = 12 if between is None else 24
+        model, sparsifier = make(total, drop=drop, update={"every_n_steps": 4, "until": 12})
+        # So that a step without a gradient changes nothing: no decay, no momentum.
+        optimizer = SGD(model.parameters(), lr=0.1)
+        sparsifier.attach(optimizer)
+        head = copy.deepcopy(model.head.state_dict())
+        steps = []
+        for number in range(12):
+            if between is not None:
+                optimizer.step(between(model, optimizer))
+                model.head.load_state_dict(head)
+                optimizer.zero_grad()
+            train(model, optimizer, [number])
+            head = copy.deepcopy(model.head.state_dict())
+            steps.append(sparsifier.steps)
+        (course,) = sparsifier.state_dict()["courses"]
+        assert course["skipped"] == (0 if between is None else 12)
+        assert sparsifier.last_update is not None and sparsifier.last_update.step == 12
+        return steps, model
+
+    steps, model = run(empty)
+    assert steps == [*range(1, 13)]
+    assert_identical(dict(model.state_dict()), dict(run(None)[1].state_dict()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("drop", ["magnitude", "saliency", "movement"])
+def test_steps_that_a_scaler_skips_do_not_count(fused: bool, drop: str) -> None:
+    model, sparsifier = make(16, drop=drop, regrow=False, update={"every_n_steps": 4, "until": 12})
+    optimizer = AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    sparsifier.attach(optimizer)
+    updates = updates_of(sparsifier)
+    for number in range(16):
+        overflows = number in (0, 3, 8, 9)
+        loss = loss_of(model, number) * (torch.inf if overflows else 1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert sparsifier.steps == 12 and [update.step for update in updates] == [4, 8, 12]
+    assert sum(len(of.grown) for update in updates for of in update.layers.values()) > 0
+    assert_all_valid(model, optimizer, 8)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("grow", ["gradient", "momentum"])
+@pytest.mark.parametrize("drop", ["magnitude", "movement"])
+def test_a_closure_makes_no_difference(drop: str, grow: str) -> None:
+    def run(closed: bool) -> Net:
+        model, sparsifier = make(drop=drop, grow=grow, density=FALLING, update={"every_n_steps": 3})
+        optimizer = adamw(model.parameters())
+        sparsifier.attach(optimizer)
+        if not closed:
+            train(model, optimizer, range(24))
+            return model
+        for number in range(24):
+
+            def closure(number: int = number) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, number)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        assert sparsifier.steps == 24
+        return model
+
+    assert_identical(dict(run(True).state_dict()), dict(run(False).state_dict()))
+
+
+@pytest.mark.parametrize("micro", [2, 3])
+def test_a_step_of_micro_batches_is_one(micro: int) -> None:
+    rule = SeeingGradients()
+    model, sparsifier = make(8, rule=rule, update={"every_n_steps": 4, "until": 8})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    expected: list[dict[str, Tensor]] = []
+    for step in range(8):
+        squares: dict[str, Tensor] = {}
+        for number in range(micro * step, micro * (step + 1)):
+            (loss_of(model, number) / micro).backward()
+            x, y = batch(number)
+            found = dense_norms(
+                model, lambda net, x=x, y=y: nn.functional.cross_entropy(net(x), y) / micro
+            )
+            for name, norms in found.items():
+                squares[name] = squares.get(name, torch.zeros(())) + norms.square()
+        if step in (3, 7):
+            expected.append({name: of.sqrt() for name, of in squares.items()})
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparsifier.steps == 8 and [r.step for r in rule.requests] == [4, 8]
+    for request, of_layers in zip(rule.requests, expected, strict=True):
+        for name, scores in request.layers.items():
+            torch.testing.assert_close(scores.gradient, of_layers[name], rtol=1e-4, atol=1e-8)
+
+
+# -- more than one optimizer ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [2, 3, 4])
+@pytest.mark.parametrize("first", ["net.0", "net.2"])
+def test_optimizers_update_at_their_own_counts(first: str, every: int) -> None:
+    """One steps in each batch, the other in each second, third or fourth."""
+    (second,) = {"net.0", "net.2"} - {first}
+    rule = Seeing()
+    model, sparsifier = make(None, rule=rule, density={**FALLING, "until": 6}, update=EVERY_THIRD)
+    often = adamw(model.get_submodule(first).parameters())
+    seldom = SGD(
+        [*model.get_submodule(second).parameters(), *model.head.parameters()], 0.1, momentum=0.9
+    )
+    sparsifier.attach(often, seldom)
+    updates = updates_of(sparsifier)
+    for number in range(10 * every):
+        loss_of(model, number).backward()
+        often.step()
+        often.zero_grad()
+        if number % every == every - 1:
+            seldom.step()
+            seldom.zero_grad()
+    assert rule.by_layer() == {first: [3, 6, 9], second: [3, 6, 9]}
+    assert [update.number for update in updates] == [1, 2, 3, 4, 5, 6]
+    assert all(len(update.layers) == 1 for update in updates)
+    assert [of["steps"] for of in sparsifier.state_dict()["courses"]] == [10 * every, 10]
+    assert sparsifier.steps == 10 * every and blocks(model) == [8, 8]
+
+
+EVERY_THIRD = {"every_n_steps": 3, "until": 9}
+
+
+@pytest.mark.parametrize("of", [(AdamW, SGD), (SGD, AdamW)], ids=lambda of: of[0].__name__)
+@pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
+def test_a_layer_in_two_optimizers_has_both_states_reset(density: Any, of: tuple[Any, Any]) -> None:
+    """It follows the first of them; and both follow it where memory is given up."""
+    options = {AdamW: {"lr": 1e-2}, SGD: {"lr": 1e-2, "momentum": 0.9}}
+    model, sparsifier = make(24, density=density, update={"every_n_steps": 4})
+    one, two = (cls(model.parameters(), **options[cls]) for cls in of)
+    sparsifier.attach(one, two)
+    reset = 0
+
+    def look(_: Sparsifier, update: ModelUpdate) -> None:
+        nonlocal reset
+        for name, change in update.layers.items():
+            layer = sparse(model)[name]
+            for optimizer in (one, two):
+                for tensor in optimizer.state[layer.values].values():
+                    if tensor.dim() and density == 0.25:
+                        assert not tensor[change.changed].any()
+                        kept = torch.ones(len(tensor), dtype=torch.bool)
+                        kept[change.changed] = False
+                        assert tensor[kept].any()
+            reset += len(change.changed)
+
+    sparsifier.register_update_hook(look)
+    for number in range(24):
+        loss_of(model, number).backward()
+        for optimizer in (one, two):
+            optimizer.step()
+            assert_all_valid(model, optimizer)
+        one.zero_grad()
+    assert reset > 0 and sparsifier.steps == 24 and sparsifier.n_updates == 5
+    assert [len(layer.values) for layer in sparse(model).values()] == [8, 8]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("generator_first", [True, False])
+def test_what_a_critic_collects_for_its_generator_does_not_count(
+    generator_first: bool, set_to_none: bool
+) -> None:
+    """Its gradients are zeroed before its own step."""
+    rule = SeeingGradients()
+    critic, sparsifier = make(12, rule=rule, update={"every_n_steps": 3, "until": 12})
+    generator = nn.Linear(8, 64)
+    of_critic, of_generator = adamw(critic.parameters()), adamw(generator.parameters())
+    sparsifier.attach(of_critic)
+    expected: dict[int, dict[str, Tensor]] = {}
+
+    def train_generator() -> None:
+        of_generator.zero_grad(set_to_none)
+        critic(generator(torch.randn(16, 8))).square().mean().backward()
+        of_generator.step()
+
+    for step in range(1, 13):
+        if generator_first:
+            train_generator()
+        of_critic.zero_grad(set_to_none)
+        x, y = batch(step)
+        expected[step] = dense_norms(critic, lambda net, x=x, y=y: (net(x)[:, 0] - y).abs().mean())
+        (critic(x)[:, 0] - y).abs().mean().backward()
+        of_critic.step()
+        if not generator_first:
+            train_generator()
+    assert rule.by_layer() == {"net.0": [3, 6, 9, 12], "net.2": [3, 6, 9, 12]}
+    for request in rule.requests:
+        for name, scores in request.layers.items():
+            torch.testing.assert_close(
+                scores.gradient, expected[request.step][name], rtol=1e-4, atol=1e-8
+            )
+
+
+# -- layers that wait -----------------------------------------------------------------------------
+
+
+def without(model: Net, name: str, number: int) -> Tensor:
+    """A loss that the layer `name` has no part in."""
+    x, y = batch(number)
+    if name == "net.2":
+        return nn.functional.cross_entropy(model.head(model.net[:2](x)[:, :64]), y)
+    hidden = model.net[2:](torch.cat([x, x], 1))
+    return nn.functional.cross_entropy(model.head(hidden), y)
+
+
+@pytest.mark.parametrize("away", [1, 2, 4, 6])
+@pytest.mark.parametrize("name", ["net.0", "net.2"])
+def test_a_layer_without_a_gradient_waits_for_its_next_step_with_one(name: str, away: int) -> None:
+    """From the update at step 4 on it is away for so many steps; its evidence is of the first."""
+    rule = SeeingGradients()
+    model, sparsifier = make(16, rule=rule, update={"every_n_steps": 4, "until": 16})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    before = masks(model)[name]
+    seen = {}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for step in range(1, 17):
+            is_away = 4 <= step < 4 + away
+            x, y = batch(step)
+            seen[step] = dense_norms(
+                model, lambda net, x=x, y=y: nn.functional.cross_entropy(net(x), y)
+            )
+            loss = without(model, name, step) if is_away else loss_of(model, step)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if is_away:
+                assert torch.equal(masks(model)[name], before)
+    (told,) = said_of(warned, "not scored")
+    assert "at step 4, as they had no gradient of the loss that was applied, or " in told
+    assert f": {name}. " in told
+    (other,) = {"net.0", "net.2"} - {name}
+    late = [4 + away] if away != 4 else []  # then it is due again
+    expected = sorted({*late, *(at for at in (4, 8, 12, 16) if not 4 <= at < 4 + away)})
+    assert rule.by_layer() == {name: expected, other: [4, 8, 12, 16]}
+    request = next(request for request in rule.requests if name in request.layers)
+    torch.testing.assert_close(
+        request.layers[name].gradient, seen[4 + away][name], rtol=1e-4, atol=1e-8
+    )
+
+
+def test_a_layer_that_never_comes_back_is_named_at_the_end() -> None:
+    model, sparsifier = make(12, density=FALLING, update={"every_n_steps": 2})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    for number in range(12):
+        without(model, "net.0", number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert blocks(model) == [32, 8]
+    with pytest.warns(UserWarning, match=r"density 0.625, where 0.250 .*not scored: net\.0\.$"):
+        sparsifier.detach()
+
+
+def test_a_layer_that_is_frozen_while_it_waits_is_left_alone() -> None:
+    model, sparsifier = make(12, update={"every_n_steps": 4, "until": 12})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    updates = updates_of(sparsifier)
+    train(model, optimizer, range(3))
+    with pytest.warns(UserWarning, match="not scored"):
+        without(model, "net.2", 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.net[2].requires_grad_(False)
+    train(model, optimizer, range(4, 12))
+    assert [(u.step, [*u.layers]) for u in updates] == [
+        (4, ["net.0"]),
+        (8, ["net.0"]),
+        (12, ["net.0"]),
+    ]
+    assert not model.net[2].armed
+
+
+# -- rules of one's own ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [fewest, "tests.extensions.fewest"], ids=["function", "path"])
+@pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
+def test_a_rule_that_is_a_function(density: Any, rule: Any) -> None:
+    model, sparsifier = make(24, rule=rule, density=density, update={"every_n_steps": 4})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    first = masks(model)
+    updates = updates_of(sparsifier)
+    train(model, optimizer, range(24))
+    assert [update.step for update in updates] == [4, 8, 12, 16, 18]
+    assert blocks(model) == [8, 8]
+    for name, mask in masks(model).items():
+        expected = torch.zeros(mask.numel(), dtype=torch.bool)
+        expected[first[name].flatten().nonzero()[:8]] = True
+        assert torch.equal(mask.flatten(), expected)
+
+
+class Alternating:
+    """Exchanges at every second of its calls only; counts them in its state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.usual = DropAndGrow(magnitude, gradient, regrow=False)
+        self.needs = self.usual.needs
+
+    def __call__(self, request: UpdateRequest) -> Decision:
+        self.calls += 1
+        return self.usual(request) if self.calls % 2 == 0 else Decision({})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize("cut", [2, 3, 7, 9])
+def test_a_rule_that_has_a_state(cut: int) -> None:
+    def start() -> tuple[Net, Sparsifier, Optimizer, Alternating]:
+        rule = Alternating()
+        model, sparsifier = make(
+            12, rule=rule, drop_fraction=0.3, update={"every_n_steps": 3, "until": 12}
+        )
+        return model, sparsifier, adamw(model.parameters()), rule
+
+    model, sparsifier, optimizer, rule = start()
+    sparsifier.attach(optimizer)
+    moved: list[bool] = []
+    sparsifier.register_update_hook(
+        lambda _, update: moved.append(any(len(of.changed) for of in update.layers.values()))
+    )
+    train(model, optimizer, range(cut))
+    state = saved(model, optimizer, sparsifier)
+    assert state["sparsifier"]["rule"] == {"calls": cut // 3}
+    train(model, optimizer, range(cut, 12))
+    assert rule.calls == 4 and moved == [False, True, False, True]
+    other, resumed, its_optimizer, its_rule = start()
+    load(state, other, its_optimizer, resumed)
+    assert its_rule.calls == cut // 3
+    resumed.attach(its_optimizer)
+    train(other, its_optimizer, range(cut, 12))
+    assert_identical(
+        everything(other, [its_optimizer], resumed), everything(model, [optimizer], sparsifier)
+    )
+
+
+def no_decision(request: UpdateRequest) -> Any:
+    return {name: scores.mask for name, scores in request.layers.items()}
+
+
+def of_another_layer(request: UpdateRequest) -> Decision:
+    return Decision({"net.7": torch.ones(8, 4, dtype=torch.bool)})
+
+
+def without_a_block(request: UpdateRequest) -> Decision:
+    return Decision({"net.0": torch.zeros(8, 4, dtype=torch.bool)})
+
+
+def of_another_shape(request: UpdateRequest) -> Decision:
+    return Decision({"net.0": torch.ones(4, 4, dtype=torch.bool)})
+
+
+def of_too_many(request: UpdateRequest) -> Decision:
+    return Decision({name: torch.ones_like(of.mask) for name, of in request.layers.items()})
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "says"),
+    [
+        (no_decision, TypeError, r"`rule` must return a Decision; got dict"),
+        (of_another_layer, ValueError, r"decide on layers of the request; got 'net\.7'"),
+        (without_a_block, ValueError, r"leave every layer a block.*layer 'net\.0'"),
+        (of_another_shape, ValueError, r"`mask` must be bool \[8, 4\].*layer 'net\.0'"),
+        (of_too_many, ValueError, r"`mask` must have at most 8 blocks.*got 32.*layer 'net\.0'"),
+    ],
+)
+def test_a_rule_that_decides_what_cannot_be_is_named(rule: Any, error: Any, says: str) -> None:
+    model, sparsifier = make(12, rule=rule, update={"every_n_steps": 4})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    before = masks(model)
+    with pytest.raises(error, match=says):
+        train(model, optimizer, range(12))
+    assert sparsifier.steps == 4 and sparsifier.last_update is None
+    assert_identical(masks(model), before)
+    assert_all_valid(model, optimizer, 8)
+
+
+@pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_blocks_know_their_age_and_values(density: Any, resumed: bool) -> None:
+    """Against births that are followed by place, also over a checkpoint and given up memory."""
+    births: dict[str, Tensor] = {}
+    asked: list[int] = []
+
+    def check(request: UpdateRequest) -> None:
+        asked.append(request.step)
+        for name, scores in request.layers.items():
+            layer = sparse(held[0])[name]
+            assert (scores.layer, scores.step) == (name, request.step)
+            assert torch.equal(scores.mask, layer.topology.mask)
+            born = births.setdefault(name, torch.zeros_like(scores.age))
+            assert torch.equal(scores.age, (request.step - born) * scores.mask)
+            places = scores.mask.nonzero()
+            dense = layer.dense_weight().unflatten(0, (-1, 16)).unflatten(2, (-1, 16))
+            assert torch.equal(scores.values, dense[places[:, 0], :, places[:, 1]])
+            norms = torch.zeros(scores.mask.shape)
+            norms[scores.mask] = scores.values.square().sum((1, 2)).sqrt()
+            torch.testing.assert_close(scores.magnitude, norms)
+
+    def rule(request: UpdateRequest) -> Decision:
+        check(request)
+        return usual(request)
+
+    def follow(_: Sparsifier, update: ModelUpdate) -> None:
+        for name, of in update.layers.items():
+            places = of.coords[of.grown].long()
+            births[name][places[:, 0], places[:, 1]] = update.step
+
+    usual = SparsityConfig(block_size=16, grow="random").update_rule
+
+    def start() -> tuple[Net, Sparsifier, Optimizer]:
+        model, sparsifier = make(
+            24, rule=rule, density=density, drop_fraction=0.5, update={"every_n_steps": 2}
+        )
+        sparsifier.register_update_hook(follow)
+        return model, sparsifier, SGD(model.parameters(), 0.1, momentum=0.9)
+
+    model, sparsifier, optimizer = start()
+    held = [model]
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(11))
+    if resumed:
+        state = saved(model, optimizer, sparsifier)
+        model, sparsifier, optimizer = start()
+        held = [model]
+        load(state, model, optimizer, sparsifier)
+        sparsifier.attach(optimizer)
+    train(model, optimizer, range(11, 24))
+    assert asked == [*range(2, 19, 2)]
+    assert len({int(born) for of in births.values() for born in of.unique()}) > 3
+
+
+# -- hooks ----------------------------------------------------------------------------------------
+
+
+def test_update_hooks_are_called_after_the_update_and_can_be_removed() -> None:
+    model, sparsifier = make(24, density=FALLING, update={"every_n_steps": 4})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    called: list[tuple[str, int]] = []
+
+    def hook(who: Sparsifier, update: ModelUpdate) -> None:
+        assert who is sparsifier and who.last_update is update
+        assert (who.n_updates, who.steps) == (update.number, update.step)
+        for name, of in update.layers.items():
+            at = who.layers[name].topology
+            assert at.n_blocks == of.n_after
+            present = {tuple(pair) for pair in of.coords.tolist() if pair[0] >= 0}
+            assert {tuple(pair) for pair in at.mask.nonzero().tolist()} == present
+        assert_all_valid(model, optimizer)
+        called.append(("first", update.step))
+        if update.step == 18:
+            # Memory, too, has followed by now.
+            assert [len(layer.values) for layer in who.layers.values()] == [8, 8]
+
+    sparsifier.register_update_hook(hook)
+    second = sparsifier.register_update_hook(
+        lambda _, update: called.append(("second", update.step))
+    )
+    # What was there before looks at the model once it is over.
+    looked: list[tuple[int, float]] = []
+    optimizer.register_step_post_hook(
+        lambda *_: looked.append((sparsifier.steps, sparsifier.density))
+    )
+    train(model, optimizer, range(10))
+    second.remove()
+    train(model, optimizer, range(10, 24))
+    assert called == [
+        ("first", 4),
+        ("second", 4),
+        ("first", 8),
+        ("second", 8),
+        ("first", 12),
+        ("first", 16),
+        ("first", 18),
+    ]
+    assert looked[3] == (4, 0.75) and looked[11] == (12, 0.25)
+
+
+@pytest.mark.parametrize("rules", [{}, {"drop": "movement", "grow": "momentum"}])
+@pytest.mark.parametrize("after", [3, 4, 9])
+def test_nothing_is_left_of_it_once_it_is_detached(after: int, rules: dict[str, Any]) -> None:
+    """`after` 3 steps layers are armed, as an update comes next."""
+    model, sparsifier = make(12, update={"every_n_steps": 4, "until": 12}, **rules)
+    one = adamw(model.net[0].parameters())
+    two = adamw([*model.net[2].parameters(), *model.head.parameters()])
+    sparsifier.attach(one, two)
+    for number in range(after):
+        loss_of(model, number).backward()
+        one.step()
+        two.step()
+        model.zero_grad()
+    assert after != 3 or model.net[0].armed
+    sparsifier.detach()
+    sparsifier.detach()
+    for optimizer in (one, two):
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    for layer in sparse(model).values():
+        assert not layer.armed and not layer.locked and layer.block_norms.grad is None
+        assert not layer.values._backward_hooks and not layer.block_norms._backward_hooks
+    before, state = masks(model), sparsifier.state_dict()
+    for number in range(after, 12):
+        loss_of(model, number).backward()
+        one.step()
+        two.step()
+        model.zero_grad()
+    assert_identical(masks(model), before)
+    assert [of["steps"] for of in state["courses"]] == [after, after]
+    assert [of["steps"] for of in sparsifier.state_dict()["courses"]] == [after, after]
+    assert sparsifier.steps == after
+
+
+def test_what_has_come_of_it_is_told_once_it_is_detached() -> None:
+    """Of the optimizer that holds layers, which need not be the first."""
+    model, sparsifier = make(24, update={"every_n_steps": 4})
+    head, body = adamw(model.head.parameters()), adamw(model.net.parameters())
+    sparsifier.attach(head, body)
+    for number in range(6):
+        loss_of(model, number).backward()
+        head.step()
+        body.step()
+        model.zero_grad()
+    table = sparsifier.timetable
+    assert sparsifier.steps == 6 and table is not None
+    sparsifier.detach()
+    assert sparsifier.steps == 6 and sparsifier.timetable == table
+
+
+# -- saved and resumed ----------------------------------------------------------------------------
+
+
+def saved(model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier) -> dict[str, Any]:
+    """What was written to a file and read again, of which nothing is executed."""
+    file = io.BytesIO()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "sparsifier": sparsifier.state_dict(),
+    }
+    torch.save(state, file)
+    file.seek(0)
+    read: dict[str, Any] = torch.load(file, weights_only=True)
+    return read
+
+
+def load(
+    state: dict[str, Any], model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier
+) -> None:
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    sparsifier.load_state_dict(state["sparsifier"])
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "rigl": {},
+    "momentum": {"drop": "saliency", "grow": "momentum"},
+    "movement": {"drop": "movement", "grow": "random", "distribution": "erdos_renyi"},
+    "global": {"drop": "saliency", "grow": "none", "distribution": "global"},
+    "kept": {"shrink": False, "drop": "gradient", "regrow": False},
+}
+
+
+# 4: an update comes next; 5: just after one; 10: memory has followed; 18: after the last.
+@pytest.mark.parametrize("cut", [1, 4, 5, 8, 10, 13, 17, 18, 21])
+@pytest.mark.parametrize("rules", RESUMED)
+def test_it_resumes_bit_for_bit(rules: str, cut: int) -> None:
+    def start() -> tuple[Net, Sparsifier, Optimizer]:
+        model, sparsifier = make(24, density=FALLING, update=EVERY_FIFTH, **RESUMED[rules])
+        # The one shows that state follows, the other that grown blocks do not jump.
+        return model, sparsifier, adamw(model.parameters())
+
+    model, sparsifier, optimizer = start()
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(cut))
+    state = saved(model, optimizer, sparsifier)
+    slots = [len(layer.values) for layer in sparse(model).values()]
+    assert (cut >= 10 and rules != "kept") == (sum(slots) < 64)
+    losses = train(model, optimizer, range(cut, 24))
+    other, resumed, its_optimizer = start()
+    load(state, other, its_optimizer, resumed)
+    resumed.attach(its_optimizer)
+    assert [len(layer.values) for layer in sparse(other).values()] == slots
+    assert train(other, its_optimizer, range(cut, 24)) == losses
+    assert_identical(
+        everything(other, [its_optimizer], resumed), everything(model, [optimizer], sparsifier)
+    )
+    assert resumed.n_updates == 4 and resumed.density == 0.25
+
+
+EVERY_FIFTH = {"every_n_steps": 5}
+
+
+@pytest.mark.parametrize("cut", [4, 5, 6])
+def test_a_layer_that_waits_waits_on(cut: int) -> None:
+    """Saved before, at and after the update that passed it over."""
+
+    def start() -> tuple[Net, Sparsifier, Optimizer]:
+        model, sparsifier = make(16, update={"every_n_steps": 5, "until": 15})
+        return model, sparsifier, adamw(model.parameters())
+
+    def go(model: Net, optimizer: Optimizer, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            away = number in (4, 5)
+            (without(model, "net.2", number) if away else loss_of(model, number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, sparsifier, optimizer = start()
+    sparsifier.attach(optimizer)
+    steps = updates_of(sparsifier)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        go(model, optimizer, range(cut))
+        state = saved(model, optimizer, sparsifier)
+        waiting = state["sparsifier"]["courses"][0]["waiting"]
+        assert waiting == ([] if cut == 4 else ["net.2"])
+        go(model, optimizer, range(cut, 16))
+        assert [(u.step, [*u.layers]) for u in steps][:2] == [(5, ["net.0"]), (7, ["net.2"])]
+        other, resumed, its_optimizer = start()
+        load(state, other, its_optimizer, resumed)
+        resumed.attach(its_optimizer)
+        go(other, its_optimizer, range(cut, 16))
+    assert_identical(
+        everything(other, [its_optimizer], resumed), everything(model, [optimizer], sparsifier)
+    )
+
+
+@pytest.mark.parametrize("cut", [3, 6, 9])
+def test_several_optimizers_resume(cut: int) -> None:
+    def start() -> tuple[Net, Sparsifier, list[Optimizer]]:
+        model, sparsifier = make(
+            None, density={**FALLING, "until": 4}, update={"every_n_steps": 2, "until": 6}
+        )
+        rest = [*model.net[2].parameters(), *model.head.parameters()]
+        return model, sparsifier, [adamw(model.net[0].parameters()), SGD(rest, 0.1, momentum=0.9)]
+
+    def go(model: Net, optimizers: list[Optimizer], numbers: Iterable[int]) -> None:
+        for number in numbers:
+            loss_of(model, number).backward()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+            if number % 2:
+                optimizers[1].step()
+                optimizers[1].zero_grad()
+
+    model, sparsifier, optimizers = start()
+    sparsifier.attach(*optimizers)
+    # What an optimizer that has not stepped yet has accumulated is in no state.
+    cut -= cut % 2
+    go(model, optimizers, range(cut))
+    state = copy.deepcopy(
+        [model.state_dict(), sparsifier.state_dict(), *(o.state_dict() for o in optimizers)]
+    )
+    go(model, optimizers, range(cut, 16))
+    other, resumed, its_optimizers = start()
+    other.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    for optimizer, of in zip(its_optimizers, state[2:], strict=True):
+        optimizer.load_state_dict(of)
+    resumed.attach(*its_optimizers)
+    go(other, its_optimizers, range(cut, 16))
+    assert_identical(
+        everything(other, its_optimizers, resumed), everything(model, optimizers, sparsifier)
+    )
+    assert blocks(other) == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"block_size": 32}, r"block_size=32 \(was 16\)"),
+        ({"density": 0.5}, r"density\.initial=0\.5 \(was 0\.25\), density\.final=0\.5"),
+        ({"drop": "movement"}, r"drop='\S*movement' \(was '\S*magnitude'\)"),
+        ({"grow": "none"}, r"grow=None \(was '\S*gradient'\)"),
+        ({"update": {"every_n_steps": 3}}, r"update\.every_n_steps=3 \(was 5\)"),
+        ({"drop_fraction": 0.1}, r"drop_fraction\.final=0\.1 \(was 0\.0\)"),
+        ({"rule": fewest}, r"rule='tests\.extensions\.fewest' \(was None\)"),
+        ({"seed": 3, "regrow": False}, r"regrow=False \(was True\), seed=3 \(was 0\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_configuration_is_refused_naming_the_key(change: dict[str, Any], says: str) -> None:
+    model, sparsifier = make(24, update=EVERY_FIFTH)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(7))
+    _, other = make(24, **{"update": EVERY_FIFTH, **change})
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"configured as before.*; got .*" + says):
+        other.load_state_dict(sparsifier.state_dict())
+    assert_identical(str(other.state_dict()), str(before))
+
+
+@pytest.mark.parametrize("key", ["config", "courses", "born", "gathered"])
+def test_the_state_of_another_version_is_refused(key: str) -> None:
+    _, sparsifier = make()
+    state = {name: value for name, value in sparsifier.state_dict().items() if name != key}
+    with pytest.raises(ValueError, match=rf"must hold '{key}'; got none.*the version"):
+        make()[1].load_state_dict(state)
+
+
+# -- the length of a training ---------------------------------------------------------------------
+
+WHOLE: dict[str, Any] = {
+    "density": {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 1.0},
+    "update": {"every_n_steps": 5, "until": 1.0},
+}
+
+
+@pytest.mark.parametrize(("told", "total"), [(1, 6), (6, 13), (9, 10), (12, 13), (13, 18)])
+@pytest.mark.parametrize("distribution", ["uniform", "erdos_renyi", "global"])
+def test_the_density_arrives_at_the_last_step_of_a_shorter_training(
+    distribution: str, told: int, total: int
+) -> None:
+    """24 steps were planned; while the training runs it is told that they are fewer."""
+    model, sparsifier = make(24, distribution=distribution, **WHOLE)
+    optimizer = adamw(model.parameters())
+    asked: list[int] = []
+
+    def planned(of: Optimizer, steps: int) -> int:
+        assert of is optimizer
+        asked.append(steps)
+        return 24 if steps < told else total
+
+    sparsifier.attach(optimizer, planned=planned)
+    densities: list[float] = []
+    train(model, optimizer, range(total), lambda _: densities.append(sparsifier.density))
+    assert asked == [*range(1, total + 1)]
+    assert densities == sorted(densities, reverse=True)
+    assert densities[-1] == 0.25 < densities[-2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsifier.detach()
+
+
+@pytest.mark.parametrize(("told", "total"), [(1, 24), (4, 14), (11, 24)])
+def test_a_longer_training_moves_the_rest_of_the_schedule(told: int, total: int) -> None:
+    """12 steps were planned; the density never rises again."""
+    model, sparsifier = make(12, **WHOLE)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer, planned=lambda _, steps: 12 if steps < told else total)
+    densities: list[float] = []
+    train(model, optimizer, range(total), lambda _: densities.append(sparsifier.density))
+    assert densities == sorted(densities, reverse=True)
+    assert densities[-1] == 0.25 < densities[-2]
+
+
+@pytest.mark.parametrize("stop", [4, 9, 17])
+def test_a_training_that_stopped_early_is_told_of(stop: int) -> None:
+    model, sparsifier = make(
+        24, density={**FALLING, "until": 18}, update={"every_n_steps": 3, "until": 18}
+    )
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(stop))
+    optimizer.step()  # without a gradient
+    reached = f"{sparsifier.density:.3f}"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        sparsifier.detach()
+        sparsifier.detach()
+    (told,) = said_of(warned, "The training has ended")
+    assert f"at density {reached}, where 0.250 was asked for" in told
+    assert told.endswith(
+        f": {stop} steps were taken, and 1 more did not count, where the schedule takes 18."
+    )
+
+
+@pytest.mark.parametrize("rules", [{}, {"drop": "saliency", "grow": "momentum"}])
+@pytest.mark.parametrize("lost", [[0], [5, 6], [10, 11, 12], [19], [22, 23], [*range(0, 24, 2)]])
+def test_steps_that_do_not_count_are_lost_of_those_that_were_planned(
+    lost: list[int], rules: dict[str, Any]
+) -> None:
+    """The density arrives at the last that does, and each layer is scored in time."""
+    model, sparsifier = make(24, **WHOLE, **rules)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    updates = updates_of(sparsifier)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Block-sparse layers were not scored")
+        for number in range(24):
+            if number in lost:
+                optimizer.zero_grad()
+                optimizer.step()
+            else:
+                train(model, optimizer, [number])
+    taken = 24 - len(lost)
+    assert sparsifier.steps == taken
+    # Whoever loses the very last ones learns of it too late.
+    if 23 not in lost:
+        assert updates[-1].step == taken and sparsifier.density == 0.25
+    else:
+        assert updates[-1].step == 20 and sparsifier.density > 0.25
+
+
+@pytest.mark.parametrize("steps", [0, 12, 24])
+def test_a_training_that_arrived_or_never_began_is_not_told_of(steps: int) -> None:
+    model, sparsifier = make(24, density=FALLING, update={"every_n_steps": 3})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(steps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsifier.detach()
+
+
+@pytest.mark.parametrize("frozen", ["net.0", "net.2"])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_frozen_layer_keeps_its_blocks_under_erdos_renyi(held: bool, frozen: str) -> None:
+    """The other one gets its share, and at the end the layer is named."""
+    model, sparsifier = make(
+        24, density=FALLING, distribution="erdos_renyi", update={"every_n_steps": 3}
+    )
+    layer = model.get_submodule(frozen)
+    layer.requires_grad_(False)
+    mask, values = masks(model)[frozen], layer.values.detach().clone()  # type: ignore[operator]
+    optimizer = adamw(
+        model.parameters() if held else [p for p in model.parameters() if p.requires_grad]
+    )
+    sparsifier.attach(optimizer)
+    sparsifier.check_all_held()
+    updates = updates_of(sparsifier)
+    train(model, optimizer, range(24))
+    (other,) = {"net.0", "net.2"} - {frozen}
+    assert all([*update.layers] == [other] for update in updates) and len(updates) == 6
+    budgets = sparsifier.config.budgets_at(
+        1.0, {n: m.topology.grid for n, m in sparse(model).items()}
+    )
+    assert sparse(model)[other].topology.n_blocks == budgets[other] < 32
+    assert torch.equal(masks(model)[frozen], mask)
+    assert torch.equal(sparse(model)[frozen].values, values)
+    reached = (32 + budgets[other]) / 64
+    says = rf"density {reached:.3f}, where 0\.250 .*frozen, in no optimizer.*: {frozen}\.$"
+    with pytest.warns(UserWarning, match=says):
+        sparsifier.detach()
+
+
+@pytest.mark.parametrize("late", [7, 8, 9])
+@pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
+@pytest.mark.parametrize("rules", [{}, {"drop": "movement", "grow": "momentum"}])
+def test_a_layer_that_comes_into_the_optimizer_later_evolves_from_there(
+    rules: dict[str, Any], density: Any, late: int
+) -> None:
+    model, sparsifier = make(
+        24, density=density, drop_fraction=0.5, regrow=False, update={"every_n_steps": 4}, **rules
+    )
+    model.net[0].requires_grad_(False)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    sparsifier.attach(optimizer)
+    updates = updates_of(sparsifier)
+    train(model, optimizer, range(late))
+    assert all([*update.layers] == ["net.2"] for update in updates)
+    model.net[0].requires_grad_(True)
+    optimizer.add_param_group({"params": [*model.net[0].parameters()]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if late != 7 else "ignore")
+        train(model, optimizer, range(late, 24), lambda _: assert_all_valid(model, optimizer))
+    both = {update.step: [*update.layers] for update in updates if update.step > 9}
+    assert both == {12: ["net.0", "net.2"], 16: ["net.0", "net.2"], 18: ["net.0", "net.2"]}
+    assert sum(len(u.layers["net.0"].changed) for u in updates if u.step > 9) > 0
+    assert blocks(model) == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("every", "warns"), [(1, False), (4, False), (8, False), (10, True), (12, True)]
+)
+def test_an_update_that_drops_more_than_half_is_told_of_in_advance(every: int, warns: bool) -> None:
+    model, sparsifier = make(24, density=FALLING, update={"every_n_steps": every})
+    optimizer = adamw(model.parameters())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        sparsifier.attach(optimizer)
+        sparsifier.attach(optimizer)
+    told = said_of(warned, "One topology update")
+    assert len(told) == warns
+    held = [64]
+    sparsifier.register_update_hook(lambda *_: held.append(sum(blocks(model))))
+    train(model, optimizer, range(24))
+    falls = [1 - after / before for before, after in itertools.pairwise(held)]
+    assert (max(falls) > 0.5) == warns
+    if warns:
+        assert f"drops {max(falls):.0%} of the blocks" in told[0]
+
+
+# -- dtypes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_scores_are_fp32_whatever_the_default(default: torch.dtype) -> None:
+    """And the training is the same, to the last bit."""
+
+    def run(default: torch.dtype) -> tuple[Net, Seeing]:
+        rule = Seeing()
+        model = Net()
+        x = [batch(number)[0] for number in range(12)]
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            sparsifier = Sparsifier(
+                model,
+                12,
+                block_size=16,
+                exclude=["head"],
+                rule=rule,
+                density=FALLING,
+                update={"every_n_steps": 2},
+            )
+            optimizer = adamw(model.parameters())
+            sparsifier.attach(optimizer)
+            for number in range(12):
+                target = (x[number][:, :4] * 3).argmax(1)
+                nn.functional.cross_entropy(model(x[number]), target).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            sparsifier.detach()
+        finally:
+            torch.set_default_dtype(before)
+        return model, rule
+
+    (model, rule), (plain, seen) = run(default), run(torch.float32)
+    assert len(rule.requests) == len(seen.requests) == 5
+    for ours, theirs in zip(rule.requests, seen.requests, strict=True):
+        for name, scores in ours.layers.items():
+            same: BlockScores = theirs.layers[name]
+            for tensor, other in [
+                (scores.magnitude, same.magnitude),
+                *((scores.gathered[need], same.gathered[need]) for need in scores.gathered),
+            ]:
+                assert tensor.dtype == torch.float32 and torch.equal(tensor, other)
+            assert scores.age.dtype == torch.int32 and scores.mask.dtype == torch.bool
+    assert_identical(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_are_fp32_whatever_the_weights(dtype: torch.dtype) -> None:
+    rule = Seeing()
+    model = Net().to(dtype)
+    sparsifier = Sparsifier(
+        model, 12, block_size=16, exclude=["head"], rule=rule, update={"every_n_steps": 3}
+    )
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    for number in range(12):
+        x, y = batch(number)
+        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [request.step for request in rule.requests] == [3, 6, 9]
+    for request in rule.requests:
+        for scores in request.layers.values():
+            assert scores.magnitude.dtype == torch.float32 and scores.values.dtype == dtype
+            assert all(tensor.dtype == torch.float32 for tensor in scores.gathered.values())
+    assert all(isinstance(layer, BlockSparseLinear) for layer in sparsifier.layers.values())

@@ -1,0 +1,352 @@
+"""What goes wrong in the middle of an update leaves everything as it was, and NaN is no choice."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_lightning import BlockSparseLinear, Sparsifier
+from sparse_lightning.evolution import ModelUpdate
+from tests.callbacks.helpers import assert_valid
+from tests.callbacks.test_resume import assert_identical
+from tests.loops import (
+    adamw,
+    assert_all_valid,
+    batch,
+    everything,
+    make,
+    masks,
+    sparse,
+    train,
+)
+
+FALLING = {"schedule": "linear", "initial": 0.75, "final": 0.25, "until": 0.5}
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Refuses the `n`-th operation that returns new memory, and all that follow."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        of_arguments = schema.is_mutable or any(r.alias_info for r in schema.returns)
+        if schema.returns and not of_arguments:
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError(f"simulated, in {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class Averaged:
+    """An average of a model's weights, whose layers follow the blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def copies(self, name: str) -> list[BlockSparseLinear]:
+        layer = self.average.module.get_submodule(name)
+        assert isinstance(layer, BlockSparseLinear)
+        return [layer]
+
+
+class Starved(Sparsifier):
+    """Tries every update with ever more memory, until it goes through."""
+
+    def watch(self, optimizer: torch.optim.Optimizer, averaged: Averaged) -> None:
+        self.optimizer, self.averaged = optimizer, averaged
+        self.failures: list[int] = []
+        self.done = 0
+
+    def everything(self) -> dict[str, Any]:
+        return everything(
+            self.model, [self.optimizer], self, average=self.averaged.average.state_dict()
+        )
+
+    def _update(self, *arguments: Any) -> None:
+        before = self.everything()
+        attempts = 0
+        while True:
+            try:
+                with OutOfMemory(attempts):
+                    super()._update(*arguments)
+            except torch.OutOfMemoryError:
+                assert_identical(self.everything(), before)
+                attempts += 1
+            else:
+                break
+        self.failures.append(attempts)
+        update = self.last_update
+        assert update is not None and update.step == self.steps
+        assert update.layers.keys() == self.layers.keys()
+        for name, of_layer in update.layers.items():
+            self.done += len(of_layer.changed)
+            assert_valid(self.layers[name], self.optimizer, of_layer.n_after)
+            (copied,) = self.averaged.copies(name)
+            assert torch.equal(copied.topology.coords, self.layers[name].topology.coords)
+            assert not copied.values[of_layer.changed].any()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [{}, {"drop": "movement", "grow": "momentum"}, {"drop": "saliency", "grow": "random"}],
+    ids=["rigl", "gathered", "random"],
+)
+def test_an_update_out_of_memory_changes_nothing(rules: dict[str, Any]) -> None:
+    """At every allocation of every update; and the training is then the one without a failure."""
+
+    def run(of: type[Sparsifier]) -> tuple[list[float], Sparsifier]:
+        options = {"density": FALLING, "shrink": False, "update": {"every_n_steps": 5}, **rules}
+        model, sparsifier = make(12, of, **options)
+        optimizer, averaged = adamw(model.parameters()), Averaged(model)
+        if isinstance(sparsifier, Starved):
+            sparsifier.watch(optimizer, averaged)
+        sparsifier.attach(optimizer, copies=averaged.copies)
+        losses = train(
+            model, optimizer, range(12), lambda _: averaged.average.update_parameters(model)
+        )
+        return losses, sparsifier
+
+    losses, starved = run(Starved)
+    assert isinstance(starved, Starved)
+    assert starved.done > 0 and len(starved.failures) == 2 and min(starved.failures) > 30
+    assert run(Sparsifier)[0] == losses
+
+
+SHRINKING: dict[str, Any] = {
+    "density": {**FALLING, "initial": 1.0},
+    "drop": "movement",
+    "update": {"every_n_steps": 3},
+}
+
+
+def test_shrinking_out_of_memory_leaves_every_layer_whole() -> None:
+    failures: list[int] = []
+
+    class Shrinking(Sparsifier):
+        def _shrink(self) -> None:
+            weights = {n: layer.dense_weight() for n, layer in self.layers.items()}
+            n = 0
+            while True:
+                try:
+                    with OutOfMemory(n):
+                        super()._shrink()
+                except torch.OutOfMemoryError:
+                    n += 1
+                else:
+                    break
+                finally:
+                    (course,) = self._courses
+                    assert course.optimizer is not None
+                    for name, layer in self.layers.items():
+                        assert torch.equal(layer.dense_weight(), weights[name])
+                        assert_valid(layer, course.optimizer, layer.topology.n_blocks)
+                        slots = layer.topology.capacity
+                        assert name not in course.pending or len(course.pending[name]) == slots
+                        assert len(self._gatherer._sums_of(name).work) == slots
+                        assert len(self._born[name]) == slots
+            failures.append(n)
+
+    def run(of: type[Sparsifier]) -> tuple[list[float], nn.Module]:
+        model, sparsifier = make(24, of, **SHRINKING)
+        optimizer = adamw(model.parameters())
+        sparsifier.attach(optimizer)
+        return train(model, optimizer, range(24)), model
+
+    losses, model = run(Shrinking)
+    assert max(failures) > 10
+    assert run(Sparsifier)[0] == losses
+    assert [len(layer.values) for layer in sparse(model).values()] == [8, 8]
+
+
+@pytest.mark.parametrize("failing", ["net.0", "net.2"])
+def test_a_training_goes_on_after_a_shrink_that_ran_out_of_memory(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any layer, and between two of them; a later update makes up for it."""
+    original = BlockSparseLinear.prepare_shrink
+    failed: list[list[int]] = []
+
+    def run(fails: bool) -> tuple[list[float], nn.Module]:
+        model, sparsifier = make(24, **SHRINKING)
+        optimizer = adamw(model.parameters())
+        sparsifier.attach(optimizer)
+
+        def prepare(layer: BlockSparseLinear, capacity: int) -> Any:
+            if fails and not failed and layer is sparse(model)[failing]:
+                failed.append([layer.topology.capacity for layer in sparse(model).values()])
+                raise torch.OutOfMemoryError("simulated")
+            return original(layer, capacity)
+
+        monkeypatch.setattr(BlockSparseLinear, "prepare_shrink", prepare)
+        losses: list[float] = []
+        for number in range(24):
+            try:
+                losses += train(model, optimizer, [number])
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad()
+                losses.append(float("nan"))
+        return losses, model
+
+    (losses, model), (whole, _) = run(True), run(False)
+    ((first, second),) = failed
+    assert (first < second) == (failing == "net.2"), "one was cut off between layers"
+    (at,) = (i for i, loss in enumerate(losses) if loss != loss)
+    assert losses[:at] == whole[:at] and losses[at + 1 :] == whole[at + 1 :]
+    assert [len(layer.values) for layer in sparse(model).values()] == [8, 8]
+
+
+@pytest.mark.parametrize("rules", [{}, {"drop": "movement", "grow": "momentum"}])
+@pytest.mark.parametrize("failing", [5, 15])
+def test_an_update_that_ran_out_of_memory_is_made_up_for(
+    failing: int, rules: dict[str, Any]
+) -> None:
+    """By the next step, whose evidence counts."""
+
+    class Once(Sparsifier):
+        failed = False
+
+        def _prepare(self, *arguments: Any) -> Any:
+            if self.steps == failing and not self.failed:
+                self.failed = True
+                raise torch.OutOfMemoryError("simulated")
+            return super()._prepare(*arguments)
+
+    model, sparsifier = make(24, Once, density=FALLING, update={"every_n_steps": 5}, **rules)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    steps: list[int] = []
+    sparsifier.register_update_hook(lambda _, update: steps.append(update.step))
+    for number in range(24):
+        try:
+            train(model, optimizer, [number])
+        except torch.OutOfMemoryError:
+            assert number == failing - 1
+            optimizer.zero_grad()
+        assert_all_valid(model, optimizer)
+    expected = [5, 10, 15, 18]
+    expected[expected.index(failing)] += 1
+    assert steps == expected and sparsifier.density == 0.25
+
+
+# -- NaN ------------------------------------------------------------------------------------------
+
+RULES: list[tuple[dict[str, Any], list[int]]] = [
+    ({}, []),
+    # Of the steps before the one that broke; from then on there is nothing.
+    ({"drop": "saliency", "grow": "momentum"}, [4]),
+    ({"drop": "gradient", "grow": "gradient"}, []),
+    ({"drop": "movement", "grow": "random"}, [4, 8, 12]),
+    ({"grow": "random"}, [4, 8, 12]),
+]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"), RULES, ids=["-".join(rules.values()) or "rigl" for rules, _ in RULES]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_at_an_update(
+    rules: dict[str, Any], expected: list[int], bad: float
+) -> None:
+    """Every weight is NaN after it. Layers that cannot be scored keep their blocks."""
+    model, sparsifier = make(13, update={"every_n_steps": 4, "until": 12}, **rules)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    updates: list[ModelUpdate] = []
+    sparsifier.register_update_hook(lambda _, update: updates.append(update))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for number in range(13):
+            x, y = batch(number)
+            if number == 3:
+                x[0, 0] = bad
+            before = masks(model)
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_all_valid(model, optimizer, 8)
+            if number + 1 not in expected:
+                for name, mask in masks(model).items():
+                    assert torch.equal(mask, before[name])
+    assert [update.step for update in updates] == expected
+    assert all(set(update.layers) == {"net.0", "net.2"} for update in updates)
+    told = [str(w.message) for w in said if "not scored" in str(w.message)]
+    assert len(told) == (12 not in expected)
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, whose gradient is not finite in one element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        dy = dy.clone()
+        dy[0, 0] = float("inf")
+        return dy
+
+
+def test_one_layer_whose_gradient_is_not_finite_waits_alone() -> None:
+    """And is exchanged in the next step, by what that shows; the other is not kept waiting."""
+    seen: list[tuple[int, list[str]]] = []
+
+    class Recording(Sparsifier):
+        def _decide(self, course: Any, scores: Any) -> Any:
+            seen.append((course.steps, [*scores]))
+            return super()._decide(course, scores)
+
+    model, sparsifier = make(20, Recording, update={"every_n_steps": 4, "until": 8})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    with pytest.warns(UserWarning, match=r"not scored at step 4.*not finite: net\.0\. ") as said:
+        for number in range(10):
+            x, y = batch(number)
+            hidden = model.net[0](x)
+            if number == 3:
+                hidden = Poisoned.apply(hidden)
+            out = model.head(model.net[1:](hidden))
+            nn.functional.cross_entropy(out, y).backward()
+            for parameter in model.parameters():  # whoever drives the training cleans up
+                assert parameter.grad is not None
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum("not scored" in str(w.message) for w in said) == 1
+    assert seen == [(4, ["net.2"]), (5, ["net.0"]), (8, ["net.0", "net.2"])]
+
+
+def test_blocks_of_nan_are_dropped_first() -> None:
+    model, sparsifier = make(
+        4,
+        grow="random",
+        drop_fraction=0.5,
+        regrow=False,
+        update={"every_n_steps": 4, "until": 4},
+    )
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    first = sparse(model)["net.0"]
+    for number in range(4):
+        if number == 3:
+            first.values.data[:3] = float("nan")
+        x, y = batch(number)
+        # A loss that does not see the weights that are NaN.
+        out = model.head(model.net(x).nan_to_num(0.0))
+        nn.functional.cross_entropy(out, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_all_valid(model, optimizer, 8)
+    last = sparsifier.last_update
+    assert last is not None and last.step == 4
+    assert {0, 1, 2} <= set(last.layers["net.0"].dropped.tolist())
+    assert bool(first.values[:3].isfinite().all())
