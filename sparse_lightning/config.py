@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
@@ -361,17 +361,23 @@ class SparsityConfig:
         return share(self.distribution, density, grids, fixed, self.floor.layer)
 
     def budgets_by_score(
-        self, progress: float, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+        self,
+        progress: float,
+        scores: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        frozen: Collection[str] = (),
     ) -> dict[str, int]:
         """Return the blocks of each layer at a progress in [0, 1], under any distribution.
 
-        Under "global", layers without scores keep the blocks that they have, and the others
-        compete for what these leave of the model's budget.
+        Under "global", layers without scores keep the blocks that they have for now, and the others
+        compete for what the model's budget leaves beside a share for these by their sizes. Frozen
+        layers are no part of that budget.
 
         Args:
             progress: of the density schedule.
             scores: drop scores `[out_blocks, in_blocks]` of the layers that may change, by name.
             masks: bool, of the same shapes, the present blocks of all managed layers.
+            frozen: names of layers that will not change.
 
         Returns:
             The budget of each layer in `masks`.
@@ -380,21 +386,42 @@ class SparsityConfig:
         budgets = self.budgets_at(progress, grids)
         if self.distribution != "global":
             return budgets
-        budgets.update({name: int(masks[name].sum()) for name in masks if name not in scores})
+        present = {name: int(mask.sum()) for name, mask in masks.items()}
+        budgets.update({name: present[name] for name in masks if name not in scores})
         fixed = layer_densities(self.layer_density, grids)
-        sharing = [name for name in grids if name not in fixed]
+        sharing = {n: masks[n].numel() for n in grids if n not in fixed and n not in frozen}
         rivals = [name for name in sharing if name in scores]
         if rivals:
-            cells = sum(masks[name].numel() for name in sharing)
-            kept = sum(budgets[name] for name in sharing if name not in scores)
+            density = self.density_at(progress)
+            waiting = [name for name in sharing if name not in scores]
+            kept = sum(min(present[n], count_blocks(density, sharing[n])) for n in waiting)
+            total = count_blocks(density, sum(sharing.values()))
+            total = max(
+                total, sum(math.ceil(self.floor.layer * cells) for cells in sharing.values())
+            )
             shares = by_score(
-                count_blocks(self.density_at(progress), cells) - kept,
+                total - kept,
                 [scores[name] for name in rivals],
                 [masks[name] for name in rivals],
                 [self.floor.blocks(grids[name]) for name in rivals],
             )
             budgets.update(zip(rivals, shares, strict=True))
         return budgets
+
+    def final_blocks(self, grids: Mapping[str, Grid]) -> int:
+        """Return the blocks of all layers together when the schedule has arrived.
+
+        Args:
+            grids: (out_blocks, in_blocks) of all managed layers, by name.
+        """
+        budgets = self.budgets_at(1.0, grids)
+        if self.distribution != "global":
+            return sum(budgets.values())
+        fixed = layer_densities(self.layer_density, grids)
+        cells = [rows * cols for name, (rows, cols) in grids.items() if name not in fixed]
+        total = count_blocks(self.density_at(1.0), sum(cells)) if cells else 0
+        least: int = sum(math.ceil(self.floor.layer * n) for n in cells)
+        return max(total, least) + sum(budgets[name] for name in fixed)
 
     def capacities(self, grids: Mapping[str, Grid], progress: float = 0.0) -> dict[str, int]:
         """Return the most blocks that each layer will hold from a progress in [0, 1] on.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -127,8 +127,23 @@ def needs(*names: str) -> Callable[[C], C]:
 
 
 def needed_by(functions: Iterable[Callable[..., object] | None]) -> frozenset[str]:
-    """Return what must be gathered for these criteria or rules."""
-    return frozenset().union(*(getattr(function, "needs", ()) for function in functions))
+    """Return what must be gathered for these criteria or rules.
+
+    Raises:
+        ValueError: if one of them declares something else than names in `GATHERED`.
+    """
+    needed: set[str] = set()
+    for function in functions:
+        declared: Any = getattr(function, "needs", frozenset())
+        is_several = isinstance(declared, (frozenset, set, tuple, list))
+        if not is_several or not all(name in GATHERED for name in declared):
+            offered = ", ".join(map(repr, GATHERED))
+            raise ValueError(
+                f"`needs` must name what can be gathered, {offered}; got {declared!r}. "
+                "Decorate the criterion or rule with @needs(...)."
+            )
+        needed.update(declared)
+    return frozenset(needed)
 
 
 def magnitude(scores: BlockScores) -> Tensor:
@@ -210,6 +225,11 @@ def score(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
     if not isinstance(result, Tensor) or result.shape != grid:
         got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"`{argument}` must return one score a block, {list(grid)}; got {got}.")
+    if result.is_complex() or result.layout != torch.strided or result.is_meta:
+        raise ValueError(
+            f"`{argument}` must return real numbers in a dense tensor; got {result.dtype}, "
+            f"{result.layout} on {result.device}."
+        )
     return result.detach().to("cpu", torch.promote_types(result.dtype, torch.float32))
 
 

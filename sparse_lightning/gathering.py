@@ -12,15 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from sparse_lightning import ranks
 from sparse_lightning.criteria import MOMENTUM_DECAY, MOMENTUM_STEPS, BlockScores
 from sparse_lightning.evolution import TopologyUpdate
 from sparse_lightning.kernels.block_work import BlockWork, WorkSums
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.sharding import all_slots, at_local_slots, local_part, local_slots, whole
+from sparse_lightning.sharding import (
+    all_slots,
+    at_local_slots,
+    is_sharded,
+    local_part,
+    local_slots,
+    whole,
+)
 
 # What is summed over steps, by slot.
 _OF_SLOTS = ("saliency", "movement")
@@ -32,9 +38,9 @@ class Evidence:
     While armed, the layer's backward gives them as the gradient of `layer.block_norms`, so whatever
     is accumulated into `values.grad` is accumulated there too, and what only differentiates
     something else is not. Gradients that are thrown away before the step must not count either, as
-    those that a critic collects while its generator is trained. So at the beginning of a backward
-    the state of `values.grad` is compared with that at the end of the one before: if it is gone,
-    another tensor or written to in between, then what had been accumulated is dropped.
+    those that a critic collects while its generator is trained. So before anything is accumulated
+    in a backward, and at the step, `values.grad` is looked at: if it is None or all zero, by
+    whatever means, then what had been accumulated beside it is dropped.
 
     Args:
         layer: whose backward is watched.
@@ -45,7 +51,6 @@ class Evidence:
         self.layer, self.values = layer, values
         self.armed = False
         self._handles: list[RemovableHandle] = []
-        self._known: tuple[int, int] | None = None
         self._backward = -1
 
     def arm(self, on: bool) -> None:
@@ -59,7 +64,6 @@ class Evidence:
             handle.remove()
         self._handles.clear()
         if on:
-            self._known = self._state()
             # Both are asked before they are accumulated; which of them is first is not defined, and
             # under fully_shard it is another tensor than `values` that backward sees.
             for leaf in (self.values, self.layer.block_norms):
@@ -71,28 +75,27 @@ class Evidence:
         Returns:
             fp32 `[out_blocks, in_blocks]`; None if there are none, or the step had no gradient.
         """
+        self._drop_if_thrown_away()
         norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
-        self._known = self._state()
-        return None if self.values.grad is None else norms
+        return norms
 
-    def _state(self) -> tuple[int, int] | None:
-        gradient = self.values.grad
-        return None if gradient is None else (id(gradient), gradient._version)
-
+    @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
     def _at_first(self, gradient: Tensor) -> None:
         backward = torch._C._current_graph_task_id()
-        if backward == self._backward:
-            return
-        self._backward = backward
-        if self._state() != self._known:
-            self.layer.block_norms.grad = None
-        # After DDP's own callback, which is there by then and writes the reduced gradient.
-        Variable._execution_engine.queue_callback(
-            lambda: Variable._execution_engine.queue_callback(self._at_last)
-        )
+        if backward != self._backward:
+            self._backward = backward
+            self._drop_if_thrown_away()
 
-    def _at_last(self) -> None:
-        self._known = self._state()
+    @torch.no_grad()
+    def _drop_if_thrown_away(self) -> None:
+        gradient, norms = self.values.grad, self.layer.block_norms.grad
+        if norms is None:
+            return
+        if gradient is None:
+            self.layer.block_norms.grad = None
+        elif not is_sharded(gradient):  # of which a rank's part may be zero, and the whole not
+            # The device decides, so that the host need not wait for it.
+            self.layer.block_norms.grad = torch.where(gradient.any(), norms, 0.0)
 
 
 class Gatherer:
@@ -260,24 +263,26 @@ class Gatherer:
     def scores_of(
         self,
         names: Iterable[str],
+        needs: Collection[str],
         step: int,
         generator: Callable[[str], torch.Generator],
         ages: Mapping[str, Tensor],
     ) -> dict[str, BlockScores]:
         """Return what is known of the blocks of those layers that were scored, on the CPU.
 
-        A layer was not scored if what the rule needs of it is missing or not finite: it had no
-        gradient in the step, or one that was thrown away.
+        A layer was not scored if what is needed of it is missing or not finite: it had no gradient
+        in the step, or one that was thrown away.
 
         Args:
             names: of layers; the same on every rank, all of which must call.
+            needs: what is needed, of what is gathered.
             step: of their optimizer.
             generator: of a layer, for criteria that draw.
             ages: int32 `[capacity]`, steps since the block of each slot was grown, by layer.
         """
         known: dict[str, dict[str, Tensor]] = {}
         for name in names:
-            tensors = self._known_of(name)
+            tensors = self._known_of(name, needs)
             if tensors is not None:
                 known[name] = {**tensors, "magnitude": self.layers[name].magnitudes()}
         copies = iter(on_cpu([t for tensors in known.values() for t in tensors.values()]))
@@ -286,7 +291,7 @@ class Gatherer:
         for (name, tensors), slots in zip(known.items(), masks, strict=True):
             gathered = {need: next(copies) for need in tensors}
             magnitude = gathered.pop("magnitude")
-            if not all(bool(tensor.isfinite().all()) for tensor in gathered.values()):
+            if not all(_is_evidence(need, tensor) for need, tensor in gathered.items()):
                 continue
             layer = self.layers[name]
             scores[name] = BlockScores(
@@ -301,10 +306,10 @@ class Gatherer:
             )
         return scores
 
-    def _known_of(self, name: str) -> dict[str, Tensor] | None:
-        """Return what the rule needs of a layer, `[out_blocks, in_blocks]`; None without it."""
+    def _known_of(self, name: str, needs: Collection[str]) -> dict[str, Tensor] | None:
+        """Return what is needed of a layer, `[out_blocks, in_blocks]`; None without it."""
         layer, known = self.layers[name], {}
-        for need in sorted(self.needs):
+        for need in sorted(needs):
             if need in _OF_SLOTS:
                 n_steps, sums = self._n_steps.get(name, 0), self._sums_of(name)
                 if not n_steps:
@@ -395,6 +400,11 @@ class Gatherer:
                 if name in self.layers and need in self.needs:
                     mine = local_slots(self.layers[name].values)
                     getattr(self._sums_of(name), need).copy_(state[need][name][mine])
+
+
+def _is_evidence(need: str, known: Tensor) -> bool:
+    """Tell whether it says something of a layer's blocks; zero norms of gradients say nothing."""
+    return bool(known.isfinite().all()) and (need in _OF_SLOTS or bool(known.any()))
 
 
 def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -98,9 +98,11 @@ def print_training(checkpoint: Mapping[str, Any]) -> None:
         if name.startswith("SparsityCallback") and isinstance(state, Mapping)
     ]
     for state in states:
-        following = state["next_update"]
-        when = "no more" if following is None else f"the next after step {following}"
-        print(f"\nStep {state['step']}, {state['n_updates']} topology updates, {when}")
+        print()
+        for course in state["courses"]:  # of each optimizer
+            following = course["next_update"]
+            when = "no more" if following is None else f"the next after step {following}"
+            print(f"Step {course['steps']}, {state['n_updates']} topology updates, {when}")
         for key, value in state["config"].items():
             print(f"  {key}: {value}")
 

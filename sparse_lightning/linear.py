@@ -384,6 +384,12 @@ class BlockSparseLinear(nn.Module):
 
         return kept, write
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is no part of the training: nothing follows its blocks, and nobody reads its norms.
+        norms = _zero_norms(self.topology.grid, self.block_norms.device)
+        unarmed = {"locked": False, "armed": False, "block_norms": norms}
+        return {**self.__dict__, **unarmed, "_armed": torch.zeros_like(self._armed)}
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

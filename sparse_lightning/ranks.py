@@ -6,7 +6,7 @@ Without a process group there is one rank, and everything here leaves its argume
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -46,6 +46,19 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     total = tensor.contiguous().clone()
     dist.all_reduce(total)
     return total
+
+
+def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return which flags one of the ranks has set; every rank must call this.
+
+    Args:
+        flags: as many on every rank.
+        device: where the process group can reduce.
+    """
+    if world_size() == 1:
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.float32, device=device)
+    return [count > 0 for count in sum_over_ranks(counts).tolist()]
 
 
 def check_alike(tensors: Iterable[Tensor], step: int, device: torch.device) -> None:

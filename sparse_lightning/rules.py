@@ -75,27 +75,27 @@ class DropAndGrow:
     def __init__(self, drop: Criterion, grow: Criterion | None, regrow: bool = True) -> None:
         self.drop, self.grow, self.regrow = drop, grow, regrow
         self.needs = needed_by([drop, grow])
+        # Of layers that are to have fewer blocks, and none in place of others.
+        self.needs_to_drop = needed_by([drop])
 
     def __call__(self, request: UpdateRequest) -> Decision:
         """Decide an update of every layer."""
-        drop: dict[str, Tensor] = {}
-        grow: dict[str, Tensor | None] = {}
-        for name, scores in request.layers.items():
-            drop[name] = _asked("drop", self.drop, scores)
-            grow[name] = None if self.grow is None else _asked("grow", self.grow, scores)
+        layers = request.layers
+        drop = {name: _asked("drop", self.drop, scores) for name, scores in layers.items()}
         budgets = request.budgets(drop)
-        masks = {
-            name: exchange_blocks(
+        masks = {}
+        for name, scores in layers.items():
+            grows = request.fraction > 0 or budgets[name] > int(scores.mask.sum())
+            grow = self.grow if grows else None
+            masks[name] = exchange_blocks(
                 scores.mask,
                 drop[name],
-                grow[name],
+                None if grow is None else _asked("grow", grow, scores),
                 budgets[name],
                 request.fraction,
                 floor=request.floor,
                 regrow=self.regrow,
             )
-            for name, scores in request.layers.items()
-        }
         return Decision(masks, drop)
 
 
@@ -105,3 +105,8 @@ def _asked(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
         return score(argument, criterion, scores)
     except ValueError as error:
         raise ValueError(f"{error} (layer '{scores.layer}')") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise RuntimeError(
+            f"`{argument}` must score the blocks of every layer; got {type(error).__name__}: "
+            f"{error} (layer '{scores.layer}')"
+        ) from error

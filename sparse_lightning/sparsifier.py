@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -62,13 +62,13 @@ class _Course:
         timetable: resolved by that.
         updated: steps after which the latest update was due.
         next_update: steps after which the next one is; None if there is none.
-        progress: of the density, in [0, 1]; it never goes back, also where `total` grows.
+        progress: of the density, in [0, 1]; it never goes back, also where `end` grows.
         skipped: steps that did not count.
         waiting: layers whose update waits for a step that shows what it needs.
         pending: bool `[capacity]`, grown slots that have not had a gradient yet, by layer.
         optimizer: while attached.
         watch: of its steps.
-        sizes: of its parameter groups, when `held` was looked up.
+        groups: which lists of parameters of what length it had when `held` was looked up.
         held: the layers' parameters that it holds, by layer.
         own: which of these follow its steps: those that no optimizer before it holds.
         armed: layers whose dense gradient is gathered in the step that is under way.
@@ -88,7 +88,7 @@ class _Course:
     pending: dict[str, Tensor] = field(default_factory=dict)
     optimizer: Optimizer | None = None
     watch: StepWatch | None = None
-    sizes: list[int] = field(default_factory=list)
+    groups: list[tuple[int, int]] = field(default_factory=list)
     held: dict[str, nn.Parameter] = field(default_factory=dict)
     own: dict[str, nn.Parameter] = field(default_factory=dict)
     armed: list[str] = field(default_factory=list)
@@ -187,11 +187,11 @@ class Sparsifier:
         self._timetable: Timetable | None = None
         if total_steps is not None:  # an error in the times is told before the model is changed
             self._resolve_times()
+        needs = needed_by([self._rule])
         self.report = self._swap()
         self.layers = self._managed()
         self._agreed = False
         self._agree()
-        needs = needed_by([self._rule])
         self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
         self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self._courses: list[_Course] = []
@@ -298,19 +298,36 @@ class Sparsifier:
                 blocks, or whose steps cannot be seen; if a fraction is given as a time and
                 `total_steps` is not; if layers do not have the blocks that the schedule needs.
         """
+        for argument, offered in (("rewrap", rewrap), ("copies", copies), ("planned", planned)):
+            if offered is not None and not callable(offered):
+                raise TypeError(f"`{argument}` must be a function, or None; got {offered!r}.")
+        if not isinstance(shrink, bool):
+            raise TypeError(f"`shrink` must be true or false; got {shrink!r}.")
+        before = self._attached()
+        for name, layer in self.layers.items():
+            if layer.locked and not before:
+                raise RuntimeError(
+                    "A layer must be evolved by one Sparsifier at a time; got one that another is "
+                    f"attached for (layer '{name}'). Call `detach()` of that one first, or fit a "
+                    "new model."
+                )
+        has_begun = any(course.steps for course in self._courses)
+        if not has_begun and not before:
+            self._courses.clear()  # of a training that took no step
+            self._timetable = None
         if self._timetable is None:
             self._resolve_times()
         self._rewrap, self._planned = rewrap or self._rewrap, planned or self._planned
         self._copies = copies or self._copies
         self._may_shrink = self._may_shrink and shrink
-        if not any(course.steps for course in self._courses):
+        if not has_begun:
             self._agree()
         try:
             for optimizer in map(innermost, optimizers):
                 self._attach(optimizer)
             self._check_layers()
         except BaseException:
-            self._remove_watches()
+            self._let_go([course for course in self._attached() if course not in before])
             raise
         for layer in self.layers.values():
             layer.locked = True
@@ -325,7 +342,7 @@ class Sparsifier:
         if place == len(self._courses):
             self._courses.append(_Course())
         course = self._courses[place]
-        course.optimizer, course.sizes = optimizer, []
+        course.optimizer, course.groups = optimizer, []
         if course.timetable is None:
             course.length = course.end = self.total_steps
             course.timetable = self._timetable
@@ -350,8 +367,8 @@ class Sparsifier:
     def _look_up(self, course: _Course) -> None:
         """Find the layers that an optimizer holds, if its groups are not as they were."""
         assert course.optimizer is not None
-        sizes = [len(group["params"]) for group in course.optimizer.param_groups]
-        if sizes == course.sizes:
+        groups = [(id(g["params"]), len(g["params"])) for g in course.optimizer.param_groups]
+        if groups == course.groups:
             return
         ids = {id(p) for group in course.optimizer.param_groups for p in group["params"]}
         held = {n: layer.values for n, layer in self.layers.items() if id(layer.values) in ids}
@@ -362,7 +379,7 @@ class Sparsifier:
                 _check_steps_after_backward(held[name])
         earlier = self._courses[: self._courses.index(course)]
         others = {name for other in earlier for name in other.held}
-        course.sizes, course.held, course.work = sizes, held, None
+        course.groups, course.held, course.work = groups, held, None
         course.own = {name: values for name, values in held.items() if name not in others}
 
     def _check_layers(self) -> None:
@@ -499,19 +516,22 @@ class Sparsifier:
         assert course.optimizer is not None
         course.still_pending = {}
         for name, pending in course.pending.items():
-            found = find_optimizer([course.optimizer], course.held[name])
-            if found is not None:
-                values = course.held[name]
-                left = warm_start(*found, values, pending.to(values.device), scale)
-                if left.any():
-                    course.still_pending[name] = left
+            if name not in course.held:  # it has been taken out of the optimizer
+                continue
+            values = course.held[name]
+            found = find_optimizer([course.optimizer], values)
+            assert found is not None, "it is held"
+            left = warm_start(*found, values, pending.to(values.device), scale)
+            if left.any():
+                course.still_pending[name] = left
 
     def _skip(self, course: _Course) -> None:
         """Forget a step that did not count."""
         course.skipped += 1
         self._gatherer.drop_evidence(course.armed)
         if self._planned is None and course.end is not None:
-            self._plan(course, course.end - 1)  # one of those that were planned is lost
+            # One of those that were planned is lost.
+            self._plan(course, max(course.end - 1, course.steps))
             self._arm(course)  # the next update may have come nearer
 
     def _step(self, course: _Course) -> None:
@@ -537,6 +557,11 @@ class Sparsifier:
         """Follow what is known of the number of steps by now."""
         if end == course.end:
             return
+        if isinstance(end, bool) or not isinstance(end, int) or end < course.steps:
+            raise ValueError(
+                f"`planned` must return an integer of at least {course.steps}, the steps that were "
+                f"taken; got {end!r}."
+            )
         try:
             course.timetable = self._timetable_until(end)
         except ValueError:  # so few that the times would be out of order
@@ -572,14 +597,16 @@ class Sparsifier:
             if values.requires_grad and (is_due or name in course.waiting)
         ]
         with _one_thread():
-            update = self._decide(course, self._scores(course, due))
+            update = self._decide(course, due)
             if update.layers:
                 self._apply(course, update)
         if is_due:
             course.updated = course.steps
             course.next_update = course.timetable.next_update(course.steps)
         course.waiting = [name for name in due if name not in update.layers]
-        self._warn_of_waiting(course)
+        # One that was not asked in this step, as nobody knew of the update, is not to blame.
+        asked = course.armed if self._gatherer.window else due
+        self._warn_of_waiting(course.steps, [name for name in course.waiting if name in asked])
         if update.layers:
             self.last_update = update
             try:
@@ -588,47 +615,58 @@ class Sparsifier:
                 for hook in [*self._hooks.values()]:
                     hook(self, update)
 
-    def _scores(self, course: _Course, names: list[str]) -> dict[str, BlockScores]:
+    def _scores(
+        self, course: _Course, names: list[str], needs: Collection[str]
+    ) -> dict[str, BlockScores]:
         """Return what is known of the layers that took part in the step, and were scored."""
         if not names:
             return {}
-        took_part = torch.tensor(
-            [course.own[name].grad is not None for name in names],
-            dtype=torch.float32,
-            device=course.own[names[0]].device,
-        )
-        took_part = ranks.sum_over_ranks(took_part)
+        parameters = [course.own[name] for name in names]
+        has_gradient = [values.grad is not None for values in parameters]
+        took_part = ranks.on_any_rank(has_gradient, parameters[0].device)
         step, seed = course.steps, self.config.seed
         return self._gatherer.scores_of(
-            [name for name, count in zip(names, took_part.tolist(), strict=True) if count],
+            [name for name, did in zip(names, took_part, strict=True) if did],
+            needs,
             step,
             lambda name: seeded_generator(seed, step, name),
             {name: (step - self._born[name]).int() for name in names},
         )
 
-    def _decide(self, course: _Course, scores: Mapping[str, BlockScores]) -> ModelUpdate:
-        """Decide an update of the layers that were scored; nothing is changed."""
+    def _decide(self, course: _Course, due: list[str]) -> ModelUpdate:
+        """Decide an update of those due layers that were scored; nothing is changed."""
         config, table, step = self.config, course.timetable, course.steps
         assert table is not None
         progress = max(course.progress, table.density_progress(step))
         density = config.density_at(progress)
+        fraction = config.drop_fraction_at(table.update_progress(step))
+        asked = not self._gatherer.window or set(due) <= set(course.armed)
+        if step == table.total_steps and (step < table.update_until or not asked):
+            # The training ends before its schedule, or nobody knew that this is its last step: the
+            # density comes as far as it shall, and nothing is grown that would not learn.
+            fraction = 0.0
+        needs = self._gatherer.needs
+        if not fraction and self._only_falls(progress, due):
+            needs = getattr(self._rule, "needs_to_drop", needs)
+        scores = self._scores(course, due, needs)
         if not scores:
             return ModelUpdate(step, self.n_updates, {}, density_target=density)
+        frozen = [n for n, layer in self.layers.items() if not layer.values.requires_grad]
         masks = {
             name: scores[name].mask if name in scores else layer.topology.mask.cpu()
             for name, layer in self.layers.items()
         }
-        # What is grown by the last step of a training that ends before its schedule learns nothing.
-        is_over = step == table.total_steps and step < table.update_until
         request = UpdateRequest(
             step=step,
             number=self.n_updates + 1,
             density=density,
-            fraction=0.0 if is_over else config.drop_fraction_at(table.update_progress(step)),
+            fraction=fraction,
             floor=(config.floor.row, config.floor.column),
             layers=scores,
             capacities={name: self.layers[name].topology.capacity for name in scores},
-            budgets=lambda drop: _only(config.budgets_by_score(progress, drop, masks), scores),
+            budgets=lambda drop: _only(
+                config.budgets_by_score(progress, drop, masks, frozen), scores
+            ),
         )
         decision = self._rule(request)
         _check_decision(decision, scores)
@@ -645,6 +683,13 @@ class Sparsifier:
         return ModelUpdate(
             step, self.n_updates + 1, updates, decision.drop_scores, magnitudes, density
         )
+
+    def _only_falls(self, progress: float, names: Iterable[str]) -> bool:
+        """Whether no layer of these is to have more blocks than it has."""
+        if self.config.distribution == "global":
+            return True
+        budgets = self.config.budgets_at(progress, self._grids())
+        return all(budgets[name] <= self.layers[name].topology.n_blocks for name in names)
 
     @torch.no_grad()
     def _apply(self, course: _Course, update: ModelUpdate) -> None:
@@ -691,14 +736,14 @@ class Sparsifier:
 
         return write
 
-    def _warn_of_waiting(self, course: _Course) -> None:
-        names = [name for name in course.waiting if name not in self._told]
-        self._told.update(names)
-        if names:
+    def _warn_of_waiting(self, step: int, names: list[str]) -> None:
+        new = [name for name in names if name not in self._told]
+        self._told.update(new)
+        if new:
             self._warn(
-                f"Block-sparse layers were not scored at step {course.steps}, as they had no "
-                "gradient of the loss that was applied, or one that is not finite: "
-                f"{', '.join(names)}. Their blocks stay until a step scores them."
+                f"Block-sparse layers were not scored at step {step}, as they had no gradient of "
+                f"the loss that was applied, or one that is not finite: {', '.join(new)}. Their "
+                "blocks stay until a step scores them."
             )
 
     # Memory.
@@ -795,7 +840,7 @@ class Sparsifier:
 
         How far the schedule is stays. The layers may have other sizes by now.
         """
-        self._remove_watches()
+        self._let_go(self._attached())
         self._gatherer.forget()
         for course in self._courses:
             course.pending.clear()
@@ -812,31 +857,31 @@ class Sparsifier:
         """
         if not self._attached():
             return
-        took_steps = any(course.steps for course in self._courses)
-        shortfall = self._shortfall() if took_steps else None
-        self._remove_watches()
+        trained = any(course.steps or course.skipped for course in self._courses)
+        shortfall = self._shortfall() if trained else None
+        self._let_go(self._attached())
         self._rewrap, self._copies, self._planned = None, _no_copies, None
         self._may_shrink = True
         if shortfall is not None:
             self._warn(shortfall)
 
-    def _remove_watches(self) -> None:
-        self._gatherer.disarm()
-        for course in self._attached():
+    def _let_go(self, courses: Iterable[_Course]) -> None:
+        for course in courses:
             if course.watch is not None:
                 course.watch.remove()
+            self._gatherer.arm([], course.own)
             course.optimizer = course.watch = course.work = None
-            course.sizes, course.armed = [], []
+            course.groups, course.armed = [], []
             course.held, course.own = {}, {}
-        for layer in self.layers.values():
-            layer.locked = False
+        if not self._attached():
+            for layer in self.layers.values():
+                layer.locked = False
 
     def _shortfall(self) -> str | None:
         """Return how the density differs from the one asked for, and why; None if it does not."""
         grids = self._grids()
         cells = sum(rows * cols for rows, cols in grids.values())
-        budgets = self.config.budgets_at(1.0, grids)
-        asked = sum(budgets.values())
+        asked = self.config.final_blocks(grids)
         present = {name: layer.topology.n_blocks for name, layer in self.layers.items()}
         if sum(present.values()) == asked:
             return None
@@ -902,7 +947,7 @@ class Sparsifier:
         """
         check_same_training(state, self.state_dict())
         attached = [course.optimizer for course in self._attached()]
-        self._remove_watches()
+        self._let_go(self._attached())
         self.total_steps = self.total_steps or state["total_steps"]
         self._resolved_by, self.n_updates = state["resolved_by"], state["n_updates"]
         table = state["timetable"]
@@ -926,9 +971,11 @@ def _no_copies(name: str) -> Iterable[BlockSparseLinear]:
 
 def _check_decision(decision: Any, scores: Mapping[str, BlockScores]) -> None:
     """Raise unless a rule has decided on layers that it was asked about."""
-    if not isinstance(decision, Decision):
+    wrong = decision if not isinstance(decision, Decision) else decision.masks
+    if wrong is decision or not isinstance(wrong, Mapping):
+        what = "" if wrong is decision else ", whose masks are by layer"
         raise TypeError(
-            f"`rule` must return a Decision; got {type(decision).__name__}. "
+            f"`rule` must return a Decision{what}; got {type(wrong).__name__}. "
             "Return sparse_lightning.rules.Decision(masks)."
         )
     for name, mask in decision.masks.items():
@@ -936,7 +983,7 @@ def _check_decision(decision: Any, scores: Mapping[str, BlockScores]) -> None:
             raise ValueError(
                 f"`rule` must decide on layers of the request; got '{name}', which is none of them."
             )
-        if not isinstance(mask, Tensor) or not mask.any():
+        if not isinstance(mask, Tensor) or mask.is_meta or not mask.any():
             raise ValueError(
                 f"`rule` must leave every layer a block, by a mask; got none (layer '{name}')."
             )

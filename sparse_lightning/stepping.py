@@ -72,10 +72,11 @@ class StepWatch:
     ) -> None:
         self._wants, self._read, self._over = wants, read, over
         self._open = False
-        self._handles = [
-            optimizer.register_step_pre_hook(_not_compiled(self._before)),
-            optimizer.register_step_post_hook(_not_compiled(self._after)),
-        ]
+        before = optimizer.register_step_pre_hook(_not_compiled(self._before))
+        after = optimizer.register_step_post_hook(_not_compiled(self._after))
+        # Before other hooks, which may throw the gradients away.
+        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        self._handles = [before, after]
 
     def remove(self) -> None:
         """Tell of no further step."""

@@ -368,19 +368,36 @@ def test_under_global_layers_without_scores_keep_what_they_have() -> None:
     masks = dict.fromkeys(["a", "b", "frozen", "own", "own frozen"], everywhere)
     masks["frozen"] = torch.tensor([[True, True], [True, False]])
     scores = {"a": torch.ones(2, 2), "b": torch.full((2, 2), 2.0), "own": torch.zeros(2, 2)}
-    # Of 12 blocks of those that share, 7.5 and 3 are left; 3 are frozen.
+    # Of 12 blocks of those that share, 7.5 and 3 are left; the one that waits is given 2 and 1.
     assert config.budgets_by_score(0.5, scores, masks) == {
-        **{"a": 1, "b": 4, "frozen": 3},  # 8 - 3
+        **{"a": 2, "b": 4, "frozen": 3},
         **{"own": 3, "own frozen": 4},
     }
-    # Nothing is left for the others: each keeps the one block that keeps it alive.
     assert config.budgets_by_score(1.0, scores, masks) == {
         **{"a": 1, "b": 1, "frozen": 3},
         **{"own": 2, "own frozen": 4},
     }
+    # Of 8 blocks of those that are not frozen, 5 and 2.
+    assert config.budgets_by_score(0.5, scores, masks, ["frozen"]) == {
+        **{"a": 1, "b": 4, "frozen": 3},
+        **{"own": 3, "own frozen": 4},
+    }
     assert config.budgets_by_score(1.0, {}, masks) == {
         name: int(mask.sum()) for name, mask in masks.items()
     }
+    assert config.final_blocks(dict.fromkeys(masks, (2, 2))) == 3 + 2 + 2
+
+
+def test_under_global_no_layer_falls_below_its_floor() -> None:
+    config = SparsityConfig(
+        density={"schedule": "linear", "final": 0.25},
+        distribution="global",
+        floor={"layer": 0.5, "row": 0, "column": 0},
+    )
+    masks = dict.fromkeys(["a", "b"], torch.ones(2, 2, dtype=torch.bool))
+    scores = {"a": torch.zeros(2, 2), "b": torch.ones(2, 2)}
+    assert config.budgets_by_score(1.0, scores, masks) == {"a": 2, "b": 2}
+    assert config.final_blocks(dict.fromkeys(masks, (2, 2))) == 4
 
 
 @quick
@@ -389,7 +406,9 @@ def test_under_global_layers_without_scores_keep_what_they_have() -> None:
     st.floats(0, 1),
     st.integers(0, 2**31),
 )
-def test_budgets_under_global_with_frozen_layers_sum_to_the_models(layers, progress, seed) -> None:
+def test_budgets_under_global_sum_to_those_of_the_layers_that_are_not_frozen(
+    layers, progress, seed
+) -> None:
     config = SparsityConfig(
         density={"schedule": "linear", "final": 0.1},
         distribution="global",
@@ -402,15 +421,15 @@ def test_budgets_under_global_with_frozen_layers_sum_to_the_models(layers, progr
         masks[str(i)][0, 0] = True
         if not frozen:
             scores[str(i)] = torch.rand(rows, cols, generator=generator)
-    budgets = config.budgets_by_score(progress, scores, masks)
+    frozen = masks.keys() - scores.keys()
+    budgets = config.budgets_by_score(progress, scores, masks, frozen)
     assert list(budgets) == list(masks)
     present = {name: int(mask.sum()) for name, mask in masks.items()}
-    assert all(budgets[name] == present[name] for name in masks.keys() - scores.keys())
+    assert all(budgets[name] == present[name] for name in frozen)
     assert all(1 <= budgets[name] <= present[name] for name in scores)
-    total = round(config.density_at(progress) * sum(mask.numel() for mask in masks.values()))
-    kept = sum(present[name] for name in masks.keys() - scores.keys())
+    total = max(1, round(config.density_at(progress) * sum(masks[n].numel() for n in scores)))
     most, least = sum(present[name] for name in scores), len(scores)
-    assert sum(budgets[name] for name in scores) == min(most, max(least, total - kept))
+    assert sum(budgets[name] for name in scores) == min(most, max(least, total))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "erdos_renyi", extensions.first_full])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import ranks
 from sparse_lightning.criteria import (
@@ -38,7 +39,11 @@ def scored(gathering: Gatherer, step: int = 0) -> dict[str, BlockScores]:
         for name, layer in gathering.layers.items()
     }
     return gathering.scores_of(
-        gathering.layers, step, lambda name: seeded_generator(0, step, name), ages
+        gathering.layers,
+        gathering.needs,
+        step,
+        lambda name: seeded_generator(0, step, name),
+        ages,
     )
 
 
@@ -276,6 +281,49 @@ def test_gradients_that_are_zeroed_before_the_step_do_not_count(
         torch.testing.assert_close(scores_of(gathering).gradient, summed(*dense))
         arm(gathering, False)
         optimizer.zero_grad(set_to_none)
+
+
+def test_however_they_are_zeroed() -> None:
+    """As by code that is older than `zero_grad`, of which autograd's versions know nothing."""
+    fc = layer()
+    gathering = gatherer(fc, "gradient")
+    arm(gathering)
+    backward(fc, 0)
+    assert fc.values.grad is not None
+    fc.values.grad.data.zero_()
+    dense = backward(fc, 1)
+    gathering.take(["fc"])
+    torch.testing.assert_close(scores_of(gathering).gradient, norms(dense))
+    # And right before the step, nothing is left to grow by.
+    backward(fc, 2)
+    fc.values.grad.zero_()
+    gathering.take(["fc"])
+    assert not scored(gathering)
+
+
+def test_gradients_that_are_clipped_between_micro_batches_count() -> None:
+    fc = layer()
+    gathering = gatherer(fc, "gradient")
+    arm(gathering)
+    dense = []
+    for seed in range(2):
+        dense.append(backward(fc, seed))
+        torch.nn.utils.clip_grad_norm_(fc.parameters(), 1e9)
+    gathering.take(["fc"])
+    torch.testing.assert_close(scores_of(gathering).gradient, summed(*dense))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_calls_inside_and_outside_of_a_checkpoint_add_up(reentrant: bool) -> None:
+    fc = layer()
+    gathering = gatherer(fc, "gradient")
+    arm(gathering)
+    (x, dy), (other, d_other) = batch(0), batch(1)
+    inside = checkpoint(fc, x.requires_grad_(), use_reentrant=reentrant)
+    torch.autograd.backward([inside, fc(other)], [dy, d_other])
+    gathering.take(["fc"])
+    expected = summed(dy.T @ x.detach(), d_other.T @ other)
+    torch.testing.assert_close(scores_of(gathering).gradient, expected)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

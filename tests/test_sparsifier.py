@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -1181,3 +1182,120 @@ def test_scores_are_fp32_whatever_the_weights(dtype: torch.dtype) -> None:
             assert scores.magnitude.dtype == torch.float32 and scores.values.dtype == dtype
             assert all(tensor.dtype == torch.float32 for tensor in scores.gathered.values())
     assert all(isinstance(layer, BlockSparseLinear) for layer in sparsifier.layers.values())
+
+
+# -- what other programs do -----------------------------------------------------------------------
+
+
+def test_a_hook_that_throws_gradients_away_hides_no_step() -> None:
+    model, sparsifier = make(24, density=FALLING, update={"every_n_steps": 4})
+    optimizer = adamw(model.parameters())
+    optimizer.register_step_post_hook(lambda it, *_: it.zero_grad())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(24))
+    assert sparsifier.steps == 24 and sparsifier.density == 0.25
+
+
+def test_a_layer_is_evolved_by_one_at_a_time() -> None:
+    model, first = make(24)
+    optimizer = adamw(model.parameters())
+    first.attach(optimizer)
+    second = Sparsifier(model, 24, block_size=16, exclude=["head"])
+    with pytest.raises(RuntimeError, match=r"one Sparsifier at a time.*'net.0'.*Call `detach\(\)`"):
+        second.attach(optimizer)
+    assert model.net[0].locked, "the first goes on"
+    first.detach()
+    second.attach(optimizer)
+
+
+def test_what_an_earlier_attach_holds_stays_if_another_fails() -> None:
+    model, sparsifier = make(24)
+    first = adamw(model.net[0].parameters())
+    sparsifier.attach(first)
+    with pytest.raises(ValueError, match="LBFGS"):
+        sparsifier.attach(torch.optim.LBFGS(model.net[2].parameters()))
+    loss_of(model, 0).backward()
+    first.step()
+    assert sparsifier.steps == 1
+
+
+def test_a_training_that_took_no_step_leaves_no_schedule() -> None:
+    model, sparsifier = make(8, density=FALLING, update={"every_n_steps": 2})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    sparsifier.detach()
+    sparsifier.total_steps = 80
+    sparsifier.attach(optimizer)
+    assert sparsifier.timetable is not None and sparsifier.timetable.density_until == 40
+
+
+def test_another_list_of_as_many_parameters_is_noticed() -> None:
+    """As where layers are unfrozen one after the other."""
+    model, sparsifier = make(24, update={"every_n_steps": 2})
+    first, second = model.net[0], model.net[2]
+    optimizer = adamw(first.parameters())
+    sparsifier.attach(optimizer)
+    with pytest.warns(UserWarning, match="in no optimizer"):
+        train(model, optimizer, range(4))
+    optimizer.param_groups[0]["params"] = list(second.parameters())
+    updated: list[str] = []
+    sparsifier.register_update_hook(lambda _, update: updated.extend(update.layers))
+    train(model, optimizer, range(4, 8))
+    assert sparsifier.steps == 8 and set(updated) == {"net.2"}
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_the_model_are_no_part_of_the_training(make_copy: Any) -> None:
+    model, sparsifier = make(24, update={"every_n_steps": 2})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(1))
+    loss_of(model, 1).backward()
+    assert model.net[0].armed and model.net[0].locked
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = make_copy(model)
+    loss_of(other, 2).backward()
+    for layer in sparse(other).values():
+        assert not layer.armed and not layer.locked and layer.block_norms.grad is None
+    optimizer.step()
+    assert sparsifier.last_update is not None, "and the training goes on"
+
+
+@pytest.mark.parametrize("told", [0, 2.5, True, None, "8"])
+def test_a_plan_that_is_none_is_refused(told: Any) -> None:
+    model, sparsifier = make(24)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer, planned=lambda *_: told)
+    with pytest.raises(ValueError, match=r"`planned` must return an integer of at least 1.*; got"):
+        train(model, optimizer, range(2))
+
+
+@pytest.mark.parametrize("argument", ["rewrap", "copies", "planned", "shrink"])
+def test_what_is_offered_is_checked(argument: str) -> None:
+    model, sparsifier = make(24)
+    with pytest.raises(TypeError, match=rf"`{argument}` must be .*; got 'yes'"):
+        sparsifier.attach(adamw(model.parameters()), **{argument: "yes"})
+    assert not model.net[0].locked
+
+
+@pytest.mark.parametrize("declared", ["gradient", ("gradients",), 3])
+def test_a_rule_that_needs_what_is_not_offered_is_refused_before_the_swap(declared: Any) -> None:
+    def rule(request: UpdateRequest) -> Decision:
+        return Decision({})
+
+    rule.needs = declared  # type: ignore[attr-defined]
+    model = Net()
+    with pytest.raises(ValueError, match=r"`needs` must name what can be gathered, 'gradient'"):
+        Sparsifier(model, 24, block_size=16, rule=rule)
+    assert not sparse(model)
+
+
+def test_where_no_step_ever_counted_it_is_told() -> None:
+    model, sparsifier = make(24, density=FALLING)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"density 1\.000, where 0\.250 was asked for"):
+        sparsifier.detach()

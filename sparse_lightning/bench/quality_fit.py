@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from sparse_lightning.bench.quality import COLD_START, METHODS, Run, keywords
 from sparse_lightning.callbacks import SparsityCallback
+from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.sparsifier import Sparsifier
 
 
 class Supervised(pl.LightningModule):
@@ -68,8 +70,16 @@ class Batches:
 class ColdStart(SparsityCallback):
     """An ablation: a grown block's second moment starts from zero, as its first one does."""
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        """Leave the optimizer's state as it is."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have every update forget which blocks it has grown."""
+        super().on_train_start(trainer, pl_module)
+        assert self.sparsifier is not None
+        self.sparsifier.register_update_hook(_forget_grown)
+
+
+def _forget_grown(sparsifier: Sparsifier, update: ModelUpdate) -> None:
+    for course in sparsifier._courses:
+        course.pending.clear()
 
 
 def fit(

@@ -196,14 +196,14 @@ class StepsToCome:
 
     Lightning counts a step that a GradScaler skips, which is lost of what was planned. Where a
     training steps its optimizers itself, each is taken to go on at the pace that it has had since
-    its first step.
+    the batch of its first step.
 
     Args:
         trainer: that runs it, from its beginning or from a checkpoint.
         total: what is planned, by `planned_steps`.
         steps: that counted before.
         first: of each optimizer, by its place in the trainer's list, its count and the trainer's
-            step and batch at its first step. It is filled in, and to be saved.
+            step and batch right before its first step. It is filled in, and to be saved.
     """
 
     def __init__(
@@ -212,37 +212,41 @@ class StepsToCome:
         self.trainer, self.total, self.first = trainer, total, first
         self.automatic = trainer.lightning_module.automatic_optimization
         self.before = _of_earlier_fits(trainer, steps)
+        # The same, right before the first step of each optimizer in its latest batch.
+        self._latest: dict[int, list[int]] = {}
 
     def __call__(self, optimizer: Optimizer, steps: int) -> int:
         """Return the number for an optimizer that has just taken its `steps`-th step."""
         trainer = self.trainer
         if self.automatic:
             lost = self.before + trainer.global_step + 1 - steps
-            return self.total - max(0, lost)
-        now = [steps, trainer.global_step, trainer.fit_loop.epoch_loop.total_batch_idx]
+            return max(steps, self.total - max(0, lost))
         place = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-        at_first, *then = self.first.setdefault(place, now)
-        over, over_at_first = self._share(*now[1:]), self._share(*then)
+        now = [steps - 1, trainer.global_step, trainer.fit_loop.epoch_loop.total_batch_idx]
+        first, latest = self.first.setdefault(place, now), self._latest.get(place, [0, 0, -1])
+        if latest[2] != now[2]:
+            latest = self._latest[place] = now
+        over, over_at_first = self._share(*latest[1:]), self._share(*first[1:])
         if over is None or over_at_first is None:
             return self.total
-        # After one step nobody knows its pace: as fast as can be, then.
+        # In its first batch nobody knows its pace: one step in every batch to come, then.
         pace = Fraction(self.total - self.before)
         if over > over_at_first:
-            pace = (steps - at_first) / (over - over_at_first)
-        return steps + math.floor(pace * (1 - over))
+            pace = (latest[0] - first[0]) / (over - over_at_first)
+        return max(steps, latest[0] + math.ceil(pace * (1 - over)))
 
     def _share(self, step: int, batch: int) -> Fraction | None:
-        """Return the share of the training that is over once a step in a batch is.
+        """Return the share of the training that is over before a step in a batch.
 
         Exactly, as a number that is one off now and then would move the schedule.
         """
         trainer = self.trainer
         shares = []
         if trainer.max_steps > 0:
-            shares.append(Fraction(step + 1, trainer.max_steps))
+            shares.append(Fraction(step, trainer.max_steps))
         epochs, batches = trainer.max_epochs, trainer.num_training_batches
         if epochs is not None and epochs > 0 and not math.isinf(batches):
-            shares.append(Fraction(batch + 1, int(epochs * batches)))
+            shares.append(Fraction(batch, int(epochs * batches)))
         return min(Fraction(1), max(shares)) if shares else None
 
 

@@ -240,7 +240,8 @@ class _StepsToCome:
         self.total = state.max_steps + self.before
 
     def __call__(self, optimizer: Optimizer, steps: int) -> int:
-        return self.total - max(0, self.before + self.state.global_step + 1 - steps)
+        lost = self.before + self.state.global_step + 1 - steps
+        return max(steps, self.total - max(0, lost))
 
 
 def _check_arguments(args: TrainingArguments) -> None:

@@ -156,7 +156,10 @@ def block_work(values: Tensor, gradient: Tensor) -> Tensor:
     tensor([5.])
     """
     # A batched product of a row and a column: a sum of `values * gradient` would first write it.
-    work: Tensor = torch.linalg.vecdot(values.detach().flatten(1), gradient.flatten(1))
+    # In half precision the sum would be rounded, and what is left of terms that cancel be lost.
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    rows, columns = (tensor.detach().flatten(1).to(dtype) for tensor in (values, gradient))
+    work: Tensor = torch.linalg.vecdot(rows, columns)
     return work.float()
 
 
