@@ -258,13 +258,22 @@ def test_a_fused_optimizer_under_a_scaler_decides_as_without(drop: str) -> None:
 # Two ranks.
 
 
-@pytest.mark.parametrize("kind", ["rewrap", "no rewrap", "the page's", "transformers"])
-def test_ranks_end_identical(kind: str, tmp_path: Path) -> None:
-    if kind == "transformers":
-        pytest.importorskip("transformers")
-        pytest.importorskip("accelerate")
-    run_ranks(__file__, tmp_path, kind)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+KINDS = ["rewrap", "no rewrap", "the page's", "transformers"]
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have written, that trained in one way after the other."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(__file__, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_end_identical(kind: str, of_ranks: Path) -> None:
+    ranks = [torch.load(of_ranks / f"{kind}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert_same(ranks[0]["model"], ranks[1]["model"])
     assert [rank["density"] for rank in ranks] == [0.25, 0.25]
     shrunk = [rank["slots"] == rank["blocks"] for rank in ranks]
@@ -272,30 +281,31 @@ def test_ranks_end_identical(kind: str, tmp_path: Path) -> None:
     assert [rank["warned"] for rank in ranks] == [kind == "no rewrap", False]
 
 
-def spawned(rank: int, out: Path, kind: str) -> None:
+def spawned(rank: int, out: Path) -> None:
     import warnings
 
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train = {"transformers": transformers_rank, "the page's": rank_of_the_page}
-        model = train.get(kind, ddp_rank)(rank, out, kind)
-    topologies = [layer.topology for _, layer in sparse_layers(model)]
-    cells = sum(at.grid[0] * at.grid[1] for at in topologies)
-    found = {
-        "model": model.state_dict(),
-        "density": sum(at.n_blocks for at in topologies) / cells,
-        "slots": sum(at.capacity for at in topologies),
-        "blocks": sum(at.n_blocks for at in topologies),
-        "warned": any("does not follow their density" in str(w.message) for w in caught),
-    }
-    torch.save(found, out / f"{rank}.pt")
+    dist.init_process_group("gloo")
+    for kind in KINDS:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train = {"transformers": transformers_rank, "the page's": rank_of_the_page}
+            model = train.get(kind, ddp_rank)(rank, out, kind)
+        topologies = [layer.topology for _, layer in sparse_layers(model)]
+        cells = sum(at.grid[0] * at.grid[1] for at in topologies)
+        found = {
+            "model": model.state_dict(),
+            "density": sum(at.n_blocks for at in topologies) / cells,
+            "slots": sum(at.capacity for at in topologies),
+            "blocks": sum(at.n_blocks for at in topologies),
+            "warned": any("does not follow their density" in str(w.message) for w in caught),
+        }
+        torch.save(found, out / f"{kind}-{rank}.pt")
     end_rank()
 
 
 def ddp_rank(rank: int, out: Path, kind: str) -> nn.Module:
-    dist.init_process_group("gloo")
     model = Net()
     torch.manual_seed(rank)  # ranks begin with other weights
     for layer in (model.up, model.down, model.head):
@@ -323,7 +333,6 @@ def ddp_rank(rank: int, out: Path, kind: str) -> nn.Module:
 
 
 def rank_of_the_page(rank: int, out: Path, kind: str) -> nn.Module:
-    dist.init_process_group("gloo")
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
     example("def rewrap")["train"](model, list(torch.randn(STEPS, BATCH, 64)), **RIGL)
@@ -601,13 +610,13 @@ def test_what_was_offered_ends_with_detach() -> None:
     assert not asked and sparsifier.density == 0.25 and model.up.values.shape != kept
 
 
-def main(out: str, kind: str) -> None:
+def main(out: str) -> None:
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    torch.multiprocessing.spawn(spawned, (Path(out), kind), nprocs=2)
+    torch.multiprocessing.spawn(spawned, (Path(out),), nprocs=2)
 
 
 if __name__ == "__main__":
