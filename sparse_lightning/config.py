@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, Criterion, gradient, magnitude
 from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, by_score, share
-from sparse_lightning.lookup import find
+from sparse_lightning.lookup import calling, find
 from sparse_lightning.patching import (
     DEFAULT_EXCLUDE,
     INITS,
@@ -280,6 +280,11 @@ class SparsityConfig:
         """What decides an update: `rule`, or what follows `drop`, `grow` and `regrow`."""
         if self.rule is None:
             return DropAndGrow(self.drop_criterion, self.grow_criterion, self.regrow)
+        if isinstance(self.rule, Mapping):
+            raise TypeError(
+                "`rule` must be a function, an object or the dotted path of one; got the mapping "
+                f"{self.rule!r}. A `_target_` is for Hydra to build: hydra.utils.instantiate(...)."
+            )
         rule: Any = find("rule", self.rule, {})
         if not isinstance(rule, type):
             return rule  # type: ignore[no-any-return]
@@ -322,7 +327,8 @@ class SparsityConfig:
             ValueError: if a schedule of the user's returns something else.
         """
         final = self.density.final if final is None else final
-        density = self._density_schedule(progress, self.density.initial, final)
+        with calling("density.schedule"):
+            density = self._density_schedule(progress, self.density.initial, final)
         if not (_is_number(density) and 0 < density <= 1):
             raise ValueError(
                 "`density.schedule` must return a density in (0, 1]; "
@@ -483,7 +489,8 @@ class SparsityConfig:
             ValueError: if a schedule of the user's returns something else.
         """
         span = self.drop_fraction
-        fraction = self._drop_fraction_schedule(progress, span.initial, span.final)
+        with calling("drop_fraction.schedule"):
+            fraction = self._drop_fraction_schedule(progress, span.initial, span.final)
         if not (_is_number(fraction) and 0 <= fraction <= 1):
             raise ValueError(
                 "`drop_fraction.schedule` must return a share in [0, 1]; "
@@ -537,7 +544,9 @@ class SparsityConfig:
         times: list[int] | None = self.update.times
         if self._times_function is not None:
             assert total_steps is not None
-            times = _checked_times(self._times_function(total_steps))
+            with calling("update.times"):
+                given = self._times_function(total_steps)
+            times = _checked_times(given)
         if times is None:
             return None
         within = tuple(time for time in times if begin <= time <= until)

@@ -10,7 +10,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from sparse_lightning.lookup import find
+from sparse_lightning.lookup import calling, find
 from sparse_lightning.topology import count_blocks
 
 Grid = tuple[int, int]
@@ -196,7 +196,9 @@ def share(
     budgets = {}
     if others:
         shares = find("distribution", distribution, DISTRIBUTIONS)
-        budgets = _checked(shares(density, list(others.values()), least), others)
+        with calling("distribution"):
+            given = shares(density, list(others.values()), least)
+        budgets = _checked(given, others)
     for name, own in fixed.items():
         budgets[name] = count_blocks(own, grids[name][0] * grids[name][1])
     return {name: budgets[name] for name in grids}

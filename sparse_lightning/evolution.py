@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_lightning.topology import BlockTopology
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TopologyUpdate:
     """The outcome of an update of one layer, on the CPU.
 
@@ -27,6 +27,10 @@ class TopologyUpdate:
     dropped: Tensor
     grown: Tensor
     n_before: int
+
+    def __repr__(self) -> str:
+        changed = f"dropped={len(self.dropped)}, grown={len(self.grown)}"
+        return f"TopologyUpdate(blocks={self.n_before} -> {self.n_after}, {changed})"
 
     @property
     def n_after(self) -> int:
@@ -57,7 +61,7 @@ class TopologyUpdate:
         return slots
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelUpdate:
     """The outcome of an update of every layer: at which step, as which one, and what it did.
 
@@ -77,6 +81,9 @@ class ModelUpdate:
     drop_scores: Mapping[str, Tensor] = field(default_factory=dict)
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     density_target: float | None = None
+
+    def __repr__(self) -> str:
+        return f"ModelUpdate(step={self.step}, number={self.number}, layers={self.layers})"
 
 
 def exchange_blocks(

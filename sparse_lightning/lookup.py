@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 T = TypeVar("T")
@@ -47,3 +48,28 @@ def find(argument: str, value: object, offered: Mapping[str, T]) -> T:
     if not callable(found):
         raise ValueError(f"{rule}, which is a {type(found).__name__}.")
     return cast(T, found)
+
+
+@contextmanager
+def calling(argument: str) -> Iterator[None]:
+    """Name the argument in what goes wrong within a function that the user gave for it.
+
+    A ValueError is passed on as it is, since it says itself what was wrong.
+
+    Raises:
+        RuntimeError: in place of a mistake in the function.
+
+    >>> with calling("density.schedule"):
+    ...     1 / 0
+    Traceback (most recent call last):
+    ...
+    RuntimeError: `density.schedule` must be a function that works; it raised ZeroDivisionError: \
+division by zero.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RuntimeError(
+            f"`{argument}` must be a function that works; it raised {what}."
+        ) from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_lightning.criteria import BlockScores, Criterion, needed_by, score
 from sparse_lightning.evolution import exchange_blocks
+from sparse_lightning.lookup import calling
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ class DropAndGrow:
 def _asked(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
     """Return what a criterion says of a layer, which is named in what goes wrong."""
     try:
-        return score(argument, criterion, scores)
+        with calling(argument):
+            return score(argument, criterion, scores)
     except ValueError as error:
         raise ValueError(f"{error} (layer '{scores.layer}')") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise RuntimeError(
-            f"`{argument}` must score the blocks of every layer; got {type(error).__name__}: "
-            f"{error} (layer '{scores.layer}')"
-        ) from error
+    except RuntimeError as error:
+        if error.__cause__ is None:  # it is none of the function's own mistakes
+            raise
+        raise RuntimeError(f"{error} (layer '{scores.layer}')") from error

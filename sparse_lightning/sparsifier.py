@@ -8,10 +8,11 @@ is seen at the optimizer, evidence is taken in, and an update is applied wholly 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
 from sparse_lightning.gathering import Gatherer
 from sparse_lightning.kernels.block_work import BlockWork
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.lookup import calling
 from sparse_lightning.optimizer_state import (
     check_state,
     find_optimizer,
@@ -173,7 +175,7 @@ class Sparsifier:
     ) -> None:
         if config is not None and options:
             raise TypeError("`config` must be given alone; got options beside it.")
-        self.config = SparsityConfig(**options) if config is None else config
+        self.config = _configured(options) if config is None else config
         is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool)
         if total_steps is not None and not (is_count and total_steps >= 1):
             raise ValueError(
@@ -187,6 +189,7 @@ class Sparsifier:
         self._timetable: Timetable | None = None
         if total_steps is not None:  # an error in the times is told before the model is changed
             self._resolve_times()
+        _check_rule_state(self._rule)
         needs = needed_by([self._rule])
         self.report = self._swap()
         self.layers = self._managed()
@@ -361,6 +364,11 @@ class Sparsifier:
             partial(self._over, course),
         )
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether it follows an optimizer."""
+        return bool(self._attached())
+
     def _attached(self) -> list[_Course]:
         return [course for course in self._courses if course.optimizer is not None]
 
@@ -483,6 +491,11 @@ class Sparsifier:
         Returns:
             a handle whose `remove()` ends that.
         """
+        if not callable(hook):
+            raise TypeError(
+                "`hook` must be a function of the sparsifier and a ModelUpdate; "
+                f"got {type(hook).__name__}."
+            )
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
         return handle
@@ -668,7 +681,8 @@ class Sparsifier:
                 config.budgets_by_score(progress, drop, masks, frozen), scores
             ),
         )
-        decision = self._rule(request)
+        with calling("rule"):
+            decision = self._rule(request)
         _check_decision(decision, scores)
         known = [*decision.masks.values()]
         for of in scores.values():
@@ -853,9 +867,16 @@ class Sparsifier:
 
         What `attach` was offered beside them is forgotten too.
 
-        Warns if steps were taken, and the density is not the one that was asked for.
+        Warns if steps were taken, and the density is not the one that was asked for; or if it never
+        was attached.
         """
-        if not self._attached():
+        if not self.is_attached:
+            if not self._courses:
+                self._warn(
+                    "The Sparsifier was never attached to an optimizer, so no block has moved. "
+                    "Call `attach(optimizer)` before the training.",
+                    once="never",
+                )
             return
         trained = any(course.steps or course.skipped for course in self._courses)
         shortfall = self._shortfall() if trained else None
@@ -892,8 +913,9 @@ class Sparsifier:
             if table is None or course.progress >= 1:
                 continue
             skipped = f", and {course.skipped} more did not count" if course.skipped else ""
+            of = f" by the optimizer of '{next(iter(course.own))}'" if len(courses) > 1 else ""
             why.append(
-                f"{course.steps} steps were taken{skipped}, where the schedule takes "
+                f"{course.steps} steps were taken{of}{skipped}, where the schedule takes "
                 f"{table.density_until}"
             )
         moving = {name for course in courses for name, v in course.own.items() if v.requires_grad}
@@ -934,6 +956,7 @@ class Sparsifier:
         }
         if hasattr(self._rule, "state_dict"):
             state["rule"] = self._rule.state_dict()
+            _check_is_data(state["rule"])
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -959,6 +982,47 @@ class Sparsifier:
             self._rule.load_state_dict(state["rule"])
         if attached:
             self.attach(*attached)
+
+
+def _configured(options: Mapping[str, Any]) -> SparsityConfig:
+    """Return the configuration that keywords give."""
+    accepted = [each.name for each in fields(SparsityConfig)]
+    for key in options:
+        if key not in accepted:
+            close = difflib.get_close_matches(key, accepted, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise TypeError(
+                f"Sparsifier has no argument {key!r}{hint}; accepted: {', '.join(accepted)}."
+            )
+    return SparsityConfig(**options)
+
+
+def _check_rule_state(rule: object) -> None:
+    """Raise unless a rule that has a state can also take it back."""
+    if hasattr(rule, "state_dict") == hasattr(rule, "load_state_dict"):
+        if hasattr(rule, "state_dict"):
+            _check_is_data(rule.state_dict())
+        return
+    raise ValueError(
+        "`rule` must have both `state_dict` and `load_state_dict`, or neither; got one of them on "
+        f"{type(rule).__name__}."
+    )
+
+
+def _check_is_data(state: object) -> None:
+    """Raise TypeError unless it is of tensors and primitives, which `torch.load` takes as data."""
+    if isinstance(state, Mapping) and type(state) in (dict, OrderedDict):
+        for key, value in state.items():
+            _check_is_data(key)
+            _check_is_data(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            _check_is_data(value)
+    elif not (state is None or isinstance(state, (bool, int, float, str, Tensor))):
+        raise TypeError(
+            "`rule.state_dict()` must return tensors and primitives, in dicts, lists and tuples; "
+            f"got {type(state).__name__}. Convert it, and back in `load_state_dict`."
+        )
 
 
 def _only(budgets: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:

@@ -1299,3 +1299,73 @@ def test_where_no_step_ever_counted_it_is_told() -> None:
         optimizer.step()
     with pytest.warns(UserWarning, match=r"density 1\.000, where 0\.250 was asked for"):
         sparsifier.detach()
+
+
+def test_one_that_was_never_attached_says_so() -> None:
+    model, sparsifier = make(4)
+    train(model, adamw(model.parameters()), range(4))
+    with pytest.warns(UserWarning, match=r"never attached to an optimizer.*Call `attach"):
+        sparsifier.detach()
+
+
+def test_a_mistyped_option_is_answered_with_the_right_one() -> None:
+    with pytest.raises(
+        TypeError, match=r"no argument 'block_sise' \(did you mean 'block_size'\?\)"
+    ):
+        Sparsifier(Net(), 4, block_sise=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"density": {"schedule": lambda p: p}},
+            r"`density.schedule` must be a function that works",
+        ),
+        ({"distribution": lambda *_: 1 / 0}, r"`distribution` must be .*ZeroDivisionError"),
+        ({"update": {"times": lambda: []}}, r"`update.times` must be .*TypeError"),
+        ({"rule": lambda request: {}["x"]}, r"`rule` must be .*KeyError: 'x'"),
+        ({"drop": lambda scores: scores.x}, r"`drop` must be .*has no attribute 'x'.*'net.0'"),
+    ],
+)
+def test_a_mistake_in_a_function_of_ones_own_is_named(options: Any, says: str) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        model, sparsifier = make(8, **{"update": {"every_n_steps": 2}, **options})
+        optimizer = adamw(model.parameters())
+        sparsifier.attach(optimizer)
+        train(model, optimizer, range(8))
+
+
+@pytest.mark.parametrize("kept", [{1, 2}, object()])
+def test_a_state_that_is_no_data_is_refused_when_it_is_given(kept: Any) -> None:
+    class Rule(Seeing):
+        def state_dict(self) -> dict[str, Any]:
+            return {"kept": [kept]}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    with pytest.raises(
+        TypeError, match=r"`rule.state_dict\(\)` must return tensors and primitives"
+    ):
+        make(4, rule=Rule())
+
+
+def test_a_state_that_cannot_be_taken_back_is_refused() -> None:
+    class Rule(Seeing):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(ValueError, match="both `state_dict` and `load_state_dict`, or neither"):
+        make(4, rule=Rule())
+
+
+def test_an_update_is_shown_on_a_line() -> None:
+    model, sparsifier = make(4, update={"every_n_steps": 2})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(2))
+    shown = repr(sparsifier.last_update)
+    assert shown.startswith(
+        "ModelUpdate(step=2, number=1, layers={'net.0': TopologyUpdate(blocks=8 -> 8"
+    )
+    assert "tensor" not in shown

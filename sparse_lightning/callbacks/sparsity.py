@@ -244,7 +244,7 @@ class SparsityCallback(Callback):
 
     def _let_go(self) -> None:
         self._observers.stop()
-        if self.sparsifier is not None:
+        if self.sparsifier is not None and self.sparsifier.is_attached:
             self.sparsifier.detach()
 
     # Save and resume.
