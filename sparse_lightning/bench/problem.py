@@ -84,16 +84,20 @@ class Problem:
         """Return this package's way."""
         layer, x, dy = self.layer, self.x, self.dy
         at, values = layer.topology, layer.values.detach()
-        rows = at.row_offsets, at.row_entries
-        cols = at.col_offsets, at.col_entries, at.slots
+        indices = (
+            at.coords,
+            at.row_offsets,
+            at.row_entries,
+            at.col_offsets,
+            at.col_entries,
+            at.slots,
+        )
         armed = torch.ones((), dtype=torch.bool, device=x.device)
         step = Contender(self._step(layer), lambda out: out)
         return {
-            "fwd": Contender(
-                lambda: ops.block_linear(x, values, None, at.coords, *rows, *cols, None, None, 1)
-            ),
-            "dx": Contender(lambda: ops.block_linear_dx(dy, values, *cols)),
-            "dw": Contender(lambda: ops.block_linear_dw(dy, x, at.coords, *rows, at.slots)),
+            "fwd": Contender(lambda: ops.block_linear(x, values, None, *indices, None, None, 1)),
+            "dx": Contender(lambda: ops.block_linear_dx(dy, values, *indices, None, None, 1)),
+            "dw": Contender(lambda: ops.block_linear_dw(dy, x, *indices)),
             "norms": Contender(lambda: ops.block_norms(dy, x, armed, at.block_size)),
             "layer": step,
             "host": step,

@@ -70,11 +70,20 @@ def block_linear(
 
 
 def block_linear_dx(
-    dy: Tensor, values: Tensor, col_offsets: Tensor, col_entries: Tensor, slots: Tensor
+    dy: Tensor,
+    values: Tensor,
+    coords: Tensor,
+    row_offsets: Tensor,
+    row_entries: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
+    slots: Tensor,
+    norms: Tensor | None,
+    armed: Tensor | None,
+    token_stride: int,
 ) -> Tensor:
     """Return dy W; see `ops` for shapes."""
-    in_blocks = dy.shape[-1] // values.shape[1]
-    return _multiply(dy, values, None, col_offsets, col_entries, in_blocks, transposed=False)
+    return _multiply(dy, values, None, col_offsets, col_entries, slots.shape[0], transposed=False)
 
 
 def block_linear_act(
@@ -107,7 +116,8 @@ def block_linear_dh(
 ) -> Tensor:
     """Return the gradient of h, if dy is that of the activation of h times W^T; see `ops`."""
     activations.check(activation)
-    gradient = block_linear_dx(dy, values, col_offsets, col_entries, slots)
+    out_blocks = slots.shape[0]
+    gradient = _multiply(dy, values, None, col_offsets, col_entries, out_blocks, transposed=False)
     return activations.go_back(gradient, h, activation)
 
 
@@ -241,6 +251,8 @@ def block_linear_dw(
     coords: Tensor,
     row_offsets: Tensor,
     row_entries: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
     slots: Tensor,
 ) -> Tensor:
     """Return the present blocks of dy^T x, zeros in empty slots; see `ops` for shapes."""

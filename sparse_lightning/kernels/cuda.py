@@ -38,7 +38,17 @@ def block_linear(
 
 
 def block_linear_dx(
-    dy: Tensor, values: Tensor, col_offsets: Tensor, col_entries: Tensor, slots: Tensor
+    dy: Tensor,
+    values: Tensor,
+    coords: Tensor,
+    row_offsets: Tensor,
+    row_entries: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
+    slots: Tensor,
+    norms: Tensor | None,
+    armed: Tensor | None,
+    token_stride: int,
 ) -> Tensor:
     """Return dy W; see `ops` for shapes."""
     return _multiply(dy, values, None, col_offsets, col_entries, slots, forward=False)
@@ -159,6 +169,8 @@ def block_linear_dw(
     coords: Tensor,
     row_offsets: Tensor,
     row_entries: Tensor,
+    col_offsets: Tensor,
+    col_entries: Tensor,
     slots: Tensor,
 ) -> Tensor:
     """Return the present blocks of dy^T x, zeros in empty slots; see `ops` for shapes."""

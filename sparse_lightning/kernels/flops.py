@@ -48,8 +48,15 @@ def _forward(
     return _product(x, row_offsets, *values.shape[:2])
 
 
-@register_flop_formula([_ops.block_linear_dx, _ops.block_linear_dh], get_raw=True)
-def _dx(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any, out_val: Any = None) -> int:
+@register_flop_formula(_ops.block_linear_dx, get_raw=True)
+def _dx(
+    dy: Tensor, values: Tensor, coords: Tensor, row_offsets: Tensor, *_: Any, out_val: Any = None
+) -> int:
+    return _product(dy, row_offsets, *values.shape[:2])
+
+
+@register_flop_formula(_ops.block_linear_dh, get_raw=True)
+def _dh(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any, out_val: Any = None) -> int:
     return _product(dy, col_offsets, *values.shape[:2])
 
 

@@ -77,6 +77,10 @@ def norms_of(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
     return ops.block_norms(dy, x, torch.tensor(True).to(x.device), block_size)
 
 
+def _indices(at: BlockTopology) -> tuple[Tensor, ...]:
+    return at.coords, at.row_offsets, at.row_entries, at.col_offsets, at.col_entries, at.slots
+
+
 def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, **tolerance)
@@ -149,15 +153,15 @@ def test_activations_on_the_way(activation: str, block_size: int, dtype: torch.d
     for n in (1, 1000):
         x, dy = tokens(n, layer)
         operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer.operands(x)]
-        values, *_, col_offsets, col_entries, slots = operands[:8]
+        values, _, *indices = operands[:8]
         h, a = ops.block_linear_act(5 * x, *operands[:8], activation)
         assert torch.equal(h, ops.block_linear(5 * x, *operands))
         expected = activate(h.double(), activation)
         torch.testing.assert_close(a.double(), expected, rtol=tolerance, atol=1e-6)
 
         h = 3 * torch.randn_like(x)
-        dh = ops.block_linear_dh(dy, values, col_offsets, col_entries, slots, h, activation)
-        dx = ops.block_linear_dx(dy, values, col_offsets, col_entries, slots)
+        dh = ops.block_linear_dh(dy, values, *indices[3:], h, activation)
+        dx = ops.block_linear_dx(dy, values, *indices, None, None, 1)
         expected = go_back(dx.double(), h.double(), activation)
         torch.testing.assert_close(dh.double(), expected, rtol=tolerance, atol=1e-5)
 
@@ -175,7 +179,7 @@ def check_dw(at: BlockTopology, n: int) -> None:
     out_features, in_features = (blocks * at.block_size for blocks in at.grid)
     x = torch.randn(n, in_features, device=DEVICE, dtype=torch.bfloat16)
     dy = torch.randn(n, out_features, device=DEVICE, dtype=torch.bfloat16)
-    dw = ops.block_linear_dw(dy, x, at.coords, at.row_offsets, at.row_entries, at.slots)
+    dw = ops.block_linear_dw(dy, x, *_indices(at))
     expected = at.pack(dy.float().T @ x.float())
     torch.testing.assert_close(dw.float(), expected, rtol=1e-2, atol=1e-2 * n**0.5)
 
@@ -499,15 +503,14 @@ def test_more_than_two_to_the_31_values() -> None:
     assert values.numel() > 2**31
     x = torch.randn(16, in_blocks * size, device=DEVICE, dtype=torch.bfloat16)
     dy = torch.randn(16, out_blocks * size, device=DEVICE, dtype=torch.bfloat16)
-    rows = at.row_offsets, at.row_entries
-    cols = at.col_offsets, at.col_entries, at.slots
-    y = ops.block_linear(x, values, None, at.coords, *rows, *cols, None, None, 1)
+    indices = _indices(at)
+    y = ops.block_linear(x, values, None, *indices, None, None, 1)
     last = values[-in_blocks:].transpose(0, 1).reshape(size, -1)  # the last block row
     _assert_near(y[:, -size:], x.float() @ last.float().T)
-    dx = ops.block_linear_dx(dy, values, *cols)
+    dx = ops.block_linear_dx(dy, values, *indices, None, None, 1)
     last = values[in_blocks - 1 :: in_blocks].reshape(-1, size)  # the last block column
     _assert_near(dx[:, -size:], dy.float() @ last.float())
-    dw = ops.block_linear_dw(dy, x, at.coords, *rows, at.slots)
+    dw = ops.block_linear_dw(dy, x, *indices)
     _assert_near(dw[-1], dy[:, -size:].float().T @ x[:, -size:].float())
 
 
@@ -562,10 +565,7 @@ def _decide(layer: BlockSparseLinear, step: int, norms: Tensor):
 
 
 def _arguments(layer: BlockSparseLinear, x: Tensor) -> tuple[Tensor | None, ...]:
-    at = layer.topology
-    rows = at.row_offsets, at.row_entries
-    cols = at.col_offsets, at.col_entries, at.slots
-    return (x, layer.values, layer.bias, at.coords, *rows, *cols, None, None, 1)
+    return (x, layer.values, layer.bias, *_indices(layer.topology), None, None, 1)
 
 
 @pytest.mark.parametrize(
