@@ -573,6 +573,17 @@ _NESTED = (DensitySchedule, UpdateSchedule, DropFractionSchedule, Floor)
 _INTERVALS = 64
 
 
+def configured(options: Mapping[str, Any]) -> SparsityConfig:
+    """Return the configuration that keywords give."""
+    accepted = [each.name for each in dataclasses.fields(SparsityConfig)]
+    for key in options:
+        if key not in accepted:
+            close = difflib.get_close_matches(key, accepted, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise TypeError(f"There is no option {key!r}{hint}; accepted: {', '.join(accepted)}.")
+    return SparsityConfig(**options)
+
+
 @dataclass
 class SparsityNode:
     """`SparsityConfig` as a node of Hydra's config store; unknown keys and wrong types raise."""

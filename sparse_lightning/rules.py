@@ -8,8 +8,10 @@ that returns a `Decision`; `criteria.needs` says what has to be gathered for it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -111,3 +113,51 @@ def _asked(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
         if error.__cause__ is None:  # it is none of the function's own mistakes
             raise
         raise RuntimeError(f"{error} (layer '{scores.layer}')") from error
+
+
+def check_decision(decision: Any, scores: Mapping[str, BlockScores]) -> None:
+    """Raise unless a rule has decided on layers that it was asked about."""
+    wrong = decision if not isinstance(decision, Decision) else decision.masks
+    if wrong is decision or not isinstance(wrong, Mapping):
+        what = "" if wrong is decision else ", whose masks are by layer"
+        raise TypeError(
+            f"`rule` must return a Decision{what}; got {type(wrong).__name__}. "
+            "Return sparse_lightning.rules.Decision(masks)."
+        )
+    for name, mask in decision.masks.items():
+        if name not in scores:
+            raise ValueError(
+                f"`rule` must decide on layers of the request; got '{name}', which is none of them."
+            )
+        if not isinstance(mask, Tensor) or mask.is_meta or not mask.any():
+            raise ValueError(
+                f"`rule` must leave every layer a block, by a mask; got none (layer '{name}')."
+            )
+
+
+def check_rule(rule: object) -> None:
+    """Raise unless a rule that has a state can also take it back."""
+    if hasattr(rule, "state_dict") == hasattr(rule, "load_state_dict"):
+        if hasattr(rule, "state_dict"):
+            check_is_data(rule.state_dict())
+        return
+    raise ValueError(
+        "`rule` must have both `state_dict` and `load_state_dict`, or neither; got one of them on "
+        f"{type(rule).__name__}."
+    )
+
+
+def check_is_data(state: object) -> None:
+    """Raise TypeError unless it is of tensors and primitives, which `torch.load` takes as data."""
+    if isinstance(state, Mapping) and type(state) in (dict, OrderedDict):
+        for key, value in state.items():
+            check_is_data(key)
+            check_is_data(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            check_is_data(value)
+    elif not (state is None or isinstance(state, (bool, int, float, str, Tensor))):
+        raise TypeError(
+            "`rule.state_dict()` must return tensors and primitives, in dicts, lists and tuples; "
+            f"got {type(state).__name__}. Convert it, and back in `load_state_dict`."
+        )

@@ -8,11 +8,10 @@ is seen at the optimizer, evidence is taken in, and an update is applied wholly 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,21 +21,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparse_lightning import ranks
-from sparse_lightning.config import SparsityConfig
+from sparse_lightning.config import SparsityConfig, configured
+from sparse_lightning.course import Course
 from sparse_lightning.criteria import BlockScores, needed_by, seeded_generator
 from sparse_lightning.distributions import Grid
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
 from sparse_lightning.gathering import Gatherer
-from sparse_lightning.kernels.block_work import BlockWork
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.lookup import calling
-from sparse_lightning.optimizer_state import (
-    check_state,
-    find_optimizer,
-    prepare_keep,
-    prepare_reset,
-    warm_start,
-)
+from sparse_lightning.optimizer_state import check_state
 from sparse_lightning.patching import (
     SparsityReport,
     check_layers_found,
@@ -45,80 +38,12 @@ from sparse_lightning.patching import (
     swap_layers,
 )
 from sparse_lightning.resume import check_same_training
-from sparse_lightning.rules import Decision, UpdateRequest
+from sparse_lightning.rules import UpdateRequest, check_decision, check_is_data, check_rule
 from sparse_lightning.schedules import Timetable, should_shrink
 from sparse_lightning.sharding import check_whole_blocks, is_sharded
 from sparse_lightning.stepping import StepWatch, innermost
 
 UpdateHook = Callable[["Sparsifier", ModelUpdate], None]
-
-
-@dataclass(eq=False)
-class _Course:
-    """Where the layers of one optimizer are in their schedule, and the optimizer while attached.
-
-    Attributes:
-        steps: that it has taken with a gradient of one of its layers, and that were not skipped.
-        length: `total_steps` of the training, when `end` was last set.
-        end: steps that it will have taken when the training ends, as far as known.
-        timetable: resolved by that.
-        updated: steps after which the latest update was due.
-        next_update: steps after which the next one is; None if there is none.
-        progress: of the density, in [0, 1]; it never goes back, also where `end` grows.
-        skipped: steps that did not count.
-        waiting: layers whose update waits for a step that shows what it needs.
-        pending: bool `[capacity]`, grown slots that have not had a gradient yet, by layer.
-        optimizer: while attached.
-        watch: of its steps.
-        groups: which lists of parameters of what length it had when `held` was looked up.
-        held: the layers' parameters that it holds, by layer.
-        own: which of these follow its steps: those that no optimizer before it holds.
-        armed: layers whose dense gradient is gathered in the step that is under way.
-        work: adds up the work of `own` layers; None until it is needed.
-        still_pending: what becomes of `pending` if the step that is under way counts.
-    """
-
-    steps: int = 0
-    length: int | None = None
-    end: int | None = None
-    timetable: Timetable | None = None
-    updated: int = 0
-    next_update: int | None = None
-    progress: float = 0.0
-    skipped: int = 0
-    waiting: list[str] = field(default_factory=list)
-    pending: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: Optimizer | None = None
-    watch: StepWatch | None = None
-    groups: list[tuple[int, int]] = field(default_factory=list)
-    held: dict[str, nn.Parameter] = field(default_factory=dict)
-    own: dict[str, nn.Parameter] = field(default_factory=dict)
-    armed: list[str] = field(default_factory=list)
-    work: BlockWork | None = None
-    still_pending: dict[str, Tensor] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "length": self.length,
-            "end": self.end,
-            "timetable": None if self.timetable is None else self.timetable.as_dict(),
-            "updated": self.updated,
-            "next_update": self.next_update,
-            "progress": self.progress,
-            "skipped": self.skipped,
-            "waiting": list(self.waiting),
-            "pending": {name: pending.cpu() for name, pending in self.pending.items()},
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> _Course:
-        known = dict(state)
-        table = known.pop("timetable")
-        return cls(
-            **{**known, "waiting": list(known["waiting"]), "pending": dict(known["pending"])},
-            timetable=None if table is None else Timetable(**table),
-        )
 
 
 class Sparsifier:
@@ -175,7 +100,7 @@ class Sparsifier:
     ) -> None:
         if config is not None and options:
             raise TypeError("`config` must be given alone; got options beside it.")
-        self.config = _configured(options) if config is None else config
+        self.config = configured(options) if config is None else config
         is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool)
         if total_steps is not None and not (is_count and total_steps >= 1):
             raise ValueError(
@@ -189,7 +114,7 @@ class Sparsifier:
         self._timetable: Timetable | None = None
         if total_steps is not None:  # an error in the times is told before the model is changed
             self._resolve_times()
-        _check_rule_state(self._rule)
+        check_rule(self._rule)
         needs = needed_by([self._rule])
         self.report = self._swap()
         self.layers = self._managed()
@@ -197,7 +122,7 @@ class Sparsifier:
         self._agree()
         self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
         self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
-        self._courses: list[_Course] = []
+        self._courses: list[Course] = []
         self._born = self._age_zero()
         self.n_updates = 0
         self.last_update: ModelUpdate | None = None
@@ -343,7 +268,7 @@ class Sparsifier:
             return
         place = sum(course.optimizer is not None for course in self._courses)
         if place == len(self._courses):
-            self._courses.append(_Course())
+            self._courses.append(Course())
         course = self._courses[place]
         course.optimizer, course.groups = optimizer, []
         if course.timetable is None:
@@ -369,10 +294,10 @@ class Sparsifier:
         """Whether it follows an optimizer."""
         return bool(self._attached())
 
-    def _attached(self) -> list[_Course]:
+    def _attached(self) -> list[Course]:
         return [course for course in self._courses if course.optimizer is not None]
 
-    def _look_up(self, course: _Course) -> None:
+    def _look_up(self, course: Course) -> None:
         """Find the layers that an optimizer holds, if its groups are not as they were."""
         assert course.optimizer is not None
         groups = [(id(g["params"]), len(g["params"])) for g in course.optimizer.param_groups]
@@ -479,7 +404,7 @@ class Sparsifier:
         """Steps up to an update in which dense gradients are gathered."""
         return self._gatherer.window
 
-    def _main_course(self) -> _Course | None:
+    def _main_course(self) -> Course | None:
         holders = [course for course in self._attached() if course.own]
         # While detached nobody holds any; but only of those that did a step has counted.
         counted = [course for course in self._courses if course.steps]
@@ -502,10 +427,10 @@ class Sparsifier:
 
     # A step.
 
-    def _wants_gradients(self, course: _Course) -> bool:
+    def _wants_gradients(self, course: Course) -> bool:
         return bool(course.pending) or self._gatherer.reads_gradients
 
-    def _read(self, course: _Course, scale: float) -> None:
+    def _read(self, course: Course, scale: float) -> None:
         """Read the final gradients of an optimizer, right before it applies them."""
         self._look_up(course)
         if self._gatherer.reads_gradients:
@@ -513,9 +438,9 @@ class Sparsifier:
                 course.work = self._gatherer.work_of(course.own)
             self._gatherer.read(course.work, course.own, scale)
         if course.pending:
-            self._warm_up(course, scale)
+            course.warm_up(scale)
 
-    def _over(self, course: _Course, was_skipped: bool) -> None:
+    def _over(self, course: Course, was_skipped: bool) -> None:
         """Take in a step of an optimizer, if it counts."""
         if not was_skipped:
             self._look_up(course)
@@ -525,20 +450,7 @@ class Sparsifier:
                     return
         self._skip(course)
 
-    def _warm_up(self, course: _Course, scale: float) -> None:
-        assert course.optimizer is not None
-        course.still_pending = {}
-        for name, pending in course.pending.items():
-            if name not in course.held:  # it has been taken out of the optimizer
-                continue
-            values = course.held[name]
-            found = find_optimizer([course.optimizer], values)
-            assert found is not None, "it is held"
-            left = warm_start(*found, values, pending.to(values.device), scale)
-            if left.any():
-                course.still_pending[name] = left
-
-    def _skip(self, course: _Course) -> None:
+    def _skip(self, course: Course) -> None:
         """Forget a step that did not count."""
         course.skipped += 1
         self._gatherer.drop_evidence(course.armed)
@@ -547,13 +459,11 @@ class Sparsifier:
             self._plan(course, max(course.end - 1, course.steps))
             self._arm(course)  # the next update may have come nearer
 
-    def _step(self, course: _Course) -> None:
+    def _step(self, course: Course) -> None:
         """Take in a step that an optimizer has taken."""
-        course.steps += 1
-        if course.steps == 1:
+        if course.steps == 0:
             self._warn_of_layers_in_no_optimizer()
-        if course.pending:
-            course.pending = course.still_pending
+        course.count()
         if self._gatherer.reads_gradients:
             self._gatherer.confirm(course.own)
         if course.armed:
@@ -566,7 +476,7 @@ class Sparsifier:
             self._update(course, is_due)
         self._arm(course)
 
-    def _plan(self, course: _Course, end: int) -> None:
+    def _plan(self, course: Course, end: int) -> None:
         """Follow what is known of the number of steps by now."""
         if end == course.end:
             return
@@ -582,7 +492,7 @@ class Sparsifier:
         course.end = end
         course.next_update = course.timetable.next_update(course.updated)
 
-    def _arm(self, course: _Course) -> None:
+    def _arm(self, course: Course) -> None:
         """Gather dense gradients in the next step where they will be needed."""
         window = self._gatherer.window
         if not window:
@@ -601,7 +511,7 @@ class Sparsifier:
     # A topology update.
 
     @torch.no_grad()
-    def _update(self, course: _Course, is_due: bool) -> None:
+    def _update(self, course: Course, is_due: bool) -> None:
         """Update the layers that are due, or that waited, as far as they were scored."""
         assert course.timetable is not None
         due = [
@@ -629,7 +539,7 @@ class Sparsifier:
                     hook(self, update)
 
     def _scores(
-        self, course: _Course, names: list[str], needs: Collection[str]
+        self, course: Course, names: list[str], needs: Collection[str]
     ) -> dict[str, BlockScores]:
         """Return what is known of the layers that took part in the step, and were scored."""
         if not names:
@@ -646,7 +556,7 @@ class Sparsifier:
             {name: (step - self._born[name]).int() for name in names},
         )
 
-    def _decide(self, course: _Course, due: list[str]) -> ModelUpdate:
+    def _decide(self, course: Course, due: list[str]) -> ModelUpdate:
         """Decide an update of those due layers that were scored; nothing is changed."""
         config, table, step = self.config, course.timetable, course.steps
         assert table is not None
@@ -683,7 +593,7 @@ class Sparsifier:
         )
         with calling("rule"):
             decision = self._rule(request)
-        _check_decision(decision, scores)
+        check_decision(decision, scores)
         known = [*decision.masks.values()]
         for of in scores.values():
             known += [of.mask, of.magnitude, *of.gathered.values()]
@@ -706,7 +616,7 @@ class Sparsifier:
         return all(budgets[name] <= self.layers[name].topology.n_blocks for name in names)
 
     @torch.no_grad()
-    def _apply(self, course: _Course, update: ModelUpdate) -> None:
+    def _apply(self, course: Course, update: ModelUpdate) -> None:
         """Make an update real: what takes memory or can fail comes before anything is written."""
         assert course.timetable is not None
         writes = [self._gatherer.prepare_anew(update.layers)]
@@ -723,30 +633,19 @@ class Sparsifier:
 
     def _prepare(self, name: str, update: TopologyUpdate, step: int) -> Callable[[], None]:
         """Return what makes an update of a layer real, and only writes in place."""
-        layer = self.layers[name]
+        layer, born = self.layers[name], self._born[name]
         writes = [layer.prepare_update(update)]
         writes += [copy.prepare_update(update) for copy in self._copies(name)]
-        pendings = []
-        for course in self._attached():
-            if name in course.held:
-                assert course.optimizer is not None
-                writes.append(prepare_reset(course.optimizer, layer.values, update.changed))
-                pending = torch.zeros(layer.topology.capacity, dtype=torch.bool, device="cpu")
-                if name in course.pending:
-                    pending.copy_(course.pending[name])
-                pending[update.dropped] = False
-                pending[update.grown] = True
-                pendings.append((course, pending if pending.any() else None))
-        born = self._born[name]
+        writes += [
+            course.prepare_update(name, update, layer.topology.capacity)
+            for course in self._attached()
+            if name in course.held
+        ]
 
         def write() -> None:
             for each in writes:
                 each()
             born.index_fill_(0, update.grown, step)
-            for course, pending in pendings:
-                course.pending.pop(name, None)
-                if pending is not None:
-                    course.pending[name] = pending
 
         return write
 
@@ -813,19 +712,13 @@ class Sparsifier:
         )
         writes = [write, self._gatherer.prepare_keep(name, kept)]
         writes += [copy.prepare_shrink(len(kept))[1] for copy in self._copies(name)]
-        pendings = []
-        for course in self._attached():
-            if name in course.held:
-                assert course.optimizer is not None
-                writes.append(prepare_keep(course.optimizer, layer.values, kept))
-                if name in course.pending:
-                    pendings.append((course, course.pending[name].cpu()[kept.cpu()]))
+        writes += [
+            course.prepare_keep(name, kept) for course in self._attached() if name in course.held
+        ]
         born = self._born[name][kept.cpu()]
-        for write in writes:
-            write()
+        for each in writes:
+            each()
         self._born[name] = born
-        for course, pending in pendings:
-            course.pending[name] = pending
 
     def _can_shrink(self) -> bool:
         """Tell whether parameters may change shape: not where they are sharded or compiled."""
@@ -886,14 +779,10 @@ class Sparsifier:
         if shortfall is not None:
             self._warn(shortfall)
 
-    def _let_go(self, courses: Iterable[_Course]) -> None:
+    def _let_go(self, courses: Iterable[Course]) -> None:
         for course in courses:
-            if course.watch is not None:
-                course.watch.remove()
             self._gatherer.arm([], course.own)
-            course.optimizer = course.watch = course.work = None
-            course.groups, course.armed = [], []
-            course.held, course.own = {}, {}
+            course.let_go()
         if not self._attached():
             for layer in self.layers.values():
                 layer.locked = False
@@ -956,7 +845,7 @@ class Sparsifier:
         }
         if hasattr(self._rule, "state_dict"):
             state["rule"] = self._rule.state_dict()
-            _check_is_data(state["rule"])
+            check_is_data(state["rule"])
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -975,7 +864,7 @@ class Sparsifier:
         self._resolved_by, self.n_updates = state["resolved_by"], state["n_updates"]
         table = state["timetable"]
         self._timetable = None if table is None else Timetable(**table)
-        self._courses = [_Course.from_state(course) for course in state["courses"]]
+        self._courses = [Course.from_state(course) for course in state["courses"]]
         self._born = {**self._age_zero(), **{n: born.clone() for n, born in state["born"].items()}}
         self._gatherer.load_state_dict(state["gathered"])
         if "rule" in state and hasattr(self._rule, "load_state_dict"):
@@ -984,73 +873,12 @@ class Sparsifier:
             self.attach(*attached)
 
 
-def _configured(options: Mapping[str, Any]) -> SparsityConfig:
-    """Return the configuration that keywords give."""
-    accepted = [each.name for each in fields(SparsityConfig)]
-    for key in options:
-        if key not in accepted:
-            close = difflib.get_close_matches(key, accepted, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise TypeError(
-                f"Sparsifier has no argument {key!r}{hint}; accepted: {', '.join(accepted)}."
-            )
-    return SparsityConfig(**options)
-
-
-def _check_rule_state(rule: object) -> None:
-    """Raise unless a rule that has a state can also take it back."""
-    if hasattr(rule, "state_dict") == hasattr(rule, "load_state_dict"):
-        if hasattr(rule, "state_dict"):
-            _check_is_data(rule.state_dict())
-        return
-    raise ValueError(
-        "`rule` must have both `state_dict` and `load_state_dict`, or neither; got one of them on "
-        f"{type(rule).__name__}."
-    )
-
-
-def _check_is_data(state: object) -> None:
-    """Raise TypeError unless it is of tensors and primitives, which `torch.load` takes as data."""
-    if isinstance(state, Mapping) and type(state) in (dict, OrderedDict):
-        for key, value in state.items():
-            _check_is_data(key)
-            _check_is_data(value)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            _check_is_data(value)
-    elif not (state is None or isinstance(state, (bool, int, float, str, Tensor))):
-        raise TypeError(
-            "`rule.state_dict()` must return tensors and primitives, in dicts, lists and tuples; "
-            f"got {type(state).__name__}. Convert it, and back in `load_state_dict`."
-        )
-
-
 def _only(budgets: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
     return {name: budgets[name] for name in names}
 
 
 def _no_copies(name: str) -> Iterable[BlockSparseLinear]:
     return ()
-
-
-def _check_decision(decision: Any, scores: Mapping[str, BlockScores]) -> None:
-    """Raise unless a rule has decided on layers that it was asked about."""
-    wrong = decision if not isinstance(decision, Decision) else decision.masks
-    if wrong is decision or not isinstance(wrong, Mapping):
-        what = "" if wrong is decision else ", whose masks are by layer"
-        raise TypeError(
-            f"`rule` must return a Decision{what}; got {type(wrong).__name__}. "
-            "Return sparse_lightning.rules.Decision(masks)."
-        )
-    for name, mask in decision.masks.items():
-        if name not in scores:
-            raise ValueError(
-                f"`rule` must decide on layers of the request; got '{name}', which is none of them."
-            )
-        if not isinstance(mask, Tensor) or mask.is_meta or not mask.any():
-            raise ValueError(
-                f"`rule` must leave every layer a block, by a mask; got none (layer '{name}')."
-            )
 
 
 def _check_steps_after_backward(values: nn.Parameter) -> None:

@@ -38,6 +38,7 @@ FLOORS = {
     "stepping": 4,
     "config": 5,
     "export": 5,
+    "course": 5,
     "sparsifier": 6,
     "inspection": 6,
     "callbacks": 7,

@@ -1309,9 +1309,7 @@ def test_one_that_was_never_attached_says_so() -> None:
 
 
 def test_a_mistyped_option_is_answered_with_the_right_one() -> None:
-    with pytest.raises(
-        TypeError, match=r"no argument 'block_sise' \(did you mean 'block_size'\?\)"
-    ):
+    with pytest.raises(TypeError, match=r"no option 'block_sise' \(did you mean 'block_size'\?\)"):
         Sparsifier(Net(), 4, block_sise=16)
 
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparse_lightning import ranks
-from sparse_lightning.config import SparsityConfig
+from sparse_lightning.config import configured
 from sparse_lightning.export.files import write_checkpoint
 from sparse_lightning.patching import SparsityReport, select_layers
 from sparse_lightning.sparsifier import Sparsifier
@@ -55,7 +55,7 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     """
 
     def __init__(self, **options: Any) -> None:
-        self.config = SparsityConfig(**options)
+        self.config = configured(options)
         self.sparsifier: Sparsifier | None = None
         self._optimizer: ref[Optimizer] | None = None
         self._training = False
