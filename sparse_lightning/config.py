@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral, Real
@@ -578,8 +578,7 @@ def configured(options: Mapping[str, Any]) -> SparsityConfig:
     accepted = [each.name for each in dataclasses.fields(SparsityConfig)]
     for key in options:
         if key not in accepted:
-            close = difflib.get_close_matches(key, accepted, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = _hint(key, accepted)
             raise TypeError(f"There is no option {key!r}{hint}; accepted: {', '.join(accepted)}.")
     return SparsityConfig(**options)
 
@@ -636,6 +635,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _hint(key: object, accepted: Sequence[str]) -> str:
+    """Return the key that was probably meant, for an error; "" if none is near."""
+    close = difflib.get_close_matches(str(key), accepted, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def _coerce(cls: type[T], value: Any, argument: str) -> T:
     """Build one of the nested dataclasses from itself, a mapping or a constant number."""
     if isinstance(value, cls):
@@ -644,8 +649,7 @@ def _coerce(cls: type[T], value: Any, argument: str) -> T:
     if isinstance(value, Mapping):
         for key in value:
             if key not in accepted:
-                close = difflib.get_close_matches(str(key), accepted, n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                hint = _hint(key, accepted)
                 raise ValueError(
                     f"`{argument}` has no key {key!r}{hint}; "
                     f"accepted keys: {', '.join(map(repr, accepted))}."
