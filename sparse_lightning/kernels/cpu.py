@@ -147,12 +147,13 @@ def _multiply(
         # In the weight's own orientation, so that each row of a block is one run of memory.
         index, slots = entries[:n_blocks].long().unbind(1)
         outputs = torch.repeat_interleave(offsets.diff())
-        rows, cols = (outputs, index) if transposed else (index, outputs)
+        block_rows, block_cols = (outputs, index) if transposed else (index, outputs)
         grid = (n_out, in_blocks) if transposed else (in_blocks, n_out)
         weight = _borrow("weight", values, grid[0], block_size, grid[1], block_size).zero_()
-        weight.transpose(1, 2)[rows, cols] = values[slots]
+        weight.transpose(1, 2)[block_rows, block_cols] = values[slots]
         matrix = weight.view(grid[0] * block_size, -1)
-        return nn.functional.linear(tokens, matrix if transposed else matrix.T, bias).view(shape)
+        y = nn.functional.linear(tokens, matrix if transposed else matrix.T, bias)
+        return _shaped(y, shape)
 
     blocks = values.transpose(1, 2) if transposed else values
     out = tokens.new_empty(tokens.shape[0], n_out * block_size)
@@ -162,7 +163,17 @@ def _multiply(
         _add_by_row(targets, tokens, blocks[slots], bounds, index)
     else:
         _add_by_block(targets, tokens, blocks, bounds, entries.tolist())
-    return out.view(shape)
+    return _shaped(out, shape)
+
+
+def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return rows in another shape, and not as a view.
+
+    Autograd would let nobody change a view in place that an op returns, as `nn.ReLU(inplace=True)`
+    does.
+    """
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, shape)
+    return shaped
 
 
 def _begun(out: Tensor, bias: Tensor | None, block_size: int) -> Iterator[Tensor]:
