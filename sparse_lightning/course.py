@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparse_lightning.optimizer_state import (
     find_optimizer,
     prepare_keep,
     prepare_reset,
+    state_rule,
     warm_start,
 )
 from sparse_lightning.schedules import Timetable
@@ -42,8 +44,11 @@ class Course:
         groups: which lists of parameters of what length it had when `held` was looked up.
         held: the layers' parameters that it holds, by layer.
         own: which of these follow its steps: those that no optimizer before it holds.
+        unseen: those of `held` without a step in which the optimizer made its state.
         armed: layers whose dense gradient is gathered in the step that is under way.
         work: adds up the work of `own` layers; None until it is needed.
+        seen: steps that it has taken since it was attached, up to those in which `silent` is found.
+        silent: layers that have had no gradient in these.
         still_pending: what becomes of `pending` if the step that is under way counts.
     """
 
@@ -62,8 +67,11 @@ class Course:
     groups: list[tuple[int, int]] = field(default_factory=list)
     held: dict[str, nn.Parameter] = field(default_factory=dict)
     own: dict[str, nn.Parameter] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
     armed: list[str] = field(default_factory=list)
     work: BlockWork | None = None
+    seen: int = 0
+    silent: set[str] = field(default_factory=set)
     still_pending: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,22 +111,51 @@ class Course:
             values = self.held[name]
             found = find_optimizer([self.optimizer], values)
             assert found is not None, "it is held"
-            left = warm_start(*found, values, pending.to(values.device), scale)
+            with naming(name):
+                left = warm_start(*found, values, pending.to(values.device), scale)
             if left.any():
                 self.still_pending[name] = left
 
     def count(self) -> None:
-        """Count a step that the optimizer has taken."""
+        """Count a step that the optimizer has taken.
+
+        Raises:
+            ValueError: if it has made state that cannot follow the blocks of a layer, or that is
+                not as its rule says.
+        """
+        assert self.optimizer is not None
+        for name in self.unseen:
+            with naming(name):
+                state_rule(self.optimizer, self.held[name])
+        self.unseen = [name for name in self.unseen if self.held[name].grad is None]
         self.steps += 1
         if self.pending:
             self.pending = self.still_pending
+
+    def look_for_silent(self, steps: int) -> set[str]:
+        """Look at the gradients of a step that the optimizer has taken.
+
+        Args:
+            steps: to look at, from when it was attached on.
+
+        Returns:
+            The layers that had none in all of them, once they are over; else nothing.
+        """
+        if self.seen >= steps:
+            return set()
+        own = {name for name, values in self.own.items() if values.requires_grad}
+        self.silent = self.silent & own if self.seen else own
+        self.silent = {name for name in self.silent if self.own[name].grad is None}
+        self.seen += 1
+        return self.silent if self.seen == steps else set()
 
     def prepare_update(
         self, name: str, update: TopologyUpdate, capacity: int
     ) -> Callable[[], None]:
         """Return what has the optimizer follow an update of a layer, and only writes in place."""
         assert self.optimizer is not None
-        reset = prepare_reset(self.optimizer, self.held[name], update.changed)
+        with naming(name):
+            reset = prepare_reset(self.optimizer, self.held[name], update.changed)
         pending = torch.zeros(capacity, dtype=torch.bool, device="cpu")
         if name in self.pending:
             pending.copy_(self.pending[name])
@@ -142,7 +179,8 @@ class Course:
             kept: int64 `[capacity]`, the slots that stay.
         """
         assert self.optimizer is not None
-        keep = prepare_keep(self.optimizer, self.held[name], kept)
+        with naming(name):
+            keep = prepare_keep(self.optimizer, self.held[name], kept)
         pending = self.pending[name].cpu()[kept.cpu()] if name in self.pending else None
 
         def write() -> None:
@@ -157,5 +195,14 @@ class Course:
         if self.watch is not None:
             self.watch.remove()
         self.optimizer = self.watch = self.work = None
-        self.groups, self.armed = [], []
-        self.held, self.own = {}, {}
+        self.groups, self.unseen, self.armed = [], [], []
+        self.held, self.own, self.seen = {}, {}, 0
+
+
+@contextlib.contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Name the layer in what goes wrong with it."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{error} (layer '{layer}')") from error

@@ -4,18 +4,21 @@ A changed slot starts from the optimizer's initial state. That alone would make 
 late in training, a second moment that starts from zero without its bias correction lets the first
 updates reach several learning rates. So the first gradient that a grown slot sees also
 warm-starts its second moment (`warm_start`).
+
+Which state has slots is told by a rule for the optimizer's class (`STATE_RULES`), and otherwise by
+its shape. Only what an optimizer keeps in `optimizer.state[parameter]` can be seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning.sharding import all_slots, at_local_slots, local_part, local_slots
+from sparse_lightning.sharding import all_slots, at_local_slots, is_sharded, local_part, local_slots
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,41 @@ class StateRule:
     """How one optimizer class keeps state of slots.
 
     Attributes:
-        tensors: names of the state that follows the slots: tensors of the parameter's shape, or
-            with 1 in place of some sizes but the first.
+        tensors: names of the state that follows the slots. These are tensors of the shape of
+            `values`, `[capacity, block_size, block_size]`; of that shape with some of the last two
+            sizes left out or 1, such as means over rows; or of that shape flattened. Those that an
+            option turns off may be missing. State that is not named stays as it is.
         second_moments: those among them that are running means of g^2.
-        bias_corrected: whether the optimizer divides these by `1 - beta2 ** step`, with `betas[1]`
-            of the parameter's group.
-        starts_at: the option that holds what the tensors begin with; None if they begin at zero.
+        bias_corrected: whether these begin at zero and have a constant decay, the smallest of
+            `betas[1:]` of the parameter's group, so that after `step` steps they hold
+            `1 - beta ** step` of the mean. False if they hold all of it at any time.
+        starts_at: the option that holds what a tensor begins with, by the tensor's name. The
+            others begin at zero.
+
+    Raises:
+        TypeError: if `tensors` or `second_moments` is a string, where a tuple of them is meant.
+        ValueError: for a second moment that is not among `tensors`.
     """
 
     tensors: tuple[str, ...]
     second_moments: tuple[str, ...] = ()
     bias_corrected: bool = True
-    starts_at: str | None = None
+    starts_at: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for argument in ("tensors", "second_moments"):
+            if isinstance(getattr(self, argument), str):
+                raise TypeError(
+                    f"`{argument}` must be a tuple of names; got {getattr(self, argument)!r}. "
+                    'Write ("name",) for one.'
+                )
+        for argument in ("second_moments", "starts_at"):
+            for name in getattr(self, argument):
+                if name not in self.tensors:
+                    raise ValueError(
+                        f"`{argument}` must be of state in `tensors`, {list(self.tensors)}; "
+                        f"got {name!r}. Name it there, too."
+                    )
 
 
 _ADAM = StateRule(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), ("exp_avg_sq", "max_exp_avg_sq"))
@@ -53,39 +79,204 @@ STATE_RULES: dict[type[torch.optim.Optimizer], StateRule] = {
     ),
     # Its sum needs no warm start: the first update of an empty one is the learning rate, and
     # every later one is smaller.
-    torch.optim.Adagrad: StateRule(("sum",), starts_at="initial_accumulator_value"),
+    torch.optim.Adagrad: StateRule(("sum",), starts_at={"sum": "initial_accumulator_value"}),
     # Its beta2 is 0 at the first step, so its means are unbiased from there on.
     torch.optim.Adafactor: StateRule(
         ("row_var", "col_var"), ("row_var", "col_var"), bias_corrected=False
     ),
 }
 
-# By name, as there are several of them and not every PyTorch has its own.
-_REMEDIES = {
-    "Muon": "It orthogonalises whole matrices, which packed blocks are not. Put every `values` "
-    "into AdamW, and keep Muon for dense matrices."
+# What is known by name of the state of classes that have no rule. Adafactor's rows and columns are
+# called by different names in PyTorch, in transformers and in timm.
+_SECOND_MOMENTS = {
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "square_avg",
+    "exp_avg_sq_row",
+    "exp_avg_sq_col",
+    "exp_avg_sq_r",
+    "exp_avg_sq_c",
+    "row_var",
+    "col_var",
 }
-_REMEDY = (
-    "Use one of these, or describe its state: "
-    "sparse_lightning.optimizer_state.STATE_RULES[YourOptimizer] = StateRule(...)."
-)
+_STARTS_AT = {"sum": "initial_accumulator_value", "step_size": "lr"}  # as of Adagrad, and of Rprop
+
+# By name, as there are several of them and not every PyTorch has its own.
+_REFUSED = {
+    "Muon": "It orthogonalises whole matrices, which packed blocks are not. Put every `values` "
+    "into AdamW, and keep Muon for dense matrices.",
+    "LBFGS": "It keeps vectors of all parameters together, in which a layer's slots have no "
+    "state of their own. Take an optimizer that keeps its state by parameter.",
+}
 
 
-def state_rule(optimizer: torch.optim.Optimizer) -> StateRule:
-    """Return the rule of an optimizer's class.
+def state_rule(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> StateRule:
+    """Return the rule by which the state that an optimizer has of a parameter follows its slots.
+
+    It is that of `STATE_RULES` for the exact class, which is checked against what state there is.
+    A class that has none gets one by the shapes of its state: tensors that have slots follow,
+    single numbers stay.
+
+    Args:
+        optimizer: holds `parameter`.
+        parameter: `[capacity, block_size, block_size]`.
 
     Raises:
-        ValueError: for a class that is not in `STATE_RULES`, by its name.
+        ValueError: for an optimizer that works on all of a matrix, or on all parameters at once;
+            for state that cannot follow, naming class, state and shape; and for a rule that is
+            not true of the state.
     """
     rule = STATE_RULES.get(type(optimizer))
-    if rule is None:
-        known = ", ".join(sorted(cls.__name__ for cls in STATE_RULES))
-        name = type(optimizer).__name__
+    if rule is not None:
+        _check_rule(rule, optimizer, parameter)
+        return rule
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in _REFUSED:
+            raise ValueError(
+                "The optimizer must be one whose state can follow the blocks; "
+                f"got {_name(optimizer)}. {_REFUSED[cls.__name__]}"
+            )
+    return _rule_by_shape(optimizer, parameter)
+
+
+def _check_rule(rule: StateRule, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Raise ValueError if a rule is not true of the state that an optimizer has."""
+    state = _state_with_numbers(optimizer, parameter)
+    missing = [name for name in rule.tensors if name not in optimizer.state.get(parameter, {})]
+    for name, tensors in state.items():
+        value = optimizer.state[parameter][name]
+        is_by_slot = isinstance(value, Tensor) and _has_slots(value, parameter)
+        if name in rule.tensors and not is_by_slot:
+            raise ValueError(
+                f"The StateRule of {_name(optimizer)} must name state that has slots, as `values` "
+                f"{list(parameter.shape)} has; got `{name}` of {_shapes(tensors)}. Leave it out of "
+                "the rule if it is to stay as it is when blocks are dropped and grown."
+            )
+        # Of few dimensions it may have such a size by chance, and the rule says that it stays.
+        if name not in rule.tensors and is_by_slot and value.dim() >= 2:
+            if value.dim() == 2 and _is_ambiguous(name, value, parameter):
+                continue
+            raise ValueError(
+                f"The StateRule of {_name(optimizer)} must name all state that has slots; got "
+                f"`{name}` of {_shapes(tensors)}, which it leaves out{_instead(missing)}. Add it "
+                "to `tensors` of the rule."
+            )
+    if state and rule.tensors and len(missing) == len(rule.tensors):
         raise ValueError(
-            f"The optimizer must be one whose state can follow the blocks ({known}); got {name}. "
-            f"{_REMEDIES.get(name, _REMEDY)}"
+            f"The StateRule of {_name(optimizer)} must name state that the optimizer has, of "
+            f"{list(state)}; got {list(missing)}. Correct `tensors` of the rule."
         )
-    return rule
+    for option in rule.starts_at.values():
+        if option not in optimizer.defaults:
+            raise ValueError(
+                f"`starts_at` in the StateRule of {_name(optimizer)} must name an option of the "
+                f"optimizer, of {list(optimizer.defaults)}; got {option!r}. Correct the rule."
+            )
+    is_warmed = rule.bias_corrected and any(name in state for name in rule.second_moments)
+    groups, of_parameter = optimizer.param_groups, optimizer.state.get(parameter, {})
+    if is_warmed and not any(_knows_its_decay(group, of_parameter) for group in groups):
+        raise ValueError(
+            f"`bias_corrected` in the StateRule of {_name(optimizer)} must be False where the "
+            "optimizer has no option `betas`, or no `step` in its state or its groups; got True, "
+            f"options {list(optimizer.defaults)} and state {list(of_parameter)}. Correct the rule."
+        )
+
+
+def _rule_by_shape(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> StateRule:
+    """Return a rule for a class that has none, by the state that there is."""
+    names = []
+    for name, tensors in _state_with_numbers(optimizer, parameter).items():
+        value = optimizer.state[parameter][name]
+        why = _cannot_follow(name, value, parameter)
+        if why is not None:
+            raise ValueError(
+                "The optimizer's state must have slots, as `values` "
+                f"{list(parameter.shape)} has, or be single numbers; got `{name}` of "
+                f"{_shapes(tensors)} in {_name(optimizer)}, {why}. Say which of its state has "
+                "slots by sparse_lightning.optimizer_state.STATE_RULES"
+                f"[{type(optimizer).__name__}] = StateRule(...), or take another optimizer."
+            )
+        names.append(name)
+    starts_at = {n: _STARTS_AT[n] for n in names if _STARTS_AT.get(n) in optimizer.defaults}
+    second_moments = tuple(name for name in names if name in _SECOND_MOMENTS)
+    return StateRule(tuple(names), second_moments, starts_at=starts_at)
+
+
+def _cannot_follow(name: str, value: object, parameter: nn.Parameter) -> str | None:
+    """Return why state cannot follow the slots, or None if it can."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    part = local_part(value)
+    if type(part) not in (Tensor, nn.Parameter):
+        return f"a {type(part).__name__}, whose parts are not by slot"
+    if part.dtype.itemsize == 1 and part.dtype != torch.bool:
+        return f"codes of {part.dtype}, of which zero need not be the beginning"
+    if not _has_slots(value, parameter):
+        return "whose shape does not tell where a slot's part is"
+    if _is_ambiguous(name, value, parameter):
+        return "where the capacity is the block size, so that slots look like rows"
+    return None
+
+
+def _has_slots(tensor: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether a tensor's shape is that of `values`, flattened, or with less than its last sizes."""
+    slots, size, _ = parameter.shape
+    if tensor.dim() == 1 and tensor.numel() == parameter.numel():
+        return not is_sharded(tensor)  # ranks would hold parts of blocks
+    if tensor.dim() not in (1, 2, 3) or tensor.shape[0] != slots:
+        return False
+    return all(other in (1, size) for other in tensor.shape[1:])
+
+
+def _is_ambiguous(name: str, tensor: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether the first size of a tensor that has slots may as well be that of a block."""
+    slots, size, _ = parameter.shape
+    is_known = any(word in name for word in ("row", "col"))
+    return (
+        slots == size and tensor.dim() < 3 and tensor.numel() < parameter.numel() and not is_known
+    )
+
+
+def _state_with_numbers(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> dict[str, list[Tensor]]:
+    """Return the tensors of more than one element in an optimizer's state, by its names."""
+    found = {}
+    for name, value in optimizer.state.get(parameter, {}).items():
+        tensors = [tensor for tensor in _tensors_in(value) if tensor.numel() > 1]
+        if tensors:
+            found[name] = tensors
+    return found
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield a tensor, or those in containers and in plain objects that hold them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors_in(item)
+    elif hasattr(value, "__dict__") and not callable(value):
+        # What an object refers to further may be anything, the model too.
+        for item in vars(value).values():
+            if isinstance(item, Tensor | list | tuple):
+                yield from _tensors_in(item)
+
+
+def _shapes(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(f"shape {list(tensor.shape)}" for tensor in tensors)
+
+
+def _instead(missing: list[str]) -> str:
+    return f", while there is no {', '.join(f'`{name}`' for name in missing)}" if missing else ""
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the full name of an optimizer's class: there is more than one Adafactor."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def find_optimizer(
@@ -100,26 +291,74 @@ def find_optimizer(
 
 
 def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """Check that state, as restored from a checkpoint, has the slots of a parameter.
+    """Check that an optimizer, and state as restored from a checkpoint, can follow a parameter.
 
     Args:
-        optimizer: holds `parameter`; its class must have a rule.
+        optimizer: holds `parameter`.
         parameter: `[capacity, block_size, block_size]`.
 
     Raises:
-        RuntimeError: for a tensor of another shape, naming it.
+        RuntimeError: for a tensor of other slots, naming it.
+        ValueError: as `state_rule`.
     """
-    slots, *sizes = parameter.shape
-    allowed = [{slots}, *({1, size} for size in sizes)]
-    for name, tensor in _slot_state(optimizer, parameter).items():
-        pairs = zip(tensor.shape, allowed, strict=False)
-        if tensor.dim() != len(allowed) or any(size not in choices for size, choices in pairs):
+    rule = STATE_RULES.get(type(optimizer))
+    for name, value in optimizer.state.get(parameter, {}).items():
+        if not isinstance(value, Tensor) or value.numel() <= 1 or _has_slots(value, parameter):
+            continue
+        if name in rule.tensors if rule is not None else _has_other_slots(value, parameter):
             raise RuntimeError(
                 f"The restored optimizer state `{name}` must have the shape of `values`, "
-                f"{list(parameter.shape)}, or 1 in place of its last sizes; "
-                f"got {list(tensor.shape)}. "
+                f"{list(parameter.shape)}, or less than its last sizes; got {list(value.shape)} "
+                f"in {_name(optimizer)}. "
                 "The checkpoint's model and optimizer do not belong together."
             )
+    state_rule(optimizer, parameter)
+
+
+def _has_other_slots(tensor: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether a tensor would have slots if `values` had another capacity."""
+    if tensor.dim() != 3 or tensor.shape[0] == 1:
+        return False
+    return all(size in (1, parameter.shape[1]) for size in tensor.shape[1:])
+
+
+def drop_dense_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dense_shape: tuple[int, int]
+) -> bool:
+    """Drop state that an optimizer has of a parameter since it was a dense weight.
+
+    The optimizer then makes its state anew in its next step, as for a parameter that it has not
+    seen. Adagrad, which makes its state when it is built, is given a new one.
+
+    Args:
+        optimizer: holds `parameter`.
+        parameter: `[capacity, block_size, block_size]`.
+        dense_shape: `(out_features, in_features)` of the weight.
+
+    Returns:
+        Whether something that the optimizer has learned is lost.
+    """
+    state = optimizer.state.get(parameter, {})
+    tensors = [t for of in _state_with_numbers(optimizer, parameter).values() for t in of]
+    rows, columns = dense_shape
+    whole = {(rows, columns), (columns, rows)}
+    reduced = {(rows,), (columns,), (rows, 1), (columns, 1), (1, rows), (1, columns)}
+    is_dense = any(tuple(tensor.shape) in whole for tensor in tensors)
+    # A vector may have as many elements as there are slots by chance.
+    is_reduced = any(tuple(tensor.shape) in reduced for tensor in tensors) and not all(
+        _has_slots(tensor, parameter) for tensor in tensors
+    )
+    if not (is_dense or is_reduced):
+        return False
+    del optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.Adagrad):
+        start = optimizer.defaults["initial_accumulator_value"]
+        optimizer.state[parameter] = {
+            "step": torch.zeros_like(state["step"]),
+            "sum": torch.full_like(parameter, start, requires_grad=False),
+        }
+        return bool(state["step"] > 0)
+    return True
 
 
 def prepare_reset(
@@ -128,21 +367,24 @@ def prepare_reset(
     """Return what puts the state of some slots back to its beginning, and only writes in place.
 
     Args:
-        optimizer: holds `parameter`; its class must have a rule.
+        optimizer: holds `parameter`.
         parameter: `[capacity, block_size, block_size]`.
         slots: int64 `[n]`.
+
+    Raises:
+        ValueError: as `state_rule`.
     """
-    starts_at = state_rule(optimizer).starts_at
-    # PyTorch, too, takes the default and not the group's option.
-    start = 0.0 if starts_at is None else optimizer.defaults[starts_at]
-    parts = [
-        (local_part(tensor), at_local_slots(slots, tensor))
-        for tensor in _slot_state(optimizer, parameter).values()
-    ]
+    rule = state_rule(optimizer, parameter)
+    parts = []
+    for name, tensor in _slot_state(rule, optimizer, parameter).items():
+        # PyTorch, too, takes the default and not the group's option.
+        option = rule.starts_at.get(name)
+        start = 0 if option is None else float(optimizer.defaults[option])
+        parts.append((_by_slot(tensor, parameter), at_local_slots(slots, tensor), start))
 
     @torch.no_grad()
     def write() -> None:
-        for part, mine in parts:
+        for part, mine, start in parts:
             # `part[mine] = start` would have the host wait for a GPU.
             part.index_fill_(0, mine, start)
 
@@ -160,11 +402,18 @@ def prepare_keep(
     larger without the empty ones.
 
     Args:
-        optimizer: holds `parameter`; its class must have a rule.
-        parameter: may have its new shape already; only its identity counts.
-        kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
+        optimizer: holds `parameter`.
+        parameter: `[capacity, block_size, block_size]`, not shrunk yet.
+        kept: int64 `[new capacity]`, what `BlockSparseLinear.prepare_shrink` returned.
+
+    Raises:
+        ValueError: as `state_rule`.
     """
-    left = {name: tensor[kept] for name, tensor in _slot_state(optimizer, parameter).items()}
+    left = {}
+    rule = state_rule(optimizer, parameter)
+    for name, tensor in _slot_state(rule, optimizer, parameter).items():
+        part = _by_slot(tensor, parameter)[kept]
+        left[name] = part.flatten() if tensor.dim() == 1 else part
 
     def write() -> None:
         if left:
@@ -184,12 +433,12 @@ def warm_start(
     """Give grown slots a second moment from the first gradient they see.
 
     The moment becomes c * max(g^2, mean of g^2 over the block): what a constant gradient of that
-    size would have left there after the steps taken so far. So c is 1 - beta2^step where the
-    optimizer corrects that bias (the Adams), and 1 where it does not (RMSprop, Adafactor). The
-    mean guards the elements whose own first gradient happens to be small. Where only means over
-    rows and columns are kept (Adafactor) they are those of that moment; an element may then begin
-    with up to sqrt(2) times the update that its gradient would have later, where a block's
-    gradient is all in a few elements. Call it just before the optimizer steps.
+    size would have left there after the steps taken so far. So c is 1 - beta2^step where a mean
+    begins at zero and its betas and steps are known (the Adams), and 1 elsewhere (RMSprop,
+    Adafactor). The mean guards the elements whose own first gradient happens to be small. Where
+    only means over rows and columns are kept (Adafactor) they are those of that moment; an element
+    may then begin with up to sqrt(2) times the update that its gradient would have later, where a
+    block's gradient is all in a few elements. Call it just before the optimizer steps.
 
     Args:
         optimizer: holds `parameter`; its class must have a rule.
@@ -202,30 +451,70 @@ def warm_start(
     Returns:
         The slots that are still pending: their gradient was zero, or not finite.
     """
-    rule = state_rule(optimizer)
     if parameter.grad is None:
         return pending
+    rule, state = state_rule(optimizer, parameter), optimizer.state.get(parameter, {})
     squared = (local_part(parameter.grad) / grad_scale).square()
     mean = squared.mean((1, 2), keepdim=True)
     ready = pending[local_slots(parameter)] & (mean.flatten() > 0) & mean.flatten().isfinite()
-    for name, tensor in _slot_state(optimizer, parameter).items():
+    for name, tensor in _slot_state(rule, optimizer, parameter).items():
         if name in rule.second_moments:
-            tensor = local_part(tensor)
             moment = torch.maximum(squared, mean)
             if rule.bias_corrected:
-                moment *= 1 - group["betas"][1] ** optimizer.state[parameter]["step"]
-            moment = _mean_to(moment, tensor.shape)
-            tensor.copy_(torch.where(ready.view(-1, 1, 1), moment, tensor))
+                moment *= _held_of_the_mean(group, state)
+            if "p0" in state and "d" in group:  # Prodigy squares the gradient times its estimate
+                moment *= group["d"] ** 2
+            part = _by_slot(tensor, parameter)
+            moment = _mean_to(moment, part.shape, name)
+            is_ready = ready.view(-1, *[1] * (part.dim() - 1))
+            part.copy_(torch.where(is_ready, moment, part))
     return pending & ~all_slots(ready, parameter)
 
 
-def _slot_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return the state that has slots by the rule, as far as the optimizer has made it."""
-    rule, state = state_rule(optimizer), optimizer.state.get(parameter, {})
-    return {name: state[name] for name in rule.tensors if isinstance(state.get(name), Tensor)}
+def _slot_state(
+    rule: StateRule, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> dict[str, Tensor]:
+    """Return the state that has slots by a rule that holds, as far as the optimizer has made it."""
+    state = _state_with_numbers(optimizer, parameter)
+    return {name: optimizer.state[parameter][name] for name in rule.tensors if name in state}
 
 
-def _mean_to(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Return the means over those dimensions in which `shape` has 1 instead."""
-    reduced = [d for d, size in enumerate(shape) if size != tensor.shape[d]]
-    return tensor.mean(reduced, keepdim=True) if reduced else tensor
+def _by_slot(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return what this rank holds of state that has slots, `[slots, ...]`, sharing its memory."""
+    is_flat = tensor.dim() == 1 and tensor.numel() == parameter.numel()
+    return tensor.view(parameter.shape[0], -1) if is_flat else local_part(tensor)
+
+
+def _knows_its_decay(group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    betas = group.get("betas")
+    return isinstance(betas, tuple | list) and len(betas) > 1 and ("step" in {**group, **state})
+
+
+def _held_of_the_mean(group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+    """Return which share of a mean that began at zero has come in; 1 where that is not known.
+
+    Of several betas after the first the smallest is taken: with too large a moment the first
+    updates are small, with too small a one they would jump.
+    """
+    if not _knows_its_decay(group, state):
+        return 1.0
+    return 1 - min(group["betas"][1:]) ** {**group, **state}["step"]
+
+
+def _mean_to(moment: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Return the means of a moment, `[slots, block_size, block_size]`, that state of a shape keeps.
+
+    Of two dimensions that have the same size, only the name tells which of them is left.
+    """
+    if len(shape) == 3:
+        reduced = [d for d, size in enumerate(shape) if size != moment.shape[d]]
+        return moment.mean(reduced, keepdim=True) if reduced else moment
+    if len(shape) == 1:
+        return moment.mean((1, 2))
+    if shape[1] == moment[0].numel():
+        return moment.flatten(1)
+    if shape[1] > 1 and "col" in name:
+        return moment.mean(1)
+    if shape[1] > 1 and "row" in name:
+        return moment.mean(2)
+    return moment.mean((1, 2)).unsqueeze(1)

@@ -1,29 +1,46 @@
-"""Optimizer state of dropped and grown slots: it starts anew, and no grown block jumps."""
+"""Optimizer state of dropped and grown slots: it starts anew, and no grown block jumps.
+
+Optimizers that have a rule are tried here; those that have none in the later half, by toys that
+keep their state as well-known ones do.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import (
+    ASGD,
+    LBFGS,
     SGD,
+    Adadelta,
     Adafactor,
     Adagrad,
     Adam,
+    Adamax,
     AdamW,
     NAdam,
     Optimizer,
     RAdam,
     RMSprop,
+    Rprop,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from sparse_lightning import Sparsifier
+from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.optimizer_state import (
     STATE_RULES,
     StateRule,
     check_state,
+    drop_dense_state,
     find_optimizer,
     prepare_keep,
     prepare_reset,
@@ -153,7 +170,7 @@ def test_the_rules_know_all_state_that_has_slots(name: str, names: set[str]) -> 
     optimizer = make(name, parameter)
     step(optimizer, parameter, torch.randn_like(parameter))
     assert state_tensors(optimizer, parameter).keys() == names
-    assert names <= {*state_rule(optimizer).tensors}
+    assert names <= {*state_rule(optimizer, parameter).tensors}
 
 
 def test_reset_takes_adagrads_start() -> None:
@@ -566,7 +583,7 @@ def test_restored_state_is_checked_for_its_slots(name: str) -> None:
         wrong = [
             tensor[:3],
             tensor[:, :, :1].expand(-1, -1, 8),
-            tensor.flatten(1),
+            tensor.flatten(1)[:, :8],
             tensor[:1],
             tensor[..., None],
         ]
@@ -610,56 +627,684 @@ def test_keeping_slots_before_the_first_step_leaves_no_state_behind() -> None:
     assert not optimizer.state
 
 
-# -- which optimizers -------------------------------------------------------------------------
+# -- optimizers without a rule ----------------------------------------------------------------
 
 
-class Homemade(Optimizer):
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": LR})
+class Toy(Optimizer):
+    """An optimizer whose class has no rule."""
+
+    def __init__(self, params: Any, lr: float = LR, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * self.direction(p, p.grad, self.state[p], group))
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        return g
+
+    @staticmethod
+    def mean(state: Any, name: str, of: Tensor, beta: float) -> Any:
+        return state.setdefault(name, torch.zeros_like(of)).lerp_(of, 1 - beta)
+
+
+class Lion(Toy):
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        sign = state.get("exp_avg", torch.zeros_like(p)).lerp(g, 0.1).sign()
+        self.mean(state, "exp_avg", g, 0.99)
+        return sign
+
+
+class Adan(Toy):
+    """Its second moment goes by the last of three betas, and its steps are in the group."""
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        difference = g - state.setdefault("pre_grad", g.clone())
+        state["pre_grad"].copy_(g)
+        step, (one, two, three) = group["step"], group["betas"]
+        m = self.mean(state, "exp_avg", g, one) / (1 - one**step)
+        d = self.mean(state, "exp_avg_diff", difference, two) / (1 - two**step)
+        n = self.mean(state, "exp_avg_sq", (g + two * difference).square(), three)
+        return (m + two * d) / (n / (1 - three**step)).sqrt().add_(1e-8)
+
+
+class Prodigy(Toy):
+    """Its estimate `d` is in what it squares; `s` and `p0`, the beginning, are flat."""
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        state.setdefault("p0", p.flatten().clone() if p.any() else torch.tensor(0.0))
+        self.mean(state, "s", g.flatten(), 0.99)
+        state["step"] = state.get("step", 0) + 1
+        d = group["d"]
+        m = self.mean(state, "exp_avg", d * g, 0.9)
+        v = self.mean(state, "exp_avg_sq", (d * g).square(), 0.99)
+        return m / v.sqrt().add_(1e-30)
+
+
+class ScheduleFree(Toy):
+    """`z` is where plain SGD would be; the parameter follows its average."""
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        z = state.setdefault("z", p.clone()).sub_(group["lr"] * g)
+        return (p - z) / (2 * group["lr"])
+
+
+class Late(Toy):
+    """It makes its momentum at its third step, as with a warm-up."""
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        state["step"] = state.get("step", 0) + 1
+        return g if state["step"] < 3 else self.mean(state, "momentum", g, 0.9)
+
+
+class Sm3(Toy):
+    """It keeps one number a slot, beside numbers that are no tensors."""
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        state.update(kind="sm3", rms=g.norm(), best=None, seen={"steps": group["step"]})
+        most = state.setdefault("accumulator", torch.zeros(len(p)))
+        most.copy_(torch.maximum(most, g.square().view(len(p), -1).amax(1)))
+        return g / most.sqrt().add_(1e-8).view(-1, *[1] * (p.dim() - 1))
 
 
 class MyAdam(Adam):
     pass
 
 
-class Muon(Homemade):
-    """One of the packages that take blocks for matrices."""
+class MyAdafactor(Adafactor):
+    pass
 
 
-def calls(optimizer: Optimizer, parameter: nn.Parameter) -> list[Any]:
-    slots = torch.tensor([0])
-    return [
-        lambda: state_rule(optimizer),
-        lambda: check_state(optimizer, parameter),
-        lambda: prepare_reset(optimizer, parameter, slots)(),
-        lambda: prepare_keep(optimizer, parameter, slots)(),
-        lambda: warm_start(optimizer, {}, parameter, torch.ones(4, dtype=torch.bool)),
-    ]
+def of_transformers(**options: Any) -> Callable[[Any], Optimizer]:
+    def make(parameters: Any) -> Optimizer:
+        module = pytest.importorskip("transformers.optimization")
+        built: Optimizer = module.Adafactor(parameters, **options)
+        return built
+
+    return make
 
 
-@pytest.mark.parametrize("cls", [Homemade, MyAdam, torch.optim.LBFGS])
-def test_an_unknown_optimizer_is_refused_by_name_with_the_remedy(cls: type[Optimizer]) -> None:
+FIXED: dict[str, Any] = {"scale_parameter": False, "relative_step": False, "lr": LR}
+BY_SHAPE: dict[str, Callable[[Any], Optimizer]] = {
+    "lion": Lion,
+    "adan": lambda p: Adan(p, betas=(0.98, 0.92, 0.99)),
+    "prodigy": lambda p: Prodigy(p, d=1e-3),
+    "schedule-free": ScheduleFree,
+    "late": Late,
+    "sm3": Sm3,
+    "adam subclass": lambda p: MyAdam(p, lr=LR, amsgrad=True),
+    "adam subclass fused": lambda p: MyAdam(p, lr=LR, fused=True),
+    "adam subclass foreach": lambda p: MyAdam(p, lr=LR, foreach=True),
+    "adafactor subclass": lambda p: MyAdafactor(p, lr=LR),
+    "transformers": of_transformers(),
+    "transformers scaled": of_transformers(scale_parameter=True, relative_step=False, lr=LR),
+    "transformers warmup": of_transformers(scale_parameter=False, warmup_init=True),
+    "transformers fixed beta1": of_transformers(**FIXED, beta1=0.9),
+    "adadelta": Adadelta,
+    "adamax": Adamax,
+    "asgd": ASGD,
+    "rprop": lambda p: Rprop(p, lr=LR),
+}
+STARTS = {"step_size": LR}  # what is not named begins at zero
+
+
+def slots_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The state that has slots, `[slots, ...]`, asked of the optimizer and not of a rule."""
+    return {
+        name: tensor.view(len(parameter), -1)
+        for name, tensor in state_tensors(optimizer, parameter).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "slots"),
+    # One number for the only slot may as well be one of the whole parameter.
+    [(name, slots) for name in BY_SHAPE for slots in (4, 1) if (name, slots) != ("sm3", 1)],
+)
+def test_without_a_rule_state_follows_by_its_shape(name: str, slots: int) -> None:
+    parameter = make_parameter(slots)
+    optimizer = BY_SHAPE[name]([parameter])
+    for _ in range(3):
+        step(optimizer, parameter, torch.randn_like(parameter))
+    check_state(optimizer, parameter)
+    before = clones(slots_of(optimizer, parameter))
+    scalars = {k: v for k, v in optimizer.state[parameter].items() if k not in before}
+    assert before
+    changed = torch.tensor([1, 3] if slots == 4 else [0])
+    prepare_reset(optimizer, parameter, changed)()
+    rest = [slot for slot in range(slots) if slot not in changed]
+    for key, state in slots_of(optimizer, parameter).items():
+        assert torch.equal(state[rest], before[key][rest]), key
+        assert (state[changed] == STARTS.get(key, 0.0)).all(), key
+        assert not torch.equal(before[key][changed], state[changed]), key
+
+    before = clones(slots_of(optimizer, parameter))
+    kept = torch.tensor([0, 2, 3] if slots == 4 else [0])
+    prepare_keep(optimizer, parameter, kept)()
+    parameter.grad, parameter.data = None, parameter.data[kept]
+    for key, state in slots_of(optimizer, parameter).items():
+        assert torch.equal(state, before[key][kept]), key
+    assert all(optimizer.state[parameter][key] is value for key, value in scalars.items())
+    check_state(optimizer, parameter)
+    step(optimizer, parameter, torch.randn_like(parameter))
+
+
+# -- trained through updates, and with fewer slots in the end -----------------------------------
+
+TRAINED: dict[str, Callable[[Any], Optimizer]] = {
+    **BY_SHAPE,
+    "adamw": AdamW,
+    "adagrad": lambda p: Adagrad(p, initial_accumulator_value=0.5),
+    "adafactor": Adafactor,
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_in_training_blocks_keep_their_state_and_grown_ones_begin(name: str) -> None:
+    """Compared by the blocks' places, after updates that drop, grow and give up slots."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48))
+    density = {"initial": 0.75, "final": 0.4, "schedule": "linear", "begin": 0.0, "until": 0.6}
+    sparsifier = Sparsifier(
+        model, 16, block_size=16, density=density, update={"every_n_steps": 2, "until": 0.95}
+    )
+    capacities = {of: len(layer.values) for of, layer in sparsifier.layers.items()}
+    optimizer = TRAINED[name](model.parameters())
+    starts = {**STARTS, "sum": 0.5}
+    before: dict[str, Any] = {}
+    grown, given_up = [], []
+
+    def place_of(layer: BlockSparseLinear) -> dict[tuple[int, ...], int]:
+        return {tuple(at): slot for slot, at in enumerate(layer.topology.coords.tolist())}
+
+    def remember(*_: Any) -> None:
+        for of, layer in sparsifier.layers.items():
+            before[of] = place_of(layer), clones(slots_of(optimizer, layer.values))
+
+    def compare(_: Sparsifier, update: ModelUpdate) -> None:
+        for of in update.layers:
+            layer = sparsifier.layers[of]
+            places, states = before[of]
+            after = slots_of(optimizer, layer.values)
+            assert after.keys() == states.keys()
+            for at, slot in place_of(layer).items():
+                if at[0] < 0:
+                    continue
+                for key, state in after.items():
+                    if at in places:
+                        assert torch.equal(state[slot], states[key][places[at]]), key
+                    else:
+                        assert (state[slot] == starts.get(key, 0.0)).all(), key
+                if at not in places:
+                    grown.append(at)
+            given_up.append(len(layer.values) < capacities[of])
+
+    sparsifier.attach(optimizer)
+    handle = optimizer.register_step_post_hook(remember)
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    sparsifier.register_update_hook(compare)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(16):
+        x = torch.randn(16, 64, generator=generator)
+        (model(x) - x[:, :48]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert grown and any(given_up)
+    assert all(layer.values.isfinite().all() for layer in sparsifier.layers.values())
+
+
+# -- the warm start, known by name --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "state", "expected"),
+    [
+        # c is 1 - 0.5^2. Rows of a block are means over its columns.
+        (MyAdam, ("exp_avg_sq", (4, 16, 16)), squares(6.75, 3.75)),
+        (Toy, ("exp_avg_sq", (4, 16, 16)), squares(6.75, 3.75)),
+        (Toy, ("square_avg", (4 * 16 * 16,)), squares(6.75, 3.75).flatten()),
+        (Toy, ("exp_avg_sq_row", (4, 16)), 0.75 * torch.tensor([9.0] * 8 + [5.0] * 8)),
+        (Toy, ("exp_avg_sq_col", (4, 16)), torch.full((16,), 5.25)),
+        (Toy, ("exp_avg_sq", (4,)), torch.tensor(5.25)),
+        (Toy, ("row_var", (4, 16, 1)), squares(6.75, 3.75)[:, :1]),
+        (Toy, ("col_var", (4, 1, 16)), torch.full((1, 16), 5.25)),
+        # What an unknown name means is not guessed.
+        (Toy, ("hessian", (4, 16, 16)), torch.zeros(16, 16)),
+        (Toy, ("exp_avg_diff", (4, 16, 16)), torch.zeros(16, 16)),
+    ],
+)
+def test_second_moments_known_by_name_are_warm_started(
+    optimizer: type[Optimizer], state: tuple[str, tuple[int, ...]], expected: Tensor
+) -> None:
+    key, shape = state
     parameter = make_parameter()
-    message = rf"\(Adafactor, .*Adam, AdamW.*\); got {cls.__name__}\. .*STATE_RULES\[.*\] = Sta"
-    for refused in calls(cls([parameter]), parameter):
-        with pytest.raises(ValueError, match=message):
-            refused()
+    # Of several betas the safe one is taken: that of the larger moment.
+    betas = (0.9, 0.5) if optimizer is MyAdam else (0.9, 0.5, 0.9)
+    of = optimizer([parameter], betas=betas)  # type: ignore[call-arg]
+    of.state[parameter] = {"step": 2, key: torch.zeros(shape)}
+    parameter.grad = torch.zeros_like(parameter)
+    parameter.grad[1] = THREES
+    pending = torch.tensor([False, True, True, False])
+    left = warm_start(of, of.param_groups[0], parameter, pending)
+    assert left.tolist() == [False, False, True, False]
+    after = of.state[parameter][key]
+    assert after.shape == shape
+    after = after.view(4, -1)
+    torch.testing.assert_close(after[1], expected.flatten())
+    assert not after[[0, 2, 3]].any()
 
 
-@pytest.mark.parametrize("cls", [Muon, getattr(torch.optim, "Muon", Muon)])
-def test_muon_is_refused_with_a_remedy_of_its_own(cls: type[Optimizer]) -> None:
-    optimizer = cls([nn.Parameter(torch.zeros(16, 16))])
-    message = r"got Muon\. .*whole matrices.*Put every `values` into AdamW, and keep Muon for dense"
-    for refused in calls(optimizer, make_parameter()):
+@pytest.mark.parametrize(
+    "name",
+    ["adan", "prodigy", "adam subclass", "transformers", "transformers fixed beta1", "sm3"],
+)
+def test_without_a_rule_no_grown_block_jumps(name: str) -> None:
+    """Beside blocks whose gradient has the same size, after steps in which their state settled."""
+    parameter = nn.Parameter(torch.ones(4, 16, 16))
+    optimizer = BY_SHAPE[name]([parameter])
+    gradient = torch.randn_like(parameter).sign()
+    for _ in range(400):
+        step(optimizer, parameter, gradient)
+    group = optimizer.param_groups[0]
+    pending = torch.tensor([False, True, False, False])
+    prepare_reset(optimizer, parameter, torch.tensor([1]))()
+    largest = torch.zeros(4)
+    for _ in range(200):
+        before, parameter.grad = parameter.detach().clone(), gradient
+        pending = warm_start(optimizer, group, parameter, pending)
+        optimizer.step()
+        moved = (parameter.detach() - before).abs().flatten(1).amax(1)
+        largest = torch.maximum(largest, moved)
+    assert 0.9 < largest[1] / largest[0] <= 1.1
+
+
+# -- what cannot follow, and wrong rules ----------------------------------------------------------
+
+
+class Keeps(Toy):
+    """It keeps whatever it is given, made of the parameter in its first step."""
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        for name, make in group["makes"].items():
+            state.setdefault(name, make(p))
+        return g
+
+
+class Codes(Tensor):
+    """As low-bit optimizers keep tensors in pieces of their own."""
+
+
+class Holder:
+    def __init__(self, tensor: Tensor) -> None:
+        self.factor = tensor
+
+
+Make = Callable[[Tensor], Any]
+UNFIT: dict[str, tuple[Make, str]] = {
+    "of a dimension": (lambda p: torch.eye(16), r"shape \[16, 16\]"),
+    "of the slots": (lambda p: torch.eye(len(p)), r"shape \[12, 12\]"),
+    "a list": (lambda p: [torch.eye(16), torch.eye(16)], r"\[16, 16\], shape \[16, 16\].* list"),
+    "a dict": (lambda p: {"a": {"b": torch.zeros_like(p)}}, "dict"),
+    "an object": (lambda p: Holder(torch.eye(16)), "Holder"),
+    "all in one": (lambda p: torch.zeros(5000), r"\[5000\]"),
+    "shared by slots": (lambda p: torch.zeros(1, 16, 16), r"\[1, 16, 16\]"),
+    "slots last": (lambda p: torch.zeros(16, 16, len(p)), r"\[16, 16, 12\]"),
+    "bytes": (lambda p: torch.zeros_like(p, dtype=torch.uint8), "codes of torch.uint8"),
+    "signed": (lambda p: torch.zeros_like(p, dtype=torch.int8), "codes of torch.int8"),
+    "a subclass": (lambda p: torch.zeros_like(p).as_subclass(Codes), "Codes"),
+}
+
+
+def engine(
+    optimizer: Callable[[Any], Optimizer], before: int = 0
+) -> tuple[Callable[[], None], Sparsifier]:
+    """Return what takes a step of a model whose first layer has 12 slots, and its engine."""
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    sparsifier = Sparsifier(model, 8, block_size=16, density=1.0, exclude=["2"])
+    of = optimizer(model.parameters())
+
+    def take_step() -> None:
+        model(torch.randn(4, 64)).square().mean().backward()
+        of.step()
+        of.zero_grad()
+
+    for _ in range(before):
+        take_step()
+    sparsifier.attach(of)
+    return take_step, sparsifier
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_state_that_cannot_follow_is_refused_at_the_first_step(name: str) -> None:
+    make, says = UNFIT[name]
+    message = rf"`memory` of .*in {Keeps.__module__}\.Keeps.*{says}|{says}.*Keeps"
+
+    def build(parameters: Any) -> Optimizer:
+        return Keeps(parameters, makes={"memory": make, "exp_avg": torch.zeros_like})
+
+    take_step, _ = engine(build)
+    with pytest.raises(ValueError, match=message) as refused:
+        take_step()
+    for part in ("`memory`", "Keeps", "StateRule(", "or take another", "(layer '0')"):
+        assert part in str(refused.value)
+    if not name.startswith("slots"):  # it may as well be of other slots
         with pytest.raises(ValueError, match=message):
+            engine(build, before=1)
+
+
+def test_a_layer_that_takes_part_later_is_looked_at_then() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32))
+    sparsifier = Sparsifier(model, 8, block_size=16, density=1.0)
+    makes = {"memory": lambda p: torch.eye(16) if len(p) == 6 else None}
+    optimizer = Keeps(model.parameters(), makes=makes)
+    sparsifier.attach(optimizer)
+    model[0](torch.randn(4, 64)).square().mean().backward()
+    optimizer.step()
+    model(torch.randn(4, 64)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"`memory` of .*\(layer '1'\)"):
+        optimizer.step()
+
+
+def test_what_is_made_later_is_refused_when_blocks_are_to_move() -> None:
+    parameter = make_parameter()
+    optimizer = Lion([parameter])
+    step(optimizer, parameter, torch.randn_like(parameter))
+    slots, pending = torch.tensor([0]), torch.ones(4, dtype=torch.bool)
+    optimizer.state[parameter]["precond"] = torch.eye(16)
+    for refused in (
+        lambda: prepare_reset(optimizer, parameter, slots),
+        lambda: prepare_keep(optimizer, parameter, slots),
+        lambda: warm_start(optimizer, optimizer.param_groups[0], parameter, pending),
+    ):
+        with pytest.raises(ValueError, match=r"`precond` of shape \[16, 16\]"):
             refused()
+    # A rule that leaves it out says that it stays.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STATE_RULES, Lion, StateRule(("exp_avg",)))
+        prepare_reset(optimizer, parameter, slots)()
+    assert not optimizer.state[parameter]["exp_avg"][0].any()
+    assert torch.equal(optimizer.state[parameter]["precond"], torch.eye(16))
+
+
+def test_as_many_slots_as_a_block_has_rows() -> None:
+    """Then only names tell rows of slots from a matrix of a block's own dimensions."""
+    parameter = make_parameter(16)
+    optimizer = Toy([parameter])
+    for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
+        optimizer.state[parameter][name] = torch.ones(16, 16)
+    optimizer.state[parameter]["exp_avg"] = torch.ones(16, 16, 16)
+    prepare_reset(optimizer, parameter, torch.tensor([2]))()
+    for state in state_tensors(optimizer, parameter).values():
+        assert state.flatten(1).amax(1).tolist() == [1.0, 1.0] + [0.0] + [1.0] * 13
+    optimizer.state[parameter]["precond"] = torch.eye(16)
+    with pytest.raises(ValueError, match=r"`precond` .*capacity is the block size.*StateRule"):
+        prepare_reset(optimizer, parameter, torch.tensor([2]))
+
+
+Rules = dict[str, tuple[Callable[[], StateRule], dict[str, Make], str]]
+MOMENTS: dict[str, Make] = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
+ROWS: dict[str, Make] = {"exp_avg": torch.zeros_like, "rows": lambda p: torch.zeros(p.shape[:2])}
+WRONG: Rules = {
+    "a typo": (
+        lambda: StateRule(("exp_avg", "exp_avg_sqr")),
+        MOMENTS,
+        "must name all.*`exp_avg_sq` of shape.*while there is no `exp_avg_sqr`",
+    ),
+    "one left out": (lambda: StateRule(("exp_avg",)), MOMENTS, "must name all.*`exp_avg_sq`"),
+    "rows left out": (lambda: StateRule(("exp_avg",)), ROWS, "must name all.*`rows`"),
+    "none there is": (
+        lambda: StateRule(("momentum",)),
+        {"precond": lambda p: torch.eye(16)},
+        r"must name state that the optimizer has, of \['precond'\]; got \['momentum'\]",
+    ),
+    "no slots": (
+        lambda: StateRule(("exp_avg", "exp_avg_sq", "precond")),
+        {**MOMENTS, "precond": lambda p: torch.eye(16)},
+        r"must name state that has slots.*`precond` of shape \[16, 16\]",
+    ),
+    "no betas": (
+        lambda: StateRule(("exp_avg", "exp_avg_sq"), ("exp_avg_sq",)),
+        MOMENTS,
+        "`bias_corrected`.*must be False",
+    ),
+    "no such option": (
+        lambda: StateRule(("exp_avg", "exp_avg_sq"), starts_at={"exp_avg": "initial"}),
+        MOMENTS,
+        "`starts_at`.*must name an option.*got 'initial'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_rule_is_found_at_the_first_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, makes, message = WRONG[name]
+    monkeypatch.setitem(STATE_RULES, Keeps, rule())
+    with pytest.raises(ValueError, match=rf"{message}.*\(layer '0'\)") as refused:
+        take_step, _ = engine(lambda p: Keeps(p, betas=None, makes=makes))
+        take_step()
+    assert f"{Keeps.__module__}.Keeps" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "makes"),
+    [
+        (_ := StateRule(("exp_avg", "max_exp_avg_sq")), {"exp_avg": torch.zeros_like}),
+        (_, {}),
+        (_, {"rms": lambda p: p.norm(), "seen": lambda p: 1}),
+        (StateRule(()), {"precond": lambda p: torch.eye(16)}),
+    ],
+)
+def test_a_rule_may_name_what_an_option_turns_off(
+    rule: StateRule, makes: dict[str, Make], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STATE_RULES, Keeps, rule)
+    take_step, sparsifier = engine(lambda p: Keeps(p, makes=makes))
+    for _ in range(8):
+        take_step()
+    assert sparsifier.steps == 8
+
+
+def test_a_rule_is_checked_when_it_is_made() -> None:
+    with pytest.raises(TypeError, match=r"`tensors` must be a tuple.*'exp_avg'"):
+        StateRule("exp_avg")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`second_moments` must be .*'exp_avg_sq'"):
+        StateRule(("exp_avg",), ("exp_avg_sq",))
+    with pytest.raises(ValueError, match=r"`starts_at` must be .*'sum'"):
+        StateRule(("exp_avg",), starts_at={"sum": "initial_accumulator_value"})
 
 
 def test_users_can_add_their_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STATE_RULES, MyAdam, StateRule(("exp_avg", "exp_avg_sq"), ("exp_avg_sq",)))
+    """It wins over what shapes and names say: here, that nothing is warm-started."""
+    monkeypatch.setitem(STATE_RULES, MyAdam, StateRule(("exp_avg", "exp_avg_sq")))
     parameter = make_parameter()
-    largest = largest_updates(MyAdam([parameter], lr=LR), parameter, 10.0, warm=True)
-    assert all(0.9 < largest[slot] <= 1.1 for slot in (1, 2))
+    optimizer = MyAdam([parameter], lr=LR)
+    assert max(largest_updates(optimizer, parameter, 1.0, warm=True)[1:3]) > 2.5
+
+
+def test_state_of_sharded_values_follows_by_its_shape() -> None:
+    """As the second of two ranks sees it: of 5 slots it holds the last two."""
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+
+        def shard(*sizes: int) -> DTensor:
+            shape = torch.Size([5, *sizes])
+            stride = torch.empty(shape, device="meta").stride()
+            part = torch.ones(2, *sizes)
+            return DTensor.from_local(part, mesh, [Shard(0)], shape=shape, stride=stride)
+
+        parameter = nn.Parameter(shard(16, 16))
+        optimizer = Lion([parameter])
+        optimizer.state[parameter] = {"exp_avg": shard(16, 16), "rows": shard(16), "step": 3}
+        prepare_reset(optimizer, parameter, torch.tensor([0, 4]))()
+        for name in ("exp_avg", "rows"):
+            part = optimizer.state[parameter][name].to_local()
+            assert part.flatten(1).amax(1).tolist() == [1.0, 0.0]
+        # Flat, a rank's part need not be whole blocks.
+        flat = torch.ones(640)
+        optimizer.state[parameter]["s"] = DTensor.from_local(flat, mesh, [Shard(0)])
+        with pytest.raises(ValueError, match=r"`s` of shape \[1280\]"):
+            prepare_reset(optimizer, parameter, torch.tensor([0]))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# -- refused by name ------------------------------------------------------------------------------
+
+
+class Muon(Toy):
+    """One of the packages that take blocks for matrices."""
+
+
+class MyMuon(Muon):
+    pass
+
+
+class MyLBFGS(LBFGS):
+    pass
+
+
+REFUSED: list[tuple[type[Optimizer], str]] = [
+    *(
+        (cls, r"whole matrices.*Put every `values` into AdamW, and keep Muon for dense")
+        for cls in (Muon, MyMuon, getattr(torch.optim, "Muon", Muon))
+    ),
+    *((cls, r"vectors of all parameters together") for cls in (LBFGS, MyLBFGS)),
+]
+
+
+@pytest.mark.parametrize(("cls", "says"), REFUSED)
+def test_what_works_on_more_than_blocks_is_refused_with_a_remedy(
+    cls: type[Optimizer], says: str
+) -> None:
+    optimizer, parameter = cls([nn.Parameter(torch.zeros(16, 16))]), make_parameter()
+    slots = torch.tensor([0])
+    refused: list[Callable[[], Any]] = [
+        lambda: check_state(optimizer, parameter),
+        lambda: prepare_reset(optimizer, parameter, slots),
+        lambda: prepare_keep(optimizer, parameter, slots),
+    ]
+    message = rf"got {cls.__module__}\.{cls.__name__}\. .*{says}"
+    for call in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# -- state of the dense weight --------------------------------------------------------------------
+
+DENSE = (64, 48)
+
+
+def stepped_dense(of: Callable[[Any], Optimizer]) -> tuple[Optimizer, nn.Parameter]:
+    """An optimizer that has stepped a weight, which then became the values of 4 blocks."""
+    weight = nn.Parameter(torch.randn(DENSE))
+    optimizer = of([weight])
+    for _ in range(2):
+        step(optimizer, weight, torch.randn_like(weight))
+    weight.grad, weight.data = None, torch.randn(4, 16, 16)
+    return optimizer, weight
+
+
+def factory(name: str) -> Callable[[Any], Optimizer]:
+    return BY_SHAPE[name] if name in BY_SHAPE else lambda p: make(name, *p)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *(name for name in BY_SHAPE if name != "sm3")])
+def test_state_of_the_dense_weight_is_dropped(name: str) -> None:
+    optimizer, weight = stepped_dense(factory(name))
+    has_any = bool(state_tensors(optimizer, weight))
+    if name == "late":
+        step_of = optimizer.state[weight]
+        step_of["momentum"], has_any = torch.zeros(DENSE), True
+    assert drop_dense_state(optimizer, weight, DENSE) == has_any
+    assert not drop_dense_state(optimizer, weight, DENSE)
+    check_state(optimizer, weight)
+    # It goes on as one that has not seen the parameter.
+    twin = nn.Parameter(weight.detach().clone())
+    fresh = factory(name)([twin])
+    gradient = torch.randn_like(weight)
+    for group in optimizer.param_groups:
+        group.pop("step", None)
+    for _ in range(2):
+        step(optimizer, weight, gradient)
+        step(fresh, twin, gradient)
+    assert torch.equal(weight, twin)
+
+
+@pytest.mark.parametrize(
+    ("state", "is_dense"),
+    [
+        ({"buffer": torch.zeros(64, 48)}, True),
+        ({"buffer": torch.zeros(48, 64)}, True),
+        ({"codes": torch.zeros(64, 48, dtype=torch.uint8), "scale": torch.zeros(12)}, True),
+        ({"rows": torch.zeros(64), "columns": torch.zeros(48)}, True),
+        ({"columns": torch.zeros(1, 48)}, True),
+        ({"GG": [torch.eye(64), torch.eye(48)], "exp_avg": torch.zeros(64, 48)}, True),
+        ({"deep": {"buffer": torch.zeros(64, 48)}}, True),
+        ({}, False),
+        ({"step": torch.tensor(1.0)}, False),
+        ({"exp_avg": torch.zeros(4, 16, 16)}, False),
+        ({"exp_avg_sq_row": torch.zeros(4, 16), "exp_avg_sq_col": torch.zeros(4, 16)}, False),
+        ({"exp_avg": torch.zeros(5, 16, 16)}, False),
+    ],
+)
+def test_which_state_is_that_of_the_dense_weight(state: dict[str, Any], is_dense: bool) -> None:
+    parameter, other = make_parameter(), nn.Parameter(torch.zeros(DENSE))
+    optimizer = Toy([parameter, other])
+    optimizer.state[parameter], optimizer.state[other] = state, {"buffer": torch.zeros(DENSE)}
+    assert drop_dense_state(optimizer, parameter, DENSE) == is_dense
+    assert (parameter in optimizer.state) == (not is_dense)
+    assert other in optimizer.state
+
+
+def test_as_many_slots_as_rows_are_not_taken_for_the_dense_weight() -> None:
+    parameter = make_parameter(256)
+    optimizer = Toy([parameter])
+    optimizer.state[parameter] = {"a": torch.zeros(256), "b": torch.zeros(256, 16, 16)}
+    assert not drop_dense_state(optimizer, parameter, (256, 256))
+    optimizer.state[parameter] = {"rows": torch.zeros(256), "columns": torch.zeros(512)}
+    assert drop_dense_state(optimizer, parameter, (256, 512))
+
+
+def test_an_adagrad_that_took_no_step_loses_nothing() -> None:
+    weight = nn.Parameter(torch.randn(DENSE))
+    optimizer = Adagrad([weight], initial_accumulator_value=0.5)
+    weight.data = torch.randn(4, 16, 16)
+    assert not drop_dense_state(optimizer, weight, DENSE)
+    assert torch.equal(optimizer.state[weight]["sum"], torch.full((4, 16, 16), 0.5))
+
+
+def test_that_an_optimizer_begins_anew_is_said_once_with_the_layers() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32))
+    sparsifier = Sparsifier(model, 8, block_size=16, density=0.5)
+    optimizer = AdamW(model.parameters())
+    first, second = (layer.values for layer in sparsifier.layers.values())
+    optimizer.state[first] = {"step": torch.tensor(9.0), "exp_avg": torch.zeros(48, 64)}
+    optimizer.state[second] = {"step": torch.tensor(9.0), "exp_avg": torch.zeros(32, 48)}
+    with pytest.warns(UserWarning, match=r"begins anew for them: 0, 2\.") as said:
+        sparsifier.attach(optimizer)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+    assert optimizer.state[first]["step"] == 1
+    assert optimizer.state[first]["exp_avg"].shape == first.shape
+
+
+@pytest.mark.parametrize("of", [Toy, AdamW])
+def test_state_of_other_slots_is_still_refused(of: type[Optimizer]) -> None:
+    parameter = make_parameter()
+    optimizer = of([parameter])
+    optimizer.state[parameter]["exp_avg"] = torch.zeros(5, 16, 16)
+    with pytest.raises(RuntimeError, match=r"`exp_avg` must .*\[4, 16, 16\].*got \[5, 16, 16\]"):
+        check_state(optimizer, parameter)
 
 
 def test_find_optimizer_gives_the_group_of_the_very_parameter() -> None:
