@@ -21,14 +21,15 @@ from torch import Tensor
 from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, Criterion, gradient, magnitude
 from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, by_score, share
 from sparse_lightning.lookup import calling, find
-from sparse_lightning.patching import (
+from sparse_lightning.names import (
     DEFAULT_EXCLUDE,
-    INITS,
     check_choice,
+    check_follow,
     check_layer_density,
     check_patterns,
     layer_densities,
 )
+from sparse_lightning.patching import INITS
 from sparse_lightning.rules import DropAndGrow, UpdateRule
 from sparse_lightning.schedules import (
     DENSITY_SCHEDULES,
@@ -156,6 +157,7 @@ class SparsityConfig:
     init: str = "random"
     shrink: bool = True
     seed: int = 0
+    follow: Any = None
     monitor: Any = field(default_factory=MonitorOptions)
 
     def __post_init__(self) -> None:
@@ -184,6 +186,9 @@ class SparsityConfig:
         self.layer_density = {} if self.layer_density is None else self.layer_density
         check_layer_density(self.layer_density)
         self.layer_density = dict(self.layer_density)
+        self.follow = {} if self.follow is None else self.follow
+        check_follow(self.follow)
+        self.follow = dict(self.follow)
         self._check_density()
         self._check_update()
         self._check_drop_fraction()
@@ -242,12 +247,12 @@ class SparsityConfig:
         """Return what a resumed training has to share, by dotted key: primitives and lists of them.
 
         A function is named by its module and name, however the configuration names it, and a rule
-        that is an object by its class. Logging (`monitor`), memory (`shrink`) and the first blocks
-        (`init`) are left out: they may change.
+        that is an object by its class. Logging (`monitor`), memory (`shrink`), the first blocks
+        (`init`) and copies (`follow`) are left out: they may change.
         """
         values: dict[str, Any] = {}
         for key in (each.name for each in dataclasses.fields(self)):
-            if key not in ("monitor", "shrink", "init"):
+            if key not in ("monitor", "shrink", "init", "follow"):
                 value = getattr(self, key)
                 values[key] = vars(value) if isinstance(value, _NESTED) else value
         functions: dict[str, Any] = {
@@ -482,6 +487,18 @@ class SparsityConfig:
         before, after = (sum(self.budgets_at(p, grids).values()) for p in at[i : i + 2])
         return max(0.0, 1 - after / max(1, before)), steps[i + 1]
 
+    def rising_without_growth(self, grids: Mapping[str, Grid]) -> list[str]:
+        """Return the layers that are to end with more blocks, where the usual rule grows none.
+
+        Args:
+            grids: (out_blocks, in_blocks) of all managed layers, by name.
+        """
+        rule = self.update_rule
+        if not isinstance(rule, DropAndGrow) or rule.grow is not None:
+            return []
+        first, last = self.budgets_at(0.0, grids), self.budgets_at(1.0, grids)
+        return [name for name in grids if last[name] > first[name]]
+
     def drop_fraction_at(self, progress: float) -> float:
         """Return the drop fraction at a progress in [0, 1] of the updates.
 
@@ -606,6 +623,7 @@ class SparsityNode:
     init: str = "random"
     shrink: bool = True
     seed: int = 0
+    follow: Any = None  # not a mapping, as `layer_density`
     monitor: MonitorOptions | None = field(default_factory=MonitorOptions)
 
 

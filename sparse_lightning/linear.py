@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,30 @@ from sparse_lightning.sharding import (
 )
 from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
 
+# What a layer has beside its parameters and its sizes.
+_EQUIPMENT = (
+    "topology",
+    "block_size",
+    "locked",
+    "armed",
+    "_armed",
+    "block_norms",
+    "token_stride",
+    "label",
+    "lineage",
+    "dense_class",
+)
+
 # Since PyTorch 2.7. Some versions of Dynamo take it for true wherever they compile.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# Dynamo, by which the exporter tries again, would take the question itself for false.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 class BlockSparseLinear(nn.Module):
@@ -48,6 +69,11 @@ class BlockSparseLinear(nn.Module):
         token_stride: the norms are those of every so many-th token.
         locked: True while an optimizer holds `values`; then a state dict of another capacity is
             refused, since the optimizer's state could not follow.
+        label: the layer's name in the model in which it was swapped, for messages.
+        lineage: what a layer shares with its copies, and with those that had equal weights when
+            they were swapped.
+        dense_class: what it was before, and `make_dense_` makes of it: `nn.Linear`, or a class
+            whose weight lies transposed, `[in_features, out_features]`, as transformers' `Conv1D`.
 
     Args:
         in_features: size of each input, a multiple of `block_size`.
@@ -68,6 +94,7 @@ class BlockSparseLinear(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    dense_class: type[nn.Module] = nn.Linear
 
     def __init__(
         self,
@@ -87,29 +114,34 @@ class BlockSparseLinear(nn.Module):
         if topology is None:
             topology = BlockTopology.random(out_features, in_features, block_size, density)
         _check_fits(topology, out_features, in_features)
-        # Its own copy: an update of this layer must not move the blocks of another. Like the
-        # tensors below it is built on the CPU, also under `with torch.device("meta")`.
-        topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
         dtype = dtype or torch.get_default_dtype()
         check_dtype(dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.block_size = topology.block_size
-        self.locked = False
-        shape = (topology.capacity, self.block_size, self.block_size)
+        shape = (topology.capacity, topology.block_size, topology.block_size)
         self.values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.register_parameter(
             "bias",
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None,
         )
-        # Not buffers: averaging callbacks average integer buffers, and DDP's broadcast of buffers
-        # would hide a rank whose topology has diverged.
-        self.topology = topology
+        self._equip(topology)
+        self.reset_parameters()
+
+    def _equip(self, topology: BlockTopology) -> None:
+        """Set all that the layer has beside its parameters and its sizes."""
+        # Its own copy: an update of this layer must not move the blocks of another. Like the
+        # tensors below it is built on the CPU, also under `with torch.device("meta")`. They are no
+        # buffers: averaging callbacks average integer buffers, and DDP's broadcast of buffers would
+        # hide a rank whose topology has diverged.
+        self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
+        self.block_size = topology.block_size
+        self.locked = False
         self.armed = False
         self._armed = torch.zeros((), dtype=torch.bool, device="cpu")
         self.block_norms = _zero_norms(topology.grid, torch.device("cpu"))
         self.token_stride = 1
+        self.label = ""
+        self.lineage = uuid.uuid4().hex
         self._follow_device()
-        self.reset_parameters()
 
     @classmethod
     def from_linear(
@@ -180,12 +212,33 @@ class BlockSparseLinear(nn.Module):
         return y
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless `x` has the layer's input features."""
+        """Raise ValueError unless `x` has the layer's input features.
+
+        Raises:
+            RuntimeError: while `torch.onnx.export` looks on, as ONNX has no such layer.
+        """
+        self._check_not_to_onnx()
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"The input's last dimension must be in_features={self.in_features}; "
                 f"got shape {list(x.shape)}."
             )
+
+    def _check_not_to_onnx(self) -> None:
+        # Asked in what traces or exports only: the question imports the exporter.
+        is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if (is_tracing or _is_exporting()) and _is_in_onnx_export():
+            raise RuntimeError(
+                "`torch.onnx.export` and `to_onnx` must be given a dense model, as ONNX has no "
+                f"block-sparse layers; got a BlockSparseLinear{self._where()}. Use "
+                "`sparse-lightning export --to onnx` or `sparse_lightning.export.write_onnx`, "
+                "which make it dense first."
+            )
+
+    def _where(self) -> str:
+        """Return the end of a message about this layer."""
+        label = self.__dict__.get("label", "")
+        return f" (layer '{label}')" if label else ""
 
     def operands(self, x: Tensor) -> tuple[Tensor | int | None, ...]:
         """Return what the ops take of this layer: values, bias, indices, and for block norms.
@@ -308,6 +361,28 @@ class BlockSparseLinear(nn.Module):
         magnitudes = all_slots(block_magnitudes(local_part(self.values)), self.values)
         return self.topology.scatter(magnitudes, fill=0.0)
 
+    @torch.no_grad()
+    def take_blocks_of(self, other: BlockSparseLinear) -> None:
+        """Have the blocks of another layer of the same sizes, in the same slots.
+
+        The weights of blocks that both have stay; those of others are the other layer's. Of sharded
+        values every rank must call this.
+        """
+        at, of = self.topology, other.topology
+        same_slots = (at.capacity, at.block_size) == (of.capacity, of.block_size)
+        if same_slots and torch.equal(at.coords, of.coords.to(at.device)):
+            return
+        theirs = whole(other.values.detach())
+        if at.block_size == of.block_size:
+            mine, device = whole(self.values.detach()), theirs.device
+            present = of.coords[:, 0] >= 0
+            rows, cols = of.coords.long().clamp_min(0).unbind(1)
+            slots = at.slots.to(of.device)[rows, cols].long().masked_fill(~present, -1).to(device)
+            common = (slots >= 0).view(-1, 1, 1)
+            theirs = torch.where(common, mine.to(theirs)[slots.clamp_min(0)], theirs)
+        self._adopt(of)
+        local_part(self.values).copy_(theirs[local_slots(self.values)])
+
     def apply_update(self, update: TopologyUpdate) -> None:
         """Make a topology update real: changed slots become zero, in value and in gradient."""
         self.prepare_update(update)()
@@ -333,7 +408,7 @@ class BlockSparseLinear(nn.Module):
         """Give up empty slots, so that their memory is free; the blocks stay.
 
         The parameter object stays and takes another shape: what an optimizer keeps for it has to
-        follow (`optimizer_state.keep_slots`). `topology` becomes another object. Call it between
+        follow (`optimizer_state.prepare_keep`). `topology` becomes another object. Call it between
         steps, as the backward of an earlier forward would bring a gradient of the old shape.
 
         Args:
@@ -370,25 +445,27 @@ class BlockSparseLinear(nn.Module):
         values = self.values
         data = values.detach()[kept]
         grad = None if values.grad is None else values.grad[kept]
-        # A graph that is still held remembers the old shape for the gradient of this parameter, and
-        # autograd would refuse the next one. It forgets when the dtype changes.
-        other = torch.float32 if data.dtype == torch.float64 else torch.float64
-        nothing = data.new_empty(0, dtype=other)
+        write_data = _prepare_data(values, data)
 
         def write() -> None:
             self.topology = topology
-            values.grad = None
-            values.data = nothing
-            values.data = data
+            write_data()
             values.grad = grad
 
         return kept, write
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is no part of the training: nothing follows its blocks, and nobody reads its norms.
-        norms = _zero_norms(self.topology.grid, self.block_norms.device)
-        unarmed = {"locked": False, "armed": False, "block_norms": norms}
-        return {**self.__dict__, **unarmed, "_armed": torch.zeros_like(self._armed)}
+        # What only a training has is made anew, not copied: a process that is started by pickling
+        # has to find all tensors of the state alive once it runs.
+        state = {**self.__dict__, "locked": False, "armed": False}
+        return {k: v for k, v in state.items() if k not in ("block_norms", "_armed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        device = self.topology.device
+        self._armed = torch.zeros((), dtype=torch.bool, device=device)
+        self.block_norms = _zero_norms(self.topology.grid, device)
 
     def extra_repr(self) -> str:
         return (
@@ -407,18 +484,68 @@ class BlockSparseLinear(nn.Module):
                 self.block_norms = _zero_norms(self.topology.grid, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
+        self._check_dtype_after(fn)
         # The function itself must not see the indices: `.double()` would make them floats, and
         # `.to_empty()` would leave them undefined.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._follow_device()
         return self
 
+    @property
+    def transposed(self) -> bool:
+        """Whether its dense weight lies as `[in_features, out_features]`."""
+        return self.dense_class is not nn.Linear
+
+    def _check_dtype_after(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise TypeError if `fn` makes a dtype that is not offered; no parameter is changed.
+
+        Layers that come before this one in a model have been converted by then.
+        """
+        values = self.values
+        dtype = fn(torch.empty(0, dtype=values.dtype, device=values.device)).dtype
+        if dtype not in _DTYPES:
+            raise TypeError(
+                f"The dtype of a block-sparse layer must be one of {_names_of(_DTYPES)}; got "
+                f"{dtype}{self._where()}. Call `densify(model)` before, or leave the layer dense "
+                "by `exclude`."
+            )
+
     def get_extra_state(self) -> Tensor:
         """Return the topology, for the state dict; int32, of a length fixed by the capacity."""
-        return self.topology.to_state()
+        return self.topology.to_state(self.transposed)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Accept what `_load_from_state_dict` has already put in place."""
+        """Take the topology that a state holds, for values that are there already or come next."""
+        topology = BlockTopology.from_state(state)
+        _check_fits(topology, self.out_features, self.in_features)
+        shape = (topology.capacity, topology.block_size, topology.block_size)
+        if self.values.shape == shape and topology.capacity != self.topology.capacity:
+            self.topology = topology  # whoever loads has put the values there, and not through us
+            self._follow_device()
+        else:
+            self._adopt(topology)
+
+    # There is no dense weight to read, and what is written to one would be lost. Who tries, as to
+    # tie it to another, learns which layer it is about.
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self._refuse_weight()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._refuse_weight()
+        super().__setattr__(name, value)
+
+    def _refuse_weight(self) -> NoReturn:
+        label = self.__dict__.get("label", "")
+        where = f" (layer '{label}')" if label else ""
+        raise AttributeError(
+            f"A block-sparse layer has no `weight`, only the present blocks, `values`{where}. "
+            "`dense_weight()` computes it, to read. Where a model reads or ties the weight, leave "
+            f"the layer dense: exclude=[{label or '<its name>'!r}]."
+        )
 
     def _load_from_state_dict(
         self,
@@ -445,6 +572,10 @@ class BlockSparseLinear(nn.Module):
         state = state_dict.get(prefix + "_extra_state")
         values = state_dict.get(prefix + "values")
         weight = state_dict.pop(prefix + "weight", None) if values is None else None
+        if weight is not None and weight.dim() == 3:
+            # The blocks, as the files of Transformers' `save_pretrained` have them.
+            values, weight = weight, None
+            state_dict[prefix + "values"] = values
         if state is not None and not isinstance(state, Tensor):
             # PyTorch's stand-in, where a loader passes parameters one by one.
             raise ValueError(
@@ -470,6 +601,7 @@ class BlockSparseLinear(nn.Module):
             topology = self.topology
         if weight is not None:
             # A dense checkpoint can start a sparse run.
+            weight = weight.T if self.transposed else weight
             values = state_dict[prefix + "values"] = topology.pack(weight)
             state_dict.setdefault(prefix + "_extra_state", topology.to_state())
         expected = (topology.capacity, topology.block_size, topology.block_size)
@@ -487,7 +619,9 @@ class BlockSparseLinear(nn.Module):
             self.topology.block_size,
         )
         if same_slots:
-            self.topology.assign_(topology.coords.to(self.topology.device))
+            coords = topology.coords.to(self.topology.device)
+            if not torch.equal(coords, self.topology.coords):
+                self.topology.assign_(coords)
             return
         if self.locked:
             raise RuntimeError(
@@ -495,13 +629,117 @@ class BlockSparseLinear(nn.Module):
                 f"size {self.block_size}; the state dict has {topology.capacity} and "
                 f"{topology.block_size}. Load it before the optimizer is built."
             )
-        self.topology, self.block_size = topology, topology.block_size
+        self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
+        self.block_size = topology.block_size
         self.block_norms = _zero_norms(topology.grid, self.block_norms.device)
         # The parameter object stays, so that ties and optimizers yet without state still hold it.
         shape = (topology.capacity, topology.block_size, topology.block_size)
-        self.values.data = self.values.data.new_zeros(shape)
-        self.values.grad = None
+        _set_data(self.values, self.values.detach().new_zeros(shape))
         self._follow_device()
+
+
+@torch.no_grad()
+def make_sparse_(
+    linear: nn.Module, topology: BlockTopology, scale: float = 1.0, label: str = ""
+) -> BlockSparseLinear:
+    """Turn an `nn.Linear` into a `BlockSparseLinear`: the object stays, as does its parameter.
+
+    The weight's Parameter becomes `values`, with other data. So whatever refers to one of them goes
+    on: lists of layers, hooks of either, attributes, optimizers.
+
+    Args:
+        linear: an `nn.Linear`, or transformers' `Conv1D`.
+        topology: the blocks to keep.
+        scale: factor of the weights that are kept.
+        label: the layer's name, for messages.
+    """
+    dense_class = type(linear)
+    weight = cast(nn.Parameter, linear.weight)
+    transposed = is_conv1d(linear)
+    data = topology.pack(dense_weight_of(linear)).mul_(scale)
+    _rename_parameter(linear, "weight", "values")
+    _set_data(weight, data)
+    linear.__class__ = BlockSparseLinear
+    layer = cast(BlockSparseLinear, linear)
+    layer.out_features, layer.in_features = topology.out_features, topology.in_features
+    if transposed:
+        layer.dense_class = dense_class
+    layer._equip(topology)
+    layer.label = label
+    return layer
+
+
+@torch.no_grad()
+def make_dense_(layer: BlockSparseLinear) -> nn.Module:
+    """Undo `make_sparse_`: the object becomes what it was, and `values` the dense weight.
+
+    Raises:
+        RuntimeError: while an optimizer is attached that evolves the layer.
+    """
+    if layer.locked:
+        where = f" (layer '{layer.label}')" if layer.label else ""
+        raise RuntimeError(
+            "A layer must not be evolved by a Sparsifier when it becomes dense; got one that is "
+            f"attached to an optimizer{where}. Call `detach()` first, or densify a copy."
+        )
+    weight = layer.dense_weight()
+    weight = weight.T.contiguous() if layer.transposed else weight
+    values, dense_class = layer.values, layer.dense_class
+    sizes = ("in_features", "out_features") if layer.transposed else ()
+    for name in (*_EQUIPMENT, *sizes):
+        vars(layer).pop(name, None)
+    _rename_parameter(layer, "values", "weight")
+    layer.__class__ = dense_class  # type: ignore[assignment]
+    _set_data(values, weight)
+    return layer
+
+
+def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
+    """Give a parameter another name at its place."""
+    parameters = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters.update({new if n == old else n: p for n, p in parameters.items()})
+
+
+def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter data of another shape, and no gradient; the object stays."""
+    _prepare_data(parameter, data)()
+
+
+def _prepare_data(parameter: nn.Parameter, data: Tensor) -> Callable[[], None]:
+    """Return what `_set_data` does, as a function that takes no memory."""
+    # A graph that is still held remembers the old shape for the gradient of this parameter, and
+    # autograd would refuse the next one. It forgets when the dtype changes.
+    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    nothing = data.new_empty(0, dtype=other)
+
+    @torch.no_grad()
+    def write() -> None:
+        parameter.grad = None
+        parameter.data = nothing
+        parameter.data = data
+
+    return write
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether it is what GPT-2 has for linear layers; without importing where it is from."""
+    of = type(module)
+    return of.__name__ == "Conv1D" and of.__module__ == "transformers.pytorch_utils"
+
+
+def dense_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (out_features, in_features) of a linear layer, dense or block-sparse."""
+    if is_conv1d(layer):
+        weight = cast(Tensor, layer.weight)
+        return weight.shape[1], weight.shape[0]
+    return cast(int, layer.out_features), cast(int, layer.in_features)
+
+
+def dense_weight_of(linear: nn.Module) -> Tensor:
+    """Return the weight of a dense linear layer as `[out_features, in_features]`, detached."""
+    weight = cast(Tensor, linear.weight).detach()
+    return weight.T if is_conv1d(linear) else weight
 
 
 def largest_blocks(weight: Tensor, grid: tuple[int, int], n_blocks: int) -> Tensor:
@@ -538,8 +776,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError unless the ops offer the dtype."""
     if dtype not in _DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
-        raise ValueError(f"`dtype` must be one of {names}; got {dtype}. Convert the layer first.")
+        raise ValueError(
+            f"`dtype` must be one of {_names_of(_DTYPES)}; got {dtype}. Convert the layer first."
+        )
+
+
+def _names_of(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_fits(topology: BlockTopology, out_features: int, in_features: int) -> None:

@@ -49,7 +49,7 @@ class BlockSparseMLP(nn.Sequential):
 def can_fuse(modules: nn.Sequential) -> bool:
     """Tell whether a `BlockSparseMLP` of these modules would compute any of them together."""
     layers = list(modules)
-    return any(_fused(layers[i:]) is not None for i in range(len(layers)))
+    return any(_fits(layers[i:]) is not None for i in range(len(layers)))
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -66,6 +66,17 @@ def activation_of(module: nn.Module) -> str | None:
 def _fused(
     modules: Sequence[nn.Module],
 ) -> tuple[BlockSparseLinear, str, BlockSparseLinear] | None:
+    """Return the first three modules if they are to be computed together in this call."""
+    found = _fits(modules)
+    if found is None or torch_module._has_any_global_hook():
+        return None
+    hooked = any(getattr(module, hooks) for module in modules[:3] for hooks in CALL_HOOKS)
+    return None if hooked else found
+
+
+def _fits(
+    modules: Sequence[nn.Module],
+) -> tuple[BlockSparseLinear, str, BlockSparseLinear] | None:
     """Return the first three modules if they are a layer, an activation and a layer to fuse."""
     if len(modules) < 3:
         return None
@@ -77,10 +88,6 @@ def _fused(
     if type(up) is not BlockSparseLinear or type(down) is not BlockSparseLinear:
         return None
     if up.out_features != down.in_features or up.values.dtype != down.values.dtype:
-        return None
-    if torch_module._has_any_global_hook() or any(
-        getattr(module, hooks) for module in modules[:3] for hooks in CALL_HOOKS
-    ):
         return None
     return up, activation, down
 

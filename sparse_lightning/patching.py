@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from sparse_lightning.copies import averaged, by_hand, find_copies
+from sparse_lightning.coverage import Coverage, coverage
 from sparse_lightning.criteria import seeded_generator
 from sparse_lightning.distributions import DISTRIBUTIONS, Distribution, Floor, Grid, share
 from sparse_lightning.evolution import choose_blocks, within_reach
-from sparse_lightning.linear import BlockSparseLinear, check_dtype, largest_blocks
+from sparse_lightning.linear import (
+    BlockSparseLinear,
+    dense_shape,
+    dense_weight_of,
+    is_conv1d,
+    largest_blocks,
+    make_dense_,
+    make_sparse_,
+)
 from sparse_lightning.lookup import find
-from sparse_lightning.mlp import CALL_HOOKS, BlockSparseMLP, can_fuse
+from sparse_lightning.mlp import BlockSparseMLP, can_fuse
+from sparse_lightning.names import (
+    DEFAULT_EXCLUDE,
+    check_choice,
+    check_layer_density,
+    check_layers_found,
+    is_chosen,
+    layer_densities,
+)
+from sparse_lightning.selection import select_layers, sparse_layers
 from sparse_lightning.sharding import is_sharded
 from sparse_lightning.tables import text_table
 from sparse_lightning.topology import (
@@ -26,8 +43,10 @@ from sparse_lightning.topology import (
     check_density,
 )
 
-DEFAULT_EXCLUDE = ("head", "lm_head", "classifier")
 INITS = ("random", "magnitude")
+
+# Called with each model whose layers have become block-sparse or dense.
+when_layers_change: list[Callable[[nn.Module], None]] = []
 
 
 @dataclass(frozen=True)
@@ -44,10 +63,25 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What `sparsify` did: the swapped layers, and the linear layers it left with the reason."""
+    """What `sparsify` did.
+
+    Attributes:
+        layers: the block-sparse layers.
+        skipped: why each other linear layer stayed dense.
+        follows: the block-sparse layers that are copies, and so no `layers`: `{copy: original}`.
+        coverage: which share of the model the block-sparse layers are, and what is dense.
+    """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    follows: dict[str, str] = field(default_factory=dict)
+    coverage: Coverage | None = None
+
+    @property
+    def uncovered(self) -> str:
+        """What to say where most of the model stays dense; "" elsewhere."""
+        most = self.coverage is not None and self.coverage.share < 0.5
+        return f"{self.coverage}" if most else ""
 
     @property
     def density(self) -> float:
@@ -76,9 +110,14 @@ class SparsityReport:
 
     def __str__(self) -> str:
         lines = ["Block-sparse layers", text_table(*self.table(), total=True)]
+        if self.follows:
+            lines += ["", "Copies"]
+            lines += [f"{copy} follows {original}" for copy, original in self.follows.items()]
         if self.skipped:
             lines += ["", "Left dense"]
             lines += [f"{name}: {reason}" for name, reason in self.skipped.items()]
+        if self.uncovered:
+            lines += ["", self.uncovered]
         return "\n".join(lines)
 
 
@@ -94,10 +133,16 @@ def sparsify(
     init: str = "random",
     seed: int = 0,
     max_density: float | None = None,
+    follow: Mapping[str, str] | None = None,
 ) -> SparsityReport:
-    """Replace a model's `nn.Linear`s by `BlockSparseLinear`s, in place.
+    """Turn a model's `nn.Linear`s into `BlockSparseLinear`s, in place.
 
-    Layers that already are block-sparse stay as they are. Call it before the optimizer is built.
+    The objects stay: a layer changes its class, and its weight's Parameter becomes `values`, with
+    other data. So lists of layers, hooks, attributes and optimizers that hold them go on. Layers
+    that already are block-sparse stay as they are. What frozen layers compute does not change: they
+    stay dense, unless they are copies of layers that train, as a target network's are. Such a copy
+    gets the blocks of its original.
+
     Every plain `nn.Sequential` in which swapped layers have an activation between them becomes a
     `BlockSparseMLP`, which computes the same with fewer passes over memory. An
     `nn.TransformerEncoderLayer` with swapped layers computes in eval as in training, since
@@ -109,8 +154,11 @@ def sparsify(
         density: present blocks / all blocks of the swapped layers, in (0, 1].
         include: patterns of layers to swap. One without a dot matches the last part of a module's
             name, one with a dot the whole name; `*` and `?` are wildcards, "re:..." is a regular
-            expression that must match the whole name. A layer named exactly must be swappable.
-        exclude: patterns of layers to leave alone, read the same way.
+            expression that must match the whole name. A layer named in full must be swappable, and
+            is taken also where it is frozen, or an output layer.
+        exclude: patterns of layers to leave alone, read the same way, beside output layers: those
+            called head, lm_head or classifier, and those found by their role. An empty list leaves
+            out none.
         distribution: how the budget is shared among these layers and the block-sparse ones that
             `include` and `exclude` choose too: "uniform", "erdos_renyi", a function like those in
             `distributions`, or its dotted path.
@@ -122,6 +170,8 @@ def sparsify(
         seed: of the random blocks; a layer's draw also depends on its name.
         max_density: the highest density the model shall ever reach, which fixes the slots a layer
             has; `density` if None.
+        follow: copies of layers that are not to be told from their weights, as `{"target": "net"}`:
+            each layer in the first module gets the blocks of its counterpart in the second.
 
     Returns:
         What was swapped, and what was left alone and why.
@@ -158,319 +208,233 @@ def sparsify(
         now, most = (share(distribution, d, grids, fixed) for d in (density, max_density))
         return now, {name: max(now[name], most[name]) for name in grids}
 
-    return swap_layers(model, block_size, include, exclude, budgets, init, seed, Floor())
+    options = SwapOptions(block_size, include, exclude, init, seed, Floor(), follow or {})
+    return swap_layers(model, options, budgets)
+
+
+@dataclass(frozen=True)
+class SwapOptions:
+    """How `swap_layers` swaps: as for `sparsify`; random blocks keep to the rows of the floor."""
+
+    block_size: int
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = DEFAULT_EXCLUDE
+    init: str = "random"
+    seed: int = 0
+    floor: Floor = field(default_factory=Floor)
+    follow: Mapping[str, str] = field(default_factory=dict)
 
 
 def swap_layers(
     model: nn.Module,
-    block_size: int,
-    include: Sequence[str],
-    exclude: Sequence[str],
+    options: SwapOptions,
     budgets: Callable[[Mapping[str, Grid]], tuple[Mapping[str, int], Mapping[str, int]]],
-    init: str,
-    seed: int,
-    floor: Floor,
 ) -> SparsityReport:
     """Do the work of `sparsify`, for budgets of any kind.
 
     Args:
-        model, block_size, include, exclude, init, seed: as for `sparsify`.
+        model: changed in place.
+        options: which layers, and what they begin with.
         budgets: from the block grid of each layer to its blocks and its slots. It is asked about
             all layers that the patterns choose, in the model's order, so about those too that are
-            block-sparse already and stay as they are: updates share among the same.
-        floor: whose rows and columns random blocks keep to.
+            block-sparse already and stay as they are: updates share among the same. Not about
+            copies, which have the blocks of their originals.
     """
-    chosen, skipped = select_layers(model, block_size, include, exclude)
+    block_size = options.block_size
+    found = select_layers(model, block_size, options.include, options.exclude, options.follow)
+    known = copies_in(model, options.follow)
     grids: dict[str, Grid] = {}
     for name, module in model.named_modules():
-        if name in chosen:
-            linear = chosen[name]
-            grids[name] = block_grid(linear.out_features, linear.in_features, block_size)
-        elif isinstance(module, BlockSparseLinear) and is_chosen(name, include, exclude):
+        if name in found.layers:
+            grids[name] = block_grid(*dense_shape(module), block_size)
+        elif (
+            isinstance(module, BlockSparseLinear)
+            and name not in known
+            and is_chosen(name, options.include, options.exclude)
+        ):
             grids[name] = module.topology.grid
-    n_blocks, capacities = budgets(grids) if chosen else ({}, {})
-    layers = {}
-    for name, linear in chosen.items():
-        mask, scale = _initial_mask(linear, grids[name], n_blocks[name], init, seed, name, floor)
-        topology = BlockTopology.from_mask(mask, block_size, capacity=capacities[name])
-        layer = BlockSparseLinear.from_linear(linear, topology=topology)
-        with torch.no_grad():
-            layer.values.mul_(scale)
-        _replace(model, name, layer)
-        layers[name] = _report(layer)
+    n_blocks, capacities = budgets(grids) if found.layers else ({}, {})
+    begun = {
+        name: _beginning(linear, name, grids[name], n_blocks[name], capacities[name], options)
+        for name, linear in found.layers.items()
+    }
+    # From here on nothing is refused.
+    for name, linear in found.layers.items():
+        layer = make_sparse_(linear, *begun[name], name)
+        layer.lineage = found.lineages.get(name, layer.lineage)
+    for name, original in found.follows.items():
+        of = model.get_submodule(original)
+        assert isinstance(of, BlockSparseLinear)
+        _, scale = begun.get(original, (None, 1.0))
+        copy = make_sparse_(model.get_submodule(name), of.topology, scale, name)
+        copy.lineage = of.lineage
+    follows = copies_in(model, options.follow)
     for name, layer in sparse_layers(model):
-        layers.setdefault(name, _report(layer))
-    for module in model.modules():
-        if type(module) is nn.Sequential and can_fuse(module):
-            _become(module, BlockSparseMLP)
-    _leave_fast_paths(model)
-    return SparsityReport(layers, skipped)
+        if name in follows:
+            layer.take_blocks_of(dict(sparse_layers(model))[follows[name]])
+    layers = {n: _report(layer) for n, layer in sparse_layers(model) if n not in follows}
+    _fit_containers(model)
+    return SparsityReport(layers, found.skipped, follows, coverage(model))
+
+
+def copies_in(
+    model: nn.Module,
+    follow: Mapping[str, str],
+    trains: Callable[[str, BlockSparseLinear], bool] | None = None,
+) -> dict[str, str]:
+    """Return the block-sparse layers of a model that are copies of others, `{copy: original}`.
+
+    Args:
+        model: that holds them.
+        follow: as for `sparsify`.
+        trains: whether a layer is one that is trained; if it is not frozen, by default. What is in
+            an `AveragedModel` is not in any case.
+    """
+    layers, averages = dict(sparse_layers(model)), averaged(model)
+
+    def is_original(name: str) -> bool:
+        if any(name.startswith(prefix) for prefix in averages):
+            return False
+        layer = layers[name]
+        return layer.values.requires_grad if trains is None else trains(name, layer)
+
+    told = {c: o for c, o in by_hand(follow, layers).items() if o in layers}
+    return {**find_copies(layers, is_original), **told}
+
+
+def convert_to_match(model: nn.Module, topologies: Mapping[str, BlockTopology | None]) -> None:
+    """Make layers block-sparse or dense, as those of a state dict are that is about to be loaded.
+
+    Args:
+        model: changed in place. Its weights are lost where a layer changes.
+        topologies: of each layer, by name, the blocks; None for a dense one.
+
+    Raises:
+        ValueError: if there is no linear layer of that name and size.
+    """
+    changes: list[Callable[[], object]] = []
+    for name, topology in topologies.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue  # that is for `load_state_dict` to tell
+        if topology is None:
+            if isinstance(module, BlockSparseLinear):
+                changes.append(partial(make_dense_, module))
+            continue
+        if isinstance(module, BlockSparseLinear):
+            continue  # it takes what it loads
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            raise ValueError(
+                "A block-sparse layer of a checkpoint must be an nn.Linear of the model; got a "
+                f"{type(module).__name__} (layer '{name}'). Build the model that it was saved of."
+            )
+        shape = (topology.out_features, topology.in_features)
+        if dense_shape(module) != shape:
+            raise ValueError(
+                f"The model's layer must be {shape[0]}x{shape[1]}, as the checkpoint's is; got "
+                f"{'x'.join(map(str, dense_shape(module)))} (layer '{name}')."
+            )
+        changes.append(partial(make_sparse_, module, topology, label=name))
+    for change in changes:
+        change()
+    if changes:
+        _fit_containers(model)
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every `BlockSparseLinear` of a model by an equal `nn.Linear`, in place.
+    """Turn every `BlockSparseLinear` of a model into an equal dense layer, in place.
+
+    The objects stay, as in `sparsify`; where ranks hold parts of a layer, an `nn.Linear` takes its
+    place.
 
     Returns:
-        The model; or, if it is itself a `BlockSparseLinear`, its `nn.Linear`.
+        The model; or, if it is itself a `BlockSparseLinear`, an `nn.Linear` that equals it.
+
+    Raises:
+        RuntimeError: while a layer is evolved by a Sparsifier that is attached to an optimizer.
     """
     if isinstance(model, BlockSparseLinear):
         return model.to_linear()
     linears: dict[int, nn.Linear] = {}  # a layer that stands under two names stays one layer
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, BlockSparseLinear):
-            _replace(model, name, linears.setdefault(id(layer), layer.to_linear()))
-    for module in model.modules():
-        if type(module) is BlockSparseMLP:
-            _become(module, nn.Sequential)
-    _take_fast_paths(model)
+        if not isinstance(layer, BlockSparseLinear):
+            continue
+        if is_sharded(layer.values):
+            linear = linears.setdefault(id(layer), layer.to_linear())
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+        else:
+            make_dense_(layer)
+    _fit_containers(model)
     return model
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
-    """Yield (name, layer) of every `BlockSparseLinear` in a model, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, BlockSparseLinear):
-            yield name, module
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Tell whether a pattern of `include` or `exclude` matches a module's name.
-
-    >>> matches("fc*", "blocks.0.fc1"), matches("blocks.*.fc1", "blocks.0.fc1")
-    (True, True)
-    >>> matches("blocks*", "blocks.0.fc1"), matches("re:.*fc[12]", "blocks.0.fc1")
-    (False, True)
-    """
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
-
-
-def is_chosen(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
-    """Tell whether the patterns of `include` and `exclude` choose a module's name."""
-    return any(matches(pattern, name) for pattern in include) and not any(
-        matches(pattern, name) for pattern in exclude
-    )
-
-
-def layer_densities(layer_density: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Return the density of each layer that has its own; the first pattern that matches counts.
-
-    >>> layer_densities({"up": 0.5, "*.1.*": 0.1}, ["mlp.0.up", "mlp.1.up", "mlp.1.down"])
-    {'mlp.0.up': 0.5, 'mlp.1.up': 0.5, 'mlp.1.down': 0.1}
-    """
-    found = {}
-    for name in names:
-        own = [density for pattern, density in layer_density.items() if matches(pattern, name)]
-        found.update({name: own[0]} if own else {})
-    return found
-
-
-def check_layer_density(layer_density: Mapping[str, float]) -> None:
-    """Raise unless patterns are valid and each density is in (0, 1]."""
-    if not isinstance(layer_density, Mapping):
-        raise TypeError(
-            f"`layer_density` must map patterns of layers to densities; got {layer_density!r}."
+def _beginning(
+    linear: nn.Module, name: str, grid: Grid, n_blocks: int, capacity: int, options: SwapOptions
+) -> tuple[BlockTopology, float]:
+    """Return the first blocks of a layer, and the factor for the values that it keeps."""
+    if options.init == "magnitude" and next(linear.parameters()).device.type != "meta":
+        mask, scale = largest_blocks(dense_weight_of(linear), grid, n_blocks), 1.0
+    else:
+        # The default dtype may be a half one, which draws otherwise and has many ties.
+        drawn = torch.rand(
+            grid,
+            generator=seeded_generator(options.seed, 0, name),
+            dtype=torch.float32,
+            device="cpu",
         )
-    check_patterns("layer_density", [*layer_density])
-    for pattern, density in layer_density.items():
-        check_density(density, f"layer_density[{pattern!r}]")
-
-
-def check_layers_found(layer_density: Mapping[str, float], names: Iterable[str]) -> None:
-    """Raise unless every pattern of `layer_density` matches one of the layers."""
-    names = list(names)
-    for pattern in layer_density:
-        if not any(matches(pattern, name) for name in names):
-            raise ValueError(
-                "`layer_density` must name layers that become block-sparse; got "
-                f"{pattern!r}, which matches none of {', '.join(map(repr, names))}."
-            )
-
-
-def check_patterns(argument: str, patterns: Sequence[str]) -> None:
-    """Raise unless every pattern is a string, and a valid regular expression after "re:"."""
-    is_list = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-    if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
-        remedy = f" Write [{patterns!r}]." if isinstance(patterns, str) else ""
-        raise TypeError(f"`{argument}` must be a list of patterns; got {patterns!r}.{remedy}")
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise ValueError(
-                    f"`{argument}` must hold valid regular expressions after 're:'; "
-                    f"got {pattern!r}: {error}."
-                ) from None
-
-
-def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
-    """Raise ValueError unless a value is one of the names offered."""
-    if value not in list(choices):
-        offered = ", ".join(repr(name) for name in choices)
-        raise ValueError(f"`{argument}` must be one of {offered}; got {value!r}.")
-
-
-def select_layers(
-    model: nn.Module, block_size: int, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Return the layers that `sparsify` would swap, and a reason for every one left alone.
-
-    Raises:
-        ValueError: as `sparsify` does, if there is none to swap, or a pattern is wrong.
-    """
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "`model` must contain the layers to replace; got a bare nn.Linear. "
-            "Use BlockSparseLinear.from_linear(...)."
-        )
-    check_patterns("include", include)
-    check_patterns("exclude", exclude)
-    chosen: dict[str, nn.Linear] = {}
-    skipped: dict[str, str] = {}
-    names = [name for name, _ in model.named_modules()]
-    for pattern in include:
-        if not _is_exact(pattern) or "." not in pattern or pattern in names:
-            continue
-        raise ValueError(
-            f"`include` must name modules of the model; got {pattern!r}, which is none of them."
-        )
-    tied = _tied_weights(model)
-    for name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
-            continue
-        if not is_chosen(name, include, ()):
-            skipped[name] = "not included"
-        elif is_chosen(name, exclude, ()):
-            skipped[name] = "excluded"
-        elif reason := _obstacle(module, block_size, tied):
-            if name in include:
-                raise ValueError(
-                    f"`include` must name layers that can be block-sparse; got '{name}': {reason}."
-                )
-            skipped[name] = reason
-        else:
-            chosen[name] = module
-    if not chosen and not any(True for _ in sparse_layers(model)):
-        found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        if not found:
-            found = "none yet; build them in __init__ or, under Lightning, in configure_model"
-        raise ValueError(
-            f"`include` must match at least one nn.Linear that can be block-sparse; got "
-            f"{list(include)} with exclude={list(exclude)}. "
-            f"The model's linear layers: {found}. A pattern without a dot matches the last part "
-            "of a name, one with a dot the whole name."
-        )
-    return chosen, skipped
-
-
-def _is_exact(pattern: str) -> bool:
-    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Tell whether it is what GPT-2 has for linear layers; without importing where it is from."""
-    of = type(module)
-    return of.__name__ == "Conv1D" and of.__module__ == "transformers.pytorch_utils"
-
-
-def _obstacle(linear: nn.Linear, block_size: int, tied: set[int]) -> str | None:
-    """Return why a layer cannot be block-sparse, or None."""
-    if _is_conv1d(linear):
-        return "a Conv1D, whose weight is transposed; put an nn.Linear in its place before"
-    if is_sharded(linear.weight):
-        raise RuntimeError(
-            "The model must be sparsified before it is sharded; got a Linear whose weight is a "
-            "DTensor. Build it in __init__, or call sparsify in configure_model before "
-            "fully_shard."
-        )
-    if type(linear) is not nn.Linear:
-        return f"a subclass of nn.Linear ({type(linear).__name__})"
-    if parametrize.is_parametrized(linear):
-        return "it has parametrizations"
-    if any(getattr(linear, hooks) for hooks in _HOOKS):
-        return "it has hooks"
-    if "weight" not in linear._parameters:
-        return "its weight is not a parameter"
-    if id(linear.weight) in tied:
-        return "its weight is tied"
-    if linear.out_features % block_size or linear.in_features % block_size:
-        return (
-            f"{linear.out_features}x{linear.in_features} is not divisible by "
-            f"block_size={block_size}"
-        )
-    try:
-        check_dtype(linear.weight.dtype)
-    except ValueError:
-        return f"its dtype {linear.weight.dtype} is not supported"
-    return None
-
-
-_HOOKS = (
-    *CALL_HOOKS,
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
-
-def _tied_weights(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that are reachable under more than one name."""
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (tied if id(parameter) in seen else seen).add(id(parameter))
-    return tied
-
-
-def _initial_mask(
-    linear: nn.Linear,
-    grid: Grid,
-    n_blocks: int,
-    init: str,
-    seed: int,
-    name: str,
-    floor: Floor,
-) -> tuple[Tensor, float]:
-    """Return the first block mask of a layer, and the factor for the values it keeps."""
-    if init == "magnitude" and linear.weight.device.type != "meta":
-        return largest_blocks(linear.weight, grid, n_blocks), 1.0
-    # The default dtype may be a half one, which draws otherwise and has many ties.
-    drawn = torch.rand(
-        grid, generator=seeded_generator(seed, 0, name), dtype=torch.float32, device="cpu"
-    )
-    everywhere = torch.ones_like(drawn, dtype=torch.bool)
-    density = n_blocks / (grid[0] * grid[1])
-    lines = within_reach((floor.row, floor.column), grid, n_blocks)
-    return choose_blocks(drawn, everywhere, n_blocks, floor=lines), density**-0.5
+        everywhere = torch.ones_like(drawn, dtype=torch.bool)
+        lines = within_reach((options.floor.row, options.floor.column), grid, n_blocks)
+        mask = choose_blocks(drawn, everywhere, n_blocks, floor=lines)
+        scale = (n_blocks / (grid[0] * grid[1])) ** -0.5
+    return BlockTopology.from_mask(mask, options.block_size, capacity=capacity), scale
 
 
 @torch.no_grad()
-def start_from(layer: BlockSparseLinear, weight: Tensor, init: str) -> None:
+def start_from(
+    layer: BlockSparseLinear, weight: Tensor, init: str, of: BlockSparseLinear | None = None
+) -> None:
     """Give a new layer what `sparsify` would have given it, had the linear layer had this weight.
 
     Args:
         layer: whose random blocks stay, and whose number of blocks does in any case.
-        weight: `[out_features, in_features]`.
+        weight: as the dense layer holds it.
         init: as for `sparsify`.
+        of: the original, where the layer is a copy that is to have its blocks.
     """
+    weight = weight.T if layer.transposed else weight
+    if of is not None:
+        layer.take_blocks_of(of)
     at, scale = layer.topology, layer.density**-0.5
-    if init == "magnitude":
+    if init == "magnitude" and of is not None:
+        scale = 1.0
+    elif init == "magnitude":
         mask, scale = largest_blocks(weight, at.grid, at.n_blocks), 1.0
         at.assign_(BlockTopology.from_mask(mask, at.block_size, capacity=at.capacity).coords)
     layer.values.copy_(at.pack(weight.to(layer.values)) * scale)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _fit_containers(model: nn.Module) -> None:
+    """Have the modules around block-sparse layers compute with them, and with dense ones as usual.
 
-
-def _become(module: nn.Module, of: type[nn.Module]) -> None:
-    """Change the class, so that the object stays, with all that refers to it."""
-    module.__class__ = of
+    They change their class or a flag, so that the objects stay, with all that refers to them.
+    """
+    for module in model.modules():
+        if type(module) is nn.Sequential or type(module) is BlockSparseMLP:
+            module.__class__ = BlockSparseMLP if can_fuse(module) else nn.Sequential
+        for of, flag in _FAST_PATHS.items():
+            if not isinstance(module, of):
+                continue
+            kept = f"_dense_{flag}"
+            if not any(True for _ in sparse_layers(module)):
+                if hasattr(module, kept):
+                    setattr(module, flag, vars(module).pop(kept))
+            elif value := getattr(module, flag):
+                setattr(module, flag, type(value)(0))
+                setattr(module, kept, value)
+    for tell in when_layers_change:
+        tell(model)
 
 
 # What PyTorch's encoders look at before they take their fused path for inference, which reads the
@@ -479,28 +443,6 @@ _FAST_PATHS = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
 }
-
-
-def _encoder_flags(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
-        yield from ((module, flag) for of, flag in _FAST_PATHS.items() if isinstance(module, of))
-
-
-def _leave_fast_paths(model: nn.Module) -> None:
-    """Have encoders with block-sparse layers call their layers, also in inference."""
-    for module, flag in _encoder_flags(model):
-        value = getattr(module, flag)
-        if value and any(True for _ in sparse_layers(module)):
-            setattr(module, flag, type(value)(0))
-            setattr(module, f"_dense_{flag}", value)
-
-
-def _take_fast_paths(model: nn.Module) -> None:
-    """Undo `_leave_fast_paths`."""
-    for module, flag in _encoder_flags(model):
-        if hasattr(module, f"_dense_{flag}"):
-            setattr(module, flag, getattr(module, f"_dense_{flag}"))
-            delattr(module, f"_dense_{flag}")
 
 
 def _report(layer: BlockSparseLinear) -> LayerReport:

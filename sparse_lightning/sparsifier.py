@@ -23,25 +23,25 @@ from torch.utils.hooks import RemovableHandle
 from sparse_lightning import ranks
 from sparse_lightning.config import SparsityConfig, configured
 from sparse_lightning.course import Course
+from sparse_lightning.course import naming as _naming
 from sparse_lightning.criteria import BlockScores, needed_by, seeded_generator
 from sparse_lightning.distributions import Grid
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
 from sparse_lightning.gathering import Gatherer
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.lookup import calling
-from sparse_lightning.optimizer_state import check_state
-from sparse_lightning.patching import (
-    SparsityReport,
-    check_layers_found,
-    is_chosen,
-    sparse_layers,
-    swap_layers,
-)
+from sparse_lightning.names import check_layers_found, is_chosen
+from sparse_lightning.optimizer_state import check_state, drop_dense_state
+from sparse_lightning.patching import SparsityReport, SwapOptions, copies_in, swap_layers
 from sparse_lightning.resume import check_same_training
 from sparse_lightning.rules import UpdateRequest, check_decision, check_is_data, check_rule
 from sparse_lightning.schedules import Timetable, should_shrink
+from sparse_lightning.selection import sparse_layers
 from sparse_lightning.sharding import check_whole_blocks, is_sharded
 from sparse_lightning.stepping import StepWatch, innermost
+
+# In so many steps every layer that trains should have had a gradient.
+_SILENT_STEPS = 10
 
 UpdateHook = Callable[["Sparsifier", ModelUpdate], None]
 
@@ -49,8 +49,8 @@ UpdateHook = Callable[["Sparsifier", ModelUpdate], None]
 class Sparsifier:
     """Makes a model's linear layers block-sparse, and evolves their blocks while it trains.
 
-    It swaps the layers when it is made, so before the optimizer is built. Then `attach` it to the
-    optimizer: from there on steps count and updates run by themselves, in the optimizer's hooks,
+    It swaps the layers when it is made. Then `attach` it to the optimizer: from there on steps
+    count and updates run by themselves, in the optimizer's hooks,
     and an update is over before a scheduler, an average or a checkpoint looks at the model. A step
     is one of the optimizer that holds a layer; with several optimizers each counts its own.
 
@@ -70,6 +70,9 @@ class Sparsifier:
     Attributes:
         model: as given.
         layers: the `BlockSparseLinear`s that it evolves, by name.
+        follows: those that are copies, and have the blocks of one of `layers`, `{copy: original}`:
+            layers that are frozen or in no optimizer and equal another one. What is in no optimizer
+            is known once an optimizer is attached.
         report: `SparsityReport` of the swap.
         total_steps: as given.
         last_update: `ModelUpdate` of the latest topology update, or None.
@@ -117,7 +120,11 @@ class Sparsifier:
         check_rule(self._rule)
         needs = needed_by([self._rule])
         self.report = self._swap()
+        self.follows = dict(self.report.follows)
         self.layers = self._managed()
+        # Those that share the budget: also copies that are only known as such once there is an
+        # optimizer, so that the budgets of the others stay what they were.
+        self._sharing = dict(self.layers)
         self._agreed = False
         self._agree()
         self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
@@ -156,18 +163,22 @@ class Sparsifier:
             check_layers_found(config.layer_density, grids)
             return config.budgets_at(0.0, grids), config.capacities(grids)
 
-        return swap_layers(
-            self.model,
+        options = SwapOptions(
             config.block_size,
             config.include,
             config.exclude,
-            budgets,
             config.init,
             config.seed,
             config.floor,
+            config.follow,
         )
+        return swap_layers(self.model, options, budgets)
 
     def _managed(self) -> dict[str, BlockSparseLinear]:
+        return {n: m for n, m in self._chosen().items() if n not in self.follows}
+
+    def _chosen(self) -> dict[str, BlockSparseLinear]:
+        """Return the block-sparse layers that the patterns choose, copies among them."""
         include, exclude = self.config.include, self.config.exclude
         return {n: m for n, m in sparse_layers(self.model) if is_chosen(n, include, exclude)}
 
@@ -183,7 +194,7 @@ class Sparsifier:
         """Take over rank 0's blocks and values."""
         if self._agreed or ranks.world_size() == 1:
             return
-        for layer in self.layers.values():
+        for layer in self._chosen().values():
             # Of sharded values each rank has drawn its own part; those on meta are yet to come.
             has_values = layer.values.device.type != "meta" and not is_sharded(layer.values)
             own = layer.topology.coords.cpu(), layer.values.detach().cpu() if has_values else None
@@ -232,6 +243,7 @@ class Sparsifier:
         if not isinstance(shrink, bool):
             raise TypeError(f"`shrink` must be true or false; got {shrink!r}.")
         before = self._attached()
+        self._take_back_copies()
         for name, layer in self.layers.items():
             if layer.locked and not before:
                 raise RuntimeError(
@@ -253,6 +265,7 @@ class Sparsifier:
         try:
             for optimizer in map(innermost, optimizers):
                 self._attach(optimizer)
+            self._find_copies()
             self._check_layers()
         except BaseException:
             self._let_go([course for course in self._attached() if course not in before])
@@ -260,6 +273,7 @@ class Sparsifier:
         for layer in self.layers.values():
             layer.locked = True
         self._warn_of_sudden_falls()
+        self._warn_of_rises_without_growth()
         for course in self._attached():
             self._arm(course)
 
@@ -289,6 +303,37 @@ class Sparsifier:
             partial(self._over, course),
         )
 
+    def _take_back_copies(self) -> None:
+        """Take all layers for ones that train, but for those that were copies when it was made.
+
+        A further optimizer may hold what was in none before.
+        """
+        self.layers.clear()  # the gatherer knows this dictionary
+        self.layers.update(self._sharing)
+        self.follows = {c: o for c, o in self.follows.items() if c not in self._sharing}
+
+    def _find_copies(self) -> None:
+        """Take the layers that are in no optimizer and equal another for its copies."""
+        chosen = self._chosen()
+        held = {name for course in self._attached() for name in course.held}
+        found = copies_in(self.model, self.config.follow, lambda name, _: name in held)
+        for copy, original in found.items():
+            if copy in chosen and original in held:
+                with _naming(copy):
+                    chosen[copy].take_blocks_of(self.layers[original])
+                self.follows[copy] = original
+                self.layers.pop(copy, None)
+        layers = {n: of for n, of in self.report.layers.items() if n not in self.follows}
+        self.report = replace(self.report, layers=layers, follows=dict(self.follows))
+        late = [n for n in chosen if n not in self._sharing and n not in self.follows]
+        if late:
+            self._warn(
+                "Block-sparse layers are evolved if they are there when the Sparsifier is made; "
+                f"their blocks stay: {', '.join(late)}. Make it after them, or freeze those that "
+                "are copies of others.",
+                once="late",
+            )
+
     @property
     def is_attached(self) -> bool:
         """Whether it follows an optimizer."""
@@ -305,7 +350,13 @@ class Sparsifier:
             return
         ids = {id(p) for group in course.optimizer.param_groups for p in group["params"]}
         held = {n: layer.values for n, layer in self.layers.items() if id(layer.values) in ids}
+        anew = []
         for name in (name for name in held if name not in course.held):
+            layer = self.layers[name]
+            if drop_dense_state(
+                course.optimizer, held[name], (layer.out_features, layer.in_features)
+            ):
+                anew.append(name)
             with _naming(name):
                 check_state(course.optimizer, held[name])
                 check_whole_blocks(held[name])
@@ -313,7 +364,14 @@ class Sparsifier:
         earlier = self._courses[: self._courses.index(course)]
         others = {name for other in earlier for name in other.held}
         course.groups, course.held, course.work = groups, held, None
+        course.unseen = [*held]
         course.own = {name: values for name, values in held.items() if name not in others}
+        if anew:
+            self._warn(
+                "The optimizer had state of layers from before they were block-sparse, which tells "
+                f"nothing of blocks; it begins anew for them: {', '.join(anew)}. Make layers "
+                "block-sparse before the first step to lose none."
+            )
 
     def _check_layers(self) -> None:
         holders = [course for course in self._attached() if course.own]
@@ -375,8 +433,18 @@ class Sparsifier:
                 once="fall",
             )
 
+    def _warn_of_rises_without_growth(self) -> None:
+        rising = self.config.rising_without_growth(self._grids())
+        if rising:
+            self._warn(
+                "The density is to rise where `grow` is 'none', so that no block can be added: it "
+                f"stays for {', '.join(rising)}. Take grow='gradient', 'momentum' or 'random', or "
+                "a density that does not rise.",
+                once="rise",
+            )
+
     def _grids(self) -> dict[str, Grid]:
-        return {name: layer.topology.grid for name, layer in self.layers.items()}
+        return {name: layer.topology.grid for name, layer in self._sharing.items()}
 
     # What a training has come to.
 
@@ -386,6 +454,22 @@ class Sparsifier:
         topologies = [layer.topology for layer in self.layers.values()]
         blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
         return sum(at.n_blocks for at in topologies) / max(1, blocks)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the density is where its schedule ends, for all layers that train."""
+        if self.config.density_is_constant:
+            return True
+        training = [
+            course
+            for course in self._attached()
+            if any(values.requires_grad for values in course.own.values())
+        ]
+        # While detached nobody holds any; but only of those that did a step has counted.
+        training = training or [course for course in self._courses if course.steps]
+        return bool(training) and all(
+            course.progress >= 1 and not course.waiting for course in training
+        )
 
     @property
     def timetable(self) -> Timetable | None:
@@ -464,6 +548,7 @@ class Sparsifier:
         if course.steps == 0:
             self._warn_of_layers_in_no_optimizer()
         course.count()
+        self._warn_of_silent(course.look_for_silent(_SILENT_STEPS))
         if self._gatherer.reads_gradients:
             self._gatherer.confirm(course.own)
         if course.armed:
@@ -574,10 +659,14 @@ class Sparsifier:
         scores = self._scores(course, due, needs)
         if not scores:
             return ModelUpdate(step, self.n_updates, {}, density_target=density)
-        frozen = [n for n, layer in self.layers.items() if not layer.values.requires_grad]
+        frozen = [
+            name
+            for name, layer in self._sharing.items()
+            if name not in self.layers or not layer.values.requires_grad
+        ]
         masks = {
             name: scores[name].mask if name in scores else layer.topology.mask.cpu()
-            for name, layer in self.layers.items()
+            for name, layer in self._sharing.items()
         }
         request = UpdateRequest(
             step=step,
@@ -635,7 +724,9 @@ class Sparsifier:
         """Return what makes an update of a layer real, and only writes in place."""
         layer, born = self.layers[name], self._born[name]
         writes = [layer.prepare_update(update)]
-        writes += [copy.prepare_update(update) for copy in self._copies(name)]
+        for copy in self._copies_of(name):
+            copy.take_blocks_of(layer)  # where it was given others, as by `load_state_dict`
+            writes.append(copy.prepare_update(update))
         writes += [
             course.prepare_update(name, update, layer.topology.capacity)
             for course in self._attached()
@@ -648,6 +739,24 @@ class Sparsifier:
             born.index_fill_(0, update.grown, step)
 
         return write
+
+    def _warn_of_silent(self, names: Collection[str]) -> None:
+        if names:
+            self._warn(
+                f"Block-sparse layers had no gradient in {_SILENT_STEPS} steps, while others had: "
+                f"{', '.join(sorted(names))}. Does `forward` call these layers, and does the loss "
+                "depend on what they return? A copy of other layers, as in a target network, "
+                "is to be frozen or in no optimizer: it then follows their blocks."
+            )
+
+    def _copies_of(self, name: str) -> Iterator[BlockSparseLinear]:
+        """Yield the layers that follow a layer: in the model, and elsewhere."""
+        for copy, original in self.follows.items():
+            if original == name:
+                found = self.model.get_submodule(copy)
+                assert isinstance(found, BlockSparseLinear)
+                yield found
+        yield from self._copies(name)
 
     def _warn_of_waiting(self, step: int, names: list[str]) -> None:
         new = [name for name in names if name not in self._told]
@@ -711,7 +820,7 @@ class Sparsifier:
             min(layer.topology.capacity, max(most, layer.topology.n_blocks))
         )
         writes = [write, self._gatherer.prepare_keep(name, kept)]
-        writes += [copy.prepare_shrink(len(kept))[1] for copy in self._copies(name)]
+        writes += [copy.prepare_shrink(len(kept))[1] for copy in self._copies_of(name)]
         writes += [
             course.prepare_keep(name, kept) for course in self._attached() if name in course.held
         ]
@@ -792,7 +901,7 @@ class Sparsifier:
         grids = self._grids()
         cells = sum(rows * cols for rows, cols in grids.values())
         asked = self.config.final_blocks(grids)
-        present = {name: layer.topology.n_blocks for name, layer in self.layers.items()}
+        present = {name: layer.topology.n_blocks for name, layer in self._sharing.items()}
         if sum(present.values()) == asked:
             return None
         courses = [course for course in self._attached() if course.own]
@@ -899,12 +1008,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Name the layer in what goes wrong with it."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise type(error)(f"{error} (layer '{layer}')") from error

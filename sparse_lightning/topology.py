@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
-# The state vector is [format, block_size, out_blocks, in_blocks, capacity, row, col, row, ...].
+# The state vector is [format, block_size, out_blocks, in_blocks, capacity, row, col, row, ...]. Its
+# format is negative where the dense weight lies transposed, as in transformers' `Conv1D`.
 STATE_FORMAT = 1
 _STATE_HEADER = 5
 # Of a grid that a state vector claims: 17 billion weights, in the smallest blocks.
@@ -155,7 +157,7 @@ class BlockTopology:
         """
         is_vector = isinstance(state, Tensor) and state.dim() == 1 and state.dtype == torch.int32
         header = state[:_STATE_HEADER].tolist() if is_vector else []
-        if len(header) < _STATE_HEADER or header[0] != STATE_FORMAT:
+        if len(header) < _STATE_HEADER or abs(header[0]) != STATE_FORMAT:
             raise ValueError(
                 f"The saved topology must be an int32 vector of format {STATE_FORMAT}; "
                 f"got header {header}. "
@@ -175,10 +177,20 @@ class BlockTopology:
             )
         return cls(coords.view(capacity, 2), (out_blocks, in_blocks), block_size)
 
-    def to_state(self) -> Tensor:
-        """Return the topology as one int32 vector whose length depends only on the capacity."""
+    def to_state(self, transposed: bool = False) -> Tensor:
+        """Return the topology as one int32 vector whose length depends only on the capacity.
+
+        Args:
+            transposed: whether the dense weight lies as `[in_features, out_features]`, which is
+                noted for those who make dense weights of a state dict.
+        """
         header = torch.tensor(
-            [STATE_FORMAT, self.block_size, *self.grid, self.capacity],
+            [
+                -STATE_FORMAT if transposed else STATE_FORMAT,
+                self.block_size,
+                *self.grid,
+                self.capacity,
+            ],
             dtype=torch.int32,
             device=self.device,
         )
@@ -243,6 +255,18 @@ class BlockTopology:
             self.n_blocks = n_blocks
 
         return write
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Processes that are started by pickling share the memory of tensors on the CPU, and what
+        # one writes to its indices is no business of the others.
+        for name, value in state.items():
+            shared = isinstance(value, Tensor) and value.device.type == "cpu" and value.is_shared()
+            self.__dict__[name] = value.clone() if shared else value
+
+    @staticmethod
+    def is_transposed(state: Tensor) -> bool:
+        """Tell whether a vector of `to_state` is of a dense weight that lies transposed."""
+        return int(state[0]) < 0
 
     def to_(self, device: torch.device) -> BlockTopology:
         """Move every index tensor to `device`, in place (new storage when the device differs)."""

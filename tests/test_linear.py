@@ -645,6 +645,34 @@ def test_the_leaf_of_the_norms_stays_where_the_device_does() -> None:
     assert layer.block_norms is leaf
 
 
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (300, 64), (0, 64)])
+def test_an_output_may_be_changed_in_place(shape, density: float, device: str) -> None:
+    """As that of an nn.Linear: by `nn.ReLU(inplace=True)`, a residual, or an index."""
+    layer = BlockSparseLinear(64, 128, block_size=16, density=density, device=device)
+    dense = layer.to_linear()
+    x = torch.randn(shape, device=device)
+    outputs = []
+    for each in (layer, dense):
+        y = each(x.requires_grad_())
+        y += 1
+        y[..., :8] = 0
+        outputs.append(nn.functional.relu(y, inplace=True))
+        y.square().sum().backward()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_leaf_of_the_norms_follows_the_values() -> None:
@@ -820,7 +848,10 @@ def train(model: BlockSparseMLP, optimizer: torch.optim.Optimizer, seed: int) ->
 
 def shrink_in_training(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer) -> None:
     layer.locked = True
-    prepare_keep(optimizer, layer.values, layer.shrink(layer.topology.n_blocks))()
+    kept, shrink = layer.prepare_shrink(layer.topology.n_blocks)
+    keep = prepare_keep(optimizer, layer.values, kept)
+    shrink()
+    keep()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -8,7 +8,7 @@ import torch
 
 from sparse_lightning.bench.environment import as_line, describe
 from sparse_lightning.bench.options import find_device
-from sparse_lightning.patching import DEFAULT_EXCLUDE
+from sparse_lightning.names import DEFAULT_EXCLUDE
 from sparse_lightning.planning.measure import PRECISIONS
 from sparse_lightning.planning.planner import CHECKS, DENSITIES, DISTRIBUTIONS, plan
 from sparse_lightning.tables import show

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from sparse_lightning.kernels.choice import Shape
+from sparse_lightning.linear import dense_shape
+from sparse_lightning.selection import linear_layers
 
 # A weight, its gradient, and AdamW's two moments: all of the parameter's dtype.
 _TRAINED, _FROZEN = 4, 1
@@ -131,9 +133,8 @@ def model_cost(
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(memory(p, p.numel()) for p in model.parameters())
-    weights = sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear)
-    )
+    shapes = [dense_shape(layer) for _, layer in linear_layers(model)]
+    weights = sum(rows * columns for rows, columns in shapes)
     for name, blocks in present.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)

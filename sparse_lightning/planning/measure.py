@@ -19,6 +19,7 @@ from sparse_lightning.bench.problem import Problem
 from sparse_lightning.bench.timing import device_times, speedup
 from sparse_lightning.export.graph import Input, random_inputs
 from sparse_lightning.kernels import choice
+from sparse_lightning.linear import dense_shape
 from sparse_lightning.planning.costs import DenseTimes, Product, Work
 
 Result = TypeVar("Result")
@@ -350,10 +351,9 @@ def _counting(counter: Counter[Product]) -> Callable[..., None]:
     def hook(
         linear: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor
     ) -> None:
-        assert isinstance(linear, nn.Linear)
         (x,) = (*args, *kwargs.values())
-        features = linear.in_features, linear.out_features
-        shape = (x.numel() // linear.in_features, *features)
+        out_features, in_features = dense_shape(linear)
+        shape = (x.numel() // in_features, in_features, out_features)
         backward = [
             Product(op, shape, y.dtype)
             for op, of in (("dx", x), ("dw", linear.weight))

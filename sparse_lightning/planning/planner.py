@@ -14,13 +14,9 @@ from torch import nn
 from sparse_lightning.bench.options import find_device
 from sparse_lightning.distributions import share
 from sparse_lightning.export.graph import Input
-from sparse_lightning.patching import (
-    DEFAULT_EXCLUDE,
-    check_choice,
-    select_layers,
-    sparse_layers,
-    sparsify,
-)
+from sparse_lightning.linear import dense_shape
+from sparse_lightning.names import DEFAULT_EXCLUDE, check_choice
+from sparse_lightning.patching import sparsify
 from sparse_lightning.planning.costs import Check, Choice, Product, expected_step, model_cost
 from sparse_lightning.planning.measure import (
     PRECISIONS,
@@ -30,6 +26,7 @@ from sparse_lightning.planning.measure import (
     tokens_of,
 )
 from sparse_lightning.planning.result import Plan, PlannedLayer
+from sparse_lightning.selection import select_layers, sparse_layers
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_block_size, check_density
 
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
@@ -186,15 +183,15 @@ def _find_layers(
     unfit: dict[int, str] = {}
     for block_size in block_sizes:
         try:
-            chosen, left = select_layers(model, block_size, include, exclude)
+            found = select_layers(model, block_size, include, exclude)
         except ValueError as error:
             unfit[block_size] = str(error)
             continue
-        for name, linear in chosen.items():
-            shape = linear.out_features, linear.in_features
+        for name, linear in found.layers.items():
+            shape = dense_shape(linear)
             before = layers[name].block_sizes if name in layers else ()
             layers[name] = PlannedLayer(shape, (*before, block_size))
-        for name, reason in left.items():
+        for name, reason in found.skipped.items():
             skipped.setdefault(name, reason)
     if not layers:
         raise ValueError(unfit[block_sizes[0]])

@@ -1,0 +1,356 @@
+"""Targets, teachers and averages inside a model have the blocks of what they are copies of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from sparse_lightning import BlockSparseLinear, Sparsifier, densify, sparsify
+from tests.loops import FALLING, Net, adamw, sparse, train
+
+OPTIONS: dict[str, Any] = {
+    "block_size": 16,
+    "exclude": ["head"],
+    "update": {"every_n_steps": 4},
+    "drop_fraction": 0.3,
+}
+DENSITIES = {"constant": 0.25, "falling": FALLING}
+
+
+class WithTarget(Net):
+    """Holds a copy of its network, which it computes with as well."""
+
+    def __init__(self, make: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.target = make(self.net)
+
+    @property
+    def copied(self) -> nn.Module:
+        return self.target.module if isinstance(self.target, AveragedModel) else self.target
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+MAKERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "frozen": frozen,
+    "in no optimizer": copy.deepcopy,
+    "AveragedModel": lambda net: AveragedModel(
+        net, avg_fn=lambda average, now, n: average.lerp(now, 0.1)
+    ),
+}
+
+
+@torch.no_grad()
+def average(model: WithTarget) -> None:
+    if isinstance(model.target, AveragedModel):
+        model.target.update_parameters(model.net)
+    else:
+        for mine, of in zip(model.target.parameters(), model.net.parameters(), strict=True):
+            mine.lerp_(of, 0.1)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_an_average_is_that_of_the_weights(maker: str, density: str) -> None:
+    """To the last digits, wherever a block has been there all the time, and zero where none is."""
+    model = WithTarget(MAKERS[maker])
+    sparsifier = Sparsifier(model, 32, density=DENSITIES[density], **OPTIONS)
+    sparsifier.attach(adamw([*model.net.parameters(), *model.head.parameters()]))
+    prefix = "target.module" if maker == "AveragedModel" else "target"
+    assert sparsifier.follows == {f"{prefix}.0": "net.0", f"{prefix}.2": "net.2"}
+    assert [*sparsifier.layers] == ["net.0", "net.2"]
+    assert f"{prefix}.0 follows net.0" in str(sparsifier.report)
+    truth = {i: model.net[i].dense_weight() for i in (0, 2)}
+    stayed = {i: model.net[i].dense_weight() != 0 for i in (0, 2)}
+    first = True
+
+    def after(number: int) -> None:
+        nonlocal first
+        average(model)
+        for i in (0, 2):
+            now = model.net[i].dense_weight()
+            # PyTorch's average takes over the weights when it is first updated.
+            at_once = first and maker == "AveragedModel"
+            truth[i] = now.clone() if at_once else truth[i].lerp(now, 0.1)
+            stayed[i] &= now != 0
+            copied = model.copied[i]
+            assert torch.equal(copied.topology.coords, model.net[i].topology.coords)
+            assert not copied.dense_weight()[now == 0].any()
+        first = False
+
+    optimizer = sparsifier._attached()[0].optimizer
+    assert optimizer is not None
+    train(model, optimizer, range(32), after)
+    assert sparsifier.n_updates == 6 and sparsifier.density == 0.25
+    for i in (0, 2):
+        found = model.copied[i].dense_weight()
+        assert stayed[i].any()
+        torch.testing.assert_close(found[stayed[i]], truth[i][stayed[i]], rtol=1e-5, atol=1e-6)
+        assert len(model.copied[i].values) == len(model.net[i].values)
+
+
+def test_weights_are_loaded_both_ways_at_any_time() -> None:
+    model = WithTarget(frozen)
+    sparsifier = Sparsifier(model, 32, density=FALLING, **OPTIONS)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+
+    def after(number: int) -> None:
+        if number % 3 == 0:
+            model.target.load_state_dict(model.net.state_dict())
+            for ours, theirs in zip(model.target.parameters(), model.net.parameters(), strict=True):
+                assert torch.equal(ours, theirs)
+        elif number % 3 == 1:
+            model.net.load_state_dict(model.target.state_dict())
+
+    train(model, optimizer, range(32), after)
+    assert sparsifier.density == 0.25
+
+
+def test_a_copy_that_was_given_other_blocks_comes_back() -> None:
+    """As by loading what the network was some updates ago, for one that is to stand still."""
+    model = WithTarget(frozen)
+    sparsifier = Sparsifier(model, 32, density=0.25, **OPTIONS)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    earlier = copy.deepcopy(model.net.state_dict())
+    train(model, optimizer, range(6))
+    model.target.load_state_dict(earlier)
+    known = model.target[0].dense_weight()
+    assert not torch.equal(model.target[0].topology.coords, model.net[0].topology.coords)
+    train(model, optimizer, range(6, 9))
+    for i in (0, 2):
+        assert torch.equal(model.target[i].topology.coords, model.net[i].topology.coords)
+    both = model.target[0].dense_weight().ne(0) & known.ne(0)
+    assert both.any()
+    assert torch.equal(model.target[0].dense_weight()[both], known[both])
+
+
+def test_a_copy_that_is_made_after_the_swap_follows() -> None:
+    model = Net()
+    sparsifier = Sparsifier(model, 32, density=0.25, **OPTIONS)
+    model.target = frozen(model.net)
+    optimizer = adamw(model.net.parameters())
+    sparsifier.attach(optimizer)
+    assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
+    train(model, optimizer, range(16))
+    assert sparsifier.n_updates > 2
+    assert torch.equal(model.target[0].topology.coords, model.net[0].topology.coords)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True), 3
+    )
+
+
+@pytest.mark.parametrize("make", [frozen, copy.deepcopy])
+def test_clones_are_told_apart_by_their_names(make: Callable[[nn.Module], nn.Module]) -> None:
+    """The layers of an encoder are equal at first, and each teacher follows its own student."""
+    model = nn.ModuleDict({"student": encoder()})
+    model["teacher"] = make(model["student"])
+    sparsifier = Sparsifier(model, 20, block_size=16, update={"every_n_steps": 4})
+    optimizer = adamw(model["student"].parameters())
+    sparsifier.attach(optimizer)
+    names = [f"layers.{i}.linear{j}" for i in range(3) for j in (1, 2)]
+    assert sparsifier.follows == {f"teacher.{name}": f"student.{name}" for name in names}
+    coords = [layer.topology.coords for layer in sparsifier.layers.values()]
+    assert not torch.equal(coords[0], coords[2]), "students have blocks of their own"
+    x = torch.randn(4, 5, 32)
+    for _ in range(12):
+        (model["student"](x) - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparsifier.n_updates == 3
+    for copied, original in sparsifier.follows.items():
+        mine, of = model.get_submodule(copied), model.get_submodule(original)
+        assert torch.equal(mine.topology.coords, of.topology.coords)
+    torch.testing.assert_close(
+        model["teacher"].eval()(x), densify(copy.deepcopy(model["teacher"]))(x)
+    )
+
+
+def test_two_networks_that_begin_alike_and_both_train_do_not_follow() -> None:
+    """Also where the second's optimizer is attached by a call of its own."""
+    model = nn.ModuleDict({"one": Net()})
+    model["two"] = copy.deepcopy(model["one"])
+    sparsifier = Sparsifier(model, 16, **OPTIONS)
+    first, second = adamw(model["one"].parameters()), adamw(model["two"].parameters())
+    sparsifier.attach(first)
+    sparsifier.attach(second)
+    assert not sparsifier.follows and len(sparsifier.layers) == 4
+    train(model["two"], second, range(8))
+    assert sparsifier.n_updates == 2
+    assert {*sparsifier.last_update.layers} == {"two.net.0", "two.net.2"}
+
+
+# -- said by hand ---------------------------------------------------------------------------------
+
+
+class Pretrained(Net):
+    """Its target was trained before, and equals nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = nn.Sequential(*(copy.deepcopy(m) for m in self.net)).requires_grad_(False)
+        with torch.no_grad():
+            for parameter in self.target.parameters():
+                parameter.mul_(1.5)
+
+
+@pytest.mark.parametrize("follow", [{"target": "net"}, {"target.0": "net.0", "target.2": "net.2"}])
+def test_follow_says_what_weights_do_not_tell(follow: dict[str, str]) -> None:
+    model = Pretrained()
+    weight = model.target[0].weight.detach().clone()
+    sparsifier = Sparsifier(model, 16, density=0.25, follow=follow, **OPTIONS)
+    assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
+    kept = model.target[0].dense_weight()
+    torch.testing.assert_close(kept, (kept != 0) * weight * 0.25**-0.5)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(16))
+    for i in (0, 2):
+        assert torch.equal(model.target[i].topology.coords, model.net[i].topology.coords)
+    again = Sparsifier(model, 16, density=0.25, follow=follow, **OPTIONS)
+    assert again.follows == sparsifier.follows
+
+
+@pytest.mark.parametrize(
+    ("follow", "error", "said"),
+    [
+        ({"taget": "net"}, ValueError, "'taget', which is none"),
+        ({"target": "ne"}, ValueError, "'ne', which is none"),
+        ({"target.1": "net.1"}, ValueError, "'target.1', which has none"),
+        ({"target.0": "net.2"}, ValueError, r"same shape at 'net\.2' \(layer 'target\.0'\)"),
+        ({"target": "net", "net": "head"}, ValueError, "'net', which is a copy itself"),
+        (["target"], TypeError, "map names of modules"),
+        ({"target": 1}, TypeError, "map names of modules"),
+    ],
+)
+def test_a_wrong_follow_is_refused(follow: Any, error: type[Exception], said: str) -> None:
+    model = Pretrained()
+    with pytest.raises(error, match=said):
+        Sparsifier(model, 16, follow=follow, **OPTIONS)
+    assert not sparse(model)
+
+
+# -- frozen, and no copy --------------------------------------------------------------------------
+
+
+def test_other_frozen_layers_stay_dense_unless_named_in_full() -> None:
+    for include, expected in ((["*"], []), (["*", "target.0"], ["target.0"])):
+        model = Pretrained()
+        before = model.target(torch.ones(2, 64))
+        report = sparsify(model, block_size=16, density=0.25, include=include, exclude=["head"])
+        assert [name for name in report.layers if name.startswith("target")] == expected
+        left = {n: why for n, why in report.skipped.items() if n.startswith("target")}
+        assert left == {n: "frozen" for n in ("target.0", "target.2") if n not in expected}
+        assert expected or torch.equal(model.target(torch.ones(2, 64)), before)
+
+
+def test_layers_of_a_frozen_model_are_not_taken_for_want_of_others() -> None:
+    """As where only a head is trained, or biases."""
+    for trained in ("head", "bias"):
+        model = Net()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        with pytest.raises(ValueError, match=r"net\.0: frozen.*has its name in full"):
+            sparsify(model, block_size=16, density=0.25)
+
+
+def test_a_model_that_is_not_to_be_trained_is_taken_as_it_is() -> None:
+    model = Net().requires_grad_(False)
+    report = sparsify(model, block_size=16, density=0.25, init="magnitude")
+    assert [*report.layers] == ["net.0", "net.2"]
+
+
+def test_what_is_excluded_does_not_follow() -> None:
+    """As a reference that is to compute what it did."""
+    model = WithTarget(frozen)
+    before = model.target(torch.ones(2, 64))
+    sparsifier = Sparsifier(model, 16, **{**OPTIONS, "exclude": ["target.*"]})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(16))
+    assert not sparsifier.follows and torch.equal(model.target(torch.ones(2, 64)), before)
+
+
+def test_constants_and_equals_of_several_are_no_copies() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.zero, self.zeros = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.odd = copy.deepcopy(self.a)
+            self.b.load_state_dict(self.a.state_dict())
+            for layer in (self.zero, self.zeros):
+                nn.init.zeros_(layer.weight)
+            for layer in (self.odd, self.zeros):
+                layer.requires_grad_(False)
+
+    model = Model()
+    report = sparsify(model, block_size=16, density=0.5)
+    assert [*report.layers] == ["a", "b", "zero"] and not report.follows
+    assert report.skipped["zeros"] == "frozen"
+    assert "equal to 2 layers" in report.skipped["odd"] and "`follow`" in report.skipped["odd"]
+
+
+def test_an_encoder_that_is_partly_frozen_stays_as_it_is_there() -> None:
+    model = encoder()
+    model.layers[0].requires_grad_(False)
+    x = torch.randn(2, 3, 32)
+    before = model.layers[0](x)
+    report = sparsify(model, block_size=16, density=0.5)
+    assert [*report.layers] == [f"layers.{i}.linear{j}" for i in (1, 2) for j in (1, 2)]
+    assert torch.equal(model.layers[0](x), before)
+
+
+def test_blocks_are_taken_over_whatever_the_layer_had() -> None:
+    """With other capacities and sizes; what both have keeps its weights."""
+    for size, density in ((16, 0.25), (16, 0.75), (32, 0.5)):
+        original = BlockSparseLinear(64, 64, block_size=16, density=0.5)
+        layer = BlockSparseLinear(64, 64, block_size=size, density=density)
+        before, values = layer.dense_weight(), layer.values
+        layer.take_blocks_of(original)
+        assert layer.values is values
+        assert torch.equal(layer.topology.coords, original.topology.coords)
+        assert layer.topology is not original.topology
+        common = (original.dense_weight() != 0) & (before != 0) & (size == 16)
+        expected = torch.where(common, before, original.dense_weight())
+        assert torch.equal(layer.dense_weight(), expected)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: layer.dense_weight() for name, layer in sparse(model).items()}
+
+
+def test_a_training_with_a_copy_resumes_bit_for_bit() -> None:
+    def begin() -> tuple[WithTarget, Sparsifier, torch.optim.Optimizer]:
+        model = WithTarget(copy.deepcopy)
+        sparsifier = Sparsifier(model, 24, density=FALLING, **OPTIONS)
+        return model, sparsifier, adamw([*model.net.parameters(), *model.head.parameters()])
+
+    whole, sparsifier, optimizer = begin()
+    sparsifier.attach(optimizer)
+    train(whole, optimizer, range(10), lambda _: average(whole))
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), sparsifier.state_dict()))
+    train(whole, optimizer, range(10, 24), lambda _: average(whole))
+
+    model, sparsifier, optimizer = begin()
+    model.load_state_dict(saved[0])
+    sparsifier.load_state_dict(saved[2])
+    optimizer.load_state_dict(saved[1])
+    sparsifier.attach(optimizer)
+    assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
+    train(model, optimizer, range(10, 24), lambda _: average(model))
+    expected = weights_of(whole)
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, expected[name]), name

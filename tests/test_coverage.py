@@ -1,0 +1,117 @@
+"""The share of a model that is block-sparse, and the kinds of what stays dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from sparse_lightning import BlockSparseLinear, sparsify
+from sparse_lightning.coverage import coverage
+
+
+class Bare(nn.Module):
+    """A module with parameters of its own, of given shapes."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize(
+    ("module", "kinds"),
+    [
+        (nn.Embedding(8, 4), {"embeddings": 1.0}),
+        (nn.EmbeddingBag(8, 4), {"embeddings": 1.0}),
+        (nn.Conv2d(2, 4, 3), {"convolutions": 1.0}),
+        (nn.ConvTranspose1d(2, 4, 3), {"convolutions": 1.0}),
+        (nn.LSTM(4, 8), {"recurrent layers": 1.0}),
+        (nn.GRUCell(4, 8), {"recurrent layers": 1.0}),
+        (nn.Linear(3, 5), {"linear layers": 0.75, "other": 0.25}),
+        (parametrizations.orthogonal(nn.Linear(3, 3, bias=False)), {"linear layers": 1.0}),
+        (nn.LayerNorm(4), {"other": 1.0}),
+        (Bare(gates=(4, 4), scale=(1, 4, 4)), {"other": 1.0}),
+        (nn.MultiheadAttention(8, 2, bias=False),
+         {"attention in_proj": 0.75, "linear layers": 0.25}),
+        (nn.MultiheadAttention(8, 2, bias=False, kdim=4, vdim=4),
+         {"attention in_proj": 2 / 3, "linear layers": 1 / 3}),
+        (nn.Linear(3, 5, device="meta").requires_grad_(False),
+         {"linear layers": 0.75, "other": 0.25}),
+    ],
+)  # fmt: skip
+def test_kinds(module: nn.Module, kinds: dict[str, float]) -> None:
+    found = coverage(nn.Sequential(module))
+    assert found.parameters == sum(parameter.numel() for parameter in module.parameters())
+    assert found.share == 0
+    assert list(found.dense) == list(kinds)
+    assert found.dense == pytest.approx(kinds)
+
+
+def test_a_block_sparse_layer_counts_as_the_dense_one() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    dense = coverage(model)
+    sparsify(model, include=["0"], block_size=16, density=0.25, max_density=0.5)
+    found = coverage(model)
+    assert found.parameters == dense.parameters
+    assert found.share == pytest.approx(2048 / found.parameters)
+    assert found.share + sum(found.dense.values()) == pytest.approx(1)
+    assert list(found.dense) == ["linear layers", "other"]
+
+
+def test_what_has_several_names_counts_once() -> None:
+    embedding, head = nn.Embedding(10, 16), nn.Linear(16, 10, bias=False)
+    layer = BlockSparseLinear(16, 16, block_size=16, density=1.0)
+    head.weight = embedding.weight
+    found = coverage(nn.Sequential(embedding, layer, layer, head))
+    assert found.parameters == 160 + 256 + 16
+    assert found.dense == pytest.approx({"embeddings": 160 / 432, "other": 16 / 432})
+
+
+def test_the_line_tells_what_is_worth_telling() -> None:
+    experts = [Bare(up=(4, 16, 16), down=(4, 16, 8)) for _ in range(2)]
+    model = nn.ModuleDict(
+        {
+            "layers": nn.ModuleList(experts),
+            "more2": Bare(a=(2, 2, 2), b=(3, 2, 2)),
+            "embedding": nn.Embedding(16, 64),
+            "linear": nn.Linear(32, 16),
+        }
+    )
+    sparsify(model, include=["linear"], exclude=(), block_size=16)
+    found = coverage(model)
+    assert found.experts == ("layers.*.up", "layers.*.down", "more2.b", "more2.a")
+    assert str(found) == (
+        "Block-sparse layers cover 11 % of the model's 4,644 parameters; dense are 3-D parameters (experts) "
+        "67 % (layers.*.up, layers.*.down, more2.b, …), embeddings 22 %."
+    )
+    assert "less than 1 %" in str(coverage(nn.Sequential(model, nn.Embedding(1000, 1000))))
+
+
+def test_a_model_without_parameters() -> None:
+    for model in (nn.ReLU(), nn.Sequential(nn.LazyLinear(3))):
+        assert str(coverage(model)) == "Block-sparse layers cover 0 % of the model's 0 parameters."
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("Mixtral", {"num_local_experts": 4}), ("Qwen3Moe", {"num_experts": 4})],
+)
+def test_experts_of_transformers(model: str, options: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{model}Config")(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **options,
+    )
+    with torch.device("meta"):
+        found = coverage(getattr(transformers, f"{model}ForCausalLM")(config))
+    assert next(iter(found.dense)) == "3-D parameters (experts)"
+    assert found.experts[0] == "model.layers.*.mlp.experts.gate_up_proj"
