@@ -60,11 +60,14 @@ class Dialect:
 
     Args:
         logger: of Lightning's.
+        label: of the callback that tells, which stands in the keys of what is of all layers, where
+            a trainer has several; "" where there is one.
     """
 
-    def __init__(self, logger: Logger) -> None:
+    def __init__(self, logger: Logger, label: str = "") -> None:
         self.logger = logger
         self._failed = False
+        self._label = label
 
     def start(self) -> None:
         """Say what is to come."""
@@ -74,14 +77,19 @@ class Dialect:
 
         What goes wrong with anything but scalars is a warning: a picture is not worth a training.
         """
+        scalars = {self._key(name): value for name, value in scalars.items()}
         media = self._try(lambda: self._media(pictures, step)) if pictures else None
         if media and self._try(lambda: self._send({**scalars, **media}, step)):
             return
-        self.logger.log_metrics(dict(scalars), step=step)
+        self.logger.log_metrics(scalars, step=step)
 
     def table(self, rows: Sequence[LayerRow], step: int) -> None:
         """Log what became of each layer."""
         self._try(lambda: self._table([dataclasses.astuple(row) for row in rows], step))
+
+    def _key(self, name: str) -> str:
+        of_all = name.removeprefix("sparsity/")
+        return name if of_all == name or not self._label else f"sparsity/{self._label}/{of_all}"
 
     def _send(self, metrics: dict[str, Any], step: int) -> bool:
         self.logger.log_metrics(metrics, step=step)
@@ -122,7 +130,9 @@ class WandbDialect(Dialect):
         step = "global_step" if by_tensorboard else "trainer/global_step"
         for name, summary in _SUMMARIES.items():
             # A metric of its own rule is no longer among those that Lightning gives an axis.
-            self.logger.experiment.define_metric(prefix + name, step_metric=step, summary=summary)
+            self.logger.experiment.define_metric(
+                prefix + self._key(name), step_metric=step, summary=summary
+            )
 
     def _media(self, pictures: Sequence[Picture], step: int) -> dict[str, Any]:
         import wandb
@@ -145,7 +155,7 @@ class WandbDialect(Dialect):
         import wandb
 
         table = wandb.Table(columns=list(_COLUMNS.values()), data=[list(row) for row in rows])
-        self._send({_TABLE: table}, step)
+        self._send({self._key(_TABLE): table}, step)
 
 
 class TensorBoardDialect(Dialect):
@@ -171,13 +181,13 @@ class TensorBoardDialect(Dialect):
         ]
         lines = [list(_COLUMNS.values()), ["---"] * len(_COLUMNS), *cells]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        self.logger.experiment.add_text(_TABLE, text, step)
+        self.logger.experiment.add_text(self._key(_TABLE), text, step)
 
 
-def dialect_of(logger: Logger) -> Dialect:
-    """Return how a logger is told."""
+def dialect_of(logger: Logger, label: str) -> Dialect:
+    """Return how a logger is told, by the callback of a label."""
     if isinstance(logger, WandbLogger):
-        return WandbDialect(logger)
+        return WandbDialect(logger, label)
     if isinstance(logger, TensorBoardLogger):
-        return TensorBoardDialect(logger)
-    return Dialect(logger)
+        return TensorBoardDialect(logger, label)
+    return Dialect(logger, label)

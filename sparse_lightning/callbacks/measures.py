@@ -12,7 +12,7 @@ from sparse_lightning.callbacks.patterns import Patterns
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.optimizer_state import find_optimizer
-from sparse_lightning.patching import sparse_layers
+from sparse_lightning.selection import sparse_layers
 
 
 def update_scalars(model: nn.Module, update: ModelUpdate, patterns: Patterns) -> dict[str, float]:

@@ -44,7 +44,7 @@ class SparsityMonitor(Observer):
         self._dialects, self._throughput = [], None
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        self._dialects = [dialect_of(logger) for logger in trainer.loggers]
+        self._dialects = [dialect_of(logger, fit.label) for logger in trainer.loggers]
         for dialect in self._dialects:
             dialect.start()
         peak = None

@@ -23,6 +23,9 @@ class Fit:
         patterns: their blocks, the latest update included.
         step: optimizer steps so far.
         n_updates: updates so far.
+        label: "1", "2" and so on where the trainer has several `SparsityCallback`s, in its order;
+            "" where there is one.
+        density: present blocks / all blocks of the layers of all of them together.
     """
 
     trainer: pl.Trainer
@@ -31,6 +34,8 @@ class Fit:
     patterns: Patterns
     step: int
     n_updates: int
+    label: str
+    density: float
 
 
 class Observer:

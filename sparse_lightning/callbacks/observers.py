@@ -7,18 +7,20 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.hooks import RemovableHandle
 
+from sparse_lightning.callbacks.candidates import Candidates
 from sparse_lightning.callbacks.monitor import SparsityMonitor
 from sparse_lightning.callbacks.observer import Fit, Observer
 from sparse_lightning.callbacks.patterns import Patterns
 from sparse_lightning.callbacks.recorder import PatternRecorder
 from sparse_lightning.callbacks.terminal import Terminal
+from sparse_lightning.callbacks.trainer import density_of, sparsifiers
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.sparsifier import Sparsifier
 
 
 class Observers:
-    """Tells the terminal, the loggers and the record of a training, while there is one.
+    """Tells the terminal, other callbacks, the loggers and the record of a training.
 
     Args:
         config: says who looks on.
@@ -32,7 +34,7 @@ class Observers:
         shown = config.monitor
         self.monitor = None if shown is None else SparsityMonitor(shown)
         self.patterns = Patterns()
-        self._all: list[Observer] = [Terminal()]
+        self._all: list[Observer] = [Terminal(), Candidates()]
         if self.monitor is not None:
             self._all.append(self.monitor)
         if shown is not None and shown.record:
@@ -58,7 +60,10 @@ class Observers:
         """The training that is under way."""
         assert self._told_of is not None
         trainer, model, of = self._told_of
-        return Fit(trainer, model, of.layers, self.patterns, of.steps, of.n_updates)
+        engines = sparsifiers(trainer)
+        label = str(engines.index(of) + 1) if len(engines) > 1 else ""
+        density = density_of(layer for each in engines for layer in each.layers.values())
+        return Fit(trainer, model, of.layers, self.patterns, of.steps, of.n_updates, label, density)
 
     def _update(self, update: ModelUpdate) -> None:
         self.patterns.follow(update)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sparse_lightning.callbacks.candidates import DENSITY
 from sparse_lightning.callbacks.observer import Fit, Observer
 from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.history import HistoryWriter
@@ -57,7 +58,7 @@ class PatternRecorder(Observer):
         }
         sizes = {name: layer.block_size for name, layer in fit.layers.items()}
         with self._or_stop():
-            path = folder / HISTORY
+            path = folder / (f"pattern-{fit.label}.history" if fit.label else HISTORY)
             if fit.step == 0:
                 _move_aside(path)
             self._writer = HistoryWriter(path)
@@ -83,6 +84,7 @@ class PatternRecorder(Observer):
             if self._writer is None:
                 return
             numbers = _numbers(fit.trainer.callback_metrics)
+            numbers.pop(DENSITY, None)  # which the masks tell
             # The trainer also holds what it logged long ago: a loss of the last validation.
             new = dict(numbers.items() - self._written.items())
             if new:

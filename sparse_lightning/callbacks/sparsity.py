@@ -13,21 +13,31 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from sparse_lightning.callbacks.checkpoints import begin_with, leave_only_weights
+from sparse_lightning.callbacks.checkpoints import (
+    begin_with,
+    find_state,
+    leave_only_weights,
+    save_arrival,
+    warn_of_early_best,
+    warn_of_early_weights,
+)
 from sparse_lightning.callbacks.observers import Observers
 from sparse_lightning.callbacks.summary import FitSummary, summarise
 from sparse_lightning.callbacks.terminal import show_report, show_summary
 from sparse_lightning.callbacks.trainer import (
-    after_configure_model,
+    check_apart,
+    check_launcher,
     check_trainer,
     is_new,
-    leave_configure_model,
+    leave_hooks,
+    once_built,
     planned_steps,
     services,
     skips_backward,
+    swap_in_copies,
     warn_of_slow_layers,
 )
 from sparse_lightning.config import (
@@ -40,10 +50,13 @@ from sparse_lightning.config import (
 from sparse_lightning.criteria import Criterion
 from sparse_lightning.distributions import Distribution, Floor
 from sparse_lightning.evolution import ModelUpdate
-from sparse_lightning.patching import DEFAULT_EXCLUDE, SparsityReport, sparse_layers
+from sparse_lightning.loading import match_when_loaded
+from sparse_lightning.names import DEFAULT_EXCLUDE
+from sparse_lightning.patching import SparsityReport
 from sparse_lightning.resume import check_same_training
 from sparse_lightning.rules import UpdateRule
 from sparse_lightning.schedules import Timetable
+from sparse_lightning.selection import sparse_layers
 from sparse_lightning.sparsifier import Sparsifier
 
 _FLOOR = Floor()
@@ -59,7 +72,7 @@ class SparsityCallback(Callback):
         block_size: 16, 32, 64 or 128.
         include: patterns of the `nn.Linear`s to swap. One without a dot matches the last part of
             a module's name, one with a dot the whole name; "re:..." is a regular expression.
-        exclude: patterns of those to leave alone.
+        exclude: patterns of those to leave alone, beside output layers; see `sparsify`.
         density: present blocks / all blocks: a number, or a `DensitySchedule`.
         distribution: how the budget is shared among layers: "uniform", "erdos_renyi", "global", by
             the drop scores of all layers together while the density falls, or a function of yours.
@@ -83,6 +96,8 @@ class SparsityCallback(Callback):
         shrink: whether memory follows a density that falls, in at most five steps of a fit. Turn
             it off where you captured a CUDA graph yourself.
         seed: of random blocks and random growth.
+        follow: copies of layers that are not to be told from their weights, as `{"target": "net"}`.
+            Those that equal a layer, and are frozen or in no optimizer, follow it by themselves.
         monitor: what is logged, a `MonitorOptions`; None for nothing.
 
     Attributes:
@@ -114,6 +129,7 @@ class SparsityCallback(Callback):
         init: str = "random",
         shrink: bool = True,
         seed: int = 0,
+        follow: Mapping[str, str] | None = None,
         monitor: MonitorOptions | Mapping[str, Any] | None = _MONITOR,
     ) -> None:
         self.config = SparsityConfig(
@@ -134,6 +150,7 @@ class SparsityCallback(Callback):
             init=init,
             shrink=shrink,
             seed=seed,
+            follow=follow,
             monitor=monitor,
         )
         self._observers = Observers(self.config)
@@ -141,6 +158,15 @@ class SparsityCallback(Callback):
         self.summary: FitSummary | None = None
         self._first_steps: dict[int, list[int]] = {}
         self.report: SparsityReport | None = None
+        self._evaluated: RemovableHandle | None = None
+
+    @property
+    def state_key(self) -> str:
+        """What the state is saved under: of several callbacks of a trainer, each has its own."""
+        include, exclude = self.config.include, self.config.exclude
+        if (include, exclude) == (("*",), tuple(DEFAULT_EXCLUDE)):
+            return super().state_key
+        return self._generate_state_key(include=list(include), exclude=list(exclude))
 
     @property
     def last_update(self) -> ModelUpdate | None:
@@ -155,16 +181,19 @@ class SparsityCallback(Callback):
     # Fit start: the layers must be in place before the optimizer and the strategy see the model.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer(trainer, self)
         self._let_go()  # also where an earlier fit was cut off
-        if stage == "fit":
-            self.summary = None
-        if is_overridden("configure_model", pl_module):
-            after_configure_model(pl_module, partial(self._sparsify, trainer, pl_module))
-        else:
-            self._sparsify(trainer, pl_module)
+        if stage != TrainerFn.FITTING:
+            # What is evaluated is the model as it is, or as the checkpoint holds it.
+            self._evaluated = match_when_loaded(pl_module)
+            return
+        check_trainer(trainer, self)
+        self.summary = None
+        once_built(pl_module, partial(self._sparsify, trainer, pl_module))
 
     def _sparsify(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_launcher(trainer, pl_module, self.config)
+        if _of(trainer)[0] is self:
+            check_apart(pl_module, [each.config for each in _of(trainer)])
         sparse = {id(layer) for _, layer in sparse_layers(pl_module)}
         known, made = self.sparsifier, Sparsifier(pl_module, config=self.config)
         if known is not None and _same(known.layers, made.layers):
@@ -172,6 +201,7 @@ class SparsityCallback(Callback):
         else:
             self._begin(made)
         if any(id(layer) not in sparse for layer in made.layers.values()):
+            swap_in_copies(trainer)
             self.report = made.report
             if trainer.is_global_zero:
                 show_report(made.report)
@@ -190,7 +220,12 @@ class SparsityCallback(Callback):
             self._first_steps.clear()
         total, steps = sparsifier.total_steps, sparsifier.steps
         offered = services(trainer, total, steps, self._first_steps)
+        known = dict(sparsifier.follows)
         sparsifier.attach(*trainer.optimizers, **offered)
+        if sparsifier.follows != known:
+            self.report = sparsifier.report
+            found = sparsifier.follows.items() - known.items()
+            rank_zero_info("\n".join(f"{copy} follows {of}" for copy, of in sorted(found)))
         sparsifier.check_all_held()
         warn_of_slow_layers(trainer, self.config, sparsifier.layers)
         rank_zero_info(f"Block-sparse training: {sparsifier.timetable}.")
@@ -230,7 +265,16 @@ class SparsityCallback(Callback):
         # A run of a few batches, to see that everything works, has bought nothing.
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.is_global_zero and not fast_dev_run and self.summary is not None:
-            show_summary(self.summary)
+            show_summary(self.summary, self._which(trainer))
+        if _of(trainer)[0] is self:
+            warn_of_early_best(trainer)
+
+    def _which(self, trainer: pl.Trainer) -> str:
+        """Return what tells this callback from others of the trainer; "" if there is none."""
+        callbacks = _of(trainer)
+        if len(callbacks) == 1:
+            return ""
+        return f"{callbacks.index(self) + 1} of {len(callbacks)}: {list(self.config.include)}"
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -239,11 +283,13 @@ class SparsityCallback(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._let_go()
-        if is_overridden("configure_model", pl_module):
-            leave_configure_model(pl_module)
+        leave_hooks(pl_module)
 
     def _let_go(self) -> None:
         self._observers.stop()
+        if self._evaluated is not None:
+            self._evaluated.remove()
+            self._evaluated = None
         if self.sparsifier is not None and self.sparsifier.is_attached:
             self.sparsifier.detach()
 
@@ -258,20 +304,32 @@ class SparsityCallback(Callback):
             "patterns": self._observers.patterns.state_dict(),
         }
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.sparsifier is not None:
+            save_arrival(checkpoint, self.state_key, self.sparsifier)
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Validation, test and prediction need the layers only, which come with the model.
         if trainer.state.fn != TrainerFn.FITTING:
+            warn_of_early_weights(trainer, checkpoint["callbacks"].get(self.state_key))
             return
-        state = checkpoint["callbacks"].get(self.state_key)
+        others = [each for each in _of(trainer) if each is not self]
+        keys = [each.state_key for each in others]
+        state = find_state(checkpoint, self.state_key, self.config, keys)
         if state is not None:
             check_same_training(state, self.state_dict())
             return
-        begin_with(checkpoint, self._engine.layers, self.config.init)
+        begin_with(checkpoint, self._engine)
         self._begin(Sparsifier(pl_module, config=self.config))
         # Callbacks that average take the weights from there too.
-        leave_only_weights(checkpoint, pl_module.state_dict())
+        waiting = [
+            name for each in others[_of(trainer).index(self) :] for name in each._engine.layers
+        ]
+        leave_only_weights(checkpoint, pl_module.state_dict(), waiting)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.sparsifier is None:
@@ -283,6 +341,12 @@ class SparsityCallback(Callback):
         self.sparsifier.load_state_dict(state_dict)
         self._first_steps = dict(state_dict["first_steps"])
         self._observers.patterns.load_state_dict(state_dict["patterns"])
+
+
+def _of(trainer: pl.Trainer) -> list[SparsityCallback]:
+    """Return the callbacks of this kind, in the trainer's order."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if isinstance(each, SparsityCallback)]
 
 
 def _same(some: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> bool:

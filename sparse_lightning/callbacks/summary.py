@@ -16,6 +16,7 @@ from sparse_lightning.callbacks.measures import (
 )
 from sparse_lightning.callbacks.observer import Fit
 from sparse_lightning.callbacks.trainer import compute_dtype
+from sparse_lightning.selection import sparse_layers
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def summarise(fit: Fit) -> FitSummary:
     parameters = count_parameters(fit.model)
     absent = sum(
         layer.in_features * layer.out_features - layer.topology.n_blocks * layer.block_size**2
-        for layer in layers
+        for _, layer in sparse_layers(fit.model)
     )
     speedup = None
     if layers:

@@ -24,26 +24,22 @@ if TYPE_CHECKING:
 class Terminal(Observer):
     """Shows density and churn in Lightning's progress bar.
 
-    Churn is the share of present blocks that the latest update has grown.
+    The density is that of all layers; churn is the share of present blocks that the latest update
+    has grown, for each callback where the trainer has several.
     """
 
     def start(self, fit: Fit) -> None:
-        _show_in_bar(fit, {"density": _density(fit)})
+        _show_in_bar(fit, {"density": fit.density})
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
         grown = sum(len(change.grown) for change in update.layers.values())
         present = sum(change.n_after for change in update.layers.values())
-        _show_in_bar(fit, {"density": _density(fit), "churn": grown / max(1, present)})
-
-
-def _density(fit: Fit) -> float:
-    topologies = [layer.topology for layer in fit.layers.values()]
-    blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
-    return sum(at.n_blocks for at in topologies) / max(1, blocks)
+        churn = f"churn {fit.label}" if fit.label else "churn"
+        _show_in_bar(fit, {"density": fit.density, churn: grown / max(1, present)})
 
 
 def _show_in_bar(fit: Fit, metrics: dict[str, float]) -> None:
-    # Not by `self.log`, which would also make them metrics of callbacks and checkpoints' names.
+    # Not by `self.log`, which would offer them to be monitored under these short names too.
     if fit.trainer.progress_bar_callback is not None:
         fit.trainer.progress_bar_metrics.update(metrics)
 
@@ -56,13 +52,25 @@ def show_report(report: SparsityReport) -> None:
         f"Block-sparse layers: {len(report.layers)}; linear layers left dense: "
         f"{len(report.skipped)}; density {report.density:.3f}; parameters {before:,} -> {after:,}."
     )
+    copies = "; ".join(f"{copy} follows {of}" for copy, of in report.follows.items())
+    line = " ".join(part for part in (line, copies and f"{copies}.", report.uncovered) if part)
     _show(str(report), line, lambda: _report_table(report))
 
 
-def show_summary(summary: FitSummary) -> None:
-    """Show what block sparsity has bought, on this rank."""
+def show_summary(summary: FitSummary, which: str = "") -> None:
+    """Show what block sparsity has bought, on this rank.
+
+    Args:
+        summary: of a training.
+        which: callback it is of, where the trainer has several.
+    """
     line = "; ".join(f"{what} {much}" for what, much in summary.rows())
-    _show(str(summary), f"Block-sparse training has ended: {line}.", lambda: _panel(summary))
+    of = f", {which}" if which else ""
+    _show(
+        f"{summary}\n{which}".rstrip(),
+        f"Block-sparse training{of} has ended: {line}.",
+        lambda: _panel(summary, of),
+    )
 
 
 def _show(text: str, line: str, pretty: Callable[[], RenderableType]) -> None:
@@ -97,20 +105,27 @@ def _report_table(report: SparsityReport) -> RenderableType:
         table.add_row(Text(name), *cells)
     table.add_section()
     table.add_row(*total, style="bold")
+    below = [f"{copy} follows {of}" for copy, of in report.follows.items()]
     if report.skipped:
         counts = Counter(report.skipped.values()).items()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
-        table.caption = Text(f"Left dense: {reasons} (print the callback's report for names)")
+        below.append(f"Left dense: {reasons} (print the callback's report for names)")
+    if report.uncovered:
+        below.append(report.uncovered)
+    if below:
+        table.caption = Text("\n".join(below))
         table.caption_justify = "left"
     return table
 
 
-def _panel(summary: FitSummary) -> RenderableType:
+def _panel(summary: FitSummary, of: str) -> RenderableType:
     from rich.panel import Panel
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     for what, much in summary.rows():
         table.add_row(what, much)
-    return Panel(table, title="Block-sparse training", title_align="left", expand=False)
+    title = Text(f"Block-sparse training{of}")
+    return Panel(table, title=title, title_align="left", expand=False)

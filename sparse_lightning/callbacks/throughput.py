@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 _TOKEN_IDS = (torch.int32, torch.int64)  # what nn.Embedding takes
 
@@ -16,8 +19,11 @@ class Throughput:
     """Counts tokens and samples of batches, and the time they take.
 
     Tokens are counted where a batch holds token ids: an int32 or int64 tensor of two dimensions,
-    itself or in mappings, lists and tuples. Otherwise samples are all that is known. Times are the
-    host's: read them where it has just waited for the device, as at an update.
+    nested or not, or a `PackedSequence` of one; itself or in mappings, lists, tuples and
+    dataclasses. Otherwise samples are all that is known; and of a batch in which there is no
+    tensor, or that fails when it is looked at, not even these. Then nothing is counted any more,
+    as a rate of some of the batches would be wrong. Times are the host's: read them where it has
+    just waited for the device, as at an update.
 
     Args:
         ranks: that each train on as much.
@@ -27,19 +33,32 @@ class Throughput:
 
     def __init__(self, ranks: int, weights: tuple[int, int], peak: int | None) -> None:
         self.ranks, self.weights, self.peak = ranks, weights, peak
+        self._counts = True
         self._begin_anew()
 
     def count(self, batch: Any) -> None:
         """Take in a batch that was trained on, whether or not an optimizer has stepped."""
-        samples = 0
-        for tensor in _tensors(batch):
-            if tensor.dim() == 2 and tensor.dtype in _TOKEN_IDS:
-                self._tokens += tensor.numel()
-                self._samples += len(tensor)
-                return
-            if not samples and tensor.dim():
-                samples = len(tensor)
+        if not self._counts or batch is None:  # which Lightning skips
+            return
+        try:
+            samples, tokens = _size(batch)
+        except Exception as error:  # whatever a class of the user's raises
+            self._give_up(batch, f"{type(error).__name__}: {error}")
+            return
+        if not samples:
+            self._give_up(batch, "no tensor with a batch dimension was found in it")
+            return
         self._samples += samples
+        self._tokens += tokens
+
+    def _give_up(self, batch: Any, why: str) -> None:
+        self._counts = False
+        self._tokens = self._samples = 0
+        rank_zero_warn(
+            "Samples and tokens a second are not logged in this training, as they cannot be "
+            f"counted in a batch of type {type(batch).__name__} ({why}). Have the loader return "
+            "tensors, in mappings, lists, tuples or dataclasses, to have them logged."
+        )
 
     def pause(self) -> None:
         """Stop the clock, as validation begins."""
@@ -82,9 +101,35 @@ class Throughput:
         self.go_on()
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
+def _size(batch: Any) -> tuple[int, int]:
+    """Return samples and tokens of a batch; 0 for what it does not tell."""
+    samples = 0
+    for part in _parts(batch):
+        if isinstance(part, PackedSequence):
+            of_part = int(part.batch_sizes[0])  # on the CPU, wherever the data is
+            tokens = len(part.data) if part.data.dim() == 1 else 0
+            is_ids = bool(tokens) and part.data.dtype in _TOKEN_IDS
+        elif part.dim():
+            # Not `len`, which a nested tensor of the strided layout does not offer.
+            of_part, tokens = part.size(0), part.numel()
+            is_ids = part.dim() == 2 and part.dtype in _TOKEN_IDS
+        else:
+            continue
+        if is_ids:
+            return of_part, tokens
+        samples = samples or of_part
+    return samples, 0
+
+
+def _parts(batch: Any) -> Iterator[Tensor | PackedSequence]:
+    if isinstance(batch, (Tensor, PackedSequence)):
         yield batch
-    elif isinstance(batch, (list, tuple, Mapping)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            yield from _parts(part)
+    elif isinstance(batch, (list, tuple)):
+        for part in batch:
+            yield from _parts(part)
+    elif dataclasses.is_dataclass(batch):
+        for each in dataclasses.fields(batch):
+            yield from _parts(getattr(batch, each.name))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,12 +19,18 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.loading import load_sparse
+from sparse_lightning.names import is_chosen
+from sparse_lightning.selection import select_layers, sparse_layers
+from sparse_lightning.sparsifier import Sparsifier
 
 _REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -75,22 +83,84 @@ def _check_order(trainer: pl.Trainer, callback: Callback) -> None:
             )
 
 
-def after_configure_model(model: pl.LightningModule, call: Callable[[], None]) -> None:
-    """Have something called right after `configure_model`, until `leave_configure_model`."""
-    original = model.configure_model
+def check_apart(model: nn.Module, configs: Sequence[SparsityConfig]) -> None:
+    """Raise ValueError for a layer that the configurations of two callbacks choose.
+
+    Args:
+        model: before any of them swaps a layer, or as an earlier fit has left it.
+        configs: of all `SparsityCallback`s of a trainer.
+    """
+    if len(configs) < 2:
+        return
+    layers = {name for name, _ in sparse_layers(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the swap says the same
+        for config in configs:
+            found = select_layers(
+                model, config.block_size, config.include, config.exclude, config.follow
+            )
+            layers |= found.layers.keys() | found.follows.keys()
+    for one, other in itertools.combinations(configs, 2):
+        for name in sorted(layers):
+            if all(is_chosen(name, each.include, each.exclude) for each in (one, other)):
+                patterns = " and ".join(
+                    f"include={list(each.include)} with exclude={list(each.exclude)}"
+                    for each in (one, other)
+                )
+                raise ValueError(
+                    "`include` and `exclude` must leave each layer to one SparsityCallback; got "
+                    f"{patterns}, which both choose one (layer '{name}'). Exclude it from one of "
+                    "them."
+                )
+
+
+def check_launcher(trainer: pl.Trainer, model: nn.Module, config: SparsityConfig) -> None:
+    """Raise ValueError if a fit in other processes could not give its layers back to this one.
+
+    Lightning loads the weights that they have trained into the model as it was before.
+    """
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        return
+    found = select_layers(model, config.block_size, config.include, config.exclude, config.follow)
+    for name in (*found.layers, *found.follows):
+        start, final = config.density.initial, config.density.final
+        most = f", max_density={final}" if final > start else ""
+        raise ValueError(
+            "`Trainer(strategy=...)` must not train in processes that a script or a notebook forks "
+            "or spawns while the model is dense, since their block-sparse layers could not be "
+            f"loaded back into it; got one that does, and a dense layer (layer '{name}'). Call "
+            f"sparsify(model, block_size={config.block_size}, density={start}{most}) before `fit`, "
+            "with the same patterns: SparsityCallback goes on with these layers. Or use "
+            "strategy='ddp'."
+        )
+
+
+def once_built(model: pl.LightningModule, call: Callable[[], None]) -> None:
+    """Call something as soon as a model has all its layers, and weights that it loads itself.
+
+    That is after its `configure_model`, if it has one, or its `setup`, or at once.
+    """
+    for hook in ("configure_model", "setup"):
+        if is_overridden(hook, model):
+            break
+    else:
+        call()
+        return
+    original = getattr(model, hook)
 
     @functools.wraps(original)
-    def wrapped() -> None:
-        original()
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
         call()
 
-    # As an instance attribute it hides the method.
-    model.configure_model = wrapped  # type: ignore[method-assign]
+    # As an instance attribute it hides the method, until `leave_hooks`.
+    setattr(model, hook, wrapped)
 
 
-def leave_configure_model(model: pl.LightningModule) -> None:
-    """Undo `after_configure_model`."""
+def leave_hooks(model: pl.LightningModule) -> None:
+    """Undo `once_built`."""
     vars(model).pop("configure_model", None)
+    vars(model).pop("setup", None)
 
 
 # Averages.
@@ -105,20 +175,38 @@ def averaging_callbacks() -> tuple[type[Callback], ...]:
     return (StochasticWeightAveraging, WeightAveraging)
 
 
-def averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinear]:
-    """Yield the copies of a layer in models that other callbacks hold, such as averages."""
-    model = trainer.lightning_module
+def _copied_models(trainer: pl.Trainer) -> Iterator[nn.Module]:
+    """Yield the copies of the model that other callbacks hold, such as averages."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for held in vars(callback).values():
-            if not isinstance(held, nn.Module) or held is model:
-                continue
-            inner = held.module if isinstance(held, torch.optim.swa_utils.AveragedModel) else held
-            try:
-                copy = inner.get_submodule(name)
-            except AttributeError:
-                continue
-            if isinstance(copy, BlockSparseLinear):
-                yield copy
+            if isinstance(held, torch.optim.swa_utils.AveragedModel):
+                yield held.module
+            elif isinstance(held, nn.Module) and held is not trainer.lightning_module:
+                yield held
+
+
+def averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinear]:
+    """Yield the copies of a layer in models that other callbacks hold."""
+    for model in _copied_models(trainer):
+        try:
+            copy = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(copy, BlockSparseLinear):
+            yield copy
+
+
+def swap_in_copies(trainer: pl.Trainer) -> None:
+    """Give copies that were made before the swap what the model begins with.
+
+    Averaging callbacks copy the model in their `setup`, and so before it if it has one of its own.
+    """
+    model = trainer.lightning_module
+    layers = dict(sparse_layers(model))
+    for copy in _copied_models(trainer):
+        if type(copy) is type(model) and dict(sparse_layers(copy)).keys() != layers.keys():
+            leave_hooks(copy)
+            load_sparse(copy, model.state_dict())
 
 
 # The length of a training.
@@ -257,6 +345,19 @@ def compute_dtype(trainer: pl.Trainer, layer: BlockSparseLinear) -> torch.dtype:
     """Return the dtype that a layer computes in."""
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return mixed.get(str(trainer.precision), layer.values.dtype)
+
+
+def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
+    """Return the engines of all `SparsityCallback`s of a trainer, in its order."""
+    engines = (getattr(callback, "sparsifier", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [engine for engine in engines if isinstance(engine, Sparsifier)]
+
+
+def density_of(layers: Iterable[BlockSparseLinear]) -> float:
+    """Return present blocks / all blocks of some layers together."""
+    topologies = [layer.topology for layer in layers]
+    blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
+    return sum(at.n_blocks for at in topologies) / max(1, blocks)
 
 
 def warn_of_slow_layers(

@@ -1,0 +1,142 @@
+"""What `LightningModule.setup` builds or loads, and trainings that other processes do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from torch import nn
+
+from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
+from tests.callbacks.helpers import Classifier, loader, trainer
+
+
+def sparsity(**options: Any) -> SparsityCallback:
+    return SparsityCallback(block_size=16, update={"every_n_steps": 4}, **options)
+
+
+class BuiltInSetup(Classifier):
+    """Its layers' sizes are known from the data only."""
+
+    def __init__(self, configures: bool = False) -> None:
+        super().__init__()
+        self.net, self.configures = None, configures
+
+    def setup(self, stage: str) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+
+
+class BuiltInBoth(BuiltInSetup):
+    def configure_model(self) -> None:
+        if not hasattr(self, "more"):
+            self.more = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.more(self.net(x)))
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [(BuiltInSetup, ["net.0", "net.2"]), (BuiltInBoth, ["net.0", "net.2", "more"])],
+)
+def test_layers_built_in_setup_are_taken(build: type[BuiltInSetup], names: list[str]) -> None:
+    callback, model = sparsity(density=0.5), build()
+    for _ in range(2):
+        trainer(callback).fit(model, loader())
+        assert {*callback.sparsifier.layers} == {*names}
+        assert callback.last_update is not None
+        assert not {"setup", "configure_model"} & vars(model).keys()
+    pickle.dumps(model), copy.deepcopy(model)
+
+
+class LoadsInSetup(Classifier):
+    """Loads weights whose largest blocks are in the first block column."""
+
+    def setup(self, stage: str) -> None:
+        state = self.state_dict()
+        if "net.0.weight" in state:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+            for name in ("net.0.weight", "net.2.weight"):
+                state[name][:, :16] += 3.0
+            self.load_state_dict(state)
+
+
+def test_blocks_are_chosen_by_the_weights_that_setup_loads() -> None:
+    callback, model = sparsity(init="magnitude", density=0.25, grow="none"), LoadsInSetup(lr=0.0)
+    trainer(callback, max_steps=2).fit(model, loader())
+    for i in (0, 2):
+        assert model.net[i].topology.mask[:, 0].all()
+
+
+AVERAGES: dict[str, Any] = {
+    "ema": lambda: EMAWeightAveraging(decay=0.9),
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averages_of_a_model_that_has_a_setup(kind: str) -> None:
+    """They are copied before it is called, and so before the swap."""
+
+    class WithSetup(Classifier):
+        def setup(self, stage: str) -> None:
+            self.was_set_up = True
+
+    models = []
+    for build in (Classifier, WithSetup):
+        model, average = build(), AVERAGES[kind]()
+        trainer(sparsity(density=0.5), average, max_steps=-1, max_epochs=3).fit(model, loader())
+        models.append(model)
+    usual, model = models
+    assert isinstance(model.net[0], BlockSparseLinear)
+    for name, tensor in usual.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+# -- other processes --------------------------------------------------------------------------
+
+
+def test_a_callback_can_be_pickled_before_and_after_a_fit() -> None:
+    callback, model = sparsity(density=0.5), Classifier()
+    again = pickle.loads(pickle.dumps(callback))
+    assert again.config == callback.config
+    trainer(callback).fit(model, loader())
+    pickle.loads(pickle.dumps((callback, model)))
+
+
+class Own(Classifier):
+    """Can be loaded by name in a process that is started anew."""
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp_notebook"])
+def test_layers_that_would_be_lost_are_refused(strategy: str, tmp_path: Path) -> None:
+    model = Own()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        Exception, match=r"`Trainer\(strategy=\.\.\.\)`[\s\S]*layer 'net\.0'[\s\S]*"
+    ):
+        trainer(sparsity(), root=tmp_path, strategy=strategy, devices=2).fit(model, loader())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_layers_that_are_there_before_come_back_trained(strategy: str, tmp_path: Path) -> None:
+    """With fewer slots than they had, as memory follows the density."""
+    falling = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
+    model = Own()
+    sparsify(model, block_size=16, density=1.0)
+    before = float(model.loss(999))
+    fitting = trainer(
+        sparsity(density=falling), root=tmp_path, strategy=strategy, devices=2, max_steps=40
+    )
+    fitting.fit(model, loader(40))
+    assert model.net[0].density == model.net[2].density == 0.25
+    assert float(model.loss(999)) < 0.8 * before
+    assert isinstance(fitting, L.Trainer)
