@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_lightning.export.files import read_checkpoint, require, state_dict_of
-from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.export.state_dicts import layers_in, part_of
 from sparse_lightning.patching import convert_to_match
+from sparse_lightning.selection import sparse_layers
 from sparse_lightning.topology import BlockTopology
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,14 +54,7 @@ def load_sparse(
         source = _read(Path(source))
     state_dict = dict(state_dict_of(source))
     if prefix:
-        found = {key[len(prefix) :]: of for key, of in state_dict.items() if key.startswith(prefix)}
-        if not found:
-            first = sorted({f"{key.partition('.')[0]}." for key in state_dict})
-            raise ValueError(
-                f"`prefix` must begin a name in the checkpoint; got {prefix!r}, where names begin "
-                f"with {', '.join(map(repr, first))}."
-            )
-        state_dict = found
+        state_dict = part_of(state_dict, prefix)
     convert_to_match(model, topologies_in(state_dict, model))
     model.load_state_dict(state_dict, strict=strict)
     return model
@@ -119,20 +112,13 @@ def topologies_in(
     Raises:
         ValueError: if a topology is damaged.
     """
-    found: dict[str, BlockTopology | None] = {}
-    modules = dict(model.named_modules())
-    for key, value in state_dict.items():
-        name, _, last = key.rpartition(".")
-        if last == "_extra_state" and isinstance(value, Tensor) and value.dtype == torch.int32:
-            values = state_dict.get(f"{name}.values".lstrip("."))
-            if isinstance(values, Tensor) and values.dim() == 3:  # and not of another module
-                try:
-                    found[name] = BlockTopology.from_state(value)
-                except (ValueError, RuntimeError) as error:
-                    raise ValueError(f"{error} (layer '{name}')") from error
-        elif last == "weight" and isinstance(modules.get(name), BlockSparseLinear):
-            found.setdefault(name, None)
-    return found
+    sparse = {name: layer.topology for name, layer in layers_in(state_dict).items()}
+    dense = {
+        name: None
+        for name, _ in sparse_layers(model)
+        if name not in sparse and f"{name}.weight" in state_dict
+    }
+    return {**sparse, **dense}
 
 
 def _read(path: Path) -> Mapping[str, Any]:

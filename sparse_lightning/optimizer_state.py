@@ -122,7 +122,8 @@ def state_rule(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Sta
         parameter: `[capacity, block_size, block_size]`.
 
     Raises:
-        ValueError: for an optimizer that works on all of a matrix, or on all parameters at once;
+        ValueError: for an optimizer that works on all of a matrix, or on all parameters at once,
+            or that wraps another;
             for state that cannot follow, naming class, state and shape; and for a rule that is
             not true of the state.
     """
@@ -135,6 +136,15 @@ def state_rule(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Sta
             raise ValueError(
                 "The optimizer must be one whose state can follow the blocks; "
                 f"got {_name(optimizer)}. {_REFUSED[cls.__name__]}"
+            )
+    for name, inner in vars(optimizer).items():
+        # As Lookahead and SAM do. What the inner one has would stay where it is.
+        if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
+            raise ValueError(
+                "The optimizer must be one whose state can follow the blocks, and not wrap another "
+                f"that has a state of its own; got {_name(optimizer)} around "
+                f"{type(inner).__name__}. Unless the outer one keeps averages of weights, attach "
+                f"the inner one, `attach(optimizer.{name})`."
             )
     return _rule_by_shape(optimizer, parameter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ import torch
 
 from sparse_lightning.distributions import Grid
 from sparse_lightning.rules import Decision, UpdateRequest
+
+
+def name_of(options: object) -> str:
+    """Name a case by its options, alike in every process: without the addresses of functions."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(options))
 
 
 def quadratic(progress: float, initial: float, final: float) -> float:

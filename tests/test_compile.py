@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP
 from sparse_lightning.evolution import update_topology
 from sparse_lightning.kernels import ops
-from sparse_lightning.patching import sparse_layers
+from sparse_lightning.selection import sparse_layers
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,7 @@ def test_the_highest_density_fixes_the_capacity(density: dict, highest: float) -
         {"drop_fraction": {"schedule": lambda progress, initial, final: 0.2}},
         {"rule": "tests.extensions.Still", "drop": "magnitude", "drop_fraction": 0.5},
     ],
-    ids=str,
+    ids=extensions.name_of,
 )
 def test_accepted(accepted: dict) -> None:
     SparsityConfig(**accepted)
@@ -732,7 +732,7 @@ def test_the_same_training_in_other_words(one: dict, other: dict) -> None:
         {"rule": extensions.fewest},
         {"rule": "tests.extensions.Still"},
     ],
-    ids=str,
+    ids=extensions.name_of,
 )
 def test_another_training_is_told_apart(change: dict) -> None:
     usual = {"density": {"schedule": "cubic"}, "distribution": "global"}
@@ -754,7 +754,7 @@ def only_primitives(value: object) -> bool:
         {"rule": extensions.still, "update": {"times": [10]}},
         {"grow": "none", "layer_density": {"a.*": 0.5}},
     ],
-    ids=str,
+    ids=extensions.name_of,
 )
 def test_of_training_can_be_in_any_checkpoint(arguments: dict) -> None:
     state = SparsityConfig(**arguments).of_training()

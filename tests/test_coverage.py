@@ -85,8 +85,8 @@ def test_the_line_tells_what_is_worth_telling() -> None:
     found = coverage(model)
     assert found.experts == ("layers.*.up", "layers.*.down", "more2.b", "more2.a")
     assert str(found) == (
-        "Block-sparse layers cover 11 % of the model's 4,644 parameters; dense are 3-D parameters (experts) "
-        "67 % (layers.*.up, layers.*.down, more2.b, …), embeddings 22 %."
+        "Block-sparse layers cover 11 % of the model's 4,644 parameters; dense are 3-D parameters "
+        "(experts) 67 % (layers.*.up, layers.*.down, more2.b, …), embeddings 22 %."
     )
     assert "less than 1 %" in str(coverage(nn.Sequential(model, nn.Embedding(1000, 1000))))
 

@@ -23,6 +23,7 @@ from sparse_lightning.export import (
     dense_state_dict,
     find_layers,
     graph,
+    part_of,
     read_checkpoint,
     report,
     state_dict_of,
@@ -170,6 +171,44 @@ def test_weights_are_the_layer_s(mask: list, capacity: int, dtype: torch.dtype) 
     assert bsr.values().shape == (layer.topology.n_blocks, 16, 16)
     assert torch.equal(bsr.to_dense(), layer.dense_weight())
     assert set(saved) == {"values", "bias", "_extra_state"}, "the argument is not changed"
+
+
+@pytest.mark.parametrize("capacity", [4, 7])
+def test_weights_that_lie_transposed(capacity: int) -> None:
+    """As those of transformers' `Conv1D`, whose class the layer notes."""
+    layer = sparse_layer([[1, 0, 1], [0, 0, 0], [1, 1, 0]], capacity, torch.float32)
+    layer.dense_class = nn.Bilinear  # any other than nn.Linear
+    saved = layer.state_dict()
+    weight = dense_state_dict(saved)["weight"]
+    assert torch.equal(weight, layer.dense_weight().T) and weight.is_contiguous()
+    bsr = bsr_state_dict(saved)["weight"]
+    assert bsr.layout == torch.sparse_bsr and bsr.values().shape == (4, 16, 16)
+    assert torch.equal(bsr.to_dense(), weight)
+    assert report(find_layers(saved)).layers[""].shape == (48, 48)
+
+
+def test_blocks_under_the_name_that_save_pretrained_gives() -> None:
+    model = Net()
+    sparsify(model, block_size=16, density=0.5)
+    saved = model.state_dict()
+    as_in_files = {key.replace(".values", ".weight"): value for key, value in saved.items()}
+    expected, got = dense_state_dict(saved), dense_state_dict(as_in_files)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    with pytest.raises(ValueError, match=r"must have shape .*layer 'out'"):
+        find_layers(as_in_files | {"out.weight": torch.zeros(1, 16, 16)})
+
+
+def test_a_part_of_a_model() -> None:
+    model = nn.ModuleDict({"net": nn.ModuleDict({"a": Net(), "b": nn.Linear(2, 2)})})
+    sparsify(model["net"]["a"], block_size=16, density=0.5)
+    saved = model.state_dict()
+    part = part_of(saved, "net.a.")
+    alone = model["net"]["a"].state_dict()
+    assert [*part] == [*alone] and part._metadata == alone._metadata
+    assert [*part_of(saved, "net.b")] == ["weight", "bias"]
+    with pytest.raises(ValueError, match=r"got 'net.c'. Names begin with net., net.a., net.b.\."):
+        part_of(saved, "net.c")
 
 
 def test_the_rest_is_untouched() -> None:
@@ -428,6 +467,50 @@ def test_a_state_dict_stays_one(tmp_path: Path, run) -> None:
     close(outputs(dense), outputs(model))
 
 
+@pytest.mark.parametrize("form", ["dense", "bsr", "safetensors", "onnx"])
+def test_a_part_of_a_checkpoint(checkpoint: Path, run, form: str) -> None:
+    """The MLP alone, without the name that the model has it by."""
+    more = ["--model", "project:mlp", "--input", "n,32"] if form == "onnx" else []
+    checkpoint.with_name("project.py").write_text(PROJECT)
+    status, _, errors = run(checkpoint, "--to", form, "--prefix", "mlp", "--output", "part", *more)
+    assert status == 0, errors
+    if form == "onnx":
+        return  # it has been compared with the model
+    read = safetensors.torch.load_file if form == "safetensors" else torch.load
+    part, whole = read("part"), dense_state_dict(state_dict_of(read_checkpoint(checkpoint)))
+    assert {*part} == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    for name, tensor in part.items():
+        assert torch.equal(tensor.to_dense() if form == "bsr" else tensor, whole[f"mlp.{name}"])
+
+
+def test_a_folder_of_transformers(tmp_path: Path, run) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "project.py").write_text(PROJECT)
+    held = nn.ModuleDict({"gpt2": gpt2()})
+    sparsify(held, block_size=16, density=0.5)
+    torch.save(held.state_dict(), "weights.pt")
+    arguments = ["weights.pt", "--to", "transformers", "--model", "project:gpt2"]
+    assert "by --prefix" in run(*arguments)[2]
+    arguments += ["--prefix", "gpt2"]
+    status, printed, errors = run(*arguments)
+    assert status == 0 and "Wrote weights.transformers" in printed, errors
+    model = transformers.AutoModelForCausalLM.from_pretrained("weights.transformers")
+    assert type(model) is type(held["gpt2"]) and not hasattr(model.config, "quantization_config")
+    with torch.no_grad():
+        close(model(TOKENS).logits, held["gpt2"].eval()(TOKENS).logits)
+
+    assert run(*arguments)[0] == 2, "it is there"
+    (tmp_path / "weights.transformers" / "tokenizer.json").write_text("precious")
+    assert run(*arguments, "--force")[0] == 0
+    assert (tmp_path / "weights.transformers" / "tokenizer.json").read_text() == "precious"
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=8, vocab_size=32))
+
+
 def test_compiled_names_are_told(tmp_path: Path, run) -> None:
     model = Net()
     sparsify(model, block_size=16, density=0.5)
@@ -525,7 +608,11 @@ def read_and_convert(path: Path) -> None:
             "`output` must be a file in a folder",
         ),
         (["--to", "dense", "--output", "."], "`output` must be a file in a folder"),
-        (["--to", "dense", "--model", "m:f"], "must be given for onnx only; got --to dense"),
+        (["--to", "dense", "--model", "m:f"], "for onnx and transformers only; got --to dense"),
+        (["--to", "bsr", "--input", "1,8"], "must be given for onnx only; got --to bsr"),
+        (["--to", "transformers"], "`--model` must be given for transformers"),
+        (["--to", "transformers", "--model", "project:build"], "a Transformers model.*got a Net"),
+        (["--to", "dense", "--prefix", "net"], "got 'net'. Names begin with embedding., lm_head."),
         (["--to", "onnx"], "`--model` and `--input` must be given for onnx"),
         (["--to", "onnx", "--model", "project:build"], "`--input` must be given"),
         (["--to", "onnx", "--model", "build", "--input", "1,8"], "a module and a function in it"),
@@ -572,12 +659,13 @@ def test_a_missing_package(
 # -- ONNX ---------------------------------------------------------------------------------------
 
 PROJECT = """
-from tests.test_export import Net, nn, sparsify
+from tests.test_export import Net, gpt2, nn, sparsify
 
 three = lambda: 3
 fails = lambda: 1 / 0
 build = lambda: Net(96)
 other = lambda: nn.Linear(2, 2)
+mlp = lambda: Net(96).mlp
 
 
 def sparse():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, densify, sparsify
+from sparse_lightning.cli import main
+from sparse_lightning.export import find_layers, report
 from tests.callbacks.helpers import loader, trainer
-from tests.pages import ROOT, example
+from tests.pages import ROOT
 
 transformers = pytest.importorskip("transformers")
 
@@ -61,12 +64,6 @@ def llama(tied: bool = True) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def gpt2_of_linears() -> nn.Module:
-    model = gpt2()
-    example("Conv1D")["use_linears"](model)
-    return model
-
-
 def sparse(model: nn.Module) -> dict[str, BlockSparseLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
 
@@ -110,7 +107,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], set[str], str]] 
         "cls.predictions.decoder",
     ),
     "gpt2": (
-        gpt2_of_linears,
+        gpt2,
         {"exclude": []},
         {f"transformer.h.{i}.{name}" for i in (0, 1) for name in GPT2},
         "lm_head",
@@ -160,39 +157,87 @@ def test_llamas_recipe() -> None:
     assert report.skipped["model.layers.0.self_attn.q_proj"] == "not included"
 
 
-def test_layers_whose_weight_t5_reads_are_excluded() -> None:
+def test_layers_whose_weight_t5_reads_stay_dense() -> None:
     config = transformers.T5Config(
         d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0, **SIZES
     )
     model = transformers.T5ForConditionalGeneration(config)
-    sparsify(model, block_size=16, exclude=["wo", "lm_head"])
+    report = sparsify(model, block_size=16)
+    assert any(name.endswith(".wi") for name in report.layers)
+    assert any(name.endswith(".wo") for name in report.skipped)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
-    sparsify(model, block_size=16, include=["wo"])
-    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+    model = transformers.T5ForConditionalGeneration(config)
+    sparsify(model, block_size=16, include=[n for n in report.skipped if n.endswith(".wo")])
+    with pytest.raises(AttributeError, match=r"has no `weight`.*layer '.*wo'"):
         model(input_ids=tokens(), labels=tokens())
 
 
-def test_conv1d_is_reported() -> None:
-    model = nn.ModuleDict({"gpt2": gpt2(), "other": nn.Linear(32, 32)})
-    report = sparsify(model, block_size=16)
-    assert list(report.layers) == ["other"]
-    for i in (0, 1):
-        for name in GPT2:
-            assert "Conv1D" in report.skipped[f"gpt2.transformer.h.{i}.{name}"]
-    assert "gpt2.transformer.h.0.mlp.c_fc: a Conv1D" in str(report)
+# -- GPT-2's Conv1D, whose weight lies as [in_features, out_features] ---------------------------
+
+C_FC = "transformer.h.0.mlp.c_fc"
 
 
-@pytest.mark.parametrize("include", [["*"], ["transformer.h.0.mlp.c_fc"]])
-def test_a_model_of_conv1d_alone_is_refused_with_the_remedy(include: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"c_fc.*a Conv1D.*put an nn.Linear in its place"):
-        sparsify(gpt2(), block_size=16, include=include)
-
-
-def test_the_recipes_linears_compute_what_conv1ds_did() -> None:
+def sparse_gpt2(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
     model = gpt2().eval()
+    sparsify(model, **{"block_size": 16, "density": 0.5, **options})
+    return model
+
+
+def test_a_conv1d_becomes_sparse_and_dense_again_as_the_same_object() -> None:
+    model = gpt2().eval()
+    conv, weight = model.get_submodule(C_FC), model.get_submodule(C_FC).weight
+    before, kind = weight.detach().clone(), type(conv)
+    sparsify(model, block_size=16, density=1.0, init="magnitude")
+    assert model.get_submodule(C_FC) is conv and type(conv) is BlockSparseLinear
+    assert torch.equal(conv.dense_weight(), before.T)
+    densify(model)
+    assert type(conv) is kind and conv.weight is weight and torch.equal(weight, before)
+    assert weight.shape == (32, 128) and (conv.nx, conv.nf) == (32, 128)
+    assert repr(conv) == repr(gpt2().get_submodule(C_FC))
+    assert vars(conv).keys() == vars(gpt2().get_submodule(C_FC)).keys()
+
+
+def test_a_sparse_gpt2_loads_a_dense_checkpoint() -> None:
+    torch.manual_seed(1)
+    dense, model = gpt2(), sparse_gpt2(density=1.0)
+    model.load_state_dict(dense.state_dict())
     with torch.no_grad():
-        before = model(input_ids=tokens()).logits
-        example("Conv1D")["use_linears"](model)
-        after = model(input_ids=tokens()).logits
-    assert not any(type(module).__name__ == "Conv1D" for module in model.modules())
-    torch.testing.assert_close(after, before)
+        expected, got = (m.eval()(input_ids=tokens()).logits for m in (dense, model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    some = sparse_gpt2(density=0.5)
+    mask = some.get_submodule(C_FC).topology.mask
+    some.load_state_dict(dense.state_dict())
+    kept = mask.repeat_interleave(16, 0).repeat_interleave(16, 1).T
+    weight = densify(some).get_submodule(C_FC).weight
+    assert torch.equal(weight, dense.get_submodule(C_FC).weight * kept)
+
+
+@pytest.mark.parametrize("form", ["dense", "bsr", "safetensors"])
+def test_what_leaves_a_sparse_gpt2_fits_a_dense_one(form: str, tmp_path: Path) -> None:
+    model, dense = sparse_gpt2(), gpt2().eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    arguments = ["--to", form, "--output", str(tmp_path / "out")]
+    assert main(["export", str(tmp_path / "weights.pt"), *arguments]) == 0
+    if form == "safetensors":
+        safetensors_torch = pytest.importorskip("safetensors.torch")
+        safetensors_torch.load_model(dense, tmp_path / "out")
+    else:
+        saved = torch.load(tmp_path / "out", weights_only=True)
+        assert (saved[f"{C_FC}.weight"].layout == torch.sparse_bsr) == (form == "bsr")
+        dense.load_state_dict({k: v.to_dense() if form == "bsr" else v for k, v in saved.items()})
+    with torch.no_grad():
+        expected, got = (m(input_ids=tokens()).logits for m in (model, dense))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_a_sparse_gpt2_is_inspected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sparse_gpt2()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    assert main(["inspect", str(tmp_path / "weights.pt"), "--layer", C_FC]) == 0
+    assert f"{C_FC}: 128x32, 8 of 8x2 blocks" in capsys.readouterr().out
+    expected = sparsify(gpt2(), block_size=16, density=0.5).layers
+    assert report(find_layers(model.state_dict())).layers == expected

@@ -374,7 +374,7 @@ def test_steps_need_no_known_length() -> None:
         {"update": {"until": 900, "times": "tests.extensions.every_tenth_part"}},
         {"update": {"times": [10, 20]}},
     ],
-    ids=str,
+    ids=extensions.name_of,
 )
 def test_what_depends_on_the_length_needs_one(arguments: dict) -> None:
     config = SparsityConfig(**arguments)

@@ -15,6 +15,7 @@ from sparse_lightning.export.files import (
     with_state_dict,
     write_checkpoint,
     write_safetensors,
+    write_transformers,
 )
 from sparse_lightning.export.graph import Input, write_onnx
 from sparse_lightning.export.state_dicts import (
@@ -22,6 +23,7 @@ from sparse_lightning.export.state_dicts import (
     bsr_state_dict,
     dense_state_dict,
     find_layers,
+    part_of,
     report,
     uncompiled_state_dict,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "bsr_state_dict",
     "dense_state_dict",
     "find_layers",
+    "part_of",
     "read_checkpoint",
     "report",
     "state_dict_of",
@@ -40,4 +43,5 @@ __all__ = [
     "write_checkpoint",
     "write_onnx",
     "write_safetensors",
+    "write_transformers",
 ]

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from sparse_lightning.export.files import (
+    check_folder,
     check_output,
     read_checkpoint,
     state_dict_of,
     with_state_dict,
     write_checkpoint,
     write_safetensors,
+    write_transformers,
 )
 from sparse_lightning.export.graph import Input, write_onnx
 from sparse_lightning.export.state_dicts import (
@@ -23,13 +25,14 @@ from sparse_lightning.export.state_dicts import (
     dense_state_dict,
     find_layers,
     is_compiled,
+    part_of,
     report,
     uncompiled_state_dict,
 )
 from sparse_lightning.patching import densify
 from sparse_lightning.targets import builder
 
-FORMS = ("dense", "bsr", "safetensors", "onnx")
+FORMS = ("dense", "bsr", "safetensors", "onnx", "transformers")
 
 EXAMPLES = """forms:
   dense        a checkpoint like CKPT, with zeros at absent blocks, for the model without
@@ -39,6 +42,7 @@ EXAMPLES = """forms:
                model.load_state_dict(torch.load(FILE), assign=True)
   safetensors  dense weights without pickle: safetensors.torch.load_model(model, FILE)
   onnx         the dense model's graph, compared with the model where onnxruntime is installed
+  transformers a folder of the dense model: AutoModel.from_pretrained(FOLDER)
 
 The state of optimizers, callbacks and loops is left out, as it fits no dense model. With
 Lightning's WeightAveraging (EMAWeightAveraging) a checkpoint's weights are the average, and so are
@@ -53,6 +57,9 @@ examples:
   a graph with two inputs, into a file of your choice:
     sparse-lightning export last.ckpt --to onnx --model project.model:build \\
         --input batch,3,32,32 --input batch,10 --output classifier.onnx
+  a folder of the Transformers model that the LightningModule has as self.bert:
+    sparse-lightning export last.ckpt --to transformers --model project.model:build \\
+        --prefix bert
 """
 
 
@@ -63,14 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint of Lightning, or a state dict saved by torch.save")  # fmt: skip
     add("--to", choices=FORMS, required=True, help="see below")
     add("--output", type=Path, metavar="FILE",
-        help="default: beside CKPT, with its name and an ending of the form")  # fmt: skip
+        help="or a folder for transformers; default: beside CKPT, with its name and an ending of "
+        "the form")  # fmt: skip
     add("--force", action="store_true", help="replace FILE if it is there")
+    add("--prefix", metavar="NAME",
+        help="write only the part of the model that has this name, as a state dict without it: of "
+        "a LightningModule with self.bert, bert")  # fmt: skip
     add("--uncompiled", action="store_true",
         help="leave out the '_orig_mod' that torch.compile puts into names, for a model that is "
         "not compiled")  # fmt: skip
     add("--model", metavar="MODULE:FUNCTION",
-        help="onnx: what builds the dense model; it is called without arguments. Modules in the "
-        "current folder are found")  # fmt: skip
+        help="onnx and transformers: what builds the dense model; it is called without arguments. "
+        "Modules in the current folder are found")  # fmt: skip
     add("--input", action="append", metavar="SIZES", default=[],
         help="onnx: sizes of an input of the model, names where they may vary, and a dtype, if it "
         "is not float32: batch,16,int64. Once for each input")  # fmt: skip
@@ -89,26 +100,39 @@ def run(options: argparse.Namespace) -> None:
             "`--model` and `--input` must be given for onnx, as a checkpoint holds no graph. "
             "For instance: --model my_project.model:build --input batch,128"
         )
-    if to != "onnx" and (options.model or options.input):
-        raise ValueError(f"`--model` and `--input` must be given for onnx only; got --to {to}.")
+    if to == "transformers" and not options.model:
+        raise ValueError(
+            "`--model` must be given for transformers, as a checkpoint holds no config. For "
+            "instance: --model my_project.model:build"
+        )
+    if to != "onnx" and options.input:
+        raise ValueError(f"`--input` must be given for onnx only; got --to {to}.")
+    if to not in ("onnx", "transformers") and options.model:
+        raise ValueError(f"`--model` must be given for onnx and transformers only; got --to {to}.")
     inputs = [Input.parse(text) for text in options.input]
     output = options.output or path.with_suffix(_ending(to, path))
-    check_output(output, options.force)
+    (check_folder if to == "transformers" else check_output)(output, options.force)
 
     checkpoint = read_checkpoint(path)
     sparse = state_dict_of(checkpoint)
     if options.uncompiled:
         sparse = uncompiled_state_dict(sparse)
+    if options.prefix:
+        sparse = part_of(sparse, options.prefix)
     print(f"{report(find_layers(sparse))}\n")
     state_dict = bsr_state_dict(sparse) if to == "bsr" else dense_state_dict(sparse)
 
     compared = ""
     if to == "dense":
-        write_checkpoint(output, with_state_dict(checkpoint, state_dict), force=options.force)
+        # The whole is a checkpoint of the same form; a part of it is no LightningModule's.
+        whole = state_dict if options.prefix else with_state_dict(checkpoint, state_dict)
+        write_checkpoint(output, whole, force=options.force)
     elif to == "bsr":
         write_checkpoint(output, state_dict, force=options.force)
     elif to == "safetensors":
         write_safetensors(output, state_dict, force=options.force)
+    elif to == "transformers":
+        write_transformers(output, _build(options.model, state_dict), force=options.force)
     else:
         model = _build(options.model, state_dict)
         compared = _compared(write_onnx(output, model, inputs, force=options.force))
@@ -134,7 +158,8 @@ def _build(where: str, state_dict: Mapping[str, Any]) -> nn.Module:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise ValueError(
-            f"`--model` must build the model that the checkpoint is of; got '{where}'. {error}"
+            f"`--model` must build the model that the checkpoint is of; got '{where}'. {error}\n"
+            "Where it is a part of what was trained, give its name by --prefix."
         ) from error
     return model
 
@@ -147,4 +172,5 @@ def _compared(difference: float | None) -> str:
 
 
 def _megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.2f} MB"
+    files = [path] if path.is_file() else [*path.iterdir()]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_lightning.export.state_dicts import is_same
 
@@ -141,6 +141,51 @@ def write_safetensors(
     copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in first.items()}
     with new_file(path, force) as file:
         library.save_file(copies, file, metadata=metadata)
+
+
+def write_transformers(
+    folder: str | os.PathLike[str], model: nn.Module, *, force: bool = False
+) -> None:
+    """Write a Transformers model's folder, all at once, for `from_pretrained(folder)`.
+
+    Args:
+        folder: of the model.
+        model: dense, with Transformers' `save_pretrained`.
+        force: replace the files of the model in a folder that is there; its other files stay.
+
+    Raises:
+        ValueError: if the folder is there, or cannot be; or for a model without `save_pretrained`.
+    """
+    folder = Path(folder)
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise ValueError(
+            "`model` must be a Transformers model, which has `save_pretrained`; got a "
+            f"{type(model).__name__}. Of a module that holds one, take that alone: give the "
+            "function that builds it, and its name by --prefix."
+        )
+    check_folder(folder, force)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+        written = Path(work, folder.name)
+        save(written)
+        if folder.exists():
+            for file in written.iterdir():
+                os.replace(file, folder / file.name)
+        else:
+            os.replace(written, folder)
+
+
+def check_folder(folder: Path, force: bool) -> None:
+    """Raise ValueError if a folder may not be written: it is there, or its parent is not."""
+    if not os.access(folder.parent, os.W_OK) or folder.is_file():
+        raise ValueError(
+            f"`output` must be a folder in one that can be written to; got '{folder}'."
+        )
+    if folder.exists() and not force:
+        raise ValueError(
+            f"`output` must be a new folder; got '{folder}', which is there. "
+            "Give another with --output, or --force to replace the model in it."
+        )
 
 
 @contextmanager

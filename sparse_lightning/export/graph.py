@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparse_lightning.export.files import new_file, require
-from sparse_lightning.patching import sparse_layers
+from sparse_lightning.selection import sparse_layers
 
 DTYPES = {
     name: getattr(torch, name)

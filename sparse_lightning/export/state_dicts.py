@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,11 +24,14 @@ class SavedLayer:
         topology: which block each slot holds, on the device of `values`.
         values: `[capacity, block_size, block_size]`, the blocks by slot.
         bias: `[out_features]`, or None.
+        transposed: whether its dense weight lies as `[in_features, out_features]`, as that of
+            transformers' `Conv1D`.
     """
 
     topology: BlockTopology
     values: Tensor
     bias: Tensor | None
+    transposed: bool = False
 
 
 def find_layers(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
@@ -37,6 +40,18 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
     Raises:
         ValueError: if there is none, or one is incomplete or damaged.
     """
+    layers = layers_in(state_dict)
+    if not layers:
+        raise ValueError(
+            "`checkpoint` must hold at least one block-sparse layer ('<name>.values' and "
+            f"'<name>._extra_state'); got {len(state_dict)} other entries. A dense one needs no "
+            "export; and of a fit, check that SparsityCallback was among the callbacks."
+        )
+    return layers
+
+
+def layers_in(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
+    """Return what `find_layers` does; nothing if there is no block-sparse layer."""
     layers: dict[str, SavedLayer] = {}
     for key in state_dict:
         prefix, _, last = key.rpartition(".")
@@ -47,12 +62,6 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
                 raise ValueError(f"{error} (layer '{prefix}')") from error
             if layer is not None:
                 layers[prefix] = layer
-    if not layers:
-        raise ValueError(
-            "`checkpoint` must hold at least one block-sparse layer ('<name>.values' and "
-            f"'<name>._extra_state'); got {len(state_dict)} other entries. A dense one needs no "
-            "export; and of a fit, check that SparsityCallback was among the callbacks."
-        )
     return layers
 
 
@@ -80,8 +89,9 @@ def dense_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         With `<name>.weight` `[out_features, in_features]`, of the dtype and on the device of the
-        layer's `<name>.values`, in its place. Tied layers share one weight. All else is the same
-        objects. `load_state_dict(..., strict=True)` of the dense model takes it.
+        layer's `<name>.values`, in its place; `[in_features, out_features]` of what was a `Conv1D`.
+        Tied layers share one weight. All else is the same objects.
+        `load_state_dict(..., strict=True)` of the dense model takes it.
 
     Raises:
         ValueError: if there is no block-sparse layer, or one is incomplete or damaged.
@@ -94,7 +104,7 @@ def dense_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     >>> torch.nn.Linear(64, 32).load_state_dict(state_dict)
     <All keys matched successfully>
     """
-    return _with_weights(state_dict, BlockTopology.unpack)
+    return _with_weights(state_dict, _to_dense)
 
 
 def bsr_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +130,46 @@ def uncompiled_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def part_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the state dict of a part of a model, as of what a LightningModule holds.
+
+    Args:
+        state_dict: of the whole model; not changed.
+        prefix: the part's name; it is taken off the names. A dot at its end may be left out.
+
+    Raises:
+        ValueError: if no name begins with it.
+
+    >>> list(part_of({"net.0.bias": 1, "net.0.weight": 2, "loss.weight": 3}, "net"))
+    ['0.bias', '0.weight']
+    """
+    start = f"{prefix.rstrip('.')}."
+    part = OrderedDict(
+        (name.removeprefix(start), value)
+        for name, value in state_dict.items()
+        if name.startswith(start)
+    )
+    if not part:
+        depth = prefix.count(".") + 1
+        there = {
+            ".".join(name.split(".")[:n]) + "."
+            for name in state_dict
+            for n in range(1, min(depth, name.count(".")) + 1)
+        }
+        raise ValueError(
+            f"`prefix` must begin names of the checkpoint; got '{prefix}'. Names begin with "
+            f"{', '.join(sorted(there)) or 'no prefix'}."
+        )
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        metadata = {
+            f"{name}.".removeprefix(start).rstrip("."): versions
+            for name, versions in metadata.items()
+            if f"{name}.".startswith(start)
+        }
+    return _with_metadata(part, metadata)
+
+
 def is_compiled(state_dict: Mapping[str, Any]) -> bool:
     """Tell whether a name has a part that `torch.compile` put there."""
     return any(_COMPILED in name.split(".") for name in state_dict)
@@ -131,7 +181,7 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _with_weights(
-    state_dict: Mapping[str, Any], make: Callable[[BlockTopology, Tensor], Tensor]
+    state_dict: Mapping[str, Any], make: Callable[[SavedLayer], Tensor]
 ) -> dict[str, Any]:
     """Replace the pieces of each layer by the weight that `make` makes of them."""
     layers = find_layers(state_dict)
@@ -141,15 +191,15 @@ def _with_weights(
         for other, weight in made:
             if _is_tied(layer, other):
                 return weight
-        made.append((layer, make(layer.topology, layer.values)))
+        made.append((layer, make(layer)))
         return made[-1][1]
 
     converted: OrderedDict[str, Any] = OrderedDict()
     for key, value in state_dict.items():
         name, _, last = key.rpartition(".")
-        if name not in layers or last not in ("values", "_extra_state"):
+        if name not in layers or last not in ("values", "weight", "_extra_state"):
             converted[key] = value
-        elif last == "values":
+        elif last != "_extra_state":
             converted[key.removesuffix(last) + "weight"] = weight_of(layers[name])
     return _with_metadata(converted, getattr(state_dict, "_metadata", None))
 
@@ -160,6 +210,10 @@ def _read_layer(state_dict: Mapping[str, Any], prefix: str) -> SavedLayer | None
     # Modules of other kinds may have an entry of one of these names.
     blocks = values if _is_blocks(values) else None
     vector = state if _is_topology(state) else None
+    weight = state_dict.get(prefix + "weight")
+    if values is None and vector is not None and _is_blocks(weight):
+        # As the files of `save_pretrained` have it.
+        return _saved_layer(prefix, vector, weight, state_dict)
     if blocks is None and vector is None:
         return None
     if vector is None:
@@ -177,6 +231,12 @@ def _read_layer(state_dict: Mapping[str, Any], prefix: str) -> SavedLayer | None
             f"`{prefix}values` must stand in place of `{prefix}weight`; got both. "
             "Leave out the one that is not the layer's."
         )
+    return _saved_layer(prefix, vector, blocks, state_dict)
+
+
+def _saved_layer(
+    prefix: str, vector: Tensor, blocks: Tensor, state_dict: Mapping[str, Any]
+) -> SavedLayer:
     topology = BlockTopology.from_state(vector)
     expected = [topology.capacity, topology.block_size, topology.block_size]
     if list(blocks.shape) != expected:
@@ -184,10 +244,11 @@ def _read_layer(state_dict: Mapping[str, Any], prefix: str) -> SavedLayer | None
             f"`{prefix}values` must have shape {expected} by the saved topology; "
             f"got {list(blocks.shape)}. The checkpoint is damaged."
         )
-    return SavedLayer(topology.to_(blocks.device), blocks.detach(), state_dict.get(prefix + "bias"))
+    bias, transposed = state_dict.get(prefix + "bias"), BlockTopology.is_transposed(vector)
+    return SavedLayer(topology.to_(blocks.device), blocks.detach(), bias, transposed)
 
 
-def _is_blocks(value: object) -> bool:
+def _is_blocks(value: object) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and value.dim() == 3
@@ -196,21 +257,33 @@ def _is_blocks(value: object) -> bool:
     )
 
 
-def _is_topology(value: object) -> bool:
+def _is_topology(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dtype == torch.int32 and value.dim() == 1
 
 
 def _is_tied(a: SavedLayer, b: SavedLayer) -> bool:
-    return is_same(a.values, b.values) and torch.equal(a.topology.slots, b.topology.slots)
+    same_place = torch.equal(a.topology.slots, b.topology.slots) and a.transposed == b.transposed
+    return same_place and is_same(a.values, b.values)
 
 
-def _to_bsr(topology: BlockTopology, values: Tensor) -> Tensor:
-    columns, slots = topology.row_entries[: topology.n_blocks].long().T.contiguous()
+def _to_dense(layer: SavedLayer) -> Tensor:
+    weight = layer.topology.unpack(layer.values)
+    return weight.T.contiguous() if layer.transposed else weight
+
+
+def _to_bsr(layer: SavedLayer) -> Tensor:
+    at, size = layer.topology, (layer.topology.out_features, layer.topology.in_features)
+    # What lies transposed has the columns for rows.
+    offsets, entries = at.row_offsets, at.row_entries
+    if layer.transposed:
+        offsets, entries, size = at.col_offsets, at.col_entries, size[::-1]
+    columns, slots = entries[: at.n_blocks].long().T.contiguous()
+    blocks = layer.values[slots]
     return torch.sparse_bsr_tensor(
-        topology.row_offsets.long(),
+        offsets.long(),
         columns,
-        values[slots],
-        size=(topology.out_features, topology.in_features),
+        blocks.mT.contiguous() if layer.transposed else blocks,
+        size=size,
         check_invariants=True,
     )
 

@@ -1,6 +1,7 @@
 """Users of `Sparsifier` for the trainers of other packages.
 
-Each is imported when it is asked for, and so is the package that it is for.
+Each is imported when it is asked for, and so is the package that it is for. `pretrained` has
+Transformers' `save_pretrained` and `from_pretrained` know block-sparse layers.
 """
 
 from __future__ import annotations

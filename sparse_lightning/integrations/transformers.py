@@ -21,7 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparse_lightning import ranks
 from sparse_lightning.config import configured
 from sparse_lightning.export.files import write_checkpoint
-from sparse_lightning.patching import SparsityReport, select_layers
+from sparse_lightning.patching import SparsityReport
+from sparse_lightning.selection import select_layers
 from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.stepping import innermost
 
@@ -36,8 +37,9 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     gets a file `sparsity.pt`, and `train(resume_from_checkpoint=...)` goes on bit for bit. Another
     `train()` of the same model goes on with the schedule where it ended.
 
-    Where `model_init` builds the model, it has to call `sparsify`, since `train()` builds model and
-    optimizer at once. The logs get `sparsity/density`. On several ranks, and with `torch_compile`,
+    Where `model_init` builds the model, or the callback is added later, the layers are swapped when
+    `train()` begins; on several ranks, and to resume, `model_init` has to call `sparsify`. The logs
+    get `sparsity/density`. On several ranks, and with `torch_compile`,
     memory does not follow the density, as the Trainer keeps its wrappers of the model.
 
     Args:
@@ -90,7 +92,7 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     ) -> None:
         _check_arguments(args)
         self._let_go()  # of a training that was cut off
-        sparsifier = self._of_training(kwargs["model"])
+        sparsifier = self._of_training(kwargs["model"], state.global_step > 0)
         optimizer = innermost(kwargs["optimizer"])
         # The Trainer has loaded the model and the optimizer before, and so it knows the step.
         if state.global_step:
@@ -117,36 +119,42 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
         except RuntimeError as error:
             sparsifier.detach()
             raise RuntimeError(
-                f"{error} Under transformers' Trainer leave `optimizers` out and say "
-                "`optimizer_cls_and_kwargs`, or call `sparsify` before the optimizer is built."
+                f"{error} Under transformers' Trainer leave `optimizers` out, or give one of all "
+                "parameters of the model."
             ) from error
         self._optimizer, self._training = ref(optimizer), True
 
-    def _of_training(self, model: nn.Module) -> Sparsifier:
+    def _of_training(self, model: nn.Module, resumed: bool) -> Sparsifier:
         """Return the engine for the model that is about to be trained, with an optimizer by now.
 
+        The optimizer goes on with layers that are only swapped here, since they keep their
+        parameters. What is built for parameters of a shape, as DDP's buckets, does not; and what
+        the Trainer has loaded into dense layers is lost.
+
         Raises:
-            RuntimeError: if it has dense layers that were to be block-sparse.
+            RuntimeError: if the model has dense layers then.
         """
         if self.sparsifier is not None and self._follows(model):
             return self.sparsifier
         config = self.config
-        dense, _ = select_layers(model, config.block_size, config.include, config.exclude)
-        if dense:
-            name = next(iter(dense))
+        dense = select_layers(
+            model, config.block_size, config.include, config.exclude, config.follow
+        )
+        if dense.layers and (resumed or ranks.world_size() > 1):
+            name = next(iter(dense.layers))
+            when = "when a training is resumed" if resumed else "on several ranks"
             if self.sparsifier is None:
                 raise RuntimeError(
-                    "`callbacks` must hold SparsityTrainerCallback as the Trainer is made, before "
-                    "there is an optimizer; got it by `add_callback`, and a dense layer (layer "
-                    f"'{name}'). Give it to Trainer(callbacks=[...])."
+                    "`callbacks` must hold SparsityTrainerCallback as the Trainer is made, "
+                    f"{when}; got it by `add_callback`, and a dense layer (layer '{name}'). Give "
+                    "it to Trainer(callbacks=[...])."
                 )
             raise RuntimeError(
-                "`model_init` must return block-sparse layers, as train() calls it and builds the "
-                f"optimizer at once; got a dense layer (layer '{name}'). Call `sparsify` in it, "
-                "with the same patterns and block size and the density to begin with, or give "
-                "Trainer the `model` itself."
+                f"`model_init` must return block-sparse layers {when}; got a dense layer (layer "
+                f"'{name}'). Call `sparsify` in it, with the same patterns and block size and the "
+                "density to begin with, or give Trainer the `model` itself."
             )
-        # It has nothing to swap: it takes over the layers that it finds, with a new schedule.
+        # Layers that are block-sparse already are taken over, with a new schedule.
         self.sparsifier = Sparsifier(model, config=config)
         return self.sparsifier
 

@@ -132,10 +132,6 @@ def test_the_trainers_own_optimizers(optim: str, tmp_path: Path) -> None:
         train_dataset=Examples(),
         callbacks=[sparsity],
     )
-    if optim == "adafactor":  # transformers' own class of that name
-        with pytest.raises(ValueError, match=r"state can follow the blocks.*got Adafactor"):
-            training.train()
-        return
     training.train()
     assert sparsity.sparsifier is not None and sparsity.sparsifier.density == 0.25
 
@@ -392,10 +388,39 @@ def test_resumed_after_an_interruption_in_the_same_process(tmp_path: Path) -> No
 # What would not train sparsely, and the ways that do.
 
 
-def test_model_init_that_returns_dense_layers_is_refused(tmp_path: Path) -> None:
-    training = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=Net)
-    with pytest.raises(RuntimeError, match=dense("up") + ".*Call `sparsify` in it"):
+def test_dense_layers_that_come_late_train_as_those_of_the_beginning(tmp_path: Path) -> None:
+    """By `model_init`, by `add_callback`, and under an optimizer that was built before."""
+    usual = trainer(tmp_path, Net(), SparsityTrainerCallback(**RIGL))
+    usual.train()
+    built = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=Net)
+    added = trainer(tmp_path, Net())
+    added.add_callback(SparsityTrainerCallback(**RIGL))
+    for training in (built, added):
         training.train()
+        assert_same(outcome(usual.model), outcome(training.model))
+
+    outcomes = []
+    for model in (Net(), sparse_net()):
+        optimizers = (torch.optim.SGD(model.parameters(), **SGD), None)
+        training = trainer(tmp_path, model, SparsityTrainerCallback(**RIGL), optimizers=optimizers)
+        training.train()
+        outcomes.append(outcome(model))
+    assert_same(*outcomes)
+
+
+def test_dense_layers_of_a_training_that_is_resumed_are_refused(tmp_path: Path) -> None:
+    training = trainer(
+        tmp_path,
+        None,
+        SparsityTrainerCallback(**RIGL),
+        model_init=Net,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    training.train()
+    again = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=Net)
+    with pytest.raises(RuntimeError, match=dense("up") + ".*Call `sparsify` in it"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_model_init_that_calls_sparsify_trains_each_model_anew(tmp_path: Path) -> None:
@@ -407,35 +432,6 @@ def test_model_init_that_calls_sparsify_trains_each_model_anew(tmp_path: Path) -
     training.train()
     assert sparsity.sparsifier is not engine
     assert_same(first, outcome(training.model))
-
-
-def test_an_optimizer_of_dense_layers_is_refused(tmp_path: Path) -> None:
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), **SGD)
-    training = trainer(
-        tmp_path, model, SparsityTrainerCallback(**RIGL), optimizers=(optimizer, None)
-    )
-    with pytest.raises(RuntimeError, match=r"\(layer 'up'\).*leave `optimizers` out"):
-        training.train()
-    assert not optimizer._optimizer_step_pre_hooks
-    model = sparse_net()
-    optimizer, sparsity = (
-        torch.optim.SGD(model.parameters(), **SGD),
-        SparsityTrainerCallback(**RIGL),
-    )
-    trainer(tmp_path, model, sparsity, optimizers=(optimizer, None)).train()
-    assert sparsity.sparsifier is not None and sparsity.sparsifier.density == 0.25
-
-
-def test_a_callback_that_comes_later_is_refused(tmp_path: Path) -> None:
-    training = trainer(tmp_path, Net())
-    training.add_callback(SparsityTrainerCallback(**RIGL))
-    with pytest.raises(RuntimeError, match=r"add_callback.*\(layer 'up'\).*callbacks=\[\.\.\.\]"):
-        training.train()
-    sparsity, training = SparsityTrainerCallback(**RIGL), trainer(tmp_path, sparse_net())
-    training.add_callback(sparsity)
-    training.train()
-    assert sparsity.sparsifier is not None and sparsity.sparsifier.density == 0.25
 
 
 @pytest.mark.parametrize(
