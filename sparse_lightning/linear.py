@@ -6,6 +6,7 @@ import math
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,16 @@ _EQUIPMENT = (
     "dense_class",
 )
 
+# All block-sparse layers that there are, for those who look for copies of some.
+LIVING: WeakSet[BlockSparseLinear] = WeakSet()
+
 # Since PyTorch 2.7. Some versions of Dynamo take it for true wherever they compile.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Called with the shape that a parameter had, and the one that it was given.
+when_reshaped: list[Callable[[torch.Size, torch.Size], None]] = []
 
 
 # Dynamo, by which the exporter tries again, would take the question itself for false.
@@ -141,47 +148,53 @@ class BlockSparseLinear(nn.Module):
         self.token_stride = 1
         self.label = ""
         self.lineage = uuid.uuid4().hex
+        LIVING.add(self)
         self._follow_device()
 
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         block_size: int = 64,
         density: float | None = None,
         topology: BlockTopology | None = None,
     ) -> BlockSparseLinear:
-        """Build the layer from an `nn.Linear`, keeping its weights at the present blocks.
+        """Build the layer from a dense one, keeping its weights at the present blocks.
 
         Args:
-            linear: not changed; its device, dtype and `requires_grad` are taken over.
+            linear: an `nn.Linear`, or transformers' `Conv1D`; not changed. Its device, dtype and
+                `requires_grad` are taken over.
             block_size: 16, 32, 64 or 128.
             density: how many of the blocks to keep: those of largest Frobenius norm.
             topology: which blocks to keep, instead of `density`.
         """
         if (density is None) == (topology is None):
             raise ValueError("Exactly one of `density` and `topology` must be given.")
-        weight = linear.weight.detach()
+        parameter, bias = cast(nn.Parameter, linear.weight), cast(Tensor | None, linear.bias)
+        weight, (out_features, in_features) = dense_weight_of(linear), dense_shape(linear)
         if topology is None:
             assert density is not None
-            grid = block_grid(linear.out_features, linear.in_features, block_size)
+            grid = block_grid(out_features, in_features, block_size)
             mask = largest_blocks(weight, grid, count_blocks(density, grid[0] * grid[1]))
             topology = BlockTopology.from_mask(mask, block_size)
         layer = cls.__new__(cls)
         # On meta nothing is drawn, so the random state of the user's program stays as it was.
         cls.__init__(
             layer,
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
+            in_features,
+            out_features,
+            bias is not None,
             topology=topology,
             device="meta",
             dtype=weight.dtype,
         )
-        layer.values = nn.Parameter(topology.pack(weight), linear.weight.requires_grad)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        layer.values = nn.Parameter(topology.pack(weight), parameter.requires_grad)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        if is_conv1d(linear):
+            layer.dense_class = type(linear)
+            layer.nx, layer.nf = in_features, out_features  # for when it becomes one again
         layer._follow_device()
         return layer.train(linear.training)
 
@@ -361,6 +374,14 @@ class BlockSparseLinear(nn.Module):
         magnitudes = all_slots(block_magnitudes(local_part(self.values)), self.values)
         return self.topology.scatter(magnitudes, fill=0.0)
 
+    def agrees_with(self, other: BlockSparseLinear) -> bool:
+        """Tell whether both have the same weights in the blocks that both have, and have some."""
+        mine, theirs = self.dense_weight(), other.dense_weight().to(self.values)
+        if mine.shape != theirs.shape:
+            return False
+        both = (mine != 0) & (theirs != 0)
+        return bool(both.any()) and torch.equal(mine[both], theirs[both])
+
     @torch.no_grad()
     def take_blocks_of(self, other: BlockSparseLinear) -> None:
         """Have the blocks of another layer of the same sizes, in the same slots.
@@ -434,6 +455,12 @@ class BlockSparseLinear(nn.Module):
                 f"`capacity` must be in {at.n_blocks}..{at.capacity}, from the present blocks to "
                 f"the present slots; got {capacity}."
             )
+        if self.is_shared:
+            raise RuntimeError(
+                "A layer must not lie in shared memory when it shrinks, as other processes would "
+                f"keep its old values; got one after `share_memory()`{self._where()}. Shrink "
+                "before, or keep the capacity."
+            )
         if is_sharded(self.values):
             raise RuntimeError(
                 "`values` must be whole when a layer shrinks, as fully_shard holds it in the shape "
@@ -466,6 +493,7 @@ class BlockSparseLinear(nn.Module):
         device = self.topology.device
         self._armed = torch.zeros((), dtype=torch.bool, device=device)
         self.block_norms = _zero_norms(self.topology.grid, device)
+        LIVING.add(self)
 
     def extra_repr(self) -> str:
         return (
@@ -484,31 +512,55 @@ class BlockSparseLinear(nn.Module):
                 self.block_norms = _zero_norms(self.topology.grid, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
-        self._check_dtype_after(fn)
+        example = self._example_of(fn)
         # The function itself must not see the indices: `.double()` would make them floats, and
         # `.to_empty()` would leave them undefined.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._follow_device()
+        # `share_memory()`: whoever shares the values needs the blocks that they belong to.
+        shared = example.device.type == "cpu" and example.is_shared()
+        if shared:
+            self.topology.share_memory_()
+        elif self.is_shared and not self.values.is_shared():  # of another dtype, values lie apart
+            at = self.topology
+            self.topology = BlockTopology(at.coords, at.grid, at.block_size)
         return self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes see its blocks change, by `share_memory()`."""
+        return self.topology.is_shared
 
     @property
     def transposed(self) -> bool:
         """Whether its dense weight lies as `[in_features, out_features]`."""
         return self.dense_class is not nn.Linear
 
-    def _check_dtype_after(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Raise TypeError if `fn` makes a dtype that is not offered; no parameter is changed.
+    def _example_of(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what `fn` makes of a tensor like `values`; no parameter is changed.
 
-        Layers that come before this one in a model have been converted by then.
+        Raises:
+            TypeError: if that has a dtype that is not offered. Layers that come before this one in
+                a model have been converted by then.
         """
         values = self.values
-        dtype = fn(torch.empty(0, dtype=values.dtype, device=values.device)).dtype
-        if dtype not in _DTYPES:
+        example = fn(torch.empty(1, dtype=values.dtype, device=values.device))
+        if example.dtype not in _DTYPES:
             raise TypeError(
                 f"The dtype of a block-sparse layer must be one of {_names_of(_DTYPES)}; got "
-                f"{dtype}{self._where()}. Call `densify(model)` before, or leave the layer dense "
-                "by `exclude`."
+                f"{example.dtype}{self._where()}. Call `densify(model)` before, or leave the layer "
+                "dense by `exclude`."
             )
+        return example
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the tensors, where PyTorch keeps versions: copies know one another once loaded.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["lineage"] = self.lineage
 
     def get_extra_state(self) -> Tensor:
         """Return the topology, for the state dict; int32, of a length fixed by the capacity."""
@@ -563,6 +615,7 @@ class BlockSparseLinear(nn.Module):
             # Always raised by `load_state_dict`, also with strict=False.
             error_msgs.append(f"{error} (layer '{prefix.rstrip('.')}')")
             return
+        self.lineage = local_metadata.get("lineage", self.lineage)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -685,6 +738,7 @@ def make_dense_(layer: BlockSparseLinear) -> nn.Module:
     weight = layer.dense_weight()
     weight = weight.T.contiguous() if layer.transposed else weight
     values, dense_class = layer.values, layer.dense_class
+    LIVING.discard(layer)
     sizes = ("in_features", "out_features") if layer.transposed else ()
     for name in (*_EQUIPMENT, *sizes):
         vars(layer).pop(name, None)
@@ -707,7 +761,7 @@ def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 def _prepare_data(parameter: nn.Parameter, data: Tensor) -> Callable[[], None]:
-    """Return what `_set_data` does, as a function that takes no memory."""
+    """Return what `_set_data` does, as a function that takes no memory of tensors."""
     # A graph that is still held remembers the old shape for the gradient of this parameter, and
     # autograd would refuse the next one. It forgets when the dtype changes.
     other = torch.float32 if data.dtype == torch.float64 else torch.float64
@@ -715,9 +769,12 @@ def _prepare_data(parameter: nn.Parameter, data: Tensor) -> Callable[[], None]:
 
     @torch.no_grad()
     def write() -> None:
+        before = parameter.shape
         parameter.grad = None
         parameter.data = nothing
         parameter.data = data
+        for tell in when_reshaped:
+            tell(before, data.shape)
 
     return write
 

@@ -52,7 +52,7 @@ def load_sparse(
     """
     if isinstance(source, (str, os.PathLike)):
         source = _read(Path(source))
-    state_dict = dict(state_dict_of(source))
+    state_dict = state_dict_of(source)
     if prefix:
         state_dict = part_of(state_dict, prefix)
     convert_to_match(model, topologies_in(state_dict, model))

@@ -19,8 +19,8 @@ class BlockSparseMLP(nn.Sequential):
     Where a `BlockSparseLinear`, an `nn.ReLU`, `nn.GELU` or `nn.SiLU`, and another
     `BlockSparseLinear` follow each other, the first product's kernel also writes the activation,
     and in backward the second's also multiplies by its slope. All else runs as in `nn.Sequential`,
-    as do layers with hooks, which would not be called otherwise. Results are the same but for the
-    last bit of an activation: see activations.cuh.
+    as do modules with hooks or a `forward` of their own, which would not be called otherwise.
+    Results are the same but for the last bit of an activation: see activations.cuh.
 
     `sparsify` makes one of every plain `nn.Sequential` that has such layers.
 
@@ -70,8 +70,16 @@ def _fused(
     found = _fits(modules)
     if found is None or torch_module._has_any_global_hook():
         return None
-    hooked = any(getattr(module, hooks) for module in modules[:3] for hooks in CALL_HOOKS)
-    return None if hooked else found
+    return None if any(map(_has_more_to_call, modules[:3])) else found
+
+
+def _has_more_to_call(module: nn.Module) -> bool:
+    """Tell whether calling a module runs more than its class's `forward`.
+
+    That is a hook, or a `forward` that was put into the instance: some adapters are, and what
+    moves weights between devices. Both come and go, so it is asked at each call.
+    """
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in CALL_HOOKS)
 
 
 def _fits(

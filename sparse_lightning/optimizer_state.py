@@ -7,18 +7,29 @@ warm-starts its second moment (`warm_start`).
 
 Which state has slots is told by a rule for the optimizer's class (`STATE_RULES`), and otherwise by
 its shape. Only what an optimizer keeps in `optimizer.state[parameter]` can be seen.
+
+A layer that becomes block-sparse or dense keeps its parameter, of which optimizers may have state.
+Each of them loses, before its next step, what is of a shape that the parameter had
+(`shape_has_changed`).
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from sparse_lightning import linear, ranks
 from sparse_lightning.sharding import all_slots, at_local_slots, is_sharded, local_part, local_slots
+from sparse_lightning.stepping import not_compiled
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class StateRule:
         bias_corrected: whether these begin at zero and have a constant decay, the smallest of
             `betas[1:]` of the parameter's group, so that after `step` steps they hold
             `1 - beta ** step` of the mean. False if they hold all of it at any time.
-        starts_at: the option that holds what a tensor begins with, by the tensor's name. The
+        starts_at: the option that holds what a tensor begins with, by the tensor's name; the one
+            of the parameter's group, but of an Adagrad, which looks at no group, the default. The
             others begin at zero.
 
     Raises:
@@ -98,7 +110,16 @@ _SECOND_MOMENTS = {
     "exp_avg_sq_c",
     "row_var",
     "col_var",
+    "exp_avg_var",  # AdaBelief: of g less its mean, which a grown slot begins without
+    "max_exp_avg_var",
+    "exp_avg_res_row",
+    "exp_avg_res_col",
 }
+# CAME: means of the squares of what is left of updates less their mean, after division by the root
+# of a second moment. A grown slot's first update is about 1 by then, whatever its gradient.
+_OF_UNIT_UPDATES = {"exp_avg_res_row", "exp_avg_res_col"}
+# By name, as there are several of them: their means begin as the first g^2, and so hold all of it.
+_NOT_BIAS_CORRECTED = {"ADOPT", "Adopt"}
 _STARTS_AT = {"sum": "initial_accumulator_value", "step_size": "lr"}  # as of Adagrad, and of Rprop
 
 # By name, as there are several of them and not every PyTorch has its own.
@@ -209,7 +230,9 @@ def _rule_by_shape(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) ->
         names.append(name)
     starts_at = {n: _STARTS_AT[n] for n in names if _STARTS_AT.get(n) in optimizer.defaults}
     second_moments = tuple(name for name in names if name in _SECOND_MOMENTS)
-    return StateRule(tuple(names), second_moments, starts_at=starts_at)
+    classes = {cls.__name__ for cls in type(optimizer).__mro__}
+    is_corrected = classes.isdisjoint(_NOT_BIAS_CORRECTED)
+    return StateRule(tuple(names), second_moments, is_corrected, starts_at)
 
 
 def _cannot_follow(name: str, value: object, parameter: nn.Parameter) -> str | None:
@@ -266,13 +289,15 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors_in(item)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors_in(item)
+    elif isinstance(value, Iterable):
+        # A string holds strings without end, and an iterator can be read once only.
+        if not isinstance(value, str | bytes | Iterator):
+            for item in value:
+                yield from _tensors_in(item)
     elif hasattr(value, "__dict__") and not callable(value):
         # What an object refers to further may be anything, the model too.
         for item in vars(value).values():
-            if isinstance(item, Tensor | list | tuple):
+            if isinstance(item, Tensor | list | tuple | set | deque):
                 yield from _tensors_in(item)
 
 
@@ -337,8 +362,7 @@ def drop_dense_state(
 ) -> bool:
     """Drop state that an optimizer has of a parameter since it was a dense weight.
 
-    The optimizer then makes its state anew in its next step, as for a parameter that it has not
-    seen. Adagrad, which makes its state when it is built, is given a new one.
+    So is what it has of any other shape that a parameter of this one is known to have had.
 
     Args:
         optimizer: holds `parameter`.
@@ -348,19 +372,30 @@ def drop_dense_state(
     Returns:
         Whether something that the optimizer has learned is lost.
     """
-    state = optimizer.state.get(parameter, {})
-    tensors = [t for of in _state_with_numbers(optimizer, parameter).values() for t in of]
-    rows, columns = dense_shape
-    whole = {(rows, columns), (columns, rows)}
-    reduced = {(rows,), (columns,), (rows, 1), (columns, 1), (1, rows), (1, columns)}
-    is_dense = any(tuple(tensor.shape) in whole for tensor in tensors)
-    # A vector may have as many elements as there are slots by chance.
-    is_reduced = any(tuple(tensor.shape) in reduced for tensor in tensors) and not all(
-        _has_slots(tensor, parameter) for tensor in tensors
-    )
-    if not (is_dense or is_reduced):
+    earlier = {dense_shape, dense_shape[::-1], *_earlier_shapes.get(tuple(parameter.shape), ())}
+    return _drop_if_of(earlier, optimizer, parameter)
+
+
+def _drop_if_of(
+    earlier: Iterable[tuple[int, ...]], optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> bool:
+    """Drop the state that an optimizer has of a parameter if it is of an earlier shape of it.
+
+    The optimizer then makes its state anew in its next step, as for a parameter that it has not
+    seen. Adagrad, which makes its state when it is built, is given a new one; so is SGD, which
+    steps all parameters with a momentum or none where it is fused.
+
+    Returns:
+        Whether something that the optimizer has learned is lost.
+    """
+    found, now = _state_with_numbers(optimizer, parameter), tuple(parameter.shape)
+    shapes = {tuple(tensor.shape) for tensors in found.values() for tensor in tensors}
+    # By chance, what is kept by rows or slots may fit both shapes.
+    old = (shapes & {form for shape in earlier for form in _forms(shape)}) - _forms(now)
+    is_whole = not old.isdisjoint(earlier)
+    if not is_whole and (not old or now in shapes):
         return False
-    del optimizer.state[parameter]
+    state = optimizer.state.pop(parameter)
     if isinstance(optimizer, torch.optim.Adagrad):
         start = optimizer.defaults["initial_accumulator_value"]
         optimizer.state[parameter] = {
@@ -368,7 +403,84 @@ def drop_dense_state(
             "sum": torch.full_like(parameter, start, requires_grad=False),
         }
         return bool(state["step"] > 0)
+    if isinstance(optimizer, torch.optim.SGD):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return True
+
+
+def _forms(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Return the shapes of state that an optimizer may keep of a parameter, a matrix or blocks.
+
+    These are its own; flattened; with less than its last sizes, as for means; and of square
+    matrices for one of its dimensions, as for preconditioners.
+    """
+    n, *rest = shape
+    forms = {shape, (math.prod(shape),), (n,), *((size, size) for size in shape)}
+    if len(shape) == 2:
+        return forms | {(n, 1), (1, *rest), (*rest,)}
+    size = rest[0]
+    return forms | {(n, size), (n, 1), (n, size, 1), (n, 1, size), (n, 1, 1)}
+
+
+# Which shapes parameters had before they had one, and how many such changes there were. It is not
+# told which parameters, so that copies of them and of their optimizers are known, too.
+_earlier_shapes: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+_n_changes = 0
+# Of each optimizer that has stepped since the first change, with which of them and of which state.
+_looked_at: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = WeakKeyDictionary()
+
+
+def shape_has_changed(before: torch.Size, now: torch.Size) -> None:
+    """Have optimizers lose the state of an earlier shape of a parameter before they next step.
+
+    An optimizer that goes on with such state fails, and a fused one reads and writes beyond the
+    memory of its tensors. Which it is can only be seen when it steps. State that has followed, as
+    by `prepare_keep`, stays.
+
+    Args:
+        before: the shape that some parameter had.
+        now: the one that it has.
+    """
+    global _n_changes
+    if before == now:
+        return
+    if not _n_changes:
+        register_optimizer_step_pre_hook(_begin_anew_where_reshaped)
+    _n_changes += 1
+    earlier = {tuple(before), *_earlier_shapes.get(tuple(before), ())}
+    _earlier_shapes.setdefault(tuple(now), set()).update(earlier - {tuple(now)})
+
+
+linear.when_reshaped.append(shape_has_changed)
+
+
+@not_compiled
+def _begin_anew_where_reshaped(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Drop state of earlier shapes before an optimizer steps, and say so.
+
+    PyTorch calls it before the hooks of the optimizer's own.
+    """
+    # `load_state_dict` puts another dictionary there.
+    known = _n_changes, id(optimizer.state)
+    if _looked_at.get(optimizer) == known:
+        return
+    shapes = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            earlier = _earlier_shapes.get(tuple(parameter.shape))
+            if earlier and _drop_if_of(earlier, optimizer, parameter):
+                shapes.append(list(parameter.shape))
+    _looked_at[optimizer] = known
+    if shapes and ranks.is_first():
+        warnings.warn(
+            f"{_name(optimizer)} had state of parameters from before their layers became "
+            "block-sparse, became dense or took another number of slots, which tells nothing of "
+            f"what they are now; it begins anew for {len(shapes)} of them, of shape "
+            f"{', '.join(map(str, shapes))}. Change layers before the first step to lose none.",
+            stacklevel=4,  # who calls `step`
+        )
 
 
 def prepare_reset(
@@ -387,9 +499,8 @@ def prepare_reset(
     rule = state_rule(optimizer, parameter)
     parts = []
     for name, tensor in _slot_state(rule, optimizer, parameter).items():
-        # PyTorch, too, takes the default and not the group's option.
         option = rule.starts_at.get(name)
-        start = 0 if option is None else float(optimizer.defaults[option])
+        start = 0 if option is None else float(_options(optimizer, parameter)[option])
         parts.append((_by_slot(tensor, parameter), at_local_slots(slots, tensor), start))
 
     @torch.no_grad()
@@ -470,6 +581,8 @@ def warm_start(
     for name, tensor in _slot_state(rule, optimizer, parameter).items():
         if name in rule.second_moments:
             moment = torch.maximum(squared, mean)
+            if name in _OF_UNIT_UPDATES:
+                moment = torch.ones_like(moment)
             if rule.bias_corrected:
                 moment *= _held_of_the_mean(group, state)
             if "p0" in state and "d" in group:  # Prodigy squares the gradient times its estimate
@@ -479,6 +592,14 @@ def warm_start(
             is_ready = ready.view(-1, *[1] * (part.dim() - 1))
             part.copy_(torch.where(is_ready, moment, part))
     return pending & ~all_slots(ready, parameter)
+
+
+def _options(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
+    """Return the options by which an optimizer makes the state of a parameter."""
+    found = find_optimizer([optimizer], parameter)
+    if found is None or isinstance(optimizer, torch.optim.Adagrad):
+        return optimizer.defaults
+    return found[1]
 
 
 def _slot_state(

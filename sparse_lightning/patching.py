@@ -242,7 +242,7 @@ def swap_layers(
     """
     block_size = options.block_size
     found = select_layers(model, block_size, options.include, options.exclude, options.follow)
-    known = copies_in(model, options.follow)
+    known = copies_in(model, options)
     grids: dict[str, Grid] = {}
     for name, module in model.named_modules():
         if name in found.layers:
@@ -268,7 +268,7 @@ def swap_layers(
         _, scale = begun.get(original, (None, 1.0))
         copy = make_sparse_(model.get_submodule(name), of.topology, scale, name)
         copy.lineage = of.lineage
-    follows = copies_in(model, options.follow)
+    follows = copies_in(model, options)
     for name, layer in sparse_layers(model):
         if name in follows:
             layer.take_blocks_of(dict(sparse_layers(model))[follows[name]])
@@ -279,14 +279,14 @@ def swap_layers(
 
 def copies_in(
     model: nn.Module,
-    follow: Mapping[str, str],
+    options: SwapOptions,
     trains: Callable[[str, BlockSparseLinear], bool] | None = None,
 ) -> dict[str, str]:
     """Return the block-sparse layers of a model that are copies of others, `{copy: original}`.
 
     Args:
         model: that holds them.
-        follow: as for `sparsify`.
+        options: say what is excluded, and what follows by the user's word.
         trains: whether a layer is one that is trained; if it is not frozen, by default. What is in
             an `AveragedModel` is not in any case.
     """
@@ -298,8 +298,17 @@ def copies_in(
         layer = layers[name]
         return layer.values.requires_grad if trains is None else trains(name, layer)
 
-    told = {c: o for c, o in by_hand(follow, layers).items() if o in layers}
-    return {**find_copies(layers, is_original), **told}
+    lineage = {name: layer.lineage for name, layer in layers.items()}
+    shapes = {name: dense_shape(layer) for name, layer in layers.items()}
+    found = find_copies(lineage, shapes, is_original)
+    found |= {c: o for c, o in by_hand(options.follow, layers).items() if o in layers}
+    include = ("*", *options.include)
+    return {
+        copy: original
+        for copy, original in found.items()
+        if is_chosen(copy, include, options.exclude)
+        and is_chosen(original, options.include, options.exclude)
+    }
 
 
 def convert_to_match(model: nn.Module, topologies: Mapping[str, BlockTopology | None]) -> None:
@@ -312,7 +321,8 @@ def convert_to_match(model: nn.Module, topologies: Mapping[str, BlockTopology | 
     Raises:
         ValueError: if there is no linear layer of that name and size.
     """
-    changes: list[Callable[[], object]] = []
+    # By the module, as one may have several names.
+    changes: dict[int, Callable[[], object]] = {}
     for name, topology in topologies.items():
         try:
             module = model.get_submodule(name)
@@ -320,7 +330,7 @@ def convert_to_match(model: nn.Module, topologies: Mapping[str, BlockTopology | 
             continue  # that is for `load_state_dict` to tell
         if topology is None:
             if isinstance(module, BlockSparseLinear):
-                changes.append(partial(make_dense_, module))
+                changes.setdefault(id(module), partial(make_dense_, module))
             continue
         if isinstance(module, BlockSparseLinear):
             continue  # it takes what it loads
@@ -335,8 +345,8 @@ def convert_to_match(model: nn.Module, topologies: Mapping[str, BlockTopology | 
                 f"The model's layer must be {shape[0]}x{shape[1]}, as the checkpoint's is; got "
                 f"{'x'.join(map(str, dense_shape(module)))} (layer '{name}')."
             )
-        changes.append(partial(make_sparse_, module, topology, label=name))
-    for change in changes:
+        changes.setdefault(id(module), partial(make_sparse_, module, topology, label=name))
+    for change in changes.values():
         change()
     if changes:
         _fit_containers(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import re
 from collections.abc import Iterator
 from itertools import chain
 from types import CodeType, FunctionType, MethodType
@@ -148,7 +149,7 @@ def _closing(model: nn.Module) -> str | None:
         return None
     last, others = linears[-1], linears[:-1]
     out = dense_shape(last)[0]
-    if any(isinstance(m, nn.Embedding) and m.num_embeddings == out for m in model.modules()):
+    if out in _vocabularies(model):
         return f"an output head: the last linear layer, {out} wide as an embedding has entries"
     if not others or out >= min(chain.from_iterable(map(dense_shape, others))):
         return None
@@ -157,6 +158,26 @@ def _closing(model: nn.Module) -> str | None:
         if not listed and any(child is last for child in module.children()):
             return "an output head: the last and narrowest linear layer"
     return None
+
+
+# In the names of embeddings of where something stands, absolute or relative; GPT-2's is `wpe`.
+_POSITIONS = re.compile(r"(^|[._])(pos|wpe|relative)")
+
+
+def _vocabularies(model: nn.Module) -> set[int]:
+    """Return the numbers of entries of a model's embeddings, but for those of positions.
+
+    Those are known by their names, or by a config that says how many positions there are.
+    """
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    positions = [getattr(config, "max_position_embeddings", None) for config in configs]
+    words = [getattr(config, "vocab_size", None) for config in configs]
+    return {
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not _POSITIONS.search(name)
+        if module.num_embeddings in words or module.num_embeddings not in positions
+    }
 
 
 def _adapters(module: Any) -> dict[int, str]:

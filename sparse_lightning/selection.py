@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from sparse_lightning import ranks
-from sparse_lightning.copies import averaged, by_hand, lineages, original_of
+from sparse_lightning.copies import averaged, by_hand, find_copies, lineages, says_nothing
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, dense_shape, is_conv1d
 from sparse_lightning.names import (
     DEFAULT_EXCLUDE,
@@ -20,8 +20,10 @@ from sparse_lightning.names import (
     is_exact,
     matches,
 )
-from sparse_lightning.roles import output_heads, weight_readers
+from sparse_lightning.roles import is_linear, output_heads, weight_readers
 from sparse_lightning.sharding import is_sharded
+
+_NOT_INCLUDED = "not included"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, layer) of every dense linear layer: `nn.Linear`s and transformers' `Conv1D`s."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        if is_linear(module):
             yield name, module
 
 
@@ -70,17 +72,26 @@ def select_layers(
     Raises:
         ValueError: as `sparsify` does, if there is none to swap, or a pattern is wrong.
     """
-    if isinstance(model, nn.Linear):
+    if is_linear(model):
+        kind = "nn.Linear" if isinstance(model, nn.Linear) else type(model).__name__
         raise ValueError(
-            "`model` must contain the layers to replace; got a bare nn.Linear. "
+            f"`model` must contain the layers to replace; got a bare {kind}. "
             "Use BlockSparseLinear.from_linear(...)."
         )
     check_patterns("include", include)
     check_patterns("exclude", exclude)
     _check_names(model, include)
     able, skipped = _able(model, block_size, include, exclude)
-    found = _sort_out(model, able, include, _by_hand(model, follow or {}))
-    found.skipped.update(skipped)
+    # Copies of layers that are included follow them, whatever their names.
+    apart = {
+        name: module
+        for name, module in linear_layers(model)
+        if skipped.get(name) == _NOT_INCLUDED
+        and is_chosen(name, ("*", *include), exclude)
+        and not _obstacle(module, block_size, _tied_weights(model))
+    }
+    found = _sort_out(model, able, apart, include, _by_hand(model, follow or {}))
+    found.skipped.update({n: why for n, why in skipped.items() if n not in found.follows})
     if not found.layers and not any(True for _ in sparse_layers(model)):
         raise ValueError(_nothing_to_swap(include, exclude, found.skipped))
     _warn_of_idle_patterns(model, include, exclude)
@@ -96,13 +107,17 @@ def _able(
     able: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     tied = _tied_weights(model)
+    names = _all_names(model)
     roles = weight_readers(model)
     if exclude:
         roles = {**output_heads(model), **roles}
     for name, module in linear_layers(model):
         if not is_chosen(name, include, ()):
-            skipped[name] = "not included"
-        elif not is_chosen(name, include, exclude):
+            skipped[name] = _NOT_INCLUDED
+        elif not is_chosen(name, include, exclude) or (
+            name not in include
+            and not all(is_chosen(n, ("*",), exclude) for n in names[id(module)])
+        ):
             skipped[name] = "excluded"
         elif reason := _obstacle(module, block_size, tied):
             if name in include:
@@ -120,44 +135,55 @@ def _able(
 def _sort_out(
     model: nn.Module,
     able: Mapping[str, nn.Module],
+    apart: Mapping[str, nn.Module],
     include: Sequence[str],
     told: Mapping[str, str],
 ) -> Selection:
-    """Tell the layers that train from their copies, and from others that are frozen."""
+    """Tell the layers that train from their copies, and from others that are frozen.
+
+    Args:
+        model: that has them.
+        able: layers that may become block-sparse.
+        apart: those that may only as copies.
+        include: names layers in full that are taken also where they are frozen.
+        told: by the user, `{copy: original}`.
+    """
     averages = averaged(model)
     # Of a model that is not to be trained at all, the layers are taken as they are.
-    trains = any(parameter.requires_grad for parameter in model.parameters())
-    found, still = Selection(), []
-    for name, module in able.items():
-        frozen = trains and not module.weight.requires_grad
-        is_copy = name in told or any(name.startswith(prefix) for prefix in averages)
-        if (frozen or is_copy) and name not in include:
-            still.append(name)
-        else:
-            found.layers[name] = module
+    some_train = any(parameter.requires_grad for parameter in model.parameters())
+    weights: dict[str, Any] = {n: module.weight for n, module in {**able, **apart}.items()}
+
+    def stands_still(name: str) -> bool:
+        if name in include:
+            return False
+        frozen = some_train and not weights[name].requires_grad
+        return frozen or name in told or any(name.startswith(prefix) for prefix in averages)
+
+    found = Selection({n: module for n, module in able.items() if not stands_still(n)})
     # A frozen layer that is asked for in full is not taken for a copy.
-    weights: dict[str, Any] = {name: module.weight for name, module in able.items()}
-    compared: dict[str, Tensor] = {
-        name: weight for name, weight in weights.items() if name in still or weight.requires_grad
-    }
+    compared = {n: w for n, w in weights.items() if stands_still(n) or w.requires_grad}
     found.lineages.update(lineages(compared))
+    shapes = {name: dense_shape(module) for name, module in {**able, **apart}.items()}
+    copies = {**find_copies(found.lineages, shapes, found.layers.__contains__), **told}
     originals = {**found.layers, **dict(sparse_layers(model))}
-    for name in still:
-        mates = [
-            other for other in found.layers if found.lineages.get(other) == found.lineages[name]
-        ]
-        original = told.get(name) or original_of(name, mates)
+    for name in filter(stands_still, weights):
+        original = copies.get(name)
         if original in originals:
             found.follows[name] = original
         elif name in told:
             found.skipped[name] = f"it follows {original}, which stays dense"
-        elif mates:
-            found.skipped[name] = (
-                f"frozen, and equal to {len(mates)} layers; say which one it follows by `follow`"
-            )
-        else:
-            found.skipped[name] = "frozen"
+        elif name in able:
+            found.skipped[name] = _why_frozen(name, found)
     return found
+
+
+def _why_frozen(name: str, found: Selection) -> str:
+    mine = found.lineages[name]
+    equal = [other for other in found.layers if found.lineages.get(other) == mine]
+    if not equal or says_nothing(mine):
+        return "frozen"
+    others = equal[0] if len(equal) == 1 else f"{len(equal)} layers"
+    return f"frozen, and equal to {others}; if it is a copy, say of which by `follow`"
 
 
 def _by_hand(model: nn.Module, follow: Mapping[str, str]) -> dict[str, str]:
@@ -190,19 +216,30 @@ def _by_hand(model: nn.Module, follow: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_names(model: nn.Module, include: Iterable[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): name for name, module in model.named_modules()}
     for pattern in include:
-        if is_exact(pattern) and "." in pattern and pattern not in names:
+        if not is_exact(pattern) or "." not in pattern:
+            continue
+        if pattern not in modules:
             raise ValueError(
                 f"`include` must name modules of the model; got {pattern!r}, which is none of them."
+            )
+        name = first[id(modules[pattern])]
+        if name != pattern:
+            raise ValueError(
+                "`include` must have the first name of a module that has several; got "
+                f"{pattern!r}. Write {name!r}."
             )
 
 
 def _warn_of_idle_patterns(
     model: nn.Module, include: Iterable[str], exclude: Iterable[str]
 ) -> None:
-    names = [name for name, _ in (*linear_layers(model), *sparse_layers(model))]
-    for argument, patterns in (("include", include), ("exclude", exclude)):
+    layers = [*linear_layers(model), *sparse_layers(model)]
+    first, every = [name for name, _ in layers], _all_names(model)
+    any_name = [name for _, layer in layers for name in every[id(layer)]]
+    for argument, patterns, names in (("include", include, first), ("exclude", exclude, any_name)):
         idle = [
             pattern
             for pattern in patterns
@@ -264,10 +301,22 @@ def _obstacle(linear: Any, block_size: int, tied: set[int]) -> str | None:
     return None
 
 
+def _all_names(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of each module, by its id, the first one first."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(name)
+    return found
+
+
 def _tied_weights(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that are reachable under more than one name."""
+    """Return the ids of parameters that stand in more than one place of the model's modules.
+
+    A module that has several names is still one place, and the names go on to mean it.
+    """
     seen: set[int] = set()
     tied: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (tied if id(parameter) in seen else seen).add(id(parameter))
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            (tied if id(parameter) in seen else seen).add(id(parameter))
     return tied

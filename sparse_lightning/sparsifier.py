@@ -8,6 +8,8 @@ is seen at the optimizer, evidence is taken in, and an update is applied wholly 
 from __future__ import annotations
 
 import contextlib
+import gc
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,7 +30,7 @@ from sparse_lightning.criteria import BlockScores, needed_by, seeded_generator
 from sparse_lightning.distributions import Grid
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
 from sparse_lightning.gathering import Gatherer
-from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.linear import LIVING, BlockSparseLinear
 from sparse_lightning.lookup import calling
 from sparse_lightning.names import check_layers_found, is_chosen
 from sparse_lightning.optimizer_state import check_state, drop_dense_state
@@ -37,8 +39,8 @@ from sparse_lightning.resume import check_same_training
 from sparse_lightning.rules import UpdateRequest, check_decision, check_is_data, check_rule
 from sparse_lightning.schedules import Timetable, should_shrink
 from sparse_lightning.selection import sparse_layers
-from sparse_lightning.sharding import check_whole_blocks, is_sharded
-from sparse_lightning.stepping import StepWatch, innermost
+from sparse_lightning.sharding import check_whole_blocks, is_sharded, local_part
+from sparse_lightning.stepping import AnyStepWatch, StepWatch, innermost, is_within
 
 # In so many steps every layer that trains should have had a gradient.
 _SILENT_STEPS = 10
@@ -125,6 +127,9 @@ class Sparsifier:
         # Those that share the budget: also copies that are only known as such once there is an
         # optimizer, so that the budgets of the others stay what they were.
         self._sharing = dict(self.layers)
+        # What PyTorch counts when a tensor is written to.
+        self._written: dict[str, float] = {}
+        self._versions = {id(layer): layer.values._version for layer in self.layers.values()}
         self._agreed = False
         self._agree()
         self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
@@ -137,6 +142,7 @@ class Sparsifier:
         self._copies: Callable[[str], Iterable[BlockSparseLinear]] = _no_copies
         self._planned: Callable[[Optimizer, int], int] | None = None
         self._may_shrink = True
+        self._others: AnyStepWatch | None = None
         self._told: set[str] = set()
 
     # Before the training.
@@ -163,7 +169,12 @@ class Sparsifier:
             check_layers_found(config.layer_density, grids)
             return config.budgets_at(0.0, grids), config.capacities(grids)
 
-        options = SwapOptions(
+        return swap_layers(self.model, self._options, budgets)
+
+    @property
+    def _options(self) -> SwapOptions:
+        config = self.config
+        return SwapOptions(
             config.block_size,
             config.include,
             config.exclude,
@@ -172,15 +183,15 @@ class Sparsifier:
             config.floor,
             config.follow,
         )
-        return swap_layers(self.model, options, budgets)
 
     def _managed(self) -> dict[str, BlockSparseLinear]:
-        return {n: m for n, m in self._chosen().items() if n not in self.follows}
-
-    def _chosen(self) -> dict[str, BlockSparseLinear]:
-        """Return the block-sparse layers that the patterns choose, copies among them."""
+        """Return the block-sparse layers that the patterns choose, without copies."""
         include, exclude = self.config.include, self.config.exclude
-        return {n: m for n, m in sparse_layers(self.model) if is_chosen(n, include, exclude)}
+        return {
+            name: layer
+            for name, layer in sparse_layers(self.model)
+            if is_chosen(name, include, exclude) and name not in self.follows
+        }
 
     def _age_zero(self) -> dict[str, Tensor]:
         """Return the step at which the block of each slot was grown: int32 `[capacity]`."""
@@ -194,7 +205,9 @@ class Sparsifier:
         """Take over rank 0's blocks and values."""
         if self._agreed or ranks.world_size() == 1:
             return
-        for layer in self._chosen().values():
+        copies = [self.model.get_submodule(name) for name in self.follows]
+        for layer in [*self.layers.values(), *copies]:
+            assert isinstance(layer, BlockSparseLinear)
             # Of sharded values each rank has drawn its own part; those on meta are yet to come.
             has_values = layer.values.device.type != "meta" and not is_sharded(layer.values)
             own = layer.topology.coords.cpu(), layer.values.detach().cpu() if has_values else None
@@ -243,7 +256,6 @@ class Sparsifier:
         if not isinstance(shrink, bool):
             raise TypeError(f"`shrink` must be true or false; got {shrink!r}.")
         before = self._attached()
-        self._take_back_copies()
         for name, layer in self.layers.items():
             if layer.locked and not before:
                 raise RuntimeError(
@@ -265,17 +277,54 @@ class Sparsifier:
         try:
             for optimizer in map(innermost, optimizers):
                 self._attach(optimizer)
-            self._find_copies()
+            self._set_copies(self._copies_now())
             self._check_layers()
         except BaseException:
             self._let_go([course for course in self._attached() if course not in before])
             raise
         for layer in self.layers.values():
             layer.locked = True
+        self._warn_of_late_layers()
         self._warn_of_sudden_falls()
         self._warn_of_rises_without_growth()
         for course in self._attached():
             self._arm(course)
+        self._told.discard("others")
+        if self._others is None:
+            self._others = AnyStepWatch(self._look_at)
+
+    def exchange(self, before: Iterable[Any], now: Iterable[Any]) -> bool:
+        """Follow other optimizers from now on, where these have taken the place of attached ones.
+
+        The schedule, its steps and what waits for a step go on: each goes on where the one at its
+        place was, and one more than there were where the last one is.
+
+        Args:
+            before: optimizers that are attached.
+            now: those in their place.
+
+        Returns:
+            Whether these are not the same; if they are, nothing is done.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `attach`.
+        """
+        # One may stand in a list twice.
+        gone, new = ([*dict.fromkeys(map(innermost, each))] for each in (before, now))
+        if gone == new:
+            return False
+        places = [course for course in self._attached() if course.optimizer in gone]
+        stay = [c for c in self._attached() if c not in places and c.optimizer not in new]
+        others = [course.optimizer for course in stay]
+        self._let_go(self._attached())
+        while len(places) < len(new):
+            places.append(Course.from_state(places[-1].state_dict()) if places else Course())
+        # `attach` goes through them in this order.
+        first = [*places[: len(new)], *stay]
+        rest = [course for course in [*places, *self._courses] if course not in first]
+        self._courses = [*first, *dict.fromkeys(rest)]
+        self.attach(*new, *others)
+        return True
 
     def _attach(self, optimizer: Optimizer) -> None:
         if any(course.optimizer is optimizer for course in self._courses):
@@ -303,29 +352,83 @@ class Sparsifier:
             partial(self._over, course),
         )
 
-    def _take_back_copies(self) -> None:
-        """Take all layers for ones that train, but for those that were copies when it was made.
+    def _copies_now(self) -> dict[str, str]:
+        """Return which layers are copies by now, `{copy: original}`, and of layers that train.
 
-        A further optimizer may hold what was in none before.
+        A layer trains if it is in an attached optimizer and not frozen.
         """
-        self.layers.clear()  # the gatherer knows this dictionary
-        self.layers.update(self._sharing)
-        self.follows = {c: o for c, o in self.follows.items() if c not in self._sharing}
+        optimizers = [course.optimizer for course in self._attached() if course.optimizer]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
 
-    def _find_copies(self) -> None:
-        """Take the layers that are in no optimizer and equal another for its copies."""
-        chosen = self._chosen()
-        held = {name for course in self._attached() for name in course.held}
-        found = copies_in(self.model, self.config.follow, lambda name, _: name in held)
-        for copy, original in found.items():
-            if copy in chosen and original in held:
+        def trains(name: str, layer: BlockSparseLinear) -> bool:
+            return id(layer.values) in held and layer.values.requires_grad
+
+        found = copies_in(self.model, self._options, trains)
+        return {copy: original for copy, original in found.items() if original in self._sharing}
+
+    def _set_copies(self, follows: dict[str, str], settled: bool = False) -> None:
+        """Have layers follow others from here on, and those that no longer do evolve again.
+
+        Args:
+            follows: `{copy: original}`.
+            settled: whether all optimizers are known.
+        """
+        before, self.follows = self.follows, follows
+        layers = {name: layer for name, layer in self._sharing.items() if name not in follows}
+        for name in self.layers.keys() - layers.keys():
+            self._gatherer.arm([], {name: self.layers[name].values})
+            self.layers[name].locked = False
+        self.layers.clear()  # the gatherer knows this dictionary
+        self.layers.update(layers)
+        for course in self._attached():
+            course.groups = []
+            self._look_up(course)
+            for name in follows:
+                course.pending.pop(name, None)
+            course.waiting = [name for name in course.waiting if name not in follows]
+        for layer in layers.values():
+            layer.locked = self.is_attached
+        for copy, original in follows.items():
+            found = self.model.get_submodule(copy)
+            assert isinstance(found, BlockSparseLinear)
+            # A further optimizer may be attached that holds it, and it may have learnt before.
+            if copy not in before and (settled or self._is_equal(found, self.layers[original])):
                 with _naming(copy):
-                    chosen[copy].take_blocks_of(self.layers[original])
-                self.follows[copy] = original
-                self.layers.pop(copy, None)
-        layers = {n: of for n, of in self.report.layers.items() if n not in self.follows}
-        self.report = replace(self.report, layers=layers, follows=dict(self.follows))
-        late = [n for n in chosen if n not in self._sharing and n not in self.follows]
+                    found.take_blocks_of(self.layers[original])
+        of_layers = {n: of for n, of in self.report.layers.items() if n not in follows}
+        self.report = replace(self.report, layers=of_layers, follows=dict(follows))
+        lost = sorted(before.keys() - follows.keys() - self._sharing.keys())
+        new = sorted(follows.items() - before.items())
+        if settled and new:
+            told = ", ".join(f"{copy} follows {original}" for copy, original in new)
+            self._warn(f"Copies of block-sparse layers were found in training: {told}.")
+        if lost:
+            self._warn(
+                f"Block-sparse layers that followed others are trained now: {', '.join(lost)}. "
+                "They follow no longer, and their blocks stay."
+            )
+
+    def _is_equal(self, copy: BlockSparseLinear, original: BlockSparseLinear) -> bool:
+        """Tell whether layers are as the swap has made them of equal weights."""
+        if copy.agrees_with(original):
+            return True
+        # They may have no block in common.
+        common = copy.topology.mask & original.topology.mask.to(copy.topology.device)
+        layers = (copy, original)
+        return not common.any() and all(
+            self._versions.get(id(layer)) == layer.values._version for layer in layers
+        )
+
+    def _warn_of_late_layers(self) -> None:
+        include, exclude = self.config.include, self.config.exclude
+        late = [
+            name
+            for name, _ in sparse_layers(self.model)
+            if is_chosen(name, include, exclude)
+            and name not in self._sharing
+            and name not in self.follows
+        ]
         if late:
             self._warn(
                 "Block-sparse layers are evolved if they are there when the Sparsifier is made; "
@@ -368,9 +471,10 @@ class Sparsifier:
         course.own = {name: values for name, values in held.items() if name not in others}
         if anew:
             self._warn(
-                "The optimizer had state of layers from before they were block-sparse, which tells "
-                f"nothing of blocks; it begins anew for them: {', '.join(anew)}. Make layers "
-                "block-sparse before the first step to lose none."
+                "The optimizer had state of layers from before they were block-sparse, or had as "
+                "many slots, which tells nothing of their blocks; it begins anew for them: "
+                f"{', '.join(anew)}. Make layers block-sparse before its first step, and leave it "
+                "attached, to lose none."
             )
 
     def _check_layers(self) -> None:
@@ -398,7 +502,7 @@ class Sparsifier:
                 "`values` must be in an optimizer, or the layer would not train; got none that "
                 f"holds it (layer '{name}'). Build the optimizer from the model's parameters once "
                 "its layers are block-sparse: under Lightning in configure_optimizers, not in "
-                "__init__."
+                "__init__. If it is a copy of another layer, say of which by `follow`."
             )
 
     def _in_no_optimizer(self) -> list[str]:
@@ -411,7 +515,8 @@ class Sparsifier:
         if missing:
             self._warn(
                 "Block-sparse layers are in no optimizer that is attached, so their blocks stay: "
-                f"{', '.join(missing)}. Call `attach` with the optimizer that holds them.",
+                f"{', '.join(missing)}. Call `attach` with the optimizer that holds them; if they "
+                "are copies of others, say of which by `follow`.",
                 once="held",
             )
 
@@ -528,11 +633,47 @@ class Sparsifier:
         """Take in a step of an optimizer, if it counts."""
         if not was_skipped:
             self._look_up(course)
+            if not course.held:
+                self._warn_of_none_held(course)
             for values in course.held.values():
                 if values.grad is not None:
                     self._step(course)
                     return
         self._skip(course)
+
+    def _look_at(self, optimizer: Optimizer) -> None:
+        """Look at a step of any optimizer, for one that is not attached and steps the layers."""
+        attached = [course.optimizer for course in self._attached() if course.optimizer is not None]
+        if "others" in self._told or any(optimizer is each for each in attached):
+            return
+        known = {id(layer.values): name for name, layer in self._sharing.items()}
+        names = [
+            known[id(parameter)]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in known and parameter.grad is not None
+        ]
+        if not names or any(is_within(each, optimizer) for each in attached):
+            return
+        if any(is_within(optimizer, each) for each in attached):
+            return
+        self._warn(
+            f"Block-sparse layers are stepped by {_class_of(optimizer)}, an optimizer that is not "
+            f"attached: {', '.join(names)}. Its steps do not count, and its state does not follow "
+            "the blocks. If it has taken the place of the one that is attached, call `detach()` "
+            "and then `attach` with it; if both step, call `attach` with it, too.",
+            once="others",
+        )
+
+    def _warn_of_none_held(self, course: Course) -> None:
+        missing = self._in_no_optimizer()
+        if missing:
+            self._warn(
+                f"The optimizer that is attached, {_class_of(course.optimizer)}, holds none of the "
+                "block-sparse layers, so its steps do not count; in no optimizer that is attached "
+                f"are: {', '.join(missing)}. Call `attach` with the optimizer that holds them.",
+                once="held",
+            )
 
     def _skip(self, course: Course) -> None:
         """Forget a step that did not count."""
@@ -599,11 +740,15 @@ class Sparsifier:
     def _update(self, course: Course, is_due: bool) -> None:
         """Update the layers that are due, or that waited, as far as they were scored."""
         assert course.timetable is not None
+        copies = self._copies_now()
+        if copies != self.follows:
+            self._set_copies(copies, settled=True)
         due = [
             name
             for name, values in course.own.items()
             if values.requires_grad and (is_due or name in course.waiting)
         ]
+        self._warn_of_references()
         with _one_thread():
             update = self._decide(course, due)
             if update.layers:
@@ -616,6 +761,8 @@ class Sparsifier:
         asked = course.armed if self._gatherer.window else due
         self._warn_of_waiting(course.steps, [name for name in course.waiting if name in asked])
         if update.layers:
+            self._written = self._sums_of_copies()
+            self._warn_of_copies_elsewhere()
             self.last_update = update
             try:
                 self._shrink()
@@ -750,13 +897,61 @@ class Sparsifier:
             )
 
     def _copies_of(self, name: str) -> Iterator[BlockSparseLinear]:
-        """Yield the layers that follow a layer: in the model, and elsewhere."""
+        """Yield the layers that follow a layer: in the model, and elsewhere, of these too."""
+        yield from self._copies(name)
         for copy, original in self.follows.items():
             if original == name:
                 found = self.model.get_submodule(copy)
                 assert isinstance(found, BlockSparseLinear)
                 yield found
-        yield from self._copies(name)
+                yield from self._copies(copy)
+
+    def _sums_of_copies(self) -> dict[str, float]:
+        """Return a number of each copy in the model that tells whether somebody writes to it."""
+        if "reference" in self._told:
+            return {}
+        copies = {name: self.model.get_submodule(name) for name in self.follows}
+        return {
+            name: float(local_part(copy.values.detach()).double().sum())
+            for name, copy in copies.items()
+            if isinstance(copy, BlockSparseLinear)
+        }
+
+    def _warn_of_references(self) -> None:
+        """Name copies to which nobody has written from one update to the next."""
+        now = self._sums_of_copies() if self._written else {}
+        same = sorted(name for name, total in now.items() if self._written.get(name) == total)
+        if same:
+            self._warn(
+                f"Nobody has written to copies of layers since the last update: {', '.join(same)}. "
+                "They have the blocks of their originals, as a target or a teacher is to have. A "
+                "reference that is to compute what it did before has to be excluded: exclude="
+                f"[{same[0]!r}].",
+                once="reference",
+            )
+
+    def _warn_of_copies_elsewhere(self) -> None:
+        """Name the layers of which there are copies that nobody has told of."""
+        if "elsewhere" in self._told:
+            return
+        lineages = {layer.lineage: name for name, layer in self.layers.items()}
+        known = {id(module) for module in self.model.modules()}
+        known |= {id(copy) for name in self.layers for copy in self._copies_of(name)}
+
+        def elsewhere() -> list[str]:
+            copies = [c for c in LIVING if c.lineage in lineages and id(c) not in known]
+            return sorted({lineages[copy.lineage] for copy in copies if not copy.locked})
+
+        if elsewhere():
+            gc.collect()  # what is left of an earlier training
+        if names := elsewhere():
+            self._warn(
+                "There are copies of block-sparse layers outside of the model: "
+                f"{', '.join(names)}. They do not follow its blocks, as suits what is kept to look "
+                "at later. Hold an average or a target in the model, or give `attach(..., "
+                "copies=...)`.",
+                once="elsewhere",
+            )
 
     def _warn_of_waiting(self, step: int, names: list[str]) -> None:
         new = [name for name in names if name not in self._told]
@@ -869,8 +1064,8 @@ class Sparsifier:
 
         What `attach` was offered beside them is forgotten too.
 
-        Warns if steps were taken, and the density is not the one that was asked for; or if it never
-        was attached.
+        Warns if steps were taken, and the density is not the one that was asked for; if none was
+        seen; or if it never was attached.
         """
         if not self.is_attached:
             if not self._courses:
@@ -882,6 +1077,8 @@ class Sparsifier:
             return
         trained = any(course.steps or course.skipped for course in self._courses)
         shortfall = self._shortfall() if trained else None
+        if shortfall is None:
+            shortfall = self._none_seen()
         self._let_go(self._attached())
         self._rewrap, self._copies, self._planned = None, _no_copies, None
         self._may_shrink = True
@@ -895,6 +1092,22 @@ class Sparsifier:
         if not self._attached():
             for layer in self.layers.values():
                 layer.locked = False
+            if self._others is not None:
+                self._others.remove()
+                self._others = None
+
+    def _none_seen(self) -> str | None:
+        """Return that no step since `attach` counted, where one would have; None otherwise."""
+        courses = self._attached()
+        trains = any(layer.values.requires_grad for layer in self.layers.values())
+        # Who is told of an error need not be told what it has kept from happening.
+        if not trains or any(course.seen for course in courses) or sys.exc_info()[0] is not None:
+            return None
+        return (
+            "No step was seen in which block-sparse layers had a gradient since `attach` was "
+            f"called with {', '.join(_class_of(course.optimizer) for course in courses)}, so no "
+            "block has moved. Attach the very optimizer that steps the layers."
+        )
 
     def _shortfall(self) -> str | None:
         """Return how the density differs from the one asked for, and why; None if it does not."""
@@ -984,6 +1197,10 @@ class Sparsifier:
 
 def _only(budgets: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
     return {name: budgets[name] for name in names}
+
+
+def _class_of(optimizer: object) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _no_copies(name: str) -> Iterable[BlockSparseLinear]:

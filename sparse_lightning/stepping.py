@@ -6,11 +6,14 @@ be known there: when its gradients are final, whether the step is skipped, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,8 +75,8 @@ class StepWatch:
     ) -> None:
         self._wants, self._read, self._over = wants, read, over
         self._open = False
-        before = optimizer.register_step_pre_hook(_not_compiled(self._before))
-        after = optimizer.register_step_post_hook(_not_compiled(self._after))
+        before = optimizer.register_step_pre_hook(not_compiled(self._before))
+        after = optimizer.register_step_post_hook(not_compiled(self._after))
         # Before other hooks, which may throw the gradients away.
         optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
         self._handles = [before, after]
@@ -116,13 +119,66 @@ class StepWatch:
             self._over(_overflows(optimizer))
 
 
+class AnyStepWatch:
+    """Tells of the steps of all optimizers that there are, until it is removed or collected.
+
+    Args:
+        over: is called with an optimizer after each of its steps, and after the hooks of its own.
+    """
+
+    _all: ClassVar[WeakSet[AnyStepWatch]] = WeakSet()
+    _handle: ClassVar[RemovableHandle | None] = None
+
+    def __init__(self, over: Callable[[Optimizer], None]) -> None:
+        self._over = over
+        self._all.add(self)
+        if AnyStepWatch._handle is None:
+            AnyStepWatch._handle = register_optimizer_step_post_hook(not_compiled(_tell_all))
+
+    def remove(self) -> None:
+        """Tell of no further step; without any that watches, PyTorch's hook is removed, too."""
+        self._all.discard(self)
+        if not self._all and AnyStepWatch._handle is not None:
+            AnyStepWatch._handle.remove()
+            AnyStepWatch._handle = None
+
+
+def _tell_all(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for watch in [*AnyStepWatch._all]:
+        watch._over(optimizer)
+
+
+def is_within(inner: Optimizer, outer: Optimizer) -> bool:
+    """Tell whether one optimizer is another, or is held by it, as by SAM and Lookahead."""
+    known, left = set(), [outer]
+    while left:
+        found = left.pop()
+        if found is inner or found.state is inner.state:
+            return True
+        if id(found) not in known:
+            known.add(id(found))
+            left.extend(_optimizers_in(vars(found).values()))
+    return False
+
+
+def _optimizers_in(values: Iterable[object]) -> Iterator[Optimizer]:
+    """Yield the optimizers among values, and in lists and dicts among them."""
+    for value in values:
+        if isinstance(value, Optimizer):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (each for each in value if isinstance(each, Optimizer))
+        elif isinstance(value, Mapping):
+            yield from (each for each in value.values() if isinstance(each, Optimizer))
+
+
 def _overflows(optimizer: Optimizer) -> bool:
     """Whether a GradScaler has told a fused optimizer to skip the step."""
     overflow = getattr(optimizer, "found_inf", None)
     return overflow is not None and bool(float(overflow))
 
 
-def _not_compiled(hook: Callable[P, R]) -> Callable[P, R]:
+def not_compiled(hook: Callable[P, R]) -> Callable[P, R]:
     """Return a hook at which compiled code that steps an optimizer leaves its graph."""
     disabled = torch.compiler.disable(hook)
 

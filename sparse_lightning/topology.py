@@ -74,6 +74,7 @@ class BlockTopology:
         self.col_offsets, self.col_entries = empty(in_blocks + 1), empty(capacity, 2)
         self.row_offsets[0] = self.col_offsets[0] = 0
         self.slots = empty(out_blocks, in_blocks)
+        self._shared = False
         self.assign_(coords)
 
     @classmethod
@@ -258,10 +259,28 @@ class BlockTopology:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Processes that are started by pickling share the memory of tensors on the CPU, and what
-        # one writes to its indices is no business of the others.
+        # one writes to its indices is no business of the others, unless it was shared on purpose.
+        on_purpose = state.get("_shared", False) and _is_shared(state["coords"])
         for name, value in state.items():
-            shared = isinstance(value, Tensor) and value.device.type == "cpu" and value.is_shared()
-            self.__dict__[name] = value.clone() if shared else value
+            apart = not on_purpose and isinstance(value, Tensor) and _is_shared(value)
+            self.__dict__[name] = value.clone() if apart else value
+        self._shared = on_purpose
+
+    def share_memory_(self) -> BlockTopology:
+        """Have other processes see and make the changes of the indices, as `Tensor.share_memory_`.
+
+        They do in those processes that are started from now on. `n_blocks` is each one's own.
+        """
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+        self._shared = True
+        return self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its indices are shared by `share_memory_`."""
+        return self._shared
 
     @staticmethod
     def is_transposed(state: Tensor) -> bool:
@@ -273,6 +292,7 @@ class BlockTopology:
         for name, value in [*vars(self).items()]:
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
+        self._shared = self._shared and _is_shared(self.coords)
         return self
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -401,6 +421,11 @@ def count_blocks(density: float, total: int) -> int:
     """
     check_density(density)
     return max(1, round(density * total))
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Tell whether a tensor lies in memory that processes share; all on CUDA says that it does."""
+    return tensor.device.type == "cpu" and tensor.is_shared()
 
 
 def _as_blocks(weight: Tensor, grid: tuple[int, int], block_size: int) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sparse_lightning import BlockSparseLinear, Sparsifier, densify, sparsify
+from sparse_lightning import BlockSparseLinear, Sparsifier, densify, load_sparse, sparsify
 from tests.loops import FALLING, Net, adamw, sparse, train
 
 OPTIONS: dict[str, Any] = {
@@ -354,3 +356,179 @@ def test_a_training_with_a_copy_resumes_bit_for_bit() -> None:
     expected = weights_of(whole)
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, expected[name]), name
+
+
+# -- what becomes of copies in a training ---------------------------------------------------------
+
+
+def attached(model: nn.Module, *parameters: nn.Parameter, **options: Any) -> Any:
+    """A sparsifier of a model, and the optimizer of some parameters that it is attached to."""
+    sparsifier = Sparsifier(model, 40, **{"density": 0.25, **OPTIONS, **options})
+    optimizer = adamw(parameters or model.parameters())
+    sparsifier.attach(optimizer)
+    return sparsifier, optimizer
+
+
+def same_blocks(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(sparse(one).values(), sparse(other).values(), strict=True)
+    return all(torch.equal(a.topology.coords, b.topology.coords) for a, b in pairs)
+
+
+@pytest.mark.parametrize("when", ["before attach", "in training"])
+def test_a_copy_that_is_frozen_later_follows_from_then_on(when: str) -> None:
+    """Also where the optimizer holds everything."""
+    model = WithTarget(copy.deepcopy)
+    sparsifier = Sparsifier(model, 40, density=0.25, **OPTIONS)
+    optimizer = adamw(model.parameters())
+    if when == "before attach":
+        model.target.requires_grad_(False)
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(6))
+    model.target.requires_grad_(False)
+    train(model, optimizer, range(6, 20))
+    assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
+    assert [*sparsifier.layers] == ["net.0", "net.2"] and same_blocks(model.net, model.target)
+
+
+def test_a_copy_that_is_made_in_training_follows_from_the_next_update_on() -> None:
+    model = Net()
+    sparsifier, optimizer = attached(model)
+    train(model, optimizer, range(6))
+    model.target = frozen(model.net)
+    with pytest.warns(UserWarning, match=r"target\.0 follows net\.0, target\.2 follows net\.2"):
+        train(model, optimizer, range(6, 20))
+    assert sparsifier.n_updates > 3 and same_blocks(model.net, model.target)
+
+
+def test_a_copy_that_begins_to_train_keeps_what_it_learns() -> None:
+    """It was frozen when layers were swapped, as in gradual unfreezing."""
+    model = WithTarget(frozen)
+    sparsifier, optimizer = attached(model)
+    train(model, optimizer, range(6))
+    model.target.requires_grad_(True)
+    blocks = [layer.topology.coords.clone() for layer in sparse(model.target).values()]
+
+    def loss_of_both(number: int) -> None:
+        for parameter in model.target.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+    with pytest.warns(UserWarning, match=r"are trained now: target\.0, target\.2"):
+        for number in range(6, 20):
+            loss_of_both(number)
+            train(model, optimizer, [number])
+    assert not sparsifier.follows
+    for layer, before in zip(sparse(model.target).values(), blocks, strict=True):
+        assert torch.equal(layer.topology.coords, before)
+        assert layer.values.flatten(1).any(1).all()
+    assert not same_blocks(model.net, model.target)
+
+
+def test_networks_that_learnt_before_keep_their_weights_whatever_is_attached_first() -> None:
+    model = nn.ModuleDict({"one": Net()})
+    model["two"] = copy.deepcopy(model["one"])
+    sparsifier = Sparsifier(model, 16, **OPTIONS)
+    with torch.no_grad():
+        for parameter in model["two"].parameters():
+            parameter.mul_(1.5)
+    before = weights_of(model)
+    sparsifier.attach(adamw(model["one"].parameters()))
+    sparsifier.attach(adamw(model["two"].parameters()))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert not sparsifier.follows and len(sparsifier.layers) == 4
+
+
+@pytest.mark.parametrize("way", ["state dict", "file", "built apart"])
+def test_who_follows_whom_is_saved_with_the_weights(way: str, tmp_path: Path) -> None:
+    """A model that is loaded goes on in another training, with a target that equals nothing."""
+    model = WithTarget(frozen)
+    sparsifier, optimizer = attached(model)
+    train(model, optimizer, range(10), lambda _: average(model))
+    sparsifier.detach()
+    if way == "built apart":  # as in many a program of reinforcement learning
+        other = nn.ModuleDict({"net": Net().net, "target": Net().net, "head": Net().head})
+        torch.nn.init.normal_(other["target"][0].weight)
+        sparsify(other, block_size=16, density=0.25, exclude=["head"])
+        other["target"].load_state_dict(other["net"].state_dict())
+        other["target"].requires_grad_(False)
+        again = Sparsifier(other, 16, density=0.25, **OPTIONS)
+        assert again.follows == {"target.0": "net.0", "target.2": "net.2"}
+        return
+    if way == "file":
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        loaded = load_sparse(WithTarget(frozen), tmp_path / "model.pt")
+    else:
+        loaded = load_sparse(WithTarget(frozen), model.state_dict())
+    sparsifier, optimizer = attached(loaded)
+    assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
+    train(loaded, optimizer, range(10), lambda _: average(loaded))
+    assert sparsifier.n_updates > 1 and same_blocks(loaded.net, loaded.target)
+
+
+def test_one_layer_that_trains_has_no_copies_among_its_clones() -> None:
+    for n_layers in (2, 3):
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        model = nn.TransformerEncoder(layer, n_layers).requires_grad_(False)
+        model.layers[-1].requires_grad_(True)
+        x = torch.randn(2, 3, 32)
+        before = model.layers[0](x)
+        report = sparsify(model, block_size=16, density=0.5)
+        assert not report.follows and torch.equal(model.layers[0](x), before)
+
+
+def test_zeros_follow_where_the_layers_around_them_do() -> None:
+    class Residual(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.net[2].weight)
+            self.apart = nn.Linear(64, 64).requires_grad_(False)
+            nn.init.eye_(self.apart.weight)
+            self.target = frozen(self.net)
+
+    sparsifier = Sparsifier(Residual(), 16, **OPTIONS)
+    assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
+    assert sparsifier.report.skipped["apart"] == "frozen"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_copy_may_have_another_dtype(dtype: torch.dtype) -> None:
+    model = WithTarget(lambda net: frozen(net).to(dtype))
+    sparsifier, optimizer = attached(model)
+    train(model, optimizer, range(8))
+    assert len(sparsifier.follows) == 2 and same_blocks(model.net, model.target)
+    assert model.target[0].values.dtype == dtype
+
+
+def test_copies_of_included_layers_need_not_be_included() -> None:
+    model = WithTarget(frozen)
+    options = {**OPTIONS, "include": ["net.*"]}
+    sparsifier = Sparsifier(model, 16, **options)
+    assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
+
+
+def test_copies_outside_of_the_model_are_told_of_once() -> None:
+    model = Net()
+    sparsifier, optimizer = attached(model)
+    outside = copy.deepcopy(model.net)
+    with pytest.warns(UserWarning, match=r"outside of the model: net\.0, net\.2.*copies=") as told:
+        train(model, optimizer, range(20))
+    assert sum("outside of the model" in str(each.message) for each in told) == 1
+    known = Net()
+    sparsifier = Sparsifier(known, 40, density=0.25, **OPTIONS)
+    optimizer, outside = adamw(known.parameters()), copy.deepcopy(known)
+    sparsifier.attach(optimizer, copies=lambda name: [outside.get_submodule(name)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(known, optimizer, range(20))
+    assert same_blocks(known, outside)
+
+
+def test_a_copy_that_nobody_writes_to_is_named_as_it_may_be_a_reference() -> None:
+    model = WithTarget(frozen)
+    _, optimizer = attached(model)
+    with pytest.warns(UserWarning, match=r"target\.0, target\.2\..*exclude=\['target\.0'\]"):
+        train(model, optimizer, range(20))
+    model = WithTarget(frozen)
+    _, optimizer = attached(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(20), lambda _: average(model))

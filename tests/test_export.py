@@ -181,9 +181,8 @@ def test_weights_that_lie_transposed(capacity: int) -> None:
     saved = layer.state_dict()
     weight = dense_state_dict(saved)["weight"]
     assert torch.equal(weight, layer.dense_weight().T) and weight.is_contiguous()
-    bsr = bsr_state_dict(saved)["weight"]
-    assert bsr.layout == torch.sparse_bsr and bsr.values().shape == (4, 16, 16)
-    assert torch.equal(bsr.to_dense(), weight)
+    # PyTorch cannot compute with it in the other form.
+    assert torch.equal(bsr_state_dict(saved)["weight"], weight)
     assert report(find_layers(saved)).layers[""].shape == (48, 48)
 
 

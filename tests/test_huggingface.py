@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, densify, sparsify
 from sparse_lightning.cli import main
-from sparse_lightning.export import find_layers, report
+from sparse_lightning.export import dense_state_dict, find_layers, report
 from tests.callbacks.helpers import loader, trainer
 from tests.pages import ROOT
 
@@ -225,11 +225,33 @@ def test_what_leaves_a_sparse_gpt2_fits_a_dense_one(form: str, tmp_path: Path) -
         safetensors_torch.load_model(dense, tmp_path / "out")
     else:
         saved = torch.load(tmp_path / "out", weights_only=True)
-        assert (saved[f"{C_FC}.weight"].layout == torch.sparse_bsr) == (form == "bsr")
-        dense.load_state_dict({k: v.to_dense() if form == "bsr" else v for k, v in saved.items()})
+        dense.load_state_dict(saved, assign=form == "bsr")
     with torch.no_grad():
         expected, got = (m(input_ids=tokens()).logits for m in (model, dense))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["density", "topology"])
+def test_a_single_conv1d(given: str) -> None:
+    torch.manual_seed(0)
+    dense = gpt2().get_submodule(C_FC)
+    first = BlockSparseLinear.from_linear(dense, block_size=16, density=0.5)
+    options: Any = {"density": 0.5} if given == "density" else {"topology": first.topology}
+    layer, x = BlockSparseLinear.from_linear(dense, block_size=16, **options), torch.randn(3, 32)
+    assert (layer.in_features, layer.out_features, layer.density) == (32, 128, 0.5)
+    kept = layer.topology.mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert torch.equal(layer.dense_weight(), dense.weight.T * kept)
+    torch.testing.assert_close(densify(layer)(x), layer(x))
+    # In the model it becomes what it was, and saves as one that was swapped there does.
+    model, swapped = gpt2(), sparse_gpt2(density=0.5)
+    model.transformer.h[0].mlp.c_fc = layer
+    shapes = {name: tensor.shape for name, tensor in dense_state_dict(model.state_dict()).items()}
+    assert shapes == {n: t.shape for n, t in dense_state_dict(swapped.state_dict()).items()}
+    densify(model)
+    assert type(layer) is type(dense)
+    torch.testing.assert_close(layer(x), x @ (dense.weight * kept.T) + dense.bias)
+    with pytest.raises(ValueError, match=r"got a bare Conv1D. Use BlockSparseLinear.from_linear"):
+        sparsify(dense, block_size=16)
 
 
 def test_a_checkpoint_of_a_sparse_gpt2_is_inspected(

@@ -690,13 +690,56 @@ def test_the_leaf_of_the_norms_follows_the_values() -> None:
     torch.testing.assert_close(layer.block_norms.grad, norms, rtol=1e-4, atol=1e-5)
 
 
-def test_share_memory() -> None:
-    layer = make_layer()
-    x = torch.randn(3, 64)
-    expected = layer(x)
-    layer.share_memory()
-    assert layer.values.is_shared()
-    assert torch.equal(layer(x), expected)
+def look_on(connection: Any, shared: nn.Module, apart: BlockSparseLinear, x: Tensor) -> None:
+    """What another process computes once the layers have been given other blocks."""
+    torch.set_num_threads(1)
+    connection.send("ready")
+    connection.recv()
+    with torch.no_grad():
+        connection.send((shared(x).tolist(), apart.topology.coords.tolist()))
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_share_memory(how: str) -> None:
+    """Who shares the values sees their blocks change; who is only given a layer does not."""
+    torch.manual_seed(0)
+    model, apart, x = nn.Sequential(make_layer()), make_layer(), torch.randn(3, 64)
+    expected = model(x)
+    assert model.share_memory() is model and torch.equal(model(x), expected)
+    context = torch.multiprocessing.get_context(how)
+    here, there = context.Pipe()
+    worker = context.Process(target=look_on, args=(there, model, apart, x), daemon=True)
+    worker.start()
+    assert here.poll(60) and here.recv() == "ready"
+    before = apart.topology.coords.clone()
+    for layer in (model[0], apart):
+        coords = layer.topology.coords
+        with torch.no_grad():
+            layer.values.mul_(2.0)
+        layer.topology.assign_(coords.flip(0).clone())
+    here.send("go on")
+    assert here.poll(60)
+    y, coords = here.recv()
+    worker.join()
+    torch.testing.assert_close(torch.tensor(y), model(x).detach())
+    assert not torch.equal(model(x), expected)
+    assert coords == before.tolist()
+
+
+def test_what_is_no_longer_shared_has_blocks_of_its_own() -> None:
+    layer = make_layer().share_memory()
+    assert layer.is_shared and layer.values.is_shared()
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(saved, weights_only=False)):
+        assert not other.is_shared
+        other.shrink(other.topology.n_blocks)
+    with pytest.raises(RuntimeError, match="must not lie in shared memory when it shrinks"):
+        layer.shrink(layer.topology.n_blocks)
+    held = layer.topology.coords
+    assert not layer.double().is_shared
+    assert torch.equal(layer.topology.coords, held) and layer.topology.coords is not held
 
 
 def test_only_values_and_bias_are_parameters_and_nothing_is_a_buffer() -> None:

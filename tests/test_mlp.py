@@ -158,6 +158,23 @@ def test_hooks_are_called(place: int, calls: list[str]) -> None:
     assert len(seen) == 1 and not calls
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_forward_of_the_instance_is_called_as_long_as_it_is_there(
+    place: int, calls: list[str]
+) -> None:
+    mlp = make_mlp(nn.GELU())
+    x = torch.randn(3, 32).double()
+    plain, module = unfused(mlp), mlp[place]
+    original = module.forward
+    module.forward = lambda x: 2 * original(x)
+    expected = x
+    for i, part in enumerate(plain):
+        expected = part(expected) * (2 if i == place else 1)
+    assert torch.equal(mlp(x), expected) and not calls
+    del module.forward
+    assert torch.equal(mlp(x), plain(x)) and calls == ["gelu"]
+
+
 def test_a_subclass_is_left_alone(calls: list[str]) -> None:
     class Scaled(nn.GELU):
         def forward(self, input: Tensor) -> Tensor:

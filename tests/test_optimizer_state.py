@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +181,24 @@ def test_reset_takes_adagrads_start() -> None:
     assert (optimizer.state[parameter]["sum"] == 1.25).all()
     prepare_reset(optimizer, parameter, torch.tensor([2]))()
     assert optimizer.state[parameter]["sum"][:, 0, 0].tolist() == [1.25, 1.25, 0.25, 1.25]
+
+
+def test_reset_takes_what_the_optimizer_itself_begins_with_in_a_group() -> None:
+    of: list[tuple[type[Optimizer], str, str]] = [
+        (Rprop, "lr", "step_size"),
+        (type("MyRprop", (Rprop,), {}), "lr", "step_size"),
+        (Adagrad, "initial_accumulator_value", "sum"),  # it does not look at the group's
+    ]
+    for cls, option, name in of:
+        parameter, fresh = make_parameter(), make_parameter()
+        optimizer = cls([{"params": [parameter, fresh], option: 0.5}], **{option: 0.25})
+        for _ in range(3):
+            step(optimizer, parameter, torch.randn_like(parameter))
+        prepare_reset(optimizer, parameter, torch.tensor([2]))()
+        parameter.grad = None
+        step(optimizer, fresh, torch.zeros_like(fresh))
+        first = optimizer.state[fresh][name]
+        assert first.any() and torch.equal(optimizer.state[parameter][name][2], first[2]), cls
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -701,6 +720,18 @@ class Late(Toy):
         return g if state["step"] < 3 else self.mean(state, "momentum", g, 0.9)
 
 
+class Adopt(Toy):
+    """It divides by the second moment of the steps before; that begins as the first g^2."""
+
+    def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
+        is_first = "exp_avg_sq" not in state
+        state["step"] = state.get("step", 0) + 1
+        second = state.setdefault("exp_avg_sq", g.square())
+        update = g / second.sqrt().clamp_min(1e-6)
+        second.lerp_(g.square(), 1 - group["betas"][1])
+        return torch.zeros_like(g) if is_first else self.mean(state, "exp_avg", update, 0.9)
+
+
 class Sm3(Toy):
     """It keeps one number a slot, beside numbers that are no tensors."""
 
@@ -735,6 +766,8 @@ BY_SHAPE: dict[str, Callable[[Any], Optimizer]] = {
     "prodigy": lambda p: Prodigy(p, d=1e-3),
     "schedule-free": ScheduleFree,
     "late": Late,
+    "adopt": lambda p: Adopt(p, betas=(0.9, 0.9999)),
+    "adopt subclass": lambda p: type("MyAdopt", (Adopt,), {})(p, betas=(0.9, 0.9999)),
     "sm3": Sm3,
     "adam subclass": lambda p: MyAdam(p, lr=LR, amsgrad=True),
     "adam subclass fused": lambda p: MyAdam(p, lr=LR, fused=True),
@@ -872,6 +905,10 @@ def test_in_training_blocks_keep_their_state_and_grown_ones_begin(name: str) -> 
         (Toy, ("exp_avg_sq", (4,)), torch.tensor(5.25)),
         (Toy, ("row_var", (4, 16, 1)), squares(6.75, 3.75)[:, :1]),
         (Toy, ("col_var", (4, 1, 16)), torch.full((1, 16), 5.25)),
+        (Toy, ("exp_avg_var", (4, 16, 16)), squares(6.75, 3.75)),  # AdaBelief
+        # CAME: of updates that are divided by the root of a second moment.
+        (Toy, ("exp_avg_res_row", (4, 16)), torch.full((16,), 0.75)),
+        (Toy, ("exp_avg_res_col", (4, 16)), torch.full((16,), 0.75)),
         # What an unknown name means is not guessed.
         (Toy, ("hessian", (4, 16, 16)), torch.zeros(16, 16)),
         (Toy, ("exp_avg_diff", (4, 16, 16)), torch.zeros(16, 16)),
@@ -900,7 +937,16 @@ def test_second_moments_known_by_name_are_warm_started(
 
 @pytest.mark.parametrize(
     "name",
-    ["adan", "prodigy", "adam subclass", "transformers", "transformers fixed beta1", "sm3"],
+    [
+        "adan",
+        "prodigy",
+        "adam subclass",
+        "transformers",
+        "transformers fixed beta1",
+        "adopt",
+        "adopt subclass",
+        "sm3",
+    ],
 )
 def test_without_a_rule_no_grown_block_jumps(name: str) -> None:
     """Beside blocks whose gradient has the same size, after steps in which their state settled."""
@@ -939,7 +985,7 @@ class Codes(Tensor):
 
 
 class Holder:
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Any) -> None:
         self.factor = tensor
 
 
@@ -948,6 +994,9 @@ UNFIT: dict[str, tuple[Make, str]] = {
     "of a dimension": (lambda p: torch.eye(16), r"shape \[16, 16\]"),
     "of the slots": (lambda p: torch.eye(len(p)), r"shape \[12, 12\]"),
     "a list": (lambda p: [torch.eye(16), torch.eye(16)], r"\[16, 16\], shape \[16, 16\].* list"),
+    "a deque": (lambda p: deque([p.detach().clone()], maxlen=4), "deque"),
+    "a deque in an object": (lambda p: Holder(deque([torch.zeros_like(p)])), "Holder"),
+    "a view": (lambda p: {"a": torch.zeros_like(p)}.values(), "dict_values"),
     "a dict": (lambda p: {"a": {"b": torch.zeros_like(p)}}, "dict"),
     "an object": (lambda p: Holder(torch.eye(16)), "Holder"),
     "all in one": (lambda p: torch.zeros(5000), r"\[5000\]"),

@@ -132,11 +132,6 @@ def _tied_embedding() -> nn.Module:
     return model
 
 
-def _same_module_twice() -> nn.Module:
-    linear = nn.Linear(64, 64)
-    return nn.ModuleDict({"odd": linear, "again": linear})
-
-
 def _parametrized() -> nn.Module:
     linear = nn.Linear(64, 64)
     parametrize.register_parametrization(linear, "weight", nn.Identity())
@@ -177,7 +172,6 @@ OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "subclass": (_subclass, "odd", "a subclass of nn.Linear (Subclass)"),
     "attention": (_attention, "odd.out_proj", "NonDynamicallyQuantizableLinear"),
     "tied": (_tied_embedding, "odd.odd", "its weight is tied"),
-    "same module twice": (_same_module_twice, "odd.odd", "its weight is tied"),
     "parametrized": (_parametrized, "odd", "a subclass of nn.Linear (ParametrizedLinear)"),
     "parametrized bias": (_parametrized_bias, "odd", "ParametrizedLinear"),
     "weight_norm": (_weight_norm, "odd", "ParametrizedLinear"),

@@ -267,10 +267,19 @@ def wide() -> nn.Linear:
         (nn.Sequential(Net(a=wide(), num_labels=64), wide()), {"0.a": "num_labels = 64"}),
         (Net(a=wide(), b=wide(), num_classes=10), {}),
         (Net(emb=nn.Embedding(64, 32), a=wide(), b=nn.Sequential(wide())), {"b.0": "embedding"}),
+        # The vocabulary may be as large as there are positions, and a name as much like theirs.
+        (Net(emb=nn.Embedding(64, 32), a=wide(), b=nn.Sequential(wide()),
+             config=Net(max_position_embeddings=64, vocab_size=64)), {"b.0": "embedding"}),
+        (Net(composer=nn.Embedding(64, 32), a=wide(), b=nn.Sequential(wide())),
+         {"b.0": "embedding"}),
         (Net(features=wide(), classifier=nn.Sequential(wide(), nn.ReLU(), wide())),
          {"classifier.2": "within 'classifier'"}),
         (Net(a=wide(), out=nn.Linear(64, 10)), {"out": "narrowest"}),
         # None of these has a head.
+        *((Net(**{name: nn.Embedding(64, 32)}, a=wide(), b=nn.Sequential(wide())), {})
+          for name in ("position_embedding", "embed_positions", "wpe", "relative_attention_bias")),
+        (Net(n=Net(emb=nn.Embedding(64, 32)), a=wide(), b=nn.Sequential(wide()),
+             config=Net(max_position_embeddings=64)), {}),
         (Net(a=wide(), out=nn.Sequential(nn.Linear(64, 10))), {}),
         (Net(out=nn.Linear(64, 10)), {}),
         (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)), {}),

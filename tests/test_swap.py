@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,148 @@ def test_an_optimizer_that_has_state_of_dense_weights_begins_anew_for_them() -> 
     assert torch.equal(optimizer.state[model.net[0].bias]["exp_avg"], kept)
     train(model, optimizer, range(12))
     assert optimizer.state[model.net[0].values]["exp_avg"].shape == model.net[0].values.shape
+
+
+# -- optimizers that go on ------------------------------------------------------------------------
+
+Optim = torch.optim
+GO_ON: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "fused": lambda p: Optim.AdamW(p, fused=True),
+    "foreach": lambda p: Optim.AdamW(p, foreach=True),
+    "one by one": lambda p: Optim.Adam(p, foreach=False, amsgrad=True),
+    "sgd": lambda p: Optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "adagrad": lambda p: Optim.Adagrad(p, fused=True, initial_accumulator_value=0.5),
+    "adafactor": Optim.Adafactor,
+    "rprop": Optim.Rprop,
+}
+
+
+def loaded(model: nn.Module) -> None:
+    """Blocks of another capacity."""
+    model.load_state_dict(swapped(Net(), exclude=["head"]).state_dict())
+
+
+def sparse_anew(model: nn.Module) -> None:
+    densify(model)
+    swapped(model, exclude=["head"])
+
+
+def shrunk(model: Any) -> None:
+    """As while another optimizer is attached."""
+    for layer in sparse(model).values():
+        layer.shrink(layer.topology.n_blocks)
+
+
+CHANGES: dict[str, tuple[bool, Callable[[Any], Any]]] = {
+    "sparsify": (False, lambda model: swapped(model, exclude=["head"])),
+    "densify": (True, densify),
+    "load": (True, loaded),
+    "sparsify anew": (True, sparse_anew),
+    "shrink": (True, shrunk),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("of", GO_ON)
+def test_an_optimizer_that_goes_on_begins_anew_for_what_has_another_shape(
+    of: str, change: str
+) -> None:
+    was_sparse, make_other = CHANGES[change]
+    model = Net()
+    if was_sparse:
+        sparsify(model, block_size=16, density=0.25, max_density=0.75, exclude=["head"])
+    optimizer = GO_ON[of](model.parameters())
+    train(model, optimizer, range(3))
+    make_other(model)
+    # Hooks of the optimizer's own come after it.
+    seen: list[bool] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(fits(optimizer)))
+    twin = copy.deepcopy(model)
+    usual = GO_ON[of](twin.parameters())
+    with pytest.warns(UserWarning, match=r"begins anew for 2 of them") as said:
+        train(model, optimizer, [3])
+    train(twin, usual, [3])
+    assert len(said) == 1 and seen == [True] and fits(optimizer)
+    weights = [layer.weight if change == "densify" else layer.values for layer in model.net[::2]]
+    others = [layer.weight if change == "densify" else layer.values for layer in twin.net[::2]]
+    assert all(torch.equal(*pair) for pair in zip(weights, others, strict=True))
+    if of not in ("sgd", "adagrad"):
+        assert optimizer.state[weights[0]]["step"] == 1
+        assert optimizer.state[model.net[0].bias]["step"] == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(2))
+
+
+def fits(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether state has the sizes of its parameter, reduced or not."""
+    return all(
+        all(size in (1, whole) for size, whole in zip(tensor.shape, p.shape, strict=True))
+        for p, state in optimizer.state.items()
+        for tensor in state.values()
+        if isinstance(tensor, Tensor) and tensor.dim() and tensor.numel() > 1
+    )
+
+
+def restored_before(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    other = GO_ON["fused"](model.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    return swapped(model), other
+
+
+def restored_after(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    """A step has been seen since the swap."""
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = GO_ON["fused"](swapped(model).parameters())
+    train(model, other, [3])
+    other.load_state_dict(saved)
+    return model, other
+
+
+def copied(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    found: tuple[Any, Any] = copy.deepcopy((swapped(model), optimizer))
+    return found
+
+
+@pytest.mark.parametrize("how", [restored_before, restored_after, copied])
+def test_state_of_old_shapes_is_found_wherever_it_comes_from(how: Callable[..., Any]) -> None:
+    model = Net()
+    optimizer = GO_ON["fused"](model.parameters())
+    train(model, optimizer, range(3))
+    model, optimizer = how(model, optimizer)
+    with pytest.warns(UserWarning, match="begins anew"):
+        train(model, optimizer, [3])
+    assert fits(optimizer)
+
+
+def test_a_compiled_step_begins_anew_too() -> None:
+    model = Net()
+    optimizer = Optim.AdamW(model.parameters())
+    take_step = torch.compile(optimizer.step, backend="eager")
+    for number in range(2):
+        loss_of(model, number).backward()
+        take_step()
+        if number == 0:
+            swapped(model)
+    assert fits(optimizer) and model.net[0].values in optimizer.state
+
+
+def test_state_of_other_parameters_of_such_shapes_stays() -> None:
+    """Of a convolution that has the shape of the blocks, and of means of a dense weight."""
+    swapped(Net())  # 64 x 128 has become 16 blocks
+    convolution = nn.Parameter(torch.randn(16, 16, 16))
+    weight = nn.Parameter(torch.randn(64, 128))
+    for of in GO_ON.values():
+        optimizer = of([convolution, weight])
+        for number in range(2):
+            densify(swapped(Net()))
+            for each in (convolution, weight):
+                each.grad = torch.randn_like(each)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step()
+            steps = [state.get("step", number + 1) for state in optimizer.state.values()]
+            assert steps == [number + 1] * 2
 
 
 Register = Callable[[nn.Module, Callable[..., None]], Any]

@@ -50,8 +50,7 @@ def find_state(
     states = checkpoint["callbacks"]
     if key in states:
         return states[key]  # type: ignore[no-any-return]
-    of_class = key.partition("{")[0]
-    saved = {k: s for k, s in states.items() if str(k).partition("{")[0] == of_class}
+    saved = _saved(states, key)
     free = [k for k in saved if k not in others]
     asked = _patterns(config.of_training())
     found = [k for k in free if _patterns(saved[k].get("config", {})) == asked]
@@ -68,6 +67,39 @@ def find_state(
             "start a new training from its weights: load checkpoint['state_dict'] after `sparsify`."
         )
     return None
+
+
+def check_none_missing(
+    checkpoint: Mapping[str, Any], configs: Mapping[str, SparsityConfig]
+) -> None:
+    """Raise ValueError if a `SparsityCallback` of a checkpoint is none of the trainer's.
+
+    Its layers would stay dense, or as they are, without a word.
+
+    Args:
+        checkpoint: of Lightning's.
+        configs: of all `SparsityCallback`s of the trainer, by their keys.
+    """
+    saved = {
+        k: s for key in configs for k, s in _saved(checkpoint.get("callbacks", {}), key).items()
+    }
+    if len(saved) == len(configs) == 1:
+        return  # it is told what differs
+    known = [_patterns(config.of_training()) for config in configs.values()]
+    for key, state in saved.items():
+        had = _patterns(state.get("config", {}))
+        if key not in configs and had not in known:
+            raise ValueError(
+                "`callbacks` must have every SparsityCallback of the training that is resumed; got "
+                f"none with {had}, which the checkpoint has. Add it, or start a new training from "
+                "its weights: load checkpoint['state_dict'] after `sparsify`."
+            )
+
+
+def _saved(states: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the states of the callbacks of the class that a key is of."""
+    of_class = key.partition("{")[0]
+    return {k: s for k, s in states.items() if str(k).partition("{")[0] == of_class}
 
 
 def _patterns(config: Mapping[str, Any]) -> dict[str, Any]:

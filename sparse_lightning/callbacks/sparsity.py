@@ -14,10 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparse_lightning.callbacks.checkpoints import (
     begin_with,
+    check_none_missing,
     find_state,
     leave_only_weights,
     save_arrival,
@@ -28,6 +30,7 @@ from sparse_lightning.callbacks.observers import Observers
 from sparse_lightning.callbacks.summary import FitSummary, summarise
 from sparse_lightning.callbacks.terminal import show_report, show_summary
 from sparse_lightning.callbacks.trainer import (
+    before_loading,
     check_apart,
     check_launcher,
     check_trainer,
@@ -157,6 +160,7 @@ class SparsityCallback(Callback):
         self.sparsifier: Sparsifier | None = None
         self.summary: FitSummary | None = None
         self._first_steps: dict[int, list[int]] = {}
+        self._followed: list[Optimizer] = []
         self.report: SparsityReport | None = None
         self._evaluated: RemovableHandle | None = None
 
@@ -189,6 +193,9 @@ class SparsityCallback(Callback):
         check_trainer(trainer, self)
         self.summary = None
         once_built(pl_module, partial(self._sparsify, trainer, pl_module))
+        if _of(trainer)[0] is self:
+            # Before the weights are loaded, as layers that stayed dense would not take theirs.
+            before_loading(pl_module, partial(check_none_missing, configs=_configs(trainer)))
 
     def _sparsify(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_launcher(trainer, pl_module, self.config)
@@ -213,6 +220,10 @@ class SparsityCallback(Callback):
 
     # A training. Steps and updates run by themselves, in the hooks of the optimizers.
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # From here on the model can be pickled, and copied, as it is.
+        leave_hooks(trainer, pl_module)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         sparsifier = self._engine
         sparsifier.total_steps = planned_steps(trainer, sparsifier.steps)
@@ -222,6 +233,7 @@ class SparsityCallback(Callback):
         offered = services(trainer, total, steps, self._first_steps)
         known = dict(sparsifier.follows)
         sparsifier.attach(*trainer.optimizers, **offered)
+        self._followed = [*trainer.optimizers]
         if sparsifier.follows != known:
             self.report = sparsifier.report
             found = sparsifier.follows.items() - known.items()
@@ -244,6 +256,10 @@ class SparsityCallback(Callback):
             # look on are still to be told of the end.
             self._engine.detach()
             return
+        if self._engine.is_attached and self._engine.exchange(self._followed, trainer.optimizers):
+            self._followed = [*trainer.optimizers]
+            self._engine.check_all_held()
+            rank_zero_info("The optimizers are others; block-sparse training goes on with them.")
         # Here and not when it ends: the update that follows its step reads how many there were.
         self._observers.count(batch)
 
@@ -280,13 +296,15 @@ class SparsityCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._let_go()
+        leave_hooks(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._let_go()
-        leave_hooks(pl_module)
+        leave_hooks(trainer, pl_module)
 
     def _let_go(self) -> None:
         self._observers.stop()
+        self._followed = []
         if self._evaluated is not None:
             self._evaluated.remove()
             self._evaluated = None
@@ -318,6 +336,7 @@ class SparsityCallback(Callback):
             warn_of_early_weights(trainer, checkpoint["callbacks"].get(self.state_key))
             return
         others = [each for each in _of(trainer) if each is not self]
+        check_none_missing(checkpoint, _configs(trainer))
         keys = [each.state_key for each in others]
         state = find_state(checkpoint, self.state_key, self.config, keys)
         if state is not None:
@@ -347,6 +366,11 @@ def _of(trainer: pl.Trainer) -> list[SparsityCallback]:
     """Return the callbacks of this kind, in the trainer's order."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [each for each in callbacks if isinstance(each, SparsityCallback)]
+
+
+def _configs(trainer: pl.Trainer) -> dict[str, SparsityConfig]:
+    """Return their configurations, by the keys of their states."""
+    return {each.state_key: each.config for each in _of(trainer)}
 
 
 def _same(some: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> bool:

@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparse_lightning.config import SparsityConfig
+from sparse_lightning.copies import original_of
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.loading import load_sparse
 from sparse_lightning.names import is_chosen
@@ -135,32 +136,63 @@ def check_launcher(trainer: pl.Trainer, model: nn.Module, config: SparsityConfig
         )
 
 
+# Lightning calls them in this order, before it trains.
+_BUILDING = ("setup", "configure_model")
+# Which a model may have as instance attributes, from the callback's `setup` to the fit's start.
+_FOLLOWED = (*_BUILDING, "on_load_checkpoint")
+
+
 def once_built(model: pl.LightningModule, call: Callable[[], None]) -> None:
     """Call something as soon as a model has all its layers, and weights that it loads itself.
 
     That is after its `configure_model`, if it has one, or its `setup`, or at once.
     """
-    for hook in ("configure_model", "setup"):
-        if is_overridden(hook, model):
-            break
-    else:
+    hooks = [hook for hook in _BUILDING if is_overridden(hook, model)]
+    if not hooks:
         call()
-        return
+    for hook in hooks:
+        # As an instance attribute it hides the method, until `leave_hooks`.
+        setattr(model, hook, _followed(model, hook, call if hook == hooks[-1] else None))
+
+
+def _followed(
+    model: pl.LightningModule, hook: str, call: Callable[[], None] | None
+) -> Callable[..., None]:
+    """Return a method of a model that is followed by a call of something else."""
     original = getattr(model, hook)
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        call()
+        # The model may copy itself meanwhile, and the copy is to have its own methods. They are put
+        # back since averaging callbacks may call `configure_model` once more.
+        held = {name: vars(model).pop(name) for name in _FOLLOWED if name in vars(model)}
+        try:
+            original(*args, **kwargs)
+        finally:
+            vars(model).update(held)
+        if call is not None:
+            call()
 
-    # As an instance attribute it hides the method, until `leave_hooks`.
-    setattr(model, hook, wrapped)
+    return wrapped
 
 
-def leave_hooks(model: pl.LightningModule) -> None:
-    """Undo `once_built`."""
-    vars(model).pop("configure_model", None)
-    vars(model).pop("setup", None)
+def before_loading(model: pl.LightningModule, call: Callable[[Mapping[str, Any]], None]) -> None:
+    """Call something with a checkpoint before Lightning loads the model's weights from it."""
+    original = model.on_load_checkpoint
+
+    @functools.wraps(original)
+    def wrapped(checkpoint: dict[str, Any]) -> None:
+        call(checkpoint)
+        original(checkpoint)
+
+    vars(model)["on_load_checkpoint"] = wrapped
+
+
+def leave_hooks(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    """Undo both, in copies of the model too that other callbacks have made by now."""
+    for each in (model, *_copied_models(trainer)):
+        for hook in _FOLLOWED:
+            vars(each).pop(hook, None)
 
 
 # Averages.
@@ -176,24 +208,49 @@ def averaging_callbacks() -> tuple[type[Callback], ...]:
 
 
 def _copied_models(trainer: pl.Trainer) -> Iterator[nn.Module]:
-    """Yield the copies of the model that other callbacks hold, such as averages."""
+    """Yield the copies of the model, or of parts, that other callbacks hold, such as averages."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for held in vars(callback).values():
-            if isinstance(held, torch.optim.swa_utils.AveragedModel):
-                yield held.module
-            elif isinstance(held, nn.Module) and held is not trainer.lightning_module:
-                yield held
+            several = list(held.values()) if isinstance(held, dict) else held
+            for each in several if isinstance(several, list | tuple) else [held]:
+                if isinstance(each, torch.optim.swa_utils.AveragedModel):
+                    yield each.module
+                elif isinstance(each, nn.Module) and each is not trainer.lightning_module:
+                    yield each
 
 
-def averaged_copies(trainer: pl.Trainer, name: str) -> Iterator[BlockSparseLinear]:
-    """Yield the copies of a layer in models that other callbacks hold."""
-    for model in _copied_models(trainer):
-        try:
-            copy = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if isinstance(copy, BlockSparseLinear):
-            yield copy
+class HeldCopies:
+    """Finds the copies of a layer in models that other callbacks of a trainer hold."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+        # By name, as of the step in which they were looked for: an update asks for every layer.
+        self._found: dict[str, list[BlockSparseLinear]] = {}
+        self._step = -1
+
+    def __call__(self, name: str) -> list[BlockSparseLinear]:
+        """Return the copies of the layer of a name."""
+        if self._step != self.trainer.global_step:
+            self._step = self.trainer.global_step
+            self._found = self._look()
+        return self._found.get(name, [])
+
+    def _look(self) -> dict[str, list[BlockSparseLinear]]:
+        model = self.trainer.lightning_module
+        held = list(_copied_models(self.trainer))
+        equal: dict[str, list[str]] = {}
+        for name, layer in sparse_layers(model) if held else ():
+            equal.setdefault(layer.lineage, []).append(name)
+        found: dict[str, list[BlockSparseLinear]] = {}
+        for each in held:
+            for name, copy in sparse_layers(each):
+                # Equal layers, as clones in an encoder, are told by their names.
+                original = original_of(name, equal.get(copy.lineage, []))
+                if original is None and type(each) is type(model):
+                    original = name
+                if original is not None:
+                    found.setdefault(original, []).append(copy)
+        return found
 
 
 def swap_in_copies(trainer: pl.Trainer) -> None:
@@ -205,7 +262,6 @@ def swap_in_copies(trainer: pl.Trainer) -> None:
     layers = dict(sparse_layers(model))
     for copy in _copied_models(trainer):
         if type(copy) is type(model) and dict(sparse_layers(copy)).keys() != layers.keys():
-            leave_hooks(copy)
             load_sparse(copy, model.state_dict())
 
 
@@ -400,7 +456,7 @@ def services(
         "rewrap": functools.partial(_rewrap, strategy)
         if isinstance(strategy, DDPStrategy)
         else None,
-        "copies": functools.partial(averaged_copies, trainer),
+        "copies": HeldCopies(trainer),
         "planned": planned,
         # Lightning keeps the wrapper of a module that was compiled as a whole apart from it.
         "shrink": not isinstance(strategy.model, torch._dynamo.OptimizedModule),

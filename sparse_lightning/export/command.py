@@ -39,7 +39,8 @@ EXAMPLES = """forms:
                block-sparse layers: MyModule.load_from_checkpoint(FILE) or, of a plain state dict,
                model.load_state_dict(torch.load(FILE))
   bsr          a state dict whose weights hold present blocks only, as torch.sparse_bsr tensors:
-               model.load_state_dict(torch.load(FILE), assign=True)
+               model.load_state_dict(torch.load(FILE), assign=True); those of GPT-2's Conv1D
+               are dense
   safetensors  dense weights without pickle: safetensors.torch.load_model(model, FILE)
   onnx         the dense model's graph, compared with the model where onnxruntime is installed
   transformers a folder of the dense model: AutoModel.from_pretrained(FOLDER)

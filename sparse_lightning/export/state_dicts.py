@@ -112,7 +112,9 @@ def bsr_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Args and raises: as for `dense_state_dict`. The weights hold the present blocks only, in the
     order of their columns. `load_state_dict(..., assign=True)` of the dense model takes it, and
-    `nn.Linear` computes with such a weight where PyTorch can; or take `weight.to_dense()`.
+    `nn.Linear` computes with such a weight where PyTorch can; or take `weight.to_dense()`. The
+    weights of what was a `Conv1D` are dense, as PyTorch computes with no such weight on the right
+    of a product.
     """
     return _with_weights(state_dict, _to_bsr)
 
@@ -272,18 +274,15 @@ def _to_dense(layer: SavedLayer) -> Tensor:
 
 
 def _to_bsr(layer: SavedLayer) -> Tensor:
-    at, size = layer.topology, (layer.topology.out_features, layer.topology.in_features)
-    # What lies transposed has the columns for rows.
-    offsets, entries = at.row_offsets, at.row_entries
     if layer.transposed:
-        offsets, entries, size = at.col_offsets, at.col_entries, size[::-1]
-    columns, slots = entries[: at.n_blocks].long().T.contiguous()
-    blocks = layer.values[slots]
+        return _to_dense(layer)
+    at = layer.topology
+    columns, slots = at.row_entries[: at.n_blocks].long().T.contiguous()
     return torch.sparse_bsr_tensor(
-        offsets.long(),
+        at.row_offsets.long(),
         columns,
-        blocks.mT.contiguous() if layer.transposed else blocks,
-        size=size,
+        layer.values[slots],
+        size=(at.out_features, at.in_features),
         check_invariants=True,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 
@@ -56,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"layers to leave dense; default: {' '.join(DEFAULT_EXCLUDE)}")  # fmt: skip
     add("--distribution", choices=DISTRIBUTIONS, default=DISTRIBUTIONS[0],
         help="how layers share the density; default: %(default)s")  # fmt: skip
+    add("--follow", nargs="+", default=(), metavar="COPY=ORIGINAL",
+        help="copies of other modules, where weights do not tell: target=net")  # fmt: skip
     add("--precision", choices=PRECISIONS, default=None,
         help="as Lightning's; default: bf16-mixed on CUDA, 32-true on a CPU")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -83,8 +86,25 @@ def run(options: argparse.Namespace) -> None:
         include=options.include,
         exclude=options.exclude,
         distribution=options.distribution,
+        follow=_pairs(options.follow),
         precision=options.precision,
         device=device,
         check=options.check,
     )
     show(found.sections())
+
+
+def _pairs(follow: Iterable[str]) -> dict[str, str]:
+    """Return what follows what, by module.
+
+    >>> _pairs(["target=net", "teacher=student"])
+    {'target': 'net', 'teacher': 'student'}
+    """
+    pairs = [pair.partition("=") for pair in follow]
+    for copy, _, original in pairs:
+        if not (copy and original):
+            raise ValueError(
+                f"`--follow` must be the names of two modules, COPY=ORIGINAL; got '{copy}'. "
+                "Write target=net."
+            )
+    return {copy: original for copy, _, original in pairs}

@@ -195,7 +195,10 @@ class Training:
         return _seconds([functions[product.op]], self.device)[0]
 
     def casts(self, layers: Iterable[str]) -> dict[str, float]:
-        """Return the seconds of bringing each weight into autocast's dtype, and a gradient back."""
+        """Return the seconds of bringing each weight into autocast's dtype, and a gradient back.
+
+        A frozen weight has none.
+        """
         to = self._autocast_dtype
         times: dict[tuple[object, ...], float] = {}
         found = {}
@@ -204,7 +207,7 @@ class Training:
             assert isinstance(weight, Tensor)
             if to is None or weight.dtype == to:
                 continue
-            key = (weight.shape, weight.dtype)
+            key = (weight.shape, weight.dtype, weight.requires_grad)
             if key not in times:
                 times[key] = _cast_seconds(weight, to, self.device)
             found[name] = times[key]
@@ -323,7 +326,8 @@ def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, 
     step = training.seconds()
     optimizer, launch = training.parts()
     products = training.products(of_layers, step, launch)
-    return DenseTimes(step, optimizer, launch, products, training.casts(layers)), work
+    casts = training.casts(name for name in layers if work[name])
+    return DenseTimes(step, optimizer, launch, products, casts), work
 
 
 def tokens_of(work: Mapping[Product, int]) -> int:
@@ -342,7 +346,10 @@ def _samples(functions: Sequence[Callable[[], object]], device: torch.device) ->
 
 def _cast_seconds(weight: Tensor, to: torch.dtype, device: torch.device) -> float:
     narrow = weight.detach().to(to)
-    return sum(_seconds([lambda: weight.to(to), lambda: narrow.to(weight.dtype)], device))
+    casts: list[Callable[[], object]] = [lambda: weight.to(to)]
+    if weight.requires_grad:
+        casts.append(lambda: narrow.to(weight.dtype))
+    return sum(_seconds(casts, device))
 
 
 def _counting(counter: Counter[Product]) -> Callable[..., None]:

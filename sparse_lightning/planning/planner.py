@@ -15,7 +15,7 @@ from sparse_lightning.bench.options import find_device
 from sparse_lightning.distributions import share
 from sparse_lightning.export.graph import Input
 from sparse_lightning.linear import dense_shape
-from sparse_lightning.names import DEFAULT_EXCLUDE, check_choice
+from sparse_lightning.names import DEFAULT_EXCLUDE, check_choice, check_follow
 from sparse_lightning.patching import sparsify
 from sparse_lightning.planning.costs import Check, Choice, Product, expected_step, model_cost
 from sparse_lightning.planning.measure import (
@@ -46,6 +46,7 @@ def plan(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     distribution: str = "uniform",
+    follow: Mapping[str, str] | None = None,
     precision: str | None = None,
     device: str | torch.device | None = None,
     check: str | None = None,
@@ -55,7 +56,8 @@ def plan(
     With inputs, the dense model's training step is measured on the device. The steps of
     block-sparse models are expected from it, and from how fast their products are: by the table of
     measured kernels, if there is one of such a GPU, else measured here. That kernels fuse
-    activations is left out.
+    activations is left out. Copies, as the layers of a target network, have the density of their
+    originals.
 
     Args:
         model: dense; not changed, as a copy is measured. Or a function that builds it, which saves
@@ -65,6 +67,8 @@ def plan(
         block_sizes, densities: to choose from.
         include, exclude: patterns of layers, as for `sparsify`.
         distribution: how the budget is shared, as for `sparsify`.
+        follow: copies that are not to be told from their weights, as for `sparsify`; on the meta
+            device no copy is.
         precision: "32-true", "bf16-mixed" or "bf16-true", as Lightning's; by default "bf16-mixed"
             on CUDA, "32-true" on a CPU.
         device: to measure on; by default CUDA, if it is there.
@@ -84,6 +88,8 @@ def plan(
     specs = _parse_inputs(inputs)
     where = find_device(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     precision = precision or ("bf16-mixed" if where.type == "cuda" else "32-true")
+    follow = follow or {}
+    check_follow(follow)
     _check(specs, block_sizes, densities, distribution, precision, check)
     dtype = PRECISIONS[precision][0]
 
@@ -91,7 +97,9 @@ def plan(
         dense = _built(model, where) if specs else _outline(model)
         if any(True for _ in sparse_layers(dense)):
             raise ValueError("`model` must be dense; got block-sparse layers. Call densify(model).")
-        layers, skipped, unfit = _find_layers(dense, sorted({*block_sizes}), include, exclude)
+        layers, follows, skipped, unfit = _find_layers(
+            dense, sorted({*block_sizes}), include, exclude, follow
+        )
         # Of each choice, the density of each layer.
         own: dict[Choice, dict[str, float]] = {}
         for block_size in sorted({*block_sizes} - unfit.keys()):
@@ -102,12 +110,17 @@ def plan(
             }
             for density in sorted({*densities}, reverse=True):
                 blocks = share(distribution, density, grids, {})
+                shares = {name: blocks[name] / (i * j) for name, (i, j) in grids.items()}
+                for name, original in follows.items():
+                    if original in grids:
+                        blocks[name], shares[name] = blocks[original], shares[original]
                 cost = model_cost(dense, block_size, blocks, dtype)
                 choice = Choice(**vars(cost), block_size=block_size, density=density, speedup=None)
-                own[choice] = {name: blocks[name] / (i * j) for name, (i, j) in grids.items()}
+                own[choice] = shares
         found = Plan(
             model=type(dense).__name__,
             layers=layers,
+            follows=follows,
             skipped=skipped,
             unfit=unfit,
             precision=precision,
@@ -130,6 +143,7 @@ def plan(
                     include=include,
                     exclude=exclude,
                     distribution=distribution,
+                    follow=follow,
                 )
                 return Training(made, specs, precision, where).seconds()
 
@@ -145,7 +159,7 @@ def plan(
 
 def _with_times(found: Plan, own: Mapping[Choice, Mapping[str, float]], training: Training) -> Plan:
     """Return a plan with the dense model's measured step, and those expected of its choices."""
-    times, work = dense_times(training, [*found.layers])
+    times, work = dense_times(training, [*found.layers, *found.follows])
     speedups = Speedups(training.device)
     choices = []
     for choice, densities in own.items():
@@ -175,15 +189,20 @@ def _check_of(choice: Choice, measured: float) -> Check:
 
 
 def _find_layers(
-    model: nn.Module, block_sizes: Sequence[int], include: Sequence[str], exclude: Sequence[str]
-) -> tuple[dict[str, PlannedLayer], dict[str, str], dict[int, str]]:
-    """Return a plan's `layers`, `skipped` and `unfit`."""
+    model: nn.Module,
+    block_sizes: Sequence[int],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    follow: Mapping[str, str],
+) -> tuple[dict[str, PlannedLayer], dict[str, str], dict[str, str], dict[int, str]]:
+    """Return a plan's `layers`, `follows`, `skipped` and `unfit`."""
     layers: dict[str, PlannedLayer] = {}
+    follows: dict[str, str] = {}
     skipped: dict[str, str] = {}
     unfit: dict[int, str] = {}
     for block_size in block_sizes:
         try:
-            found = select_layers(model, block_size, include, exclude)
+            found = select_layers(model, block_size, include, exclude, follow)
         except ValueError as error:
             unfit[block_size] = str(error)
             continue
@@ -191,11 +210,19 @@ def _find_layers(
             shape = dense_shape(linear)
             before = layers[name].block_sizes if name in layers else ()
             layers[name] = PlannedLayer(shape, (*before, block_size))
+        follows |= found.follows
         for name, reason in found.skipped.items():
+            if reason == "frozen" and _is_on_meta(model, name):
+                reason = "frozen; that it is a copy only `follow` tells, without its weights"
             skipped.setdefault(name, reason)
     if not layers:
         raise ValueError(unfit[block_sizes[0]])
-    return layers, {n: why for n, why in skipped.items() if n not in layers}, unfit
+    dense = {n: why for n, why in skipped.items() if n not in layers and n not in follows}
+    return layers, follows, dense, unfit
+
+
+def _is_on_meta(model: nn.Module, name: str) -> bool:
+    return next(model.get_submodule(name).parameters()).is_meta
 
 
 def _built(model: Model, device: torch.device) -> nn.Module:

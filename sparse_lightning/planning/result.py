@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparse_lightning.planning.costs import Check, Choice, Cost
 from sparse_lightning.tables import Section, as_text
@@ -41,6 +41,8 @@ class Plan:
         measured: whether block-sparse products were measured on the spot; else their speed-ups are
             from a table of such a GPU.
         checks: choices that were tried.
+        follows: layers that would have the blocks of one of `layers`, as copies:
+            `{copy: original}`.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Plan:
     launch: float | None = None
     measured: bool | None = None
     checks: Sequence[Check] = ()
+    follows: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def best(self) -> Choice | None:
@@ -63,6 +66,8 @@ class Plan:
     def sections(self) -> list[Section]:
         """Return tables and remarks, to be printed."""
         found = [self._layers()]
+        if self.follows:
+            found.append(self._copies())
         if self.skipped or self.unfit:
             found.append(self._left_dense())
         found.append(self._costs())
@@ -90,6 +95,14 @@ class Plan:
             f"{self.model}: layers that can be block-sparse",
             ("layer", "number", "shape", "block sizes", *(["tokens a step"] if timed else [])),
             rows,
+        )
+
+    def _copies(self) -> Section:
+        pairs = _alike((f"{copy}.{_FOLLOWS}.{of}", ()) for copy, of in self.follows.items())
+        return Section(
+            "Copies, which have the blocks of their originals",
+            ("layer", "number"),
+            [(name.replace(f".{_FOLLOWS}.", f" {_FOLLOWS} "), number) for name, number in pairs],
         )
 
     def _left_dense(self) -> Section:
@@ -172,6 +185,9 @@ class Plan:
             ],
             ["The speed-up is the dense step over the measured one."],
         )
+
+
+_FOLLOWS = "follows"
 
 
 def _cells(cost: Cost) -> list[str]:

@@ -56,6 +56,55 @@ def test_layers_built_in_setup_are_taken(build: type[BuiltInSetup], names: list[
     pickle.dumps(model), copy.deepcopy(model)
 
 
+class TaughtByItself(Classifier):
+    """Copies itself in one of the hooks that Lightning calls before it trains."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def copy_in(self, where: str) -> None:
+        if where == self.where and not hasattr(self, "teacher"):
+            self.teacher = copy.deepcopy(self).requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        self.copy_in("setup")
+
+    def configure_model(self) -> None:
+        self.copy_in("configure_model")
+
+    def on_fit_start(self) -> None:
+        self.copy_in("on_fit_start")
+
+
+@pytest.mark.parametrize("where", ["setup", "configure_model", "on_fit_start"])
+@pytest.mark.parametrize("average", [False, True])
+def test_a_copy_that_a_model_makes_of_itself_is_free_of_the_callback(
+    where: str, average: bool
+) -> None:
+    callback, model = sparsity(density=0.5), TaughtByItself(where)
+    others = [AVERAGES["ema"]()] if average else []
+    trainer(callback, *others).fit(model, loader())
+    assert callback.sparsifier.follows == {f"teacher.net.{i}": f"net.{i}" for i in (0, 2)}
+    pickle.dumps(model)
+    teacher = model.teacher.requires_grad_(True)
+    alone = sparsity(density=0.5)
+    trainer(alone).fit(teacher, loader())
+    assert {*alone.sparsifier.layers} == {"net.0", "net.2"} and alone.last_update is not None
+
+
+def test_a_model_can_be_pickled_while_it_trains_and_after_a_fit_that_failed() -> None:
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            pickle.dumps(pl_module)
+            raise InterruptedError
+
+    model, callback = BuiltInSetup(), sparsity(density=0.5)
+    with pytest.raises(InterruptedError):
+        trainer(callback, Fails()).fit(model, loader())
+    pickle.dumps(model)
+
+
 class LoadsInSetup(Classifier):
     """Loads weights whose largest blocks are in the first block column."""
 

@@ -37,6 +37,18 @@ def constant(**changes: Any) -> SparsityCallback:
     return SparsityCallback(**{"block_size": 16, **options, **changes})
 
 
+def head() -> SparsityCallback:
+    return SparsityCallback(block_size=16, include=["*", "head"], exclude=["net.*"], density=0.5)
+
+
+class Wide(Classifier):
+    """Its head can be block-sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 16)
+
+
 def run(*callbacks: L.Callback, model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
     model = model or Classifier()
     ckpt_path = kwargs.pop("ckpt_path", None)
@@ -122,6 +134,30 @@ def test_a_resume_with_one_more_callback_is_refused(tmp_path: Path) -> None:
     for callbacks in ((falling(), constant()), (constant(), falling())):
         with pytest.raises(ValueError, match=says):
             run(*callbacks, ckpt_path=tmp_path / "one.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("left", "missing"),
+    [
+        ([constant], "net.0"),
+        ([falling], "net.2"),
+        ([head, falling], "net.2"),
+        ([constant, head], "net.0"),
+    ],
+)
+def test_a_resume_without_one_of_the_callbacks_is_refused(
+    left: list[Any], missing: str, tmp_path: Path
+) -> None:
+    fitting = trainer(*(of() for of in {falling, constant, *left}), max_steps=4)
+    fitting.fit(Wide(), loader())
+    fitting.save_checkpoint(tmp_path / "all.ckpt")
+    says = (
+        rf"must have every SparsityCallback.*none with.*'include': \['{missing}'\].*'exclude'.*Add"
+    )
+    with pytest.raises(ValueError, match=says):
+        run(*(of() for of in left), model=Wide(), ckpt_path=tmp_path / "all.ckpt")
+    # What is only evaluated needs no schedule.
+    trainer(*(of() for of in left)).validate(Wide(), loader(), tmp_path / "all.ckpt", verbose=False)
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -455,6 +455,47 @@ def test_layers_that_no_optimizer_holds_are_refused() -> None:
         trainer(SparsityCallback(block_size=16)).fit(OfTheHead(), loader())
 
 
+def set_up_anew(trainer: L.Trainer, model: L.LightningModule) -> None:
+    trainer.strategy.setup_optimizers(trainer)
+
+
+def put_there(trainer: L.Trainer, model: L.LightningModule) -> None:
+    trainer.optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
+
+
+@pytest.mark.parametrize("how", [set_up_anew, put_there])
+@pytest.mark.parametrize("density", [0.25, {"schedule": "cubic", "final": 0.25}])
+def test_a_training_goes_on_with_optimizers_that_are_others(
+    density: Any, how: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGD has no state, so it is as if it had gone on."""
+
+    class Anew(Classifier):
+        def on_train_epoch_start(self) -> None:
+            if self.is_to_change and self.current_epoch in (1, 2):
+                how(self.trainer, self)
+
+    models, found = [], []
+    caplog.set_level("INFO")
+    for is_to_change in (False, True):
+        sparsity = SparsityCallback(block_size=16, density=density, update={"every_n_steps": 5})
+        model = Anew(lr=0.1, optimizer=torch.optim.SGD)
+        model.is_to_change = is_to_change
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            _, record = fit(sparsity, model, max_steps=-1, max_epochs=3)
+        said = [str(each.message) for each in warned if "lock-sparse" in str(each.message)]
+        assert not said, said
+        models.append(model)
+        engine = sparsity.sparsifier
+        assert engine is not None and not engine.is_attached and not sparsity._followed
+        found.append((engine.steps, engine.n_updates, record.blocks, model.losses))
+    assert found[0] == found[1] and found[0][1] > 3
+    for name, layer in sparse(models[0]).items():
+        assert torch.equal(layer.values, sparse(models[1])[name].values)
+    assert sum("goes on with them" in line for line in caplog.messages) == 2
+
+
 def test_fractions_of_an_unknown_length_are_refused() -> None:
     with pytest.raises(ValueError, match="max_steps"):
         trainer(SparsityCallback(block_size=16), max_steps=-1, max_epochs=-1).fit(

@@ -409,18 +409,15 @@ def test_dense_layers_that_come_late_train_as_those_of_the_beginning(tmp_path: P
 
 
 def test_dense_layers_of_a_training_that_is_resumed_are_refused(tmp_path: Path) -> None:
-    training = trainer(
-        tmp_path,
-        None,
-        SparsityTrainerCallback(**RIGL),
-        model_init=Net,
-        save_strategy="steps",
-        save_steps=4,
-    )
-    training.train()
-    again = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=Net)
+    class OfTheHub(Net):
+        _keys_to_ignore_on_save = None  # so that the Trainer warns of what it cannot load
+
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    sparsity = SparsityTrainerCallback(**RIGL)
+    trainer(tmp_path, None, sparsity, model_init=OfTheHub, **saving).train()
+    again = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=OfTheHub)
     with pytest.raises(RuntimeError, match=dense("up") + ".*Call `sparsify` in it"):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_model_init_that_calls_sparsify_trains_each_model_anew(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import sparse_lightning
@@ -70,6 +71,11 @@ text = lambda: "a model"
 small = lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU())
 integers = lambda: nn.Sequential(nn.Linear(32, 32), nn.Flatten(), Argmax())
 frozen = lambda: nn.Sequential(nn.Linear(32, 32)).requires_grad_(False)
+
+
+def taught():
+    nets = [nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(2)]
+    return nn.ModuleDict({"student": nets[0], "teacher": nets[1].requires_grad_(False)})
 
 
 def sparsified():
@@ -214,6 +220,8 @@ def test_the_installed_command_finds_the_current_folder(folder: Path) -> None:
         (["project.model:integers", "--input", "4,32"], 2, "no float tensor that depends on"),
         (["project.model:frozen", "--input", "4,32"], 2, "must have parameters to train"),
         (["project.model:build", "--check"], 2, "`--check` must come with `--input`"),
+        (["project.model:taught", "--follow", "teacher"], 2, "`--follow` must be the names of two"),
+        (["project.model:taught", "--follow", "a=student"], 2, "got 'a', which is none of them"),
         (["project.model:build", "--device", "tpu"], 2, "`--device` must be cuda or cpu"),
         (["project.model:build", "--block-sizes", "48"], 2, "invalid choice: 48"),
     ],
@@ -267,6 +275,63 @@ def test_choices_are_those_of_sparsify() -> None:
     sparsify(net, block_size=16, density=0.4, distribution="erdos_renyi")
     assert only.parameters == sum(parameter.numel() for parameter in net.parameters())
     assert found.best is None and only.step is None and found.measured is None
+
+
+class Taught(nn.Module):
+    """A network with a copy of it."""
+
+    def __init__(self, copy_of: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.target = copy_of(self.net)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x) - self.target(x).detach()
+        return y
+
+
+@pytest.mark.parametrize(
+    ("copy_of", "follow", "copies"),
+    [
+        (lambda net: copy.deepcopy(net).requires_grad_(False), {}, "target"),
+        (AveragedModel, {}, "target.module"),
+        (lambda net: mlp(), {"target": "net"}, "target"),
+        (lambda net: mlp().requires_grad_(False), {"target": "net"}, "target"),
+    ],
+    ids=["frozen", "AveragedModel", "told", "frozen, told"],
+)
+def test_copies_have_the_density_of_their_originals(
+    copy_of: Callable[[nn.Module], nn.Module], follow: dict[str, str], copies: str, quick
+) -> None:
+    model = Taught(copy_of)
+    found = sparse_lightning.plan(
+        model,
+        "8,32",
+        block_sizes=[16, 32],
+        densities=[0.5],
+        distribution="erdos_renyi",
+        follow=follow,
+        precision="bf16-mixed",
+        device="cpu",
+        check="all",
+    )
+    expected = {f"{copies}.0": "net.0", f"{copies}.2": "net.2"}
+    assert found.follows == expected and {*found.layers} == {*expected.values()}
+    assert not found.skipped and f"{copies}.* follows net.*" in str(found)
+    for choice_ in found.choices:
+        made = copy.deepcopy(model)
+        size, density = choice_.block_size, choice_.density
+        sparsify(made, block_size=size, density=density, distribution="erdos_renyi", follow=follow)
+        assert choice_.parameters == sum(p.numel() for p in made.parameters())
+        assert choice_.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert all(check.expected > 0 and check.measured > 0 for check in found.checks)
+
+
+def test_copies_without_weights_are_told(run) -> None:
+    status, out, _ = run("project.model:taught", "--block-sizes", "16")
+    assert status == 0 and "only `follow` tells" in out
+    status, out, _ = run("project.model:taught", "--follow", "teacher=student")
+    assert status == 0 and "teacher.* follows student.*" in out and "only" not in out
 
 
 def test_a_block_size_that_fits_nothing_has_no_choices() -> None:
