@@ -1025,14 +1025,18 @@ class Sparsifier:
         self._born[name] = born
 
     def _can_shrink(self) -> bool:
-        """Tell whether parameters may change shape: not where they are sharded or compiled."""
+        """Tell whether parameters may change shape.
+
+        They may not where they are sharded, compiled, or shared with other processes.
+        """
         compiled = any(
             isinstance(module, torch._dynamo.OptimizedModule)
             or module._compiled_call_impl is not None
             for module in self.model.modules()
         )
         sharded = any(is_sharded(layer.values) for layer in self.layers.values())
-        if compiled or sharded or not self._may_shrink:
+        shared = any(layer.is_shared for layer in self.layers.values())
+        if compiled or sharded or shared or not self._may_shrink:
             return False
         if ranks.world_size() > 1 and self._rewrap is None:
             self._warn(

@@ -203,7 +203,14 @@ def _with_weights(
             converted[key] = value
         elif last != "_extra_state":
             converted[key.removesuffix(last) + "weight"] = weight_of(layers[name])
-    return _with_metadata(converted, getattr(state_dict, "_metadata", None))
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        # Dense layers are of no lineage.
+        own = {name: {**of} for name, of in metadata.items()}
+        for of in own.values():
+            of.pop("lineage", None)
+        metadata = own
+    return _with_metadata(converted, metadata)
 
 
 def _read_layer(state_dict: Mapping[str, Any], prefix: str) -> SavedLayer | None:
