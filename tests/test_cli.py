@@ -39,6 +39,7 @@ KEYWORDS: dict[str, Any] = {
     "init": "magnitude",
     "shrink": False,
     "seed": 3,
+    "follow": {"target": "net"},
     "monitor": {"every_n_updates": 5, "images": 2},
 }
 

@@ -83,6 +83,15 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "init": names("random", "magnitude"),
     "shrink": names("x") | st.booleans(),
     "seed": COUNTS,
+    "follow": st.one_of(
+        st.none(),
+        NUMBERS,
+        st.dictionaries(
+            st.sampled_from(["net", "net.0", "head", "x", ""]),
+            st.sampled_from(["net", "net.2", "head", "x", ""]) | NUMBERS,
+            max_size=2,
+        ),
+    ),
     "monitor": st.one_of(
         st.none(),
         NUMBERS,
