@@ -8,7 +8,6 @@ is seen at the optimizer, evidence is taken in, and an update is applied wholly 
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 import warnings
 from collections import OrderedDict
@@ -29,17 +28,18 @@ from sparse_lightning.course import naming as _naming
 from sparse_lightning.criteria import BlockScores, needed_by, seeded_generator
 from sparse_lightning.distributions import Grid
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
+from sparse_lightning.following import Following, none_elsewhere
 from sparse_lightning.gathering import Gatherer
-from sparse_lightning.linear import LIVING, BlockSparseLinear
+from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.lookup import calling
 from sparse_lightning.names import check_layers_found, is_chosen
 from sparse_lightning.optimizer_state import check_state, drop_dense_state
-from sparse_lightning.patching import SparsityReport, SwapOptions, copies_in, swap_layers
+from sparse_lightning.patching import SparsityReport, SwapOptions, swap_layers
 from sparse_lightning.resume import check_same_training
 from sparse_lightning.rules import UpdateRequest, check_decision, check_is_data, check_rule
 from sparse_lightning.schedules import Timetable, should_shrink
 from sparse_lightning.selection import sparse_layers
-from sparse_lightning.sharding import check_whole_blocks, is_sharded, local_part
+from sparse_lightning.sharding import check_whole_blocks, is_sharded
 from sparse_lightning.stepping import AnyStepWatch, StepWatch, innermost, is_within
 
 # In so many steps every layer that trains should have had a gradient.
@@ -72,9 +72,6 @@ class Sparsifier:
     Attributes:
         model: as given.
         layers: the `BlockSparseLinear`s that it evolves, by name.
-        follows: those that are copies, and have the blocks of one of `layers`, `{copy: original}`:
-            layers that are frozen or in no optimizer and equal another one. What is in no optimizer
-            is known once an optimizer is attached.
         report: `SparsityReport` of the swap.
         total_steps: as given.
         last_update: `ModelUpdate` of the latest topology update, or None.
@@ -122,14 +119,11 @@ class Sparsifier:
         check_rule(self._rule)
         needs = needed_by([self._rule])
         self.report = self._swap()
-        self.follows = dict(self.report.follows)
+        self._following = Following(model, self._options, self.report.follows)
         self.layers = self._managed()
         # Those that share the budget: also copies that are only known as such once there is an
         # optimizer, so that the budgets of the others stay what they were.
         self._sharing = dict(self.layers)
-        # What PyTorch counts when a tensor is written to.
-        self._written: dict[str, float] = {}
-        self._versions = {id(layer): layer.values._version for layer in self.layers.values()}
         self._agreed = False
         self._agree()
         self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
@@ -139,7 +133,6 @@ class Sparsifier:
         self.n_updates = 0
         self.last_update: ModelUpdate | None = None
         self._rewrap: Callable[[], None] | None = None
-        self._copies: Callable[[str], Iterable[BlockSparseLinear]] = _no_copies
         self._planned: Callable[[Optimizer, int], int] | None = None
         self._may_shrink = True
         self._others: AnyStepWatch | None = None
@@ -205,9 +198,7 @@ class Sparsifier:
         """Take over rank 0's blocks and values."""
         if self._agreed or ranks.world_size() == 1:
             return
-        copies = [self.model.get_submodule(name) for name in self.follows]
-        for layer in [*self.layers.values(), *copies]:
-            assert isinstance(layer, BlockSparseLinear)
+        for layer in [*self.layers.values(), *map(self._following.layer, self.follows)]:
             # Of sharded values each rank has drawn its own part; those on meta are yet to come.
             has_values = layer.values.device.type != "meta" and not is_sharded(layer.values)
             own = layer.topology.coords.cpu(), layer.values.detach().cpu() if has_values else None
@@ -270,7 +261,7 @@ class Sparsifier:
         if self._timetable is None:
             self._resolve_times()
         self._rewrap, self._planned = rewrap or self._rewrap, planned or self._planned
-        self._copies = copies or self._copies
+        self._following.elsewhere = copies or self._following.elsewhere
         self._may_shrink = self._may_shrink and shrink
         if not has_begun:
             self._agree()
@@ -352,20 +343,21 @@ class Sparsifier:
             partial(self._over, course),
         )
 
-    def _copies_now(self) -> dict[str, str]:
-        """Return which layers are copies by now, `{copy: original}`, and of layers that train.
+    @property
+    def follows(self) -> dict[str, str]:
+        """The layers that are copies of one of `layers`, and have its blocks, `{copy: original}`.
 
-        A layer trains if it is in an attached optimizer and not frozen.
+        They are frozen or in no optimizer, and equal another layer. What is in no optimizer is
+        known once an optimizer is attached.
         """
+        return self._following.follows
+
+    def _copies_now(self) -> dict[str, str]:
+        """Return which layers are copies by now, of layers that attached optimizers train."""
         optimizers = [course.optimizer for course in self._attached() if course.optimizer]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
-
-        def trains(name: str, layer: BlockSparseLinear) -> bool:
-            return id(layer.values) in held and layer.values.requires_grad
-
-        found = copies_in(self.model, self._options, trains)
-        return {copy: original for copy, original in found.items() if original in self._sharing}
+        return self._following.found(held, self._sharing)
 
     def _set_copies(self, follows: dict[str, str], settled: bool = False) -> None:
         """Have layers follow others from here on, and those that no longer do evolve again.
@@ -374,7 +366,7 @@ class Sparsifier:
             follows: `{copy: original}`.
             settled: whether all optimizers are known.
         """
-        before, self.follows = self.follows, follows
+        before, self._following.follows = self.follows, follows
         layers = {name: layer for name, layer in self._sharing.items() if name not in follows}
         for name in self.layers.keys() - layers.keys():
             self._gatherer.arm([], {name: self.layers[name].values})
@@ -390,12 +382,11 @@ class Sparsifier:
         for layer in layers.values():
             layer.locked = self.is_attached
         for copy, original in follows.items():
-            found = self.model.get_submodule(copy)
-            assert isinstance(found, BlockSparseLinear)
+            found, of = self._following.layer(copy), self.layers[original]
             # A further optimizer may be attached that holds it, and it may have learnt before.
-            if copy not in before and (settled or self._is_equal(found, self.layers[original])):
+            if copy not in before and (settled or self._following.is_equal(found, of)):
                 with _naming(copy):
-                    found.take_blocks_of(self.layers[original])
+                    found.take_blocks_of(of)
         of_layers = {n: of for n, of in self.report.layers.items() if n not in follows}
         self.report = replace(self.report, layers=of_layers, follows=dict(follows))
         lost = sorted(before.keys() - follows.keys() - self._sharing.keys())
@@ -408,17 +399,6 @@ class Sparsifier:
                 f"Block-sparse layers that followed others are trained now: {', '.join(lost)}. "
                 "They follow no longer, and their blocks stay."
             )
-
-    def _is_equal(self, copy: BlockSparseLinear, original: BlockSparseLinear) -> bool:
-        """Tell whether layers are as the swap has made them of equal weights."""
-        if copy.agrees_with(original):
-            return True
-        # They may have no block in common.
-        common = copy.topology.mask & original.topology.mask.to(copy.topology.device)
-        layers = (copy, original)
-        return not common.any() and all(
-            self._versions.get(id(layer)) == layer.values._version for layer in layers
-        )
 
     def _warn_of_late_layers(self) -> None:
         include, exclude = self.config.include, self.config.exclude
@@ -761,7 +741,8 @@ class Sparsifier:
         asked = course.armed if self._gatherer.window else due
         self._warn_of_waiting(course.steps, [name for name in course.waiting if name in asked])
         if update.layers:
-            self._written = self._sums_of_copies()
+            if "reference" not in self._told:
+                self._following.note()
             self._warn_of_copies_elsewhere()
             self.last_update = update
             try:
@@ -871,7 +852,7 @@ class Sparsifier:
         """Return what makes an update of a layer real, and only writes in place."""
         layer, born = self.layers[name], self._born[name]
         writes = [layer.prepare_update(update)]
-        for copy in self._copies_of(name):
+        for copy in self._following.copies_of(name):
             copy.take_blocks_of(layer)  # where it was given others, as by `load_state_dict`
             writes.append(copy.prepare_update(update))
         writes += [
@@ -896,32 +877,9 @@ class Sparsifier:
                 "is to be frozen or in no optimizer: it then follows their blocks."
             )
 
-    def _copies_of(self, name: str) -> Iterator[BlockSparseLinear]:
-        """Yield the layers that follow a layer: in the model, and elsewhere, of these too."""
-        yield from self._copies(name)
-        for copy, original in self.follows.items():
-            if original == name:
-                found = self.model.get_submodule(copy)
-                assert isinstance(found, BlockSparseLinear)
-                yield found
-                yield from self._copies(copy)
-
-    def _sums_of_copies(self) -> dict[str, float]:
-        """Return a number of each copy in the model that tells whether somebody writes to it."""
-        if "reference" in self._told:
-            return {}
-        copies = {name: self.model.get_submodule(name) for name in self.follows}
-        return {
-            name: float(local_part(copy.values.detach()).double().sum())
-            for name, copy in copies.items()
-            if isinstance(copy, BlockSparseLinear)
-        }
-
     def _warn_of_references(self) -> None:
         """Name copies to which nobody has written from one update to the next."""
-        now = self._sums_of_copies() if self._written else {}
-        same = sorted(name for name, total in now.items() if self._written.get(name) == total)
-        if same:
+        if "reference" not in self._told and (same := self._following.unwritten()):
             self._warn(
                 f"Nobody has written to copies of layers since the last update: {', '.join(same)}. "
                 "They have the blocks of their originals, as a target or a teacher is to have. A "
@@ -932,19 +890,7 @@ class Sparsifier:
 
     def _warn_of_copies_elsewhere(self) -> None:
         """Name the layers of which there are copies that nobody has told of."""
-        if "elsewhere" in self._told:
-            return
-        lineages = {layer.lineage: name for name, layer in self.layers.items()}
-        known = {id(module) for module in self.model.modules()}
-        known |= {id(copy) for name in self.layers for copy in self._copies_of(name)}
-
-        def elsewhere() -> list[str]:
-            copies = [c for c in LIVING if c.lineage in lineages and id(c) not in known]
-            return sorted({lineages[copy.lineage] for copy in copies if not copy.locked})
-
-        if elsewhere():
-            gc.collect()  # what is left of an earlier training
-        if names := elsewhere():
+        if "elsewhere" not in self._told and (names := self._following.strangers(self.layers)):
             self._warn(
                 "There are copies of block-sparse layers outside of the model: "
                 f"{', '.join(names)}. They do not follow its blocks, as suits what is kept to look "
@@ -1015,7 +961,7 @@ class Sparsifier:
             min(layer.topology.capacity, max(most, layer.topology.n_blocks))
         )
         writes = [write, self._gatherer.prepare_keep(name, kept)]
-        writes += [copy.prepare_shrink(len(kept))[1] for copy in self._copies_of(name)]
+        writes += [copy.prepare_shrink(len(kept))[1] for copy in self._following.copies_of(name)]
         writes += [
             course.prepare_keep(name, kept) for course in self._attached() if name in course.held
         ]
@@ -1084,7 +1030,8 @@ class Sparsifier:
         if shortfall is None:
             shortfall = self._none_seen()
         self._let_go(self._attached())
-        self._rewrap, self._copies, self._planned = None, _no_copies, None
+        self._rewrap, self._planned = None, None
+        self._following.elsewhere = none_elsewhere
         self._may_shrink = True
         if shortfall is not None:
             self._warn(shortfall)
@@ -1205,10 +1152,6 @@ def _only(budgets: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
 
 def _class_of(optimizer: object) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-
-
-def _no_copies(name: str) -> Iterable[BlockSparseLinear]:
-    return ()
 
 
 def _check_steps_after_backward(values: nn.Parameter) -> None:

@@ -44,6 +44,7 @@ FLOORS = {
     "config": 6,
     "export": 6,
     "course": 6,
+    "following": 6,
     "loading": 7,
     "sparsifier": 7,
     "inspection": 7,
