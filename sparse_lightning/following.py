@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from sparse_lightning.copies import by_hand
 from sparse_lightning.linear import LIVING, BlockSparseLinear
 from sparse_lightning.patching import SwapOptions, copies_in
 from sparse_lightning.selection import sparse_layers
@@ -32,22 +33,48 @@ class Following:
         self.elsewhere: Callable[[str], Iterable[BlockSparseLinear]] = none_elsewhere
         # What PyTorch counts when a tensor is written to.
         self._versions = {id(layer): layer.values._version for _, layer in sparse_layers(model)}
+        # What copies held when they were last looked at: those in the model, by name, and others.
         self._sums: dict[str, float] = {}
+        self._outside: WeakKeyDictionary[BlockSparseLinear, float] = WeakKeyDictionary()
 
-    def found(self, held: Collection[int], originals: Collection[str]) -> dict[str, str]:
+    def found(
+        self,
+        held: Collection[int],
+        layers: Mapping[str, BlockSparseLinear],
+        evolving: Mapping[str, BlockSparseLinear],
+    ) -> dict[str, str]:
         """Return which layers are copies by now, `{copy: original}`.
 
+        A layer that has learnt by itself becomes none, also while it is frozen for a moment. A copy
+        that is known stays one until it is trained.
+
         Args:
-            held: ids of the parameters that optimizers hold: a layer that is held and not frozen
-                trains, and so is no copy.
-            originals: names of the layers that may have copies.
+            held: ids of the parameters that optimizers hold.
+            layers: those that may have copies, by name.
+            evolving: those among them that are no copies so far.
         """
+        there = dict(sparse_layers(self.model))
 
-        def trains(name: str, layer: BlockSparseLinear) -> bool:
-            return id(layer.values) in held and layer.values.requires_grad
+        def is_held(layer: BlockSparseLinear) -> bool:
+            return id(layer.values) in held
 
-        found = copies_in(self.model, self.options, trains)
-        return {copy: original for copy, original in found.items() if original in originals}
+        def is_original(name: str, layer: BlockSparseLinear) -> bool:
+            return is_held(layer) and (layer.values.requires_grad or layer.has_learnt)
+
+        def is_of_another(name: str) -> bool:  # which another Sparsifier evolves
+            return there[name].locked and evolving.get(name) is not there[name]
+
+        told = by_hand(self.options.follow, there)
+        found = {
+            copy: original
+            for copy, original in copies_in(self.model, self.options, is_original).items()
+            if copy in told or not (there[copy].has_learnt or is_of_another(copy))
+        }
+        for copy, original in self.follows.items():
+            trains = copy in there and is_held(there[copy]) and there[copy].values.requires_grad
+            if copy in there and not trains and not is_of_another(copy):
+                found[copy] = original
+        return {copy: original for copy, original in found.items() if original in layers}
 
     def layer(self, copy: str) -> BlockSparseLinear:
         """Return the layer of a name."""
@@ -73,35 +100,44 @@ class Following:
             self._versions.get(id(layer)) == layer.values._version for layer in (copy, original)
         )
 
-    def note(self) -> None:
-        """Note what the copies in the model hold, right after an update."""
-        self._sums = self._sums_now()
+    def unwritten(self, names: Collection[str]) -> list[str]:
+        """Return the copies of some layers to which nobody has written since `note`."""
+        copies = [copy for copy, original in self.follows.items() if original in names]
+        known = [copy for copy in copies if copy in self._sums]
+        return sorted(copy for copy in known if self._sums[copy] == _sum_of(self.layer(copy)))
 
-    def unwritten(self) -> list[str]:
-        """Return the copies to which nobody has written since `note`."""
-        if not self._sums:
-            return []
-        return sorted(n for n, total in self._sums_now().items() if self._sums.get(n) == total)
+    def note(self, names: Collection[str]) -> None:
+        """Note what the copies of some layers hold, right after an update of these."""
+        for copy, original in self.follows.items():
+            if original in names:
+                self._sums[copy] = _sum_of(self.layer(copy))
 
-    def _sums_now(self) -> dict[str, float]:
-        return {
-            name: float(local_part(self.layer(name).values.detach()).double().sum())
-            for name in self.follows
-        }
+    def strangers(
+        self, layers: Mapping[str, BlockSparseLinear], others: Iterable[BlockSparseLinear]
+    ) -> list[str]:
+        """Return the layers of which there are copies that somebody writes to, and do not follow.
 
-    def strangers(self, layers: Mapping[str, BlockSparseLinear]) -> list[str]:
-        """Return the layers, of those given, of which there are copies that do not follow."""
+        Args:
+            layers: that are asked about.
+            others: that are no such copies.
+        """
         names = {layer.lineage: name for name, layer in layers.items()}
-        known = {id(module) for module in self.model.modules()}
+        known = {id(module) for module in (*self.model.modules(), *others)}
         known |= {id(copy) for name in layers for copy in self.copies_of(name)}
+        now = {
+            copy: _sum_of(copy)
+            for copy in LIVING
+            if copy.lineage in names and id(copy) not in known and not copy.locked
+        }
+        # What is only kept to look at later does not change.
+        written = [copy for copy, total in now.items() if self._outside.get(copy, total) != total]
+        self._outside = WeakKeyDictionary(now)
+        return sorted({names[copy.lineage] for copy in written})
 
-        def unknown() -> list[str]:
-            copies = [copy for copy in LIVING if copy.lineage in names and id(copy) not in known]
-            return sorted({names[copy.lineage] for copy in copies if not copy.locked})
 
-        if unknown():
-            gc.collect()  # what is left of an earlier training
-        return unknown()
+def _sum_of(layer: BlockSparseLinear) -> float:
+    """Return a number that tells whether somebody has written to a layer's values."""
+    return float(local_part(layer.values.detach()).double().sum())
 
 
 def none_elsewhere(name: str) -> Iterable[BlockSparseLinear]:

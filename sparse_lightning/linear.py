@@ -35,6 +35,7 @@ _EQUIPMENT = (
     "token_stride",
     "label",
     "lineage",
+    "has_learnt",
     "dense_class",
 )
 
@@ -79,6 +80,7 @@ class BlockSparseLinear(nn.Module):
         label: the layer's name in the model in which it was swapped, for messages.
         lineage: what a layer shares with its copies, and with those that had equal weights when
             they were swapped.
+        has_learnt: whether it was trained since: then it is a copy no more.
         dense_class: what it was before, and `make_dense_` makes of it: `nn.Linear`, or a class
             whose weight lies transposed, `[in_features, out_features]`, as transformers' `Conv1D`.
 
@@ -148,6 +150,7 @@ class BlockSparseLinear(nn.Module):
         self.token_stride = 1
         self.label = ""
         self.lineage = uuid.uuid4().hex
+        self.has_learnt = False
         LIVING.add(self)
         self._follow_device()
 
@@ -485,7 +488,7 @@ class BlockSparseLinear(nn.Module):
         # A copy is no part of the training: nothing follows its blocks, and nobody reads its norms.
         # What only a training has is made anew, not copied: a process that is started by pickling
         # has to find all tensors of the state alive once it runs.
-        state = {**self.__dict__, "locked": False, "armed": False}
+        state = {**self.__dict__, "locked": False, "armed": False, "has_learnt": False}
         return {k: v for k, v in state.items() if k not in ("block_norms", "_armed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -560,7 +563,8 @@ class BlockSparseLinear(nn.Module):
         # Beside the tensors, where PyTorch keeps versions: copies know one another once loaded.
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
-            metadata["lineage"] = self.lineage
+            metadata["lineage"], metadata["label"] = self.lineage, self.label
+            metadata["has_learnt"] = self.has_learnt
 
     def get_extra_state(self) -> Tensor:
         """Return the topology, for the state dict; int32, of a length fixed by the capacity."""
@@ -615,7 +619,11 @@ class BlockSparseLinear(nn.Module):
             # Always raised by `load_state_dict`, also with strict=False.
             error_msgs.append(f"{error} (layer '{prefix.rstrip('.')}')")
             return
-        self.lineage = local_metadata.get("lineage", self.lineage)
+        if "lineage" in local_metadata:
+            self.lineage = local_metadata["lineage"]
+            # What another layer has learnt makes this one its copy.
+            is_own = local_metadata.get("label") == self.label
+            self.has_learnt = is_own and bool(local_metadata.get("has_learnt"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -623,6 +631,11 @@ class BlockSparseLinear(nn.Module):
     def _load_topology(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Take the topology and the capacity of a state dict, before its values are copied."""
         state = state_dict.get(prefix + "_extra_state")
+        if isinstance(state, Tensor) and state.is_floating_point():
+            # A mean of state dicts, as of a network and its target, whose blocks are the same.
+            rounded, own = state.round().int(), self.get_extra_state()
+            if rounded.shape == own.shape and torch.equal(rounded.to(own.device), own):
+                state = state_dict[prefix + "_extra_state"] = own
         values = state_dict.get(prefix + "values")
         weight = state_dict.pop(prefix + "weight", None) if values is None else None
         if weight is not None and weight.dim() == 3:

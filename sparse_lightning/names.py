@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import takewhile
 
 from sparse_lightning.topology import check_density
 
@@ -42,6 +43,17 @@ def is_chosen(name: str, include: Iterable[str], exclude: Sequence[str]) -> bool
     if exclude and name not in include:
         left_out += DEFAULT_EXCLUDE
     return not any(matches(pattern, name) for pattern in left_out)
+
+
+def patterns_of(names: Sequence[str]) -> list[str]:
+    """Return patterns that match some names: of what they begin with, if that is the same.
+
+    >>> patterns_of(["target.0.fc", "target.2.fc"]), patterns_of(["up", "down"])
+    (['target.*'], ['up', 'down'])
+    """
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    first = ".".join(same[0] for same in takewhile(lambda same: len({*same}) == 1, parts))
+    return [f"{first}.*"] if first and len(names) > 1 else list(names)
 
 
 def is_exact(pattern: str) -> bool:

@@ -32,7 +32,7 @@ from sparse_lightning.following import Following, none_elsewhere
 from sparse_lightning.gathering import Gatherer
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.lookup import calling
-from sparse_lightning.names import check_layers_found, is_chosen
+from sparse_lightning.names import check_layers_found, is_chosen, patterns_of
 from sparse_lightning.optimizer_state import check_state, drop_dense_state
 from sparse_lightning.patching import SparsityReport, SwapOptions, swap_layers
 from sparse_lightning.resume import check_same_training
@@ -118,12 +118,16 @@ class Sparsifier:
             self._resolve_times()
         check_rule(self._rule)
         needs = needed_by([self._rule])
+        sparse = {id(layer) for _, layer in sparse_layers(model)}
         self.report = self._swap()
         self._following = Following(model, self._options, self.report.follows)
         self.layers = self._managed()
         # Those that share the budget: also copies that are only known as such once there is an
         # optimizer, so that the budgets of the others stay what they were.
         self._sharing = dict(self.layers)
+        own = {name: of for name, of in self.report.layers.items() if name in self.layers}
+        self.report = replace(self.report, layers=own)
+        self._swapped = [name for name, layer in self.layers.items() if id(layer) not in sparse]
         self._agreed = False
         self._agree()
         self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
@@ -276,6 +280,7 @@ class Sparsifier:
         for layer in self.layers.values():
             layer.locked = True
         self._warn_of_late_layers()
+        self._warn_of_frozen_layers()
         self._warn_of_sudden_falls()
         self._warn_of_rises_without_growth()
         for course in self._attached():
@@ -357,7 +362,7 @@ class Sparsifier:
         optimizers = [course.optimizer for course in self._attached() if course.optimizer]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
-        return self._following.found(held, self._sharing)
+        return self._following.found(held, self._sharing, self.layers)
 
     def _set_copies(self, follows: dict[str, str], settled: bool = False) -> None:
         """Have layers follow others from here on, and those that no longer do evolve again.
@@ -398,6 +403,24 @@ class Sparsifier:
             self._warn(
                 f"Block-sparse layers that followed others are trained now: {', '.join(lost)}. "
                 "They follow no longer, and their blocks stay."
+            )
+
+    def _warn_of_frozen_layers(self) -> None:
+        """Name the layers that were frozen after they had lost blocks, and nobody asked for."""
+        frozen = [
+            name
+            for name in self._swapped
+            if name in self.layers
+            and not self.layers[name].values.requires_grad
+            and name not in self.config.include
+        ]
+        if frozen and not any(course.steps for course in self._courses):
+            self._warn(
+                f"Block-sparse layers are frozen: {', '.join(frozen)}. As long as they are, they "
+                "cannot learn to do with the blocks that they have. Frozen layers stay dense if "
+                "they are frozen before they are swapped: under Lightning in __init__ or setup, or "
+                "by a callback that stands before SparsityCallback.",
+                once="frozen",
             )
 
     def _warn_of_late_layers(self) -> None:
@@ -619,6 +642,10 @@ class Sparsifier:
                 if values.grad is not None:
                     self._step(course)
                     return
+            if self._a_copy_trains():
+                self._set_copies(self._copies_now())
+                self._step(course)
+                return
         self._skip(course)
 
     def _look_at(self, optimizer: Optimizer) -> None:
@@ -645,6 +672,11 @@ class Sparsifier:
             once="others",
         )
 
+    def _a_copy_trains(self) -> bool:
+        """Whether a layer that is known as a copy has a gradient, as one that is thawed."""
+        copies = [self._following.layer(copy).values for copy in self.follows]
+        return any(values.requires_grad and values.grad is not None for values in copies)
+
     def _warn_of_none_held(self, course: Course) -> None:
         missing = self._in_no_optimizer()
         if missing:
@@ -669,6 +701,8 @@ class Sparsifier:
         if course.steps == 0:
             self._warn_of_layers_in_no_optimizer()
         course.count()
+        if course.seen < _SILENT_STEPS:
+            self._note_learning(course.own)
         self._warn_of_silent(course.look_for_silent(_SILENT_STEPS))
         if self._gatherer.reads_gradients:
             self._gatherer.confirm(course.own)
@@ -681,6 +715,12 @@ class Sparsifier:
         if is_due or course.waiting:
             self._update(course, is_due)
         self._arm(course)
+
+    def _note_learning(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note which layers were trained in a step."""
+        for name, values in parameters.items():
+            if values.grad is not None:
+                self.layers[name].has_learnt = True
 
     def _plan(self, course: Course, end: int) -> None:
         """Follow what is known of the number of steps by now."""
@@ -720,6 +760,7 @@ class Sparsifier:
     def _update(self, course: Course, is_due: bool) -> None:
         """Update the layers that are due, or that waited, as far as they were scored."""
         assert course.timetable is not None
+        self._note_learning(course.own)
         copies = self._copies_now()
         if copies != self.follows:
             self._set_copies(copies, settled=True)
@@ -728,7 +769,7 @@ class Sparsifier:
             for name, values in course.own.items()
             if values.requires_grad and (is_due or name in course.waiting)
         ]
-        self._warn_of_references()
+        self._warn_of_references(course)
         with _one_thread():
             update = self._decide(course, due)
             if update.layers:
@@ -742,7 +783,7 @@ class Sparsifier:
         self._warn_of_waiting(course.steps, [name for name in course.waiting if name in asked])
         if update.layers:
             if "reference" not in self._told:
-                self._following.note()
+                self._following.note(course.own)
             self._warn_of_copies_elsewhere()
             self.last_update = update
             try:
@@ -877,20 +918,24 @@ class Sparsifier:
                 "is to be frozen or in no optimizer: it then follows their blocks."
             )
 
-    def _warn_of_references(self) -> None:
+    def _warn_of_references(self, course: Course) -> None:
         """Name copies to which nobody has written from one update to the next."""
-        if "reference" not in self._told and (same := self._following.unwritten()):
+        if "reference" not in self._told and (same := self._following.unwritten(course.own)):
             self._warn(
-                f"Nobody has written to copies of layers since the last update: {', '.join(same)}. "
-                "They have the blocks of their originals, as a target or a teacher is to have. A "
-                "reference that is to compute what it did before has to be excluded: exclude="
-                f"[{same[0]!r}].",
+                "Copies of layers were not written to from one topology update to the next: "
+                f"{', '.join(same)}. For a target or a teacher that is written to now and then "
+                "that is right: it has the blocks of its original. But a reference that is to "
+                f"compute what it did before has to be excluded: exclude={patterns_of(same)}.",
                 once="reference",
             )
 
     def _warn_of_copies_elsewhere(self) -> None:
         """Name the layers of which there are copies that nobody has told of."""
-        if "elsewhere" not in self._told and (names := self._following.strangers(self.layers)):
+        # What was replaced in the model is still known here.
+        others = self._sharing.values()
+        if "elsewhere" not in self._told and (
+            names := self._following.strangers(self.layers, others)
+        ):
             self._warn(
                 "There are copies of block-sparse layers outside of the model: "
                 f"{', '.join(names)}. They do not follow its blocks, as suits what is kept to look "
@@ -1026,9 +1071,10 @@ class Sparsifier:
                 )
             return
         trained = any(course.steps or course.skipped for course in self._courses)
-        shortfall = self._shortfall() if trained else None
-        if shortfall is None:
-            shortfall = self._none_seen()
+        shortfall = None
+        # Who is told of an error need not be told what it has kept from happening.
+        if sys.exc_info()[0] in (None, KeyboardInterrupt):
+            shortfall = (self._shortfall() if trained else None) or self._none_seen()
         self._let_go(self._attached())
         self._rewrap, self._planned = None, None
         self._following.elsewhere = none_elsewhere
@@ -1051,8 +1097,7 @@ class Sparsifier:
         """Return that no step since `attach` counted, where one would have; None otherwise."""
         courses = self._attached()
         trains = any(layer.values.requires_grad for layer in self.layers.values())
-        # Who is told of an error need not be told what it has kept from happening.
-        if not trains or any(course.seen for course in courses) or sys.exc_info()[0] is not None:
+        if not trains or any(course.seen for course in courses):
             return None
         return (
             "No step was seen in which block-sparse layers had a gradient since `attach` was "
@@ -1063,9 +1108,13 @@ class Sparsifier:
     def _shortfall(self) -> str | None:
         """Return how the density differs from the one asked for, and why; None if it does not."""
         grids = self._grids()
-        cells = sum(rows * cols for rows, cols in grids.values())
         asked = self.config.final_blocks(grids)
-        present = {name: layer.topology.n_blocks for name, layer in self._sharing.items()}
+        of = {name: self.layers[self.follows.get(name, name)] for name in self._sharing}
+        if self.config.distribution != "global":  # then each layer has a budget
+            of = dict(self.layers)
+            asked = sum(self.config.budgets_at(1.0, grids)[name] for name in of)
+        cells = sum(grids[name][0] * grids[name][1] for name in of)
+        present = {name: layer.topology.n_blocks for name, layer in of.items()}
         if sum(present.values()) == asked:
             return None
         courses = [course for course in self._attached() if course.own]
@@ -1075,13 +1124,13 @@ class Sparsifier:
             if table is None or course.progress >= 1:
                 continue
             skipped = f", and {course.skipped} more did not count" if course.skipped else ""
-            of = f" by the optimizer of '{next(iter(course.own))}'" if len(courses) > 1 else ""
+            whose = f" by the optimizer of '{next(iter(course.own))}'" if len(courses) > 1 else ""
             why.append(
-                f"{course.steps} steps were taken{of}{skipped}, where the schedule takes "
+                f"{course.steps} steps were taken{whose}{skipped}, where the schedule takes "
                 f"{table.density_until}"
             )
         moving = {name for course in courses for name, v in course.own.items() if v.requires_grad}
-        still = sorted(present.keys() - moving)
+        still = sorted(self.layers.keys() - moving)
         still += [name for course in courses for name in course.waiting]
         if still:
             why.append(f"layers were frozen, in no optimizer or not scored: {', '.join(still)}")

@@ -505,12 +505,21 @@ def test_copies_of_included_layers_need_not_be_included() -> None:
     assert sparsifier.follows == {"target.0": "net.0", "target.2": "net.2"}
 
 
-def test_copies_outside_of_the_model_are_told_of_once() -> None:
+@torch.no_grad()
+def mix(copied: nn.Module, of: nn.Module) -> None:
+    for mine, now in zip(copied.parameters(), of.parameters(), strict=True):
+        mine.lerp_(now, 0.1)
+
+
+def test_averages_outside_of_the_model_are_told_of_once_and_snapshots_are_not() -> None:
     model = Net()
-    sparsifier, optimizer = attached(model)
+    _, optimizer = attached(model)
     outside = copy.deepcopy(model.net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(9))
     with pytest.warns(UserWarning, match=r"outside of the model: net\.0, net\.2.*copies=") as told:
-        train(model, optimizer, range(20))
+        train(model, optimizer, range(9, 24), lambda _: mix(outside, model.net))
     assert sum("outside of the model" in str(each.message) for each in told) == 1
     known = Net()
     sparsifier = Sparsifier(known, 40, density=0.25, **OPTIONS)
@@ -518,17 +527,170 @@ def test_copies_outside_of_the_model_are_told_of_once() -> None:
     sparsifier.attach(optimizer, copies=lambda name: [outside.get_submodule(name)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(known, optimizer, range(20))
+        train(known, optimizer, range(20), lambda _: mix(outside, known))
     assert same_blocks(known, outside)
 
 
 def test_a_copy_that_nobody_writes_to_is_named_as_it_may_be_a_reference() -> None:
     model = WithTarget(frozen)
     _, optimizer = attached(model)
-    with pytest.warns(UserWarning, match=r"target\.0, target\.2\..*exclude=\['target\.0'\]"):
+    with pytest.warns(UserWarning, match=r"target\.0, target\.2\..*exclude=\['target\.\*'\]"):
         train(model, optimizer, range(20))
     model = WithTarget(frozen)
     _, optimizer = attached(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, range(20), lambda _: average(model))
+
+
+# -- equals that are no copies --------------------------------------------------------------------
+
+
+class Twins(nn.Module):
+    """Two networks that begin alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Net()
+        self.b = copy.deepcopy(self.a)
+
+
+def alternate(model: Twins, steps: range, optimizers: Any, toggle: bool) -> None:
+    """Train one after the other, the other frozen for the moment if asked for."""
+    for number in steps:
+        for net, other, optimizer in zip(
+            (model.a, model.b), (model.b, model.a), optimizers, strict=True
+        ):
+            other.requires_grad_(not toggle)
+            train(net, optimizer, [number if net is model.a else 1000 + number])
+            other.requires_grad_(True)
+
+
+def test_a_layer_that_is_frozen_for_a_moment_is_no_copy() -> None:
+    """As by `toggle_optimizer` of Lightning, whatever it was at first."""
+    results = []
+    for toggle in (False, True):
+        model = Twins()
+        sparsifier = Sparsifier(model, 24, density=0.25, **OPTIONS)
+        optimizers = adamw(model.a.parameters()), adamw(model.b.parameters())
+        sparsifier.attach(*optimizers)
+        alternate(model, range(24), optimizers, toggle)
+        assert not sparsifier.follows and sparsifier.n_updates == 10
+        results.append(weights_of(model))
+    for name, weight in results[0].items():
+        assert torch.equal(results[1][name], weight), name
+
+
+def test_a_layer_that_has_learnt_and_is_frozen_keeps_its_weights() -> None:
+    model = Twins()
+    sparsifier = Sparsifier(model, 40, density=0.25, **OPTIONS)
+    optimizers = adamw(model.a.parameters()), adamw(model.b.parameters())
+    sparsifier.attach(*optimizers)
+    alternate(model, range(10), optimizers, toggle=False)
+    model.a.requires_grad_(False)
+    before = weights_of(model.a)
+    train(model.b, optimizers[1], range(10, 30))
+    assert not sparsifier.follows
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model.a).items())
+
+
+def test_what_another_sparsifier_evolves_is_no_copy() -> None:
+    model = Twins()
+    sparsify(model, block_size=16, density=0.25, exclude=["head"])
+    optimizers = adamw(model.a.parameters()), adamw(model.b.parameters())
+    sparsifiers = []
+    for name, optimizer in zip("ab", optimizers, strict=True):
+        options = {**OPTIONS, "include": [f"{name}.*"]}
+        sparsifiers.append(Sparsifier(model, 24, density=0.25, **options))
+        sparsifiers[-1].attach(optimizer)
+    alternate(model, range(24), optimizers, toggle=False)
+    assert all(each.n_updates == 5 and not each.follows for each in sparsifiers)
+    assert not same_blocks(model.a.net, model.b.net)
+
+
+def test_a_copy_that_is_thawed_in_the_optimizer_is_named() -> None:
+    """Student and teacher change places; the teacher was frozen when layers were swapped."""
+
+    class Changing(WithTarget):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(
+                self.net(x) if self.net[0].bias.requires_grad else self.target(x)
+            )
+            return out
+
+    model = Changing(frozen)
+    sparsifier, optimizer = attached(model)
+    train(model, optimizer, range(6))
+    model.net.requires_grad_(False)
+    model.target.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"are trained now: target\.0, target\.2"):
+        train(model, optimizer, range(6, 20))
+    assert not sparsifier.follows
+    assert all(layer.values.flatten(1).any(1).all() for layer in sparse(model.target).values())
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_a_copy_follows_while_its_original_is_frozen_for_a_moment(density: str) -> None:
+    """An average of a generator, whose discriminator has its updates between."""
+    model = nn.ModuleDict({"g": Net(), "d": Net()})
+    with torch.no_grad():
+        for parameter in model["d"].parameters():
+            parameter.mul_(0.9)
+    model["ema"] = copy.deepcopy(model["g"]).requires_grad_(False)
+    sparsifier = Sparsifier(model, 24, density=DENSITIES[density], **OPTIONS)
+    optimizers = [adamw(model[name].parameters()) for name in "gd"]
+    sparsifier.attach(*optimizers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(copies|Copies|follow)")
+        for number in range(24):
+            for name, other, optimizer in zip("gd", "dg", optimizers, strict=True):
+                model[other].requires_grad_(False)
+                train(model[name], optimizer, [number])
+                model[other].requires_grad_(True)
+            mix(model["ema"], model["g"])
+    assert sparsifier.follows == {"ema.net.0": "g.net.0", "ema.net.2": "g.net.2"}
+    assert same_blocks(model["ema"], model["g"])
+
+
+def test_a_mean_of_state_dicts_is_loaded() -> None:
+    """As in PyTorch's tutorial of deep Q-learning, over all keys."""
+    model = WithTarget(frozen)
+    _, optimizer = attached(model)
+
+    def after(number: int) -> None:
+        state, now = model.target.state_dict(), model.net.state_dict()
+        for key in now:
+            state[key] = now[key] * 0.005 + state[key] * (1 - 0.005)
+        model.target.load_state_dict(state)
+
+    train(model, optimizer, range(12), after)
+    assert same_blocks(model.target, model.net)
+    state = model.target.state_dict()
+    state["0._extra_state"] = state["0._extra_state"] * 0.5
+    with pytest.raises(RuntimeError, match="int32 vector"):
+        model.target.load_state_dict(state)
+
+
+def test_a_target_that_is_mixed_at_the_end_of_an_iteration_is_no_reference() -> None:
+    """Two optimizers step in it, each with updates of its own."""
+    model = Twins()
+    model.target = copy.deepcopy(model.a).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.b.parameters():
+            parameter.mul_(0.9)
+    sparsifier = Sparsifier(model, 24, density=0.25, **OPTIONS)
+    optimizers = adamw(model.a.parameters()), adamw(model.b.parameters())
+    sparsifier.attach(*optimizers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(24):
+            alternate(model, range(number, number + 1), optimizers, toggle=False)
+            mix(model.target, model.a)
+
+
+def test_layers_that_are_frozen_after_the_swap_are_named() -> None:
+    model = Net()
+    sparsifier = Sparsifier(model, 24, density=0.25, **OPTIONS)
+    model.net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"layers are frozen: net\.0\. .*before they are swapped"):
+        sparsifier.attach(adamw(model.parameters()))

@@ -6,6 +6,7 @@ Nothing is decided here: hooks call the engine, and tell those who look on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -210,8 +211,10 @@ class SparsityCallback(Callback):
         if any(id(layer) not in sparse for layer in made.layers.values()):
             swap_in_copies(trainer)
             self.report = made.report
+            if _of(trainer)[-1] is not self:  # what is dense now may not be when all have swapped
+                self.report = replace(made.report, coverage=None)
             if trainer.is_global_zero:
-                show_report(made.report)
+                show_report(self.report, self._which(trainer))
 
     def _begin(self, sparsifier: Sparsifier) -> None:
         """Begin a schedule."""

@@ -44,17 +44,23 @@ def _show_in_bar(fit: Fit, metrics: dict[str, float]) -> None:
         fit.trainer.progress_bar_metrics.update(metrics)
 
 
-def show_report(report: SparsityReport) -> None:
-    """Show what the swap did, on this rank."""
+def show_report(report: SparsityReport, which: str = "") -> None:
+    """Show what the swap did, on this rank.
+
+    Args:
+        report: of the swap.
+        which: callback it is of, where the trainer has several.
+    """
     before = sum(layer.parameters_before for layer in report.layers.values())
     after = sum(layer.parameters_after for layer in report.layers.values())
+    of = f", {which}" if which else ""
     line = (
-        f"Block-sparse layers: {len(report.layers)}; linear layers left dense: "
+        f"Block-sparse layers{of}: {len(report.layers)}; linear layers left dense: "
         f"{len(report.skipped)}; density {report.density:.3f}; parameters {before:,} -> {after:,}."
     )
     copies = "; ".join(f"{copy} follows {of}" for copy, of in report.follows.items())
     line = " ".join(part for part in (line, copies and f"{copies}.", report.uncovered) if part)
-    _show(str(report), line, lambda: _report_table(report))
+    _show(f"{report}\n{which}".rstrip(), line, lambda: _report_table(report, of))
 
 
 def show_summary(summary: FitSummary, which: str = "") -> None:
@@ -91,13 +97,13 @@ def _show(text: str, line: str, pretty: Callable[[], RenderableType]) -> None:
     print(capture.get(), end="", flush=True)
 
 
-def _report_table(report: SparsityReport) -> RenderableType:
+def _report_table(report: SparsityReport, of: str) -> RenderableType:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     (first, *others), (*rows, total) = report.table()
-    table = Table(title="Block-sparse layers", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(f"Block-sparse layers{of}"), box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)

@@ -238,15 +238,17 @@ class HeldCopies:
     def _look(self) -> dict[str, list[BlockSparseLinear]]:
         model = self.trainer.lightning_module
         held = list(_copied_models(self.trainer))
-        equal: dict[str, list[str]] = {}
+        # Equal layers, as clones in an encoder, are told by their names; those that train come
+        # first, since the others may be copies themselves.
+        equal: dict[tuple[str, bool], list[str]] = {}
         for name, layer in sparse_layers(model) if held else ():
-            equal.setdefault(layer.lineage, []).append(name)
+            equal.setdefault((layer.lineage, layer.values.requires_grad), []).append(name)
         found: dict[str, list[BlockSparseLinear]] = {}
         for each in held:
             for name, copy in sparse_layers(each):
-                # Equal layers, as clones in an encoder, are told by their names.
-                original = original_of(name, equal.get(copy.lineage, []))
-                if original is None and type(each) is type(model):
+                mates = [equal.get((copy.lineage, trains), []) for trains in (True, False)]
+                original = original_of(name, mates[0]) or original_of(name, mates[1])
+                if type(each) is type(model):
                     original = name
                 if original is not None:
                     found.setdefault(original, []).append(copy)

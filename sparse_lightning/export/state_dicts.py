@@ -208,7 +208,8 @@ def _with_weights(
         # Dense layers are of no lineage.
         own = {name: {**of} for name, of in metadata.items()}
         for of in own.values():
-            of.pop("lineage", None)
+            for key in ("lineage", "label", "has_learnt"):
+                of.pop(key, None)
         metadata = own
     return _with_metadata(converted, metadata)
 
