@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sparse_lightning import patching
@@ -67,9 +71,7 @@ _LATE = {
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
-        found = getattr(import_module(f"sparse_lightning.{_LATE[name]}"), name)
-        _tell_transformers()  # which Lightning may have imported
-        return found
+        return getattr(import_module(f"sparse_lightning.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -79,7 +81,7 @@ def _tell_transformers(model: Any = None) -> None:
     Args:
         model: whose layers have changed.
     """
-    if sys.modules.get("transformers") is None:
+    if "transformers.modeling_utils" not in sys.modules:
         return
     try:
         pretrained = import_module("sparse_lightning.integrations.pretrained")
@@ -94,5 +96,26 @@ def _tell_transformers(model: Any = None) -> None:
         pretrained.note(model)
 
 
+class _AfterTransformers(MetaPathFinder):
+    """Tells Transformers when it is imported after this package, as sorted imports have it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "transformers.modeling_utils":  # of which every model is made
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            _tell_transformers()
+
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+
 patching.when_layers_change.append(_tell_transformers)
 _tell_transformers()
+sys.meta_path.insert(0, _AfterTransformers())

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparse_lightning.copies import by_hand
 from sparse_lightning.linear import LIVING, BlockSparseLinear
+from sparse_lightning.names import is_chosen
 from sparse_lightning.patching import SwapOptions, copies_in
 from sparse_lightning.selection import sparse_layers
 from sparse_lightning.sharding import local_part
@@ -64,11 +65,18 @@ class Following:
         def is_of_another(name: str) -> bool:  # which another Sparsifier evolves
             return there[name].locked and evolving.get(name) is not there[name]
 
+        def is_for_others(name: str) -> bool:  # it may train in an optimizer of another Sparsifier
+            included = is_chosen(name, self.options.include, self.options.exclude)
+            return there[name].values.requires_grad and not included
+
+        def may_be_copy(name: str) -> bool:
+            return not (there[name].has_learnt or is_of_another(name) or is_for_others(name))
+
         told = by_hand(self.options.follow, there)
         found = {
             copy: original
             for copy, original in copies_in(self.model, self.options, is_original).items()
-            if copy in told or not (there[copy].has_learnt or is_of_another(copy))
+            if copy in told or may_be_copy(copy)
         }
         for copy, original in self.follows.items():
             trains = copy in there and is_held(there[copy]) and there[copy].values.requires_grad

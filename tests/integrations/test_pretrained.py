@@ -208,6 +208,8 @@ LIGHT = "import sys, sparse_lightning\nassert 'transformers' not in sys.modules\
     [
         "import transformers\nimport sparse_lightning\n",
         f"{LIGHT}import sparse_lightning.integrations.pretrained\nimport transformers\n",
+        f"{LIGHT}import transformers\n",
+        f"{LIGHT}from transformers import LlamaForCausalLM\nimport transformers\n",
     ],
 )
 def test_a_new_process_reads_a_sparse_folder(imports: str, tmp_path: Path) -> None:
