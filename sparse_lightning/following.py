@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -37,6 +38,14 @@ class Following:
         # What copies held when they were last looked at: those in the model, by name, and others.
         self._sums: dict[str, float] = {}
         self._outside: WeakKeyDictionary[BlockSparseLinear, float] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What others hold stays here, also since weak references cannot be pickled.
+        return {key: value for key, value in vars(self).items() if key != "_outside"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._outside = WeakKeyDictionary()
 
     def found(
         self,
