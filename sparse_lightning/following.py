@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from sparse_lightning.copies import by_hand
+from sparse_lightning.gathering import on_cpu
 from sparse_lightning.linear import LIVING, BlockSparseLinear
 from sparse_lightning.names import is_chosen
 from sparse_lightning.patching import SwapOptions, copies_in
@@ -119,15 +120,16 @@ class Following:
 
     def unwritten(self, names: Collection[str]) -> list[str]:
         """Return the copies of some layers to which nobody has written since `note`."""
-        copies = [copy for copy, original in self.follows.items() if original in names]
-        known = [copy for copy in copies if copy in self._sums]
-        return sorted(copy for copy in known if self._sums[copy] == _sum_of(self.layer(copy)))
+        now = self._sums_of_copies(names)
+        return sorted(copy for copy, total in now.items() if self._sums.get(copy) == total)
 
     def note(self, names: Collection[str]) -> None:
         """Note what the copies of some layers hold, right after an update of these."""
-        for copy, original in self.follows.items():
-            if original in names:
-                self._sums[copy] = _sum_of(self.layer(copy))
+        self._sums.update(self._sums_of_copies(names))
+
+    def _sums_of_copies(self, names: Collection[str]) -> dict[str, float]:
+        copies = [copy for copy, original in self.follows.items() if original in names]
+        return dict(zip(copies, _sums_of(map(self.layer, copies)), strict=True))
 
     def strangers(
         self, layers: Mapping[str, BlockSparseLinear], others: Iterable[BlockSparseLinear]
@@ -141,20 +143,22 @@ class Following:
         names = {layer.lineage: name for name, layer in layers.items()}
         known = {id(module) for module in (*self.model.modules(), *others)}
         known |= {id(copy) for name in layers for copy in self.copies_of(name)}
-        now = {
-            copy: _sum_of(copy)
+        outside = [
+            copy
             for copy in LIVING
             if copy.lineage in names and id(copy) not in known and not copy.locked
-        }
+        ]
+        now = dict(zip(outside, _sums_of(outside), strict=True))
         # What is only kept to look at later does not change.
         written = [copy for copy, total in now.items() if self._outside.get(copy, total) != total]
         self._outside = WeakKeyDictionary(now)
         return sorted({names[copy.lineage] for copy in written})
 
 
-def _sum_of(layer: BlockSparseLinear) -> float:
-    """Return a number that tells whether somebody has written to a layer's values."""
-    return float(local_part(layer.values.detach()).double().sum())
+def _sums_of(layers: Iterable[BlockSparseLinear]) -> list[float]:
+    """Return a number of each layer that tells whether somebody has written to its values."""
+    sums = [local_part(layer.values.detach()).double().sum() for layer in layers]
+    return [float(total) for total in on_cpu(sums)]
 
 
 def none_elsewhere(name: str) -> Iterable[BlockSparseLinear]:

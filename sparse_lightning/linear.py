@@ -595,12 +595,11 @@ class BlockSparseLinear(nn.Module):
         super().__setattr__(name, value)
 
     def _refuse_weight(self) -> NoReturn:
-        label = self.__dict__.get("label", "")
-        where = f" (layer '{label}')" if label else ""
+        pattern = self.__dict__.get("label") or "<its name>"
         raise AttributeError(
-            f"A block-sparse layer has no `weight`, only the present blocks, `values`{where}. "
-            "`dense_weight()` computes it, to read. Where a model reads or ties the weight, leave "
-            f"the layer dense: exclude=[{label or '<its name>'!r}]."
+            f"A block-sparse layer has no `weight`, only the present blocks, `values`"
+            f"{self._where()}. `dense_weight()` computes it, to read. Where a model reads or ties "
+            f"the weight, leave the layer dense: exclude=[{pattern!r}]."
         )
 
     def _load_from_state_dict(
@@ -743,10 +742,9 @@ def make_dense_(layer: BlockSparseLinear) -> nn.Module:
         RuntimeError: while an optimizer is attached that evolves the layer.
     """
     if layer.locked:
-        where = f" (layer '{layer.label}')" if layer.label else ""
         raise RuntimeError(
             "A layer must not be evolved by a Sparsifier when it becomes dense; got one that is "
-            f"attached to an optimizer{where}. Call `detach()` first, or densify a copy."
+            f"attached to an optimizer{layer._where()}. Call `detach()` first, or densify a copy."
         )
     weight = layer.dense_weight()
     weight = weight.T.contiguous() if layer.transposed else weight
@@ -810,6 +808,13 @@ def dense_weight_of(linear: nn.Module) -> Tensor:
     """Return the weight of a dense linear layer as `[out_features, in_features]`, detached."""
     weight = cast(Tensor, linear.weight).detach()
     return weight.T if is_conv1d(linear) else weight
+
+
+def density_of(layers: Iterable[BlockSparseLinear]) -> float:
+    """Return present blocks / all blocks of some layers together."""
+    topologies = [layer.topology for layer in layers]
+    blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
+    return sum(at.n_blocks for at in topologies) / max(1, blocks)
 
 
 def largest_blocks(weight: Tensor, grid: tuple[int, int], n_blocks: int) -> Tensor:

@@ -156,14 +156,14 @@ def state_rule(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Sta
         if cls.__name__ in _REFUSED:
             raise ValueError(
                 "The optimizer must be one whose state can follow the blocks; "
-                f"got {_name(optimizer)}. {_REFUSED[cls.__name__]}"
+                f"got {class_of(optimizer)}. {_REFUSED[cls.__name__]}"
             )
     for name, inner in vars(optimizer).items():
         # As Lookahead and SAM do. What the inner one has would stay where it is.
         if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
             raise ValueError(
                 "The optimizer must be one whose state can follow the blocks, and not wrap another "
-                f"that has a state of its own; got {_name(optimizer)} around "
+                f"that has a state of its own; got {class_of(optimizer)} around "
                 f"{type(inner).__name__}. Unless the outer one keeps averages of weights, attach "
                 f"the inner one, `attach(optimizer.{name})`."
             )
@@ -179,35 +179,35 @@ def _check_rule(rule: StateRule, optimizer: torch.optim.Optimizer, parameter: nn
         is_by_slot = isinstance(value, Tensor) and _has_slots(value, parameter)
         if name in rule.tensors and not is_by_slot:
             raise ValueError(
-                f"The StateRule of {_name(optimizer)} must name state that has slots, as `values` "
-                f"{list(parameter.shape)} has; got `{name}` of {_shapes(tensors)}. Leave it out of "
-                "the rule if it is to stay as it is when blocks are dropped and grown."
+                f"The StateRule of {class_of(optimizer)} must name state that has slots, as "
+                f"`values` {list(parameter.shape)} has; got `{name}` of {_shapes(tensors)}. Leave "
+                "it out of the rule if it is to stay as it is when blocks are dropped and grown."
             )
         # Of few dimensions it may have such a size by chance, and the rule says that it stays.
         if name not in rule.tensors and is_by_slot and value.dim() >= 2:
             if value.dim() == 2 and _is_ambiguous(name, value, parameter):
                 continue
             raise ValueError(
-                f"The StateRule of {_name(optimizer)} must name all state that has slots; got "
+                f"The StateRule of {class_of(optimizer)} must name all state that has slots; got "
                 f"`{name}` of {_shapes(tensors)}, which it leaves out{_instead(missing)}. Add it "
                 "to `tensors` of the rule."
             )
     if state and rule.tensors and len(missing) == len(rule.tensors):
         raise ValueError(
-            f"The StateRule of {_name(optimizer)} must name state that the optimizer has, of "
+            f"The StateRule of {class_of(optimizer)} must name state that the optimizer has, of "
             f"{list(state)}; got {list(missing)}. Correct `tensors` of the rule."
         )
     for option in rule.starts_at.values():
         if option not in optimizer.defaults:
             raise ValueError(
-                f"`starts_at` in the StateRule of {_name(optimizer)} must name an option of the "
+                f"`starts_at` in the StateRule of {class_of(optimizer)} must name an option of the "
                 f"optimizer, of {list(optimizer.defaults)}; got {option!r}. Correct the rule."
             )
     is_warmed = rule.bias_corrected and any(name in state for name in rule.second_moments)
     groups, of_parameter = optimizer.param_groups, optimizer.state.get(parameter, {})
     if is_warmed and not any(_knows_its_decay(group, of_parameter) for group in groups):
         raise ValueError(
-            f"`bias_corrected` in the StateRule of {_name(optimizer)} must be False where the "
+            f"`bias_corrected` in the StateRule of {class_of(optimizer)} must be False where the "
             "optimizer has no option `betas`, or no `step` in its state or its groups; got True, "
             f"options {list(optimizer.defaults)} and state {list(of_parameter)}. Correct the rule."
         )
@@ -223,7 +223,7 @@ def _rule_by_shape(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) ->
             raise ValueError(
                 "The optimizer's state must have slots, as `values` "
                 f"{list(parameter.shape)} has, or be single numbers; got `{name}` of "
-                f"{_shapes(tensors)} in {_name(optimizer)}, {why}. Say which of its state has "
+                f"{_shapes(tensors)} in {class_of(optimizer)}, {why}. Say which of its state has "
                 "slots by sparse_lightning.optimizer_state.STATE_RULES"
                 f"[{type(optimizer).__name__}] = StateRule(...), or take another optimizer."
             )
@@ -309,7 +309,7 @@ def _instead(missing: list[str]) -> str:
     return f", while there is no {', '.join(f'`{name}`' for name in missing)}" if missing else ""
 
 
-def _name(optimizer: torch.optim.Optimizer) -> str:
+def class_of(optimizer: object) -> str:
     """Return the full name of an optimizer's class: there is more than one Adafactor."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
@@ -344,7 +344,7 @@ def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> No
             raise RuntimeError(
                 f"The restored optimizer state `{name}` must have the shape of `values`, "
                 f"{list(parameter.shape)}, or less than its last sizes; got {list(value.shape)} "
-                f"in {_name(optimizer)}. "
+                f"in {class_of(optimizer)}. "
                 "The checkpoint's model and optimizer do not belong together."
             )
     state_rule(optimizer, parameter)
@@ -475,7 +475,7 @@ def _begin_anew_where_reshaped(
     _looked_at[optimizer] = known
     if shapes and ranks.is_first():
         warnings.warn(
-            f"{_name(optimizer)} had state of parameters from before their layers became "
+            f"{class_of(optimizer)} had state of parameters from before their layers became "
             "block-sparse, became dense or took another number of slots, which tells nothing of "
             f"what they are now; it begins anew for {len(shapes)} of them, of shape "
             f"{', '.join(map(str, shapes))}. Change layers before the first step to lose none.",

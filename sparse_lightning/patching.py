@@ -269,10 +269,10 @@ def swap_layers(
         copy = make_sparse_(model.get_submodule(name), of.topology, scale, name)
         copy.lineage = of.lineage
     follows = copies_in(model, options)
-    for name, layer in sparse_layers(model):
-        if name in follows:
-            layer.take_blocks_of(dict(sparse_layers(model))[follows[name]])
-    layers = {n: _report(layer) for n, layer in sparse_layers(model) if n not in follows}
+    swapped = dict(sparse_layers(model))
+    for copy_name, original in follows.items():
+        swapped[copy_name].take_blocks_of(swapped[original])
+    layers = {n: _report(layer) for n, layer in swapped.items() if n not in follows}
     _fit_containers(model)
     return SparsityReport(layers, found.skipped, follows, coverage(model))
 

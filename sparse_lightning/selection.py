@@ -81,14 +81,15 @@ def select_layers(
     check_patterns("include", include)
     check_patterns("exclude", exclude)
     _check_names(model, include)
-    able, skipped = _able(model, block_size, include, exclude)
+    tied = _tied_weights(model)
+    able, skipped = _able(model, block_size, include, exclude, tied)
     # Copies of layers that are included follow them, whatever their names.
     apart = {
         name: module
         for name, module in linear_layers(model)
         if skipped.get(name) == _NOT_INCLUDED
         and is_chosen(name, ("*", *include), exclude)
-        and not _obstacle(module, block_size, _tied_weights(model))
+        and not _obstacle(module, block_size, tied)
     }
     found = _sort_out(model, able, apart, include, _by_hand(model, follow or {}))
     found.skipped.update({n: why for n, why in skipped.items() if n not in found.follows})
@@ -101,12 +102,15 @@ def select_layers(
 
 
 def _able(
-    model: nn.Module, block_size: int, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module,
+    block_size: int,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    tied: set[int],
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the layers that are asked for and can be block-sparse, and why others are left."""
     able: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    tied = _tied_weights(model)
     names = _all_names(model)
     roles = weight_readers(model)
     if exclude:

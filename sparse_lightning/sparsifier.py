@@ -23,17 +23,16 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_lightning import ranks
 from sparse_lightning.config import SparsityConfig, configured
-from sparse_lightning.course import Course
-from sparse_lightning.course import naming as _naming
+from sparse_lightning.course import Course, naming
 from sparse_lightning.criteria import BlockScores, needed_by, seeded_generator
 from sparse_lightning.distributions import Grid
 from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
 from sparse_lightning.following import Following, none_elsewhere
 from sparse_lightning.gathering import Gatherer
-from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.linear import BlockSparseLinear, density_of
 from sparse_lightning.lookup import calling
 from sparse_lightning.names import check_layers_found, is_chosen, patterns_of
-from sparse_lightning.optimizer_state import check_state, drop_dense_state
+from sparse_lightning.optimizer_state import check_state, class_of, drop_dense_state
 from sparse_lightning.patching import SparsityReport, SwapOptions, swap_layers
 from sparse_lightning.resume import check_same_training
 from sparse_lightning.rules import UpdateRequest, check_decision, check_is_data, check_rule
@@ -52,9 +51,9 @@ class Sparsifier:
     """Makes a model's linear layers block-sparse, and evolves their blocks while it trains.
 
     It swaps the layers when it is made. Then `attach` it to the optimizer: from there on steps
-    count and updates run by themselves, in the optimizer's hooks,
-    and an update is over before a scheduler, an average or a checkpoint looks at the model. A step
-    is one of the optimizer that holds a layer; with several optimizers each counts its own.
+    count and updates run by themselves, in the optimizer's hooks, and an update is over before a
+    scheduler, an average or a checkpoint looks at the model. A step is one of the optimizer that
+    holds a layer; with several optimizers each counts its own.
 
     Whoever drives the training may offer services, all of them to `attach`: to rebuild what was
     built for parameters of another shape (`rewrap`), to find copies of a layer (`copies`), and to
@@ -390,7 +389,7 @@ class Sparsifier:
             found, of = self._following.layer(copy), self.layers[original]
             # A further optimizer may be attached that holds it, and it may have learnt before.
             if copy not in before and (settled or self._following.is_equal(found, of)):
-                with _naming(copy):
+                with naming(copy):
                     found.take_blocks_of(of)
         of_layers = {n: of for n, of in self.report.layers.items() if n not in follows}
         self.report = replace(self.report, layers=of_layers, follows=dict(follows))
@@ -463,7 +462,7 @@ class Sparsifier:
                 course.optimizer, held[name], (layer.out_features, layer.in_features)
             ):
                 anew.append(name)
-            with _naming(name):
+            with naming(name):
                 check_state(course.optimizer, held[name])
                 check_whole_blocks(held[name])
                 _check_steps_after_backward(held[name])
@@ -559,9 +558,7 @@ class Sparsifier:
     @property
     def density(self) -> float:
         """Present blocks / all blocks of the layers together."""
-        topologies = [layer.topology for layer in self.layers.values()]
-        blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
-        return sum(at.n_blocks for at in topologies) / max(1, blocks)
+        return density_of(self.layers.values())
 
     @property
     def is_final(self) -> bool:
@@ -665,7 +662,7 @@ class Sparsifier:
         if any(is_within(optimizer, each) for each in attached):
             return
         self._warn(
-            f"Block-sparse layers are stepped by {_class_of(optimizer)}, an optimizer that is not "
+            f"Block-sparse layers are stepped by {class_of(optimizer)}, an optimizer that is not "
             f"attached: {', '.join(names)}. Its steps do not count, and its state does not follow "
             "the blocks. If it has taken the place of the one that is attached, call `detach()` "
             "and then `attach` with it; if both step, call `attach` with it, too.",
@@ -681,7 +678,7 @@ class Sparsifier:
         missing = self._in_no_optimizer()
         if missing:
             self._warn(
-                f"The optimizer that is attached, {_class_of(course.optimizer)}, holds none of the "
+                f"The optimizer that is attached, {class_of(course.optimizer)}, holds none of the "
                 "block-sparse layers, so its steps do not count; in no optimizer that is attached "
                 f"are: {', '.join(missing)}. Call `attach` with the optimizer that holds them.",
                 once="held",
@@ -858,7 +855,7 @@ class Sparsifier:
         self._check_ranks(known, step)
         updates = {}
         for name in scores:
-            with _naming(name):
+            with naming(name):
                 mask = decision.masks.get(name, scores[name].mask)
                 updates[name] = place_blocks(self.layers[name].topology, mask)
         magnitudes = {name: of.magnitude for name, of in scores.items()}
@@ -1101,7 +1098,7 @@ class Sparsifier:
             return None
         return (
             "No step was seen in which block-sparse layers had a gradient since `attach` was "
-            f"called with {', '.join(_class_of(course.optimizer) for course in courses)}, so no "
+            f"called with {', '.join(class_of(course.optimizer) for course in courses)}, so no "
             "block has moved. Attach the very optimizer that steps the layers."
         )
 
@@ -1197,10 +1194,6 @@ class Sparsifier:
 
 def _only(budgets: Mapping[str, int], names: Iterable[str]) -> dict[str, int]:
     return {name: budgets[name] for name in names}
-
-
-def _class_of(optimizer: object) -> str:
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _check_steps_after_backward(values: nn.Parameter) -> None:

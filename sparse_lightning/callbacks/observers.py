@@ -13,9 +13,10 @@ from sparse_lightning.callbacks.observer import Fit, Observer
 from sparse_lightning.callbacks.patterns import Patterns
 from sparse_lightning.callbacks.recorder import PatternRecorder
 from sparse_lightning.callbacks.terminal import Terminal
-from sparse_lightning.callbacks.trainer import density_of, sparsifiers
+from sparse_lightning.callbacks.trainer import sparsifiers
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.linear import density_of
 from sparse_lightning.sparsifier import Sparsifier
 
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -409,13 +409,6 @@ def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
     """Return the engines of all `SparsityCallback`s of a trainer, in its order."""
     engines = (getattr(callback, "sparsifier", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     return [engine for engine in engines if isinstance(engine, Sparsifier)]
-
-
-def density_of(layers: Iterable[BlockSparseLinear]) -> float:
-    """Return present blocks / all blocks of some layers together."""
-    topologies = [layer.topology for layer in layers]
-    blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
-    return sum(at.n_blocks for at in topologies) / max(1, blocks)
 
 
 def warn_of_slow_layers(

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,6 +79,20 @@ class Look(SparsityCallback):
         super().__init__(block_size, rule=look, **options)
 
 
+class Manual(Classifier):
+    """Steps its optimizer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch_idx))
+        optimizer.step()
+
+
 class Late(Classifier):
     """Its layers are built in `configure_model`."""
 
@@ -118,6 +133,15 @@ ACCELERATORS = [
         ],
     ),
 ]
+
+
+def sharded_in_two(accelerator: str) -> ModelParallelStrategy:
+    """A strategy for models that call `fully_shard` themselves."""
+    return ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
+    )
 
 
 def run_ranks(

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from sparse_lightning import FinalDensityCheckpoint, SparsityCallback
-from tests.callbacks.helpers import Classifier, loader, trainer
+from tests.callbacks.helpers import Classifier, Manual, loader, trainer
 from tests.callbacks.test_resume import assert_identical
 
 # Of 64 blocks: 48 after 2 steps, 32 after 4, 16 from 6 on. Eight batches are an epoch.
@@ -32,18 +32,8 @@ class Worsening(Classifier):
         self.log("val_loss", float(self.trainer.global_step))
 
 
-class Manual(Worsening):
+class WorseningManual(Worsening, Manual):
     """Steps its optimizer itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch_idx))
-        optimizer.step()
 
 
 def fit(
@@ -69,7 +59,7 @@ def density_of(path: str | Path) -> float:
 
 @pytest.mark.parametrize("logger", [False, True])
 @pytest.mark.parametrize("monitor", [{}, {"monitor": None}])
-@pytest.mark.parametrize("model", [Classifier, Manual])
+@pytest.mark.parametrize("model", [Classifier, WorseningManual])
 def test_the_density_can_be_monitored(
     model: type[Classifier], monitor: dict[str, Any], logger: bool, tmp_path: Path
 ) -> None:
@@ -184,7 +174,7 @@ def test_evaluating_weights_of_before_the_final_density_is_told(tmp_path: Path) 
 # -- checkpoints of the final density -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [Worsening, Manual])
+@pytest.mark.parametrize("model", [Worsening, WorseningManual])
 @pytest.mark.parametrize(
     "options",
     [

@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
 from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import ACCELERATORS, Classifier, end_rank, loader, run_ranks, trainer
+from tests.callbacks.helpers import (
+    ACCELERATORS,
+    Classifier,
+    end_rank,
+    loader,
+    run_ranks,
+    sharded_in_two,
+    trainer,
+)
 
 FALLING = {"schedule": "cubic", "initial": 0.5, "final": 0.125, "until": 0.5}
 RULES: dict[str, dict[str, Any]] = {
@@ -85,11 +92,7 @@ def fit(out: Path, accelerator: str, strategy: str, rule: str) -> None:
     )
     sharded = strategy == "fsdp"
     model = Built(density["initial"] if isinstance(density, dict) else density, sharded)
-    sharding = ModelParallelStrategy(
-        data_parallel_size=2,
-        tensor_parallel_size=1,
-        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
-    )
+    sharding = sharded_in_two(accelerator)
     fitting = trainer(
         sparsity,
         root=out,

@@ -10,13 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, load_sparse, sparsify
 from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import ACCELERATORS, Classifier, end_rank, loader, run_ranks, trainer
+from tests.callbacks.helpers import (
+    ACCELERATORS,
+    Classifier,
+    end_rank,
+    loader,
+    run_ranks,
+    sharded_in_two,
+    trainer,
+)
 
 FALLING = {"schedule": "cubic", "initial": 0.5, "final": 0.125, "until": 0.5}
 
@@ -95,11 +102,7 @@ def fit(out: Path, accelerator: str, strategy: str) -> None:
         block_size=16, density=FALLING, update={"every_n_steps": 4}, shrink=strategy == "ddp"
     )
     model = Student(strategy == "fsdp")
-    sharding = ModelParallelStrategy(
-        data_parallel_size=2,
-        tensor_parallel_size=1,
-        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
-    )
+    sharding = sharded_in_two(accelerator)
     fitting = trainer(
         sparsity,
         root=out,

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sparse_lightning import BlockSparseLinear, SparsityCallback
 from sparse_lightning.callbacks import throughput
 from sparse_lightning.callbacks.measures import predicted_speedup
-from tests.callbacks.helpers import Classifier, end_rank, loader, run_ranks, trainer
+from tests.callbacks.helpers import Classifier, Manual, end_rank, loader, run_ranks, trainer
 
 ROOT = Path(__file__).parents[2]
 BARS = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}
@@ -184,18 +184,6 @@ def test_no_summary_of_a_run_that_was_cut_off(caplog: pytest.LogCaptureFixture) 
         trainer(callback, Failing()).fit(model, loader())
     trainer(callback, max_steps=0).fit(model, loader())
     assert endings(caplog) == [] and callback.summary is None
-
-
-class Manual(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch_idx))
-        optimizer.step()
 
 
 @pytest.mark.parametrize("build", [Classifier, Manual])
