@@ -5,7 +5,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11 python3
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done),python3)
 VENV := .venv
 BIN := $(VENV)/bin
-KERNELS := $(wildcard sparse_lightning/kernels/*.cu sparse_lightning/kernels/*.cuh)
+KERNELS := $(wildcard $(addprefix sparse_lightning/kernels/,*.cu *.cuh */*.cu */*.cuh))
 ARGS ?=
 
 # The newest major CUDA version the driver can run, from nvidia-smi's header; empty without a driver.

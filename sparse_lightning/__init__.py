@@ -19,11 +19,11 @@ from sparse_lightning.config import (
     MonitorOptions,
     UpdateSchedule,
 )
-from sparse_lightning.distributions import Floor
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.loading import load_from_checkpoint, load_sparse
 from sparse_lightning.mlp import BlockSparseMLP
 from sparse_lightning.patching import SparsityReport, densify, sparsify
+from sparse_lightning.policy.distributions import Floor
 from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.topology import BlockTopology
 

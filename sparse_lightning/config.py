@@ -18,9 +18,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, Criterion, gradient, magnitude
-from sparse_lightning.distributions import DISTRIBUTIONS, Floor, Grid, by_score, share
-from sparse_lightning.lookup import calling, find
 from sparse_lightning.names import (
     DEFAULT_EXCLUDE,
     check_choice,
@@ -30,8 +27,17 @@ from sparse_lightning.names import (
     layer_densities,
 )
 from sparse_lightning.patching import INITS
-from sparse_lightning.rules import DropAndGrow, UpdateRule
-from sparse_lightning.schedules import (
+from sparse_lightning.policy.criteria import (
+    DROP_CRITERIA,
+    GROW_CRITERIA,
+    Criterion,
+    gradient,
+    magnitude,
+)
+from sparse_lightning.policy.distributions import DISTRIBUTIONS, Floor, Grid, by_score, share
+from sparse_lightning.policy.lookup import calling, find
+from sparse_lightning.policy.rules import DropAndGrow, UpdateRule
+from sparse_lightning.policy.schedules import (
     DENSITY_SCHEDULES,
     DROP_FRACTION_SCHEDULES,
     Schedule,

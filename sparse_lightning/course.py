@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_lightning.evolution import TopologyUpdate
 from sparse_lightning.kernels.block_work import BlockWork
 from sparse_lightning.optimizer_state import (
     find_optimizer,
@@ -20,7 +19,8 @@ from sparse_lightning.optimizer_state import (
     state_rule,
     warm_start,
 )
-from sparse_lightning.schedules import Timetable
+from sparse_lightning.policy.evolution import TopologyUpdate
+from sparse_lightning.policy.schedules import Timetable
 from sparse_lightning.stepping import StepWatch
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from sparse_lightning import ranks
-from sparse_lightning.criteria import MOMENTUM_DECAY, MOMENTUM_STEPS, BlockScores
-from sparse_lightning.evolution import TopologyUpdate
 from sparse_lightning.kernels.block_work import BlockWork, WorkSums
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.policy.criteria import MOMENTUM_DECAY, MOMENTUM_STEPS, BlockScores
+from sparse_lightning.policy.evolution import TopologyUpdate
 from sparse_lightning.sharding import (
     all_slots,
     at_local_slots,

@@ -11,9 +11,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning.criteria import block_magnitudes, dense_block_norms
-from sparse_lightning.evolution import TopologyUpdate, choose_blocks
 from sparse_lightning.kernels import choice, ops
+from sparse_lightning.policy.criteria import block_magnitudes, dense_block_norms
+from sparse_lightning.policy.evolution import TopologyUpdate, choose_blocks
 from sparse_lightning.sharding import (
     all_slots,
     at_local_slots,

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from sparse_lightning.copies import averaged, by_hand, find_copies
 from sparse_lightning.coverage import Coverage, coverage
-from sparse_lightning.criteria import seeded_generator
-from sparse_lightning.distributions import DISTRIBUTIONS, Distribution, Floor, Grid, share
-from sparse_lightning.evolution import choose_blocks, within_reach
 from sparse_lightning.linear import (
     BlockSparseLinear,
     dense_shape,
@@ -23,7 +20,6 @@ from sparse_lightning.linear import (
     make_dense_,
     make_sparse_,
 )
-from sparse_lightning.lookup import find
 from sparse_lightning.mlp import BlockSparseMLP, can_fuse
 from sparse_lightning.names import (
     DEFAULT_EXCLUDE,
@@ -33,6 +29,10 @@ from sparse_lightning.names import (
     is_chosen,
     layer_densities,
 )
+from sparse_lightning.policy.criteria import seeded_generator
+from sparse_lightning.policy.distributions import DISTRIBUTIONS, Distribution, Floor, Grid, share
+from sparse_lightning.policy.evolution import choose_blocks, within_reach
+from sparse_lightning.policy.lookup import find
 from sparse_lightning.selection import select_layers, sparse_layers
 from sparse_lightning.sharding import is_sharded
 from sparse_lightning.tables import text_table

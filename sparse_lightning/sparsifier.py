@@ -24,19 +24,19 @@ from torch.utils.hooks import RemovableHandle
 from sparse_lightning import ranks
 from sparse_lightning.config import SparsityConfig, configured
 from sparse_lightning.course import Course, naming
-from sparse_lightning.criteria import BlockScores, needed_by, seeded_generator
-from sparse_lightning.distributions import Grid
-from sparse_lightning.evolution import ModelUpdate, TopologyUpdate, place_blocks
 from sparse_lightning.following import Following, none_elsewhere
 from sparse_lightning.gathering import Gatherer
 from sparse_lightning.linear import BlockSparseLinear, density_of
-from sparse_lightning.lookup import calling
 from sparse_lightning.names import check_layers_found, is_chosen, patterns_of
 from sparse_lightning.optimizer_state import check_state, class_of, drop_dense_state
 from sparse_lightning.patching import SparsityReport, SwapOptions, swap_layers
+from sparse_lightning.policy.criteria import BlockScores, needed_by, seeded_generator
+from sparse_lightning.policy.distributions import Grid
+from sparse_lightning.policy.evolution import ModelUpdate, TopologyUpdate, place_blocks
+from sparse_lightning.policy.lookup import calling
+from sparse_lightning.policy.rules import UpdateRequest, check_decision, check_is_data, check_rule
+from sparse_lightning.policy.schedules import Timetable, should_shrink
 from sparse_lightning.resume import check_same_training
-from sparse_lightning.rules import UpdateRequest, check_decision, check_is_data, check_rule
-from sparse_lightning.schedules import Timetable, should_shrink
 from sparse_lightning.selection import sparse_layers
 from sparse_lightning.sharding import check_whole_blocks, is_sharded
 from sparse_lightning.stepping import AnyStepWatch, StepWatch, innermost, is_within

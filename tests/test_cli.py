@@ -31,7 +31,7 @@ KEYWORDS: dict[str, Any] = {
     "floor": {"layer": 0.05, "row": 2, "column": 0},
     "update": {"every_n_steps": 10, "begin": 0.1, "until": 0.6},
     "drop_fraction": {"schedule": "cosine", "initial": 0.4, "final": 0.1},
-    "drop": "sparse_lightning.criteria.movement",
+    "drop": "sparse_lightning.policy.criteria.movement",
     "grow": "random",
     "regrow": False,
     "rule": None,  # which would be given in place of `drop` and `grow`

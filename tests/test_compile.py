@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP
-from sparse_lightning.evolution import update_topology
 from sparse_lightning.kernels import ops
+from sparse_lightning.policy.evolution import update_topology
 from sparse_lightning.selection import sparse_layers
 
 

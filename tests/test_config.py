@@ -19,10 +19,10 @@ from sparse_lightning import (
     UpdateSchedule,
 )
 from sparse_lightning.config import SparsityConfig, SparsityNode
-from sparse_lightning.criteria import gradient, magnitude, random
-from sparse_lightning.distributions import Grid, erdos_renyi
-from sparse_lightning.rules import DropAndGrow
-from sparse_lightning.schedules import constant, cubic
+from sparse_lightning.policy.criteria import gradient, magnitude, random
+from sparse_lightning.policy.distributions import Grid, erdos_renyi
+from sparse_lightning.policy.rules import DropAndGrow
+from sparse_lightning.policy.schedules import constant, cubic
 from tests import extensions
 
 NAN, INF = math.nan, math.inf
@@ -478,7 +478,7 @@ def test_what_is_refused_of_the_dynamics(arguments: dict, error, says: str) -> N
 
 
 def test_criteria_may_be_functions_and_paths() -> None:
-    config = SparsityConfig(drop=magnitude, grow="sparse_lightning.criteria.random")
+    config = SparsityConfig(drop=magnitude, grow="sparse_lightning.policy.criteria.random")
     assert config.drop_criterion is magnitude and config.grow_criterion is random
     assert SparsityConfig(grow="none").grow_criterion is None
 
@@ -500,7 +500,9 @@ def test_a_schedule_of_ones_own(schedule, kind) -> None:
     assert config.budgets_at(0.5, {"fc": (10, 10)}) == {"fc": 40}
 
 
-@pytest.mark.parametrize("schedule", ["constant", constant, "sparse_lightning.schedules.constant"])
+@pytest.mark.parametrize(
+    "schedule", ["constant", constant, "sparse_lightning.policy.schedules.constant"]
+)
 def test_constant_is_constant_however_it_is_named(schedule) -> None:
     config = SparsityConfig(density={"schedule": schedule, "initial": 0.3})
     assert config.density_is_constant
@@ -696,7 +698,7 @@ def test_of_training_names_functions_and_holds_primitives() -> None:
     assert state["update.times"] == f"{own}.every_tenth_part"
     assert state["drop_fraction.schedule"].endswith("<lambda>")
     assert state["rule"] == f"{own}.Still"
-    assert state["drop"] == "sparse_lightning.criteria.magnitude"
+    assert state["drop"] == "sparse_lightning.policy.criteria.magnitude"
     assert SparsityConfig(rule=extensions.fewest).of_training()["rule"] == f"{own}.fewest"
     assert SparsityConfig().of_training()["rule"] is None
     assert SparsityConfig().of_training()["update.times"] is None

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparse_lightning.criteria import (
+from sparse_lightning.policy.criteria import (
     DROP_CRITERIA,
     GATHERED,
     GROW_CRITERIA,

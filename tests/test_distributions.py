@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparse_lightning.distributions import (
+from sparse_lightning.policy.distributions import (
     DISTRIBUTIONS,
     Floor,
     Grid,

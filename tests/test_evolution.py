@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_lightning.evolution import (
+from sparse_lightning.policy.evolution import (
     ModelUpdate,
     TopologyUpdate,
     choose_blocks,

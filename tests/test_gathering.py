@@ -8,16 +8,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import ranks
-from sparse_lightning.criteria import (
+from sparse_lightning.gathering import Evidence, Gatherer
+from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.policy.criteria import (
     MOMENTUM_DECAY,
     BlockScores,
     random,
     score,
     seeded_generator,
 )
-from sparse_lightning.evolution import TopologyUpdate
-from sparse_lightning.gathering import Evidence, Gatherer
-from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.policy.evolution import TopologyUpdate
 from sparse_lightning.topology import BlockTopology
 
 

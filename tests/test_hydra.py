@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparse_lightning import DensitySchedule, DropFractionSchedule, MonitorOptions, UpdateSchedule
 from sparse_lightning.config import SparsityConfig
-from sparse_lightning.criteria import momentum, saliency
-from sparse_lightning.distributions import Floor
+from sparse_lightning.policy.criteria import momentum, saliency
+from sparse_lightning.policy.distributions import Floor
 from tests import extensions
 
 CHOICES = ("rigl", "set", "snfs", "cubic", "granet", "movement", "static")
@@ -135,7 +135,7 @@ def test_every_choice_takes_a_number_over_its_density(choice: str) -> None:
 
 def test_overrides_of_the_dynamics() -> None:
     config = config_of(
-        "callbacks.sparsity.drop=sparse_lightning.criteria.saliency",
+        "callbacks.sparsity.drop=sparse_lightning.policy.criteria.saliency",
         "callbacks.sparsity.grow=momentum",
         "callbacks.sparsity.floor={row: 2, layer: 0.05}",
         "callbacks.sparsity.layer_density={up: 0.5, down: 0.1}",

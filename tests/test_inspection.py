@@ -44,7 +44,9 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "| net.0 " in out and "| net.2 " in out and "| head " not in out
     assert "Step 24, 2 topology updates, no more" in out
-    assert "  update.every_n_steps: 10\n" in out and "  drop: sparse_lightning.criteria." in out
+    assert (
+        "  update.every_n_steps: 10\n" in out and "  drop: sparse_lightning.policy.criteria." in out
+    )
 
 
 def test_mask_as_text(saved: str, capsys: pytest.CaptureFixture[str]) -> None:

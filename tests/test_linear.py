@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, BlockTopology
-from sparse_lightning.evolution import update_topology
 from sparse_lightning.mlp import BlockSparseMLP
 from sparse_lightning.optimizer_state import prepare_keep
+from sparse_lightning.policy.evolution import update_topology
 
 
 def make_layer(density: float = 0.5, seed: int = 0, **kwargs: Any) -> BlockSparseLinear:

@@ -6,10 +6,16 @@ import re
 
 import pytest
 
-from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, movement, random, saliency
-from sparse_lightning.distributions import DISTRIBUTIONS, erdos_renyi
-from sparse_lightning.lookup import find
-from sparse_lightning.schedules import DENSITY_SCHEDULES, cubic
+from sparse_lightning.policy.criteria import (
+    DROP_CRITERIA,
+    GROW_CRITERIA,
+    movement,
+    random,
+    saliency,
+)
+from sparse_lightning.policy.distributions import DISTRIBUTIONS, erdos_renyi
+from sparse_lightning.policy.lookup import find
+from sparse_lightning.policy.schedules import DENSITY_SCHEDULES, cubic
 from tests import extensions
 
 OFFERED = [DROP_CRITERIA, GROW_CRITERIA, DISTRIBUTIONS, DENSITY_SCHEDULES, {}]
@@ -34,7 +40,7 @@ def test_by_hand() -> None:
     assert find("drop", "movement", DROP_CRITERIA) is movement
     assert find("grow", "none", GROW_CRITERIA) is None
     assert find("drop", random, DROP_CRITERIA) is random
-    assert find("drop", "sparse_lightning.criteria.saliency", DROP_CRITERIA) is saliency
+    assert find("drop", "sparse_lightning.policy.criteria.saliency", DROP_CRITERIA) is saliency
     assert find("distribution", "erdos_renyi", DISTRIBUTIONS) is erdos_renyi
     assert find("schedule", "cubic", DENSITY_SCHEDULES) is cubic
 
@@ -45,7 +51,7 @@ def test_by_hand() -> None:
         ("magnitud", r"got 'magnitud'\.$"),
         ("no_such_module.f", r"got 'no_such_module.f': No module named 'no_such_module'\.$"),
         ("tests.extensions.nothing", "has no attribute 'nothing'"),
-        ("sparse_lightning.criteria.GATHERED", r", which is a tuple\.$"),
+        ("sparse_lightning.policy.criteria.GATHERED", r", which is a tuple\.$"),
         ("os.path", r", which is a module\.$"),
         (".f", r"got '\.f': "),
         ("f.", r"got 'f\.': "),

@@ -35,7 +35,6 @@ from torch.optim import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sparse_lightning import Sparsifier
-from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.optimizer_state import (
     STATE_RULES,
@@ -48,6 +47,7 @@ from sparse_lightning.optimizer_state import (
     state_rule,
     warm_start,
 )
+from sparse_lightning.policy.evolution import ModelUpdate
 
 LR = 1e-3
 LATE = 2000  # the step at which slots are grown

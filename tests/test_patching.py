@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from sparse_lightning import BlockSparseLinear, SparsityReport, densify, sparsify
-from sparse_lightning.distributions import share
 from sparse_lightning.names import matches
 from sparse_lightning.patching import SwapOptions, swap_layers
+from sparse_lightning.policy.distributions import share
 from sparse_lightning.selection import sparse_layers
 from tests import extensions
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lightning.config import SparsityConfig
-from sparse_lightning.schedules import (
+from sparse_lightning.policy.schedules import (
     DENSITY_SCHEDULES,
     DROP_FRACTION_SCHEDULES,
     MOST_SHRINKS,

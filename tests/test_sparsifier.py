@@ -17,9 +17,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from sparse_lightning import BlockSparseLinear, Sparsifier
 from sparse_lightning.config import SparsityConfig
-from sparse_lightning.criteria import BlockScores, gradient, magnitude, needs
-from sparse_lightning.evolution import ModelUpdate
-from sparse_lightning.rules import Decision, DropAndGrow, UpdateRequest
+from sparse_lightning.policy.criteria import BlockScores, gradient, magnitude, needs
+from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.policy.rules import Decision, DropAndGrow, UpdateRequest
 from tests.callbacks.test_resume import assert_identical
 from tests.extensions import fewest
 from tests.loops import (

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_lightning import BlockSparseLinear, Sparsifier
-from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.policy.evolution import ModelUpdate
 from tests.callbacks.helpers import assert_valid
 from tests.callbacks.test_resume import assert_identical
 from tests.loops import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_lightning.bench.quality import COLD_START, METHODS, Run, keywords
 from sparse_lightning.callbacks import SparsityCallback
-from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.policy.evolution import ModelUpdate
 from sparse_lightning.sparsifier import Sparsifier
 
 

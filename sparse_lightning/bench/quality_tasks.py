@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from sparse_lightning.bench.options import prepare
 from sparse_lightning.bench.quality import EQUAL_FLOPS, SMALL_DENSE, Run
 from sparse_lightning.bench.quality_fit import Batches, Supervised, fit, quiet
-from sparse_lightning.callbacks.measures import count_parameters
-from sparse_lightning.evolution import choose_blocks
+from sparse_lightning.observers.measures import count_parameters
 from sparse_lightning.patching import sparsify
+from sparse_lightning.policy.evolution import choose_blocks
 from sparse_lightning.selection import sparse_layers
 
 Metrics = dict[str, float]

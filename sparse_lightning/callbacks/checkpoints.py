@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from sparse_lightning.callbacks.trainer import sparsifiers
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.export.state_dicts import find_layers
 from sparse_lightning.linear import BlockSparseLinear, density_of
+from sparse_lightning.observers.observers import sparsifiers
 from sparse_lightning.patching import start_from
 from sparse_lightning.resume import is_dense
 from sparse_lightning.sparsifier import Sparsifier

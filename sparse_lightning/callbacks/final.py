@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from sparse_lightning.callbacks.sparsity import SparsityCallback
-from sparse_lightning.callbacks.trainer import sparsifiers
+from sparse_lightning.observers.observers import sparsifiers
 
 
 class FinalDensityCheckpoint(ModelCheckpoint):

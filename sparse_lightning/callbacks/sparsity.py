@@ -27,9 +27,6 @@ from sparse_lightning.callbacks.checkpoints import (
     warn_of_early_best,
     warn_of_early_weights,
 )
-from sparse_lightning.callbacks.observers import Observers
-from sparse_lightning.callbacks.summary import FitSummary, summarise
-from sparse_lightning.callbacks.terminal import show_report, show_summary
 from sparse_lightning.callbacks.trainer import (
     before_loading,
     check_apart,
@@ -51,15 +48,18 @@ from sparse_lightning.config import (
     SparsityConfig,
     UpdateSchedule,
 )
-from sparse_lightning.criteria import Criterion
-from sparse_lightning.distributions import Distribution, Floor
-from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.loading import match_when_loaded
 from sparse_lightning.names import DEFAULT_EXCLUDE
+from sparse_lightning.observers.observers import Observers
+from sparse_lightning.observers.summary import FitSummary, summarise
+from sparse_lightning.observers.terminal import show_report, show_summary
 from sparse_lightning.patching import SparsityReport
+from sparse_lightning.policy.criteria import Criterion
+from sparse_lightning.policy.distributions import Distribution, Floor
+from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.policy.rules import UpdateRule
+from sparse_lightning.policy.schedules import Timetable
 from sparse_lightning.resume import check_same_training
-from sparse_lightning.rules import UpdateRule
-from sparse_lightning.schedules import Timetable
 from sparse_lightning.selection import sparse_layers
 from sparse_lightning.sparsifier import Sparsifier
 

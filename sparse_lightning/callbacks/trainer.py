@@ -30,8 +30,8 @@ from sparse_lightning.copies import original_of
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.loading import load_sparse
 from sparse_lightning.names import is_chosen
+from sparse_lightning.observers.measures import compute_dtype
 from sparse_lightning.selection import select_layers, sparse_layers
-from sparse_lightning.sparsifier import Sparsifier
 
 _REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -397,18 +397,6 @@ class StepsToCome:
 
 
 # What the trainer knows of the model.
-
-
-def compute_dtype(trainer: pl.Trainer, layer: BlockSparseLinear) -> torch.dtype:
-    """Return the dtype that a layer computes in."""
-    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    return mixed.get(str(trainer.precision), layer.values.dtype)
-
-
-def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
-    """Return the engines of all `SparsityCallback`s of a trainer, in its order."""
-    engines = (getattr(callback, "sparsifier", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return [engine for engine in engines if isinstance(engine, Sparsifier)]
 
 
 def warn_of_slow_layers(

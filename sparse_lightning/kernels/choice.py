@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from sparse_lightning.kernels import cpu, hopper_programs
+from sparse_lightning.kernels import cpu
 from sparse_lightning.kernels.compiler import cache_folder
+from sparse_lightning.kernels.hopper import programs as hopper_programs
 from sparse_lightning.topology import BlockTopology
 
 PORTABLE, HOPPER, DENSE = KINDS = ("portable", "hopper", "dense")

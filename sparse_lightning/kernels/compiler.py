@@ -96,7 +96,8 @@ def cubin_file(source: str, options: tuple[str, ...], arch: str) -> Path:
     same source at once do not disturb each other. Where the cache cannot be written to, a folder
     of this process alone takes its place.
     """
-    name = f"{Path(source).stem}-{arch}-{_fingerprint(source, options, arch)}.cubin"
+    stem = source.removesuffix(".cu").replace("/", "-")
+    name = f"{stem}-{arch}-{_fingerprint(source, options, arch)}.cubin"
     for folder in (cache_folder, _private_folder):
         path = folder() / name
         if _is_whole(path):
@@ -124,7 +125,7 @@ def load_module(source: str, options: tuple[str, ...], device: int) -> Any:
 
 def _fingerprint(source: str, options: tuple[str, ...], arch: str) -> str:
     digest = hashlib.sha256()
-    for path in (FOLDER / source, *sorted(FOLDER.glob("*.cuh"))):
+    for path in (FOLDER / source, *sorted(FOLDER.rglob("*.cuh"))):
         digest.update(path.read_bytes() + b"\0")
     digest.update("\0".join((arch, str(_nvrtc().getVersion()), *options)).encode())
     return digest.hexdigest()[:32]

@@ -12,8 +12,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_lightning.kernels import activations, choice, densified, hopper, portable
+from sparse_lightning.kernels import activations, choice, densified
+from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.launch import packed, row_pitch
+from sparse_lightning.kernels.portable import launchers as portable
 from sparse_lightning.topology import block_grid
 
 _MOST_PITCH = 2**31 - 1  # kernels count it in 32 bits

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from sparse_lightning.bench.options import find_device
-from sparse_lightning.distributions import share
 from sparse_lightning.export.graph import Input
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.names import DEFAULT_EXCLUDE, check_choice, check_follow
@@ -26,6 +25,7 @@ from sparse_lightning.planning.measure import (
     tokens_of,
 )
 from sparse_lightning.planning.result import Plan, PlannedLayer
+from sparse_lightning.policy.distributions import share
 from sparse_lightning.selection import select_layers, sparse_layers
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_block_size, check_density
 

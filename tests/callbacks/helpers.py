@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
 from sparse_lightning.config import SparsityConfig
-from sparse_lightning.criteria import BlockScores
-from sparse_lightning.rules import Decision, UpdateRequest
+from sparse_lightning.policy.criteria import BlockScores
+from sparse_lightning.policy.rules import Decision, UpdateRequest
 
 
 class Classifier(L.LightningModule):

@@ -61,14 +61,14 @@ BASE: dict[str, Any] = {
         ({"block_size": 32}, r"block_size=32 \(was 16\)"),
         (
             {"density": 0.5},
-            r"density.schedule='sparse_lightning.schedules.constant' "
-            r"\(was 'sparse_lightning.schedules.cubic'\), density.initial=0.5",
+            r"density.schedule='sparse_lightning.policy.schedules.constant' "
+            r"\(was 'sparse_lightning.policy.schedules.cubic'\), density.initial=0.5",
         ),
         ({"density": {**BASE["density"], "until": 0.75}}, r"got density.until=0.75 \(was 0.7\)\. "),
         (
             {"distribution": "erdos_renyi"},
-            r"distribution='sparse_lightning.distributions.erdos_renyi' "
-            r"\(was 'sparse_lightning.distributions.uniform'\)",
+            r"distribution='sparse_lightning.policy.distributions.erdos_renyi' "
+            r"\(was 'sparse_lightning.policy.distributions.uniform'\)",
         ),
         ({"drop": "saliency"}, r"drop='.*saliency' \(was '.*magnitude'\)"),
         ({"grow": "none"}, r"grow=None \(was '.*gradient'\)"),

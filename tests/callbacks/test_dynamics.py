@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparse_lightning import SparsityCallback
 from sparse_lightning.callbacks.trainer import StepsToCome
-from sparse_lightning.criteria import DROP_CRITERIA, GROW_CRITERIA, BlockScores, needs
-from sparse_lightning.schedules import DENSITY_SCHEDULES
+from sparse_lightning.policy.criteria import DROP_CRITERIA, GROW_CRITERIA, BlockScores, needs
+from sparse_lightning.policy.schedules import DENSITY_SCHEDULES
 from tests.callbacks.helpers import Classifier, Look, loader, trainer
 from tests.callbacks.test_sparsity import fit, sparse
 

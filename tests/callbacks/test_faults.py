@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from sparse_lightning import SparsityCallback
-from sparse_lightning.criteria import gradient, magnitude, needs
-from sparse_lightning.rules import Decision, DropAndGrow, UpdateRequest
+from sparse_lightning.policy.criteria import gradient, magnitude, needs
+from sparse_lightning.policy.rules import Decision, DropAndGrow, UpdateRequest
 from tests.callbacks.helpers import Classifier, loader, trainer
 from tests.callbacks.test_sparsity import sparse
 

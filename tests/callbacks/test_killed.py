@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparse_lightning.callbacks.recorder import HISTORY
 from sparse_lightning.history import read_history
+from sparse_lightning.observers.recorder import HISTORY
 from tests.callbacks.helpers import Classifier, trainer
 from tests.callbacks.test_resume import assert_identical, final, run, sparsity
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
-from sparse_lightning.callbacks import monitor, throughput
-from sparse_lightning.callbacks.measures import (
+from sparse_lightning.observers import monitor, throughput
+from sparse_lightning.observers.measures import (
     count_parameters,
     layer_row,
     linear_weights,
@@ -26,9 +26,9 @@ from sparse_lightning.callbacks.measures import (
     training_bytes,
     update_scalars,
 )
-from sparse_lightning.callbacks.patterns import Patterns
-from sparse_lightning.callbacks.throughput import Throughput
-from sparse_lightning.evolution import ModelUpdate, TopologyUpdate
+from sparse_lightning.observers.patterns import Patterns
+from sparse_lightning.observers.throughput import Throughput
+from sparse_lightning.policy.evolution import ModelUpdate, TopologyUpdate
 from tests.callbacks.helpers import Classifier, loader, trainer
 from tests.callbacks.wandb_file import history, metrics
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader
 
 from sparse_lightning import SparsityCallback
-from sparse_lightning.callbacks.throughput import Throughput
+from sparse_lightning.observers.throughput import Throughput
 from tests.callbacks.helpers import Classifier, trainer
 
 IDS = [torch.arange(3), torch.arange(5)]

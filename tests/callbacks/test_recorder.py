@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from sparse_lightning import SparsityCallback
-from sparse_lightning.callbacks.recorder import HISTORY
 from sparse_lightning.history import HistoryWriter, read_history
+from sparse_lightning.observers.recorder import HISTORY
 from tests.callbacks.helpers import Classifier, loader, trainer
 from tests.callbacks.test_sparsity import sparse
 

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
-from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.policy.evolution import ModelUpdate
 from tests.callbacks.helpers import Classifier, Late, Look, loader, trainer
 
 

@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.loggers import CSVLogger
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback
-from sparse_lightning.callbacks import throughput
-from sparse_lightning.callbacks.measures import predicted_speedup
+from sparse_lightning.observers import throughput
+from sparse_lightning.observers.measures import predicted_speedup
 from tests.callbacks.helpers import Classifier, Manual, end_rank, loader, run_ranks, trainer
 
 ROOT = Path(__file__).parents[2]

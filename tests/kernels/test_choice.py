@@ -12,8 +12,10 @@ import torch
 
 from sparse_lightning import BlockSparseLinear
 from sparse_lightning.bench.tune import write_table
-from sparse_lightning.kernels import choice, cuda, hopper, portable
+from sparse_lightning.kernels import choice, cuda
 from sparse_lightning.kernels.choice import KINDS, Measured, Table
+from sparse_lightning.kernels.hopper import launchers as hopper
+from sparse_lightning.kernels.portable import launchers as portable
 
 SHAPE = (8192, 4096, 4096)
 

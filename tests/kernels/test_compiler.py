@@ -17,11 +17,11 @@ from sparse_lightning.kernels import (
     block_work,
     compiler,
     densified,
-    hopper_programs,
-    portable,
-    portable_programs,
 )
-from sparse_lightning.kernels.portable_programs import norms_program
+from sparse_lightning.kernels.hopper import programs as hopper_programs
+from sparse_lightning.kernels.portable import launchers as portable
+from sparse_lightning.kernels.portable import programs as portable_programs
+from sparse_lightning.kernels.portable.programs import norms_program
 from sparse_lightning.kernels.programs import DTYPES
 
 # Without the compiler these tests would show nothing; `make setup` brings it, but not on macOS.
@@ -141,6 +141,7 @@ def test_all_that_goes_into_a_cubin_is_in_its_name(
     cache: Path, sources: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, header = sources / PROGRAM.source, sources / "common.cuh"
+    source.parent.mkdir()
     source.write_text("1"), header.write_text("2")
     names = {get(), get(("-DX=1",)), get(arch="sm_90a")}
     header.write_text("3")

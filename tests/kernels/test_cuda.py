@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
-from sparse_lightning.criteria import BlockScores, gradient, magnitude, seeded_generator
-from sparse_lightning.evolution import update_topology
-from sparse_lightning.kernels import choice, hopper, hopper_programs, ops, portable, reference
+from sparse_lightning.kernels import choice, ops, reference
 from sparse_lightning.kernels.activations import ACTIVATIONS, activate, go_back
+from sparse_lightning.kernels.hopper import launchers as hopper
+from sparse_lightning.kernels.hopper import programs as hopper_programs
+from sparse_lightning.kernels.portable import launchers as portable
+from sparse_lightning.policy.criteria import BlockScores, gradient, magnitude, seeded_generator
+from sparse_lightning.policy.evolution import update_topology
 from tests.kernels.test_parity import (
     DTYPES,
     PATTERNS,

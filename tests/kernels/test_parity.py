@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_lightning import BlockTopology
-from sparse_lightning.kernels import choice, cpu, hopper_programs, ops, reference
+from sparse_lightning.kernels import choice, cpu, ops, reference
+from sparse_lightning.kernels.hopper import programs as hopper_programs
 
 METHODS = ("by block", "by row", "densify")  # what cpu.choose returns
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

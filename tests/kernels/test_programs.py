@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_lightning.kernels import hopper_programs, portable_programs
-from sparse_lightning.kernels.portable_programs import (
+from sparse_lightning.kernels.hopper import programs as hopper_programs
+from sparse_lightning.kernels.portable import programs as portable_programs
+from sparse_lightning.kernels.portable.programs import (
     dw_program,
     linear_program,
     norms_program,

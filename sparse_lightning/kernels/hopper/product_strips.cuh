@@ -2,7 +2,7 @@
 // features of x with strips of dy.
 
 #pragma once
-#include "gradient_hopper.cuh"
+#include "hopper/gradient.cuh"
 
 constexpr int DY_STRIDE = CONFIG_DY_STRIDE;  // from a warpgroup's strip of dy to its next one
 constexpr int WARPGROUPS = 2;

@@ -17,8 +17,8 @@
 // each output block that is present in it: the block (B = 64), or half of it (128). Sums run over
 // ascending k, so results depend neither on slots nor on timing.
 
-#include "activations.cuh"
-#include "hopper.cuh"
+#include "hopper/activations.cuh"
+#include "hopper/sm90.cuh"
 
 typedef CONFIG_T T;
 constexpr int B = CONFIG_B;

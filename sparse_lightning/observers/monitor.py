@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from sparse_lightning.callbacks.dialects import Dialect, Picture, dialect_of
-from sparse_lightning.callbacks.measures import (
+from sparse_lightning.config import MonitorOptions
+from sparse_lightning.observers.base import Fit, Observer
+from sparse_lightning.observers.dialects import Dialect, Picture, dialect_of
+from sparse_lightning.observers.measures import (
+    compute_dtype,
     layer_row,
     linear_weights,
     share,
     update_scalars,
 )
-from sparse_lightning.callbacks.observer import Fit, Observer
-from sparse_lightning.callbacks.throughput import Throughput
-from sparse_lightning.callbacks.trainer import compute_dtype
-from sparse_lightning.config import MonitorOptions
-from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.observers.throughput import Throughput
+from sparse_lightning.policy.evolution import ModelUpdate
 
 
 class SparsityMonitor(Observer):

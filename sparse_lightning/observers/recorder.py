@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sparse_lightning.callbacks.candidates import DENSITY
-from sparse_lightning.callbacks.observer import Fit, Observer
-from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.history import HistoryWriter
+from sparse_lightning.observers.base import Fit, Observer
+from sparse_lightning.observers.candidates import DENSITY
+from sparse_lightning.policy.evolution import ModelUpdate
 
 HISTORY = "pattern.history"
 

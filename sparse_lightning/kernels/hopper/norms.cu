@@ -10,7 +10,7 @@
 // the sums of its blocks, always in one order. A block lies in one tile, so every norm is written
 // once.
 
-#include "product_strips.cuh"
+#include "hopper/product_strips.cuh"
 
 constexpr int SQUARE = 16;  // the smallest block size
 constexpr int TM = WARPGROUPS * STRIP, TN = MOST * STRIP;

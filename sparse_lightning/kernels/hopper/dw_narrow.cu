@@ -14,7 +14,7 @@
 // A cluster of PARTS thread blocks takes a group, each a part of the tokens, so that x and dy are
 // copied by fewer thread blocks; they add up their sums, always in the same order.
 
-#include "gradient_hopper.cuh"
+#include "hopper/gradient.cuh"
 #include "product_mma.cuh"
 
 typedef CONFIG_T T;

@@ -2,7 +2,7 @@
 // results are passed through an activation, or are gradients that come back through one.
 
 #pragma once
-#include "hopper.cuh"
+#include "hopper/sm90.cuh"
 
 // As `activations.py` numbers them.
 enum Activation { RELU, GELU, GELU_TANH, SILU };

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning.callbacks.patterns import Patterns
-from sparse_lightning.evolution import ModelUpdate, TopologyUpdate
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.observers.patterns import Patterns
 from sparse_lightning.optimizer_state import find_optimizer
+from sparse_lightning.policy.evolution import ModelUpdate, TopologyUpdate
 from sparse_lightning.selection import sparse_layers
 
 
@@ -198,3 +199,9 @@ def layer_row(name: str, layer: BlockSparseLinear, patterns: Patterns) -> LayerR
         parameters_before=layer.out_features * layer.in_features + bias,
         parameters_after=blocks * layer.block_size**2 + bias,
     )
+
+
+def compute_dtype(trainer: pl.Trainer, layer: BlockSparseLinear) -> torch.dtype:
+    """Return the dtype that a layer computes in."""
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return mixed.get(str(trainer.precision), layer.values.dtype)

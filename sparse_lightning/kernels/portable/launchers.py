@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_lightning.kernels.launch import Kernel, build_once, row_pitch
-from sparse_lightning.kernels.portable_programs import (
+from sparse_lightning.kernels.portable.programs import (
     dw_program,
     linear_program,
     norms_program,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_lightning.kernels import hopper_programs as programs
 from sparse_lightning.kernels.activations import ACTIVATIONS
+from sparse_lightning.kernels.hopper import programs
+from sparse_lightning.kernels.hopper.tensor_maps import tensor_map
 from sparse_lightning.kernels.launch import Kernel, build_once, processors, row_pitch
 from sparse_lightning.kernels.programs import Program, TiledProgram
-from sparse_lightning.kernels.tensor_maps import tensor_map
 
 
 def linear(

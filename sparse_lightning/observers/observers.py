@@ -7,16 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.hooks import RemovableHandle
 
-from sparse_lightning.callbacks.candidates import Candidates
-from sparse_lightning.callbacks.monitor import SparsityMonitor
-from sparse_lightning.callbacks.observer import Fit, Observer
-from sparse_lightning.callbacks.patterns import Patterns
-from sparse_lightning.callbacks.recorder import PatternRecorder
-from sparse_lightning.callbacks.terminal import Terminal
-from sparse_lightning.callbacks.trainer import sparsifiers
 from sparse_lightning.config import SparsityConfig
-from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.linear import density_of
+from sparse_lightning.observers.base import Fit, Observer
+from sparse_lightning.observers.candidates import Candidates
+from sparse_lightning.observers.monitor import SparsityMonitor
+from sparse_lightning.observers.patterns import Patterns
+from sparse_lightning.observers.recorder import PatternRecorder
+from sparse_lightning.observers.terminal import Terminal
+from sparse_lightning.policy.evolution import ModelUpdate
 from sparse_lightning.sparsifier import Sparsifier
 
 
@@ -98,3 +97,9 @@ class Observers:
         if self._hook is not None:
             self._hook.remove()
         self._told_of = self._hook = None
+
+
+def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:
+    """Return the engines of all `SparsityCallback`s of a trainer, in its order."""
+    engines = (getattr(callback, "sparsifier", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [engine for engine in engines if isinstance(engine, Sparsifier)]

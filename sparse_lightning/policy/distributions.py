@@ -10,7 +10,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from sparse_lightning.lookup import calling, find
+from sparse_lightning.policy.lookup import calling, find
 from sparse_lightning.topology import count_blocks
 
 Grid = tuple[int, int]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from sparse_lightning.callbacks.observer import Fit, Observer
-from sparse_lightning.callbacks.summary import FitSummary
-from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.observers.base import Fit, Observer
+from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.patching import SparsityReport
+from sparse_lightning.policy.evolution import ModelUpdate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

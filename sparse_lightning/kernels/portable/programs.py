@@ -50,20 +50,20 @@ def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> Til
     check_block_size(block_size)
     tiling = (_LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT)[block_size]
     options = {"B": block_size, "FORWARD": int(forward)}
-    return _program("block_linear.cu", dtype, tiling, options)
+    return _program("portable/linear.cu", dtype, tiling, options)
 
 
 def dw_program(dtype: torch.dtype, block_size: int) -> TiledProgram:
     """Return the program of dW at present blocks: `block_linear_dw` and `add_partials`."""
     check_block_size(block_size)
     tiling = (_DW_MMA if _has_mma(dtype) else _DW_SIMT)[block_size]
-    return _program("block_linear_dw.cu", dtype, tiling, {"B": block_size})
+    return _program("portable/dw.cu", dtype, tiling, {"B": block_size})
 
 
 def norms_program(dtype: torch.dtype) -> TiledProgram:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
     tiling = _NORMS_MMA if _has_mma(dtype) else _NORMS_SIMT
-    return _program("block_norms.cu", dtype, tiling, {})
+    return _program("portable/norms.cu", dtype, tiling, {})
 
 
 def all_programs() -> Iterator[TiledProgram]:
@@ -116,14 +116,14 @@ def _program(
     t, has_mma = tiling, _has_mma(dtype)
 
     # As `shared_bytes` in common.cuh counts: all stages of both operands, or the result.
-    sum_bytes = 4 if has_mma or source == "block_norms.cu" else dtype.itemsize
+    sum_bytes = 4 if has_mma or source == "portable/norms.cu" else dtype.itemsize
     shared_bytes = max(
         t.stages * t.tk * (t.tm + t.tn) * dtype.itemsize,
         t.tm * t.tn * sum_bytes,
     )
     defines = {
         "T": DTYPES[dtype],
-        "PRODUCT": '"product_mma.cuh"' if has_mma else '"product_simt.cuh"',
+        "PRODUCT": '"product_mma.cuh"' if has_mma else '"portable/product_simt.cuh"',
         "TM": t.tm,
         "TN": t.tn,
         "TK": t.tk,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sparse_lightning.callbacks.observer import Fit, Observer
-from sparse_lightning.evolution import ModelUpdate
+from sparse_lightning.observers.base import Fit, Observer
+from sparse_lightning.policy.evolution import ModelUpdate
 
 DENSITY = "sparsity/density"
 

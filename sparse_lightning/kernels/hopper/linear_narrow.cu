@@ -16,8 +16,8 @@
 // most would be absent. So these are products of a warp, block by block, at two thirds of the rate.
 // Sums run over ascending k, so results depend neither on slots nor on timing.
 
-#include "activations.cuh"
-#include "hopper.cuh"
+#include "hopper/activations.cuh"
+#include "hopper/sm90.cuh"
 #include "product_mma.cuh"
 
 typedef CONFIG_T T;

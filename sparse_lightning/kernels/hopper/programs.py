@@ -119,7 +119,7 @@ def _wide_linear(t: Tiling, block_size: int) -> tuple[str, int, dict[str, int]]:
     granule = 2 * t.tk * block_size
     granules = (MAX_SHARED_BYTES - beside) // granule
     more = {"WARPGROUPS": t.groups_n, "CLUSTER": CLUSTER, "GRANULES": granules}
-    return "block_linear_hopper.cu", _round_up(granules * granule + beside, 1024), more
+    return "hopper/linear.cu", _round_up(granules * granule + beside, 1024), more
 
 
 def _narrow_linear(t: Tiling, block_size: int) -> tuple[str, int, dict[str, int]]:
@@ -130,7 +130,7 @@ def _narrow_linear(t: Tiling, block_size: int) -> tuple[str, int, dict[str, int]
     block = 2 * block_size**2
     blocks = 1 << ((MAX_SHARED_BYTES - beside) // block).bit_length() - 1
     more = {"BLOCKS": blocks}
-    return "block_linear_narrow_hopper.cu", _round_up(blocks * block + beside, 1024), more
+    return "hopper/linear_narrow.cu", _round_up(blocks * block + beside, 1024), more
 
 
 def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1, sharers: int = 1) -> Program:
@@ -139,13 +139,13 @@ def dw_program(dtype: torch.dtype, block_size: int, parts: int = 1, sharers: int
     if block_size < STRIP:
         return _narrow_dw_program(dtype, block_size, parts)
     return _strips_program(
-        "block_linear_dw_hopper.cu", dtype, block_size // STRIP, parts, sharers, {"B": block_size}
+        "hopper/dw.cu", dtype, block_size // STRIP, parts, sharers, {"B": block_size}
     )
 
 
 def norms_program(dtype: torch.dtype) -> Program:
     """Return the program of the block norms of the dense gradient: `block_norms`."""
-    return _strips_program("block_norms_hopper.cu", dtype, 2, 1, 1, {})
+    return _strips_program("hopper/norms.cu", dtype, 2, 1, 1, {})
 
 
 def all_programs() -> Iterator[Program]:
@@ -189,7 +189,7 @@ def _narrow_dw_program(dtype: torch.dtype, block_size: int, parts: int) -> Progr
     defines |= {"DY_STRIPS": _DY_STRIPS, "X_STRIPS": 32}
     # As `Work` and `Memory` in block_linear_dw_narrow_hopper.cu have it.
     return _gradient_program(
-        "block_linear_dw_narrow_hopper.cu",
+        "hopper/dw_narrow.cu",
         dtype,
         defines,
         warps=t.warps,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.gathering import on_cpu
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.policy.evolution import ModelUpdate
 
 
 class Patterns:

@@ -7,7 +7,7 @@
 // of a step lie beside each other, those of dy first.
 
 #pragma once
-#include "hopper.cuh"
+#include "hopper/sm90.cuh"
 
 constexpr int STEP = CONFIG_STEP, X_WIDTH = CONFIG_X_WIDTH;
 constexpr int DY_STRIPS = CONFIG_DY_STRIPS, X_STRIPS = CONFIG_X_STRIPS;  // of a job, at most

@@ -16,7 +16,7 @@
 // copy what dy the group needs once for both; and each part of the tokens, of PARTS, has so many.
 // Where groups are few, so all have work; the parts add up their sums, always in the same order.
 
-#include "product_strips.cuh"
+#include "hopper/product_strips.cuh"
 
 typedef CONFIG_T T;
 constexpr int B = CONFIG_B;

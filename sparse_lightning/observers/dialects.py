@@ -11,8 +11,8 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sparse_lightning.callbacks.measures import LayerRow
 from sparse_lightning.masks import mask_image
+from sparse_lightning.observers.measures import LayerRow
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import lightning.pytorch as pl
 
-from sparse_lightning.callbacks.patterns import Patterns
-from sparse_lightning.evolution import ModelUpdate
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.observers.patterns import Patterns
+from sparse_lightning.policy.evolution import ModelUpdate
 
 
 @dataclass(frozen=True)

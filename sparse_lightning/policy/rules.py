@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_lightning.criteria import BlockScores, Criterion, needed_by, score
-from sparse_lightning.evolution import exchange_blocks
-from sparse_lightning.lookup import calling
+from sparse_lightning.policy.criteria import BlockScores, Criterion, needed_by, score
+from sparse_lightning.policy.evolution import exchange_blocks
+from sparse_lightning.policy.lookup import calling
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def check_decision(decision: Any, scores: Mapping[str, BlockScores]) -> None:
         what = "" if wrong is decision else ", whose masks are by layer"
         raise TypeError(
             f"`rule` must return a Decision{what}; got {type(wrong).__name__}. "
-            "Return sparse_lightning.rules.Decision(masks)."
+            "Return sparse_lightning.policy.rules.Decision(masks)."
         )
     for name, mask in decision.masks.items():
         if name not in scores:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_lightning.callbacks.measures import (
+from sparse_lightning.observers.base import Fit
+from sparse_lightning.observers.measures import (
+    compute_dtype,
     count_parameters,
     predicted_speedup,
     relative_flops,
     share,
     training_bytes,
 )
-from sparse_lightning.callbacks.observer import Fit
-from sparse_lightning.callbacks.trainer import compute_dtype
 from sparse_lightning.selection import sparse_layers
 
 
