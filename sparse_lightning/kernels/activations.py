@@ -1,4 +1,4 @@
-"""The activations that kernels can compute on the way; here by plain PyTorch, for the others."""
+"""The activations that kernels can fuse, in plain PyTorch for the kernels that do not fuse them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(h, approximate=_approximation(activation))
 
 
-def go_back(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
-    """Return the gradient of `h` from that of its activation.
+def activation_backward(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
+    """Return the gradient with respect to `h` from that with respect to its activation.
 
-    >>> go_back(torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 2.0]), "relu")
+    >>> activation_backward(torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 2.0]), "relu")
     tensor([0., 3.])
     """
     if activation == "relu":
@@ -38,19 +38,19 @@ def go_back(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
     return out
 
 
-def go_back_differentiably(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
-    """Return what `go_back` does, with derivatives of every order."""
+def activation_backward_differentiable(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
+    """Return `activation_backward` in terms that have derivatives of every order."""
     if activation != "silu":
-        return go_back(gradient, h, activation)
-    gate = h.sigmoid()  # PyTorch has no derivative of silu_backward
+        return activation_backward(gradient, h, activation)
+    gate = h.sigmoid()  # silu_backward has no derivative in PyTorch
     return gradient * gate * (1 + h * (1 - gate))
 
 
 def check(activation: str) -> None:
-    """Raise ValueError unless the activation is offered."""
+    """Raise ValueError unless the activation is supported."""
     if activation not in ACTIVATIONS:
-        offered = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"`activation` must be one of {offered}; got {activation!r}.")
+        supported = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"`activation` must be one of {supported}; got {activation!r}.")
 
 
 def _approximation(activation: str) -> str:

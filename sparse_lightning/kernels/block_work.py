@@ -1,7 +1,7 @@
-"""The work of blocks, sum of w * g, as a training gathers it: for many layers in one launch.
+"""The work of blocks, the sum of w * g, for many layers in one launch.
 
-Not an op as the others are: nobody differentiates or compiles it, and it runs between the steps of
-a training, where the host's time counts.
+This is not an op: it is neither differentiated nor compiled by `torch.compile`, and it runs between
+optimizer steps, where host time matters.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from sparse_lightning.kernels.launch import Kernel, build_once, packed
 from sparse_lightning.kernels.programs import DTYPES, Program, compiler_options
 from sparse_lightning.sharding import local_part
 
-_THREADS = 256
-_THREAD_BLOCKS_A_PROCESSOR = 4  # of all layers together
-_LAYERS = 64  # in a launch: the driver takes 4 KiB of arguments
+_THREAD_BLOCKS_PER_SM = 4  # for all layers together
+_LAYERS = 64  # per launch: the driver takes 4 KiB of arguments
 _LAYER = struct.Struct("PPPPPii")
-_MOST_KNOWN = 64
+_MAX_CACHED = 64
 
-# A kernel, its grid (thread blocks a layer, layers) and its table of layers.
+# A kernel, its grid (thread blocks per layer, layers) and its table of layers.
 _Launch = tuple[Kernel[Program], int, int, bytes]
 
 
 @dataclass(eq=False)
 class WorkSums:
-    """What is known of the work of the slots that this rank holds of a layer; fp32, on its device.
+    """The work of a layer's slots on this rank, and its sums over steps; fp32, on their device.
 
     Attributes:
-        work: of the latest step, not yet in the sums.
+        work: work of the latest step, not yet part of the sums.
         saliency: sum of |work| over steps, or None.
         movement: sum of -work over steps, or None.
     """
@@ -43,19 +42,19 @@ class WorkSums:
 
     @classmethod
     def zeros(cls, capacity: int, device: torch.device, wanted: Collection[str]) -> WorkSums:
-        """Begin at zero, with those sums that are wanted by name."""
+        """Return zeros, with the sums whose names are in `wanted`."""
         work = torch.zeros(capacity, dtype=torch.float32, device=device)
         names = ("saliency", "movement")
         return cls(work, *(torch.zeros_like(work) if n in wanted else None for n in names))
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> WorkSums:
-        """Return what a function makes of each tensor."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> WorkSums:
+        """Return the results of a function for each tensor."""
         sums = (None if t is None else function(t) for t in (self.saliency, self.movement))
         return WorkSums(function(self.work), *sums)
 
-    def take_in(self) -> None:
-        """Add what `work` holds to the sums."""
-        size = self.work.abs()  # before anything is written, as it may fail for want of memory
+    def accumulate(self) -> None:
+        """Add `work` to the sums, and set it to zero."""
+        size = self.work.abs()  # first: if it runs out of memory, nothing has been modified
         if self.saliency is not None:
             self.saliency += size
         if self.movement is not None:
@@ -64,33 +63,33 @@ class WorkSums:
 
 
 class BlockWork:
-    """Adds up the work of the blocks of some layers; on a GPU of all in one launch.
+    """Sums the work of the blocks of several layers, on a GPU in one launch.
 
     Args:
-        layers: of each `values`, `[capacity, B, B]`, whose capacity and device stay, and its sums.
-            Of sharded ones, a rank does its own slots.
+        layers: for each layer its `values`, `[capacity, B, B]`, whose capacity and device must not
+            change, and its sums. For sharded values, each rank handles its own slots.
     """
 
     def __init__(self, layers: Iterable[tuple[nn.Parameter, WorkSums]]) -> None:
         self.layers = [*layers]
         self._on_cpu = [layer for layer in self.layers if not layer[0].is_cuda]
         self._on_cuda = [layer for layer in self.layers if layer[0].is_cuda]
-        # By where weights and gradients are: a training mostly finds its gradients where they were
-        # some steps before, and to look at each more closely costs the host its time.
-        self._known: dict[tuple[int, ...], list[_Launch]] = {}
+        # Keyed by addresses: gradients mostly return to addresses that they had a few steps
+        # before, and preparing a launch costs host time.
+        self._prepared: dict[tuple[int, ...], list[_Launch]] = {}
 
     @torch.no_grad()
     def add(self, scale: float) -> None:
-        """Take the work of an earlier step into the sums, and set that of this one.
+        """Add the work of the previous step to the sums, and store that of this step.
 
-        A layer without a gradient is passed over; work that is not finite counts as zero.
+        Layers without a gradient are skipped; work that is not finite counts as zero.
 
         Args:
-            scale: what the gradients are multiplied by.
+            scale: factor by which the gradients are multiplied, as by a loss scaler.
         """
         for values, sums in self._on_cpu:
             if values.grad is not None:
-                sums.take_in()
+                sums.accumulate()
                 work = block_work(local_part(values), local_part(values.grad)) / scale
                 sums.work.copy_(torch.where(work.isfinite(), work, 0))
         if self._on_cuda:
@@ -105,20 +104,20 @@ class BlockWork:
             *(0 if g is None or not g.is_contiguous() else g.data_ptr() for g in gradients),
             *(values.data_ptr() for values in weights),
         )
-        launches = self._known.get(key)
+        launches = self._prepared.get(key)
         if launches is None:
             launches, copies = self._prepare(weights, gradients)
             if 0 not in key and not copies:
-                if len(self._known) == _MOST_KNOWN:
-                    self._known.clear()
-                self._known[key] = launches
+                if len(self._prepared) == _MAX_CACHED:
+                    self._prepared.clear()
+                self._prepared[key] = launches
         for kernel, thread_blocks, n_layers, table in launches:
             kernel.launch(thread_blocks, n_layers, scale, table)
 
     def _prepare(
         self, weights: list[Tensor], gradients: list[Tensor | None]
     ) -> tuple[list[_Launch], list[Tensor]]:
-        """Return what is to be launched, and the copies that it reads in place of operands."""
+        """Return the launches, and the copies that they read where operands are not packed."""
         tables: dict[tuple[torch.dtype, int], list[bytes]] = {}
         copies: list[Tensor] = []
         for (_, sums), values, gradient in zip(self._on_cuda, weights, gradients, strict=True):
@@ -136,9 +135,9 @@ class BlockWork:
         for kind, rows in tables.items():
             kernel = _kernel(*kind)
             for first in range(0, len(rows), _LAYERS):
-                part = rows[first : first + _LAYERS]
-                thread_blocks = -(-_THREAD_BLOCKS_A_PROCESSOR * kernel.processors // len(part))
-                launches.append((kernel, thread_blocks, len(part), b"".join(part)))
+                batch = rows[first : first + _LAYERS]
+                thread_blocks = -(-_THREAD_BLOCKS_PER_SM * kernel.sm_count // len(batch))
+                launches.append((kernel, thread_blocks, len(batch), b"".join(batch)))
         return launches, copies
 
 
@@ -147,7 +146,7 @@ def block_work(values: Tensor, gradient: Tensor) -> Tensor:
 
     Args:
         values: `[capacity, block_size, block_size]`.
-        gradient: of the same shape and dtype.
+        gradient: gradient of `values`, with the same shape and dtype.
 
     Returns:
         fp32 `[capacity]`.
@@ -155,8 +154,8 @@ def block_work(values: Tensor, gradient: Tensor) -> Tensor:
     >>> block_work(torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[2.0, -1.0]]]))
     tensor([5.])
     """
-    # A batched product of a row and a column: a sum of `values * gradient` would first write it.
-    # In half precision the sum would be rounded, and what is left of terms that cancel be lost.
+    # A batched dot product does not materialise `values * gradient`. In half precision, rounding
+    # would lose what remains of terms that cancel.
     dtype = torch.promote_types(values.dtype, torch.float32)
     rows, columns = (tensor.detach().flatten(1).to(dtype) for tensor in (values, gradient))
     work: Tensor = torch.linalg.vecdot(rows, columns)
@@ -166,7 +165,7 @@ def block_work(values: Tensor, gradient: Tensor) -> Tensor:
 def program(dtype: torch.dtype) -> Program:
     """Return the program of `block_work`."""
     options = compiler_options({"T": DTYPES[dtype], "LAYERS": _LAYERS})
-    return Program("block_work.cu", options, _THREADS, 0)
+    return Program("block_work.cu", options)
 
 
 @build_once

@@ -1,8 +1,9 @@
-"""Which kind of kernels computes a product on a CUDA device: the one measured to be fastest.
+"""The kernel choice: which kind of kernels computes a product on a CUDA device.
 
-`sparse-lightning tune` measures every kind on a GPU and saves a table of it; without one, and with
-none for such a GPU in the package, the portable kernels compute everything. Of the measured shapes
-the nearest counts, and between measured densities speed-ups are interpolated.
+The choice is the kind that was measured to be fastest. `sparse-lightning tune` measures every kind
+on a GPU and saves a table. If neither such a table nor one shipped with the package exists for a
+GPU, the portable kernels compute everything. A lookup uses the nearest measured shape and
+interpolates speed-ups between measured densities.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from sparse_lightning.topology import BlockTopology
 PORTABLE, HOPPER, DENSE = KINDS = ("portable", "hopper", "dense")
 STEP = ("fwd", "dx", "dw")  # the products of a step
 OPS = (*STEP, "norms")
-SHIPPED = Path(__file__).parent
+SHIPPED_TABLES = Path(__file__).parent
 
-# Half precision is one: both dtypes have the same kernels, and the same rates.
+# bf16 and fp16 share kernels and rates.
 DTYPES = {torch.bfloat16: "half", torch.float16: "half", torch.float32: "fp32"}
-# Of a layer whose input has not been seen.
+# Number of tokens assumed for a layer whose input is unknown.
 _TOKENS = 8192
 
 Shape = tuple[int, int, int]  # tokens, in_features, out_features
@@ -38,13 +39,15 @@ Shape = tuple[int, int, int]  # tokens, in_features, out_features
 
 @dataclass(frozen=True)
 class Measured:
-    """How fast each kind computed one product, relative to the dense one of the same run.
+    """The speed-up of each kind over the dense product for one product, measured in one run.
 
     Attributes:
-        op: one of `OPS`; norms relative to the dense dW, at density 1.
+        op: one of `OPS`. The norms are relative to the dense dW and have density 1.
         dtype: "half" or "fp32".
-        block_size, shape, density: of the layer and its input.
-        speedups: by kind.
+        block_size: block size of the layer.
+        shape: (tokens, in_features, out_features).
+        density: density of the layer.
+        speedups: dense time / time of each kind.
     """
 
     op: str
@@ -56,10 +59,10 @@ class Measured:
 
 
 class Table:
-    """What was measured on one kind of GPU.
+    """The measurements of one GPU model.
 
     Args:
-        rows: in any order.
+        rows: measurements, in any order.
 
     >>> rows = [
     ...     Measured("fwd", "half", 64, (8192, 4096, 4096), d, {"portable": s, "dense": 0.9})
@@ -81,11 +84,11 @@ class Table:
     def predict(
         self, op: str, dtype: str, block_size: int, shape: Shape, density: float
     ) -> dict[str, float]:
-        """Return the speed-up of each kind over the dense product; {} if none was measured."""
+        """Return the speed-up of each kind over the dense product; empty if nothing is known."""
         shapes = self._rows.get((op, dtype, block_size))
         if not shapes:
             return {}
-        nearest = min(shapes, key=lambda other: _distance(shape, other))
+        nearest = min(shapes, key=lambda measured: _distance(shape, measured))
         rows = shapes[nearest]
         kinds = set.intersection(*(set(row.speedups) for row in rows))
         densities = [row.density for row in rows]
@@ -104,18 +107,16 @@ class Table:
         density: float,
         kinds: Sequence[str],
     ) -> str:
-        """Return the fastest of some kinds; the portable one if none of them was measured."""
-        predicted = self.predict(op, dtype, block_size, shape, density)
-        return max(
-            (k for k in kinds if k in predicted), key=predicted.__getitem__, default=PORTABLE
-        )
+        """Return the fastest of the given kinds; `PORTABLE` if none of them was measured."""
+        speedups = self.predict(op, dtype, block_size, shape, density)
+        return max((k for k in kinds if k in speedups), key=speedups.__getitem__, default=PORTABLE)
 
 
 def read_table(path: Path) -> Table:
-    """Read what `sparse-lightning tune` wrote.
+    """Read a table that `sparse-lightning tune` wrote.
 
     Raises:
-        ValueError: naming the file, if it is something else.
+        ValueError: if the file is not such a table; the message names the file.
     """
     try:
         rows = json.loads(path.read_text())["rows"]
@@ -123,18 +124,18 @@ def read_table(path: Path) -> Table:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"'{path}' must be a table that `sparse-lightning tune` wrote; reading it failed: "
-            f"{error!r}. Measure it anew, or remove it."
+            f"{error!r}. Measure it again, or remove it."
         ) from None
 
 
-def user_file(device_name: str) -> Path:
-    """Return where a table measured on this machine is kept."""
+def user_table_file(device_name: str) -> Path:
+    """Return the path of the table measured on this machine for a GPU model."""
     return cache_folder() / f"choices-{re.sub('[^A-Za-z0-9]+', '-', device_name)}.json"
 
 
 @contextmanager
 def forced(kind: str) -> Iterator[None]:
-    """Have every product that it can serve computed by one kind, the others by the portable one."""
+    """Force one kind for all products that it supports; the portable kernels compute the rest."""
     global _forced
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {KINDS}; got {kind!r}.")
@@ -148,14 +149,16 @@ def forced(kind: str) -> Iterator[None]:
 _forced: str | None = None
 
 
-def serving(op: str, dtype: torch.dtype, capability: tuple[int, int]) -> list[str]:
-    """Return the kinds that serve a product on a device.
+def available_kinds(op: str, dtype: torch.dtype, capability: tuple[int, int]) -> list[str]:
+    """Return the kinds that can compute a product on a device.
 
-    >>> serving("dw", torch.bfloat16, (9, 0)), serving("norms", torch.float32, (9, 0))
-    (['portable', 'hopper', 'dense'], ['portable'])
+    >>> available_kinds("dw", torch.bfloat16, (9, 0))
+    ['portable', 'hopper', 'dense']
+    >>> available_kinds("norms", torch.float32, (9, 0))
+    ['portable']
     """
     kinds = [PORTABLE]
-    if hopper_programs.serve(capability, dtype):
+    if hopper_programs.is_supported(capability, dtype):
         kinds.append(HOPPER)
     if op != "norms":
         kinds.append(DENSE)
@@ -175,67 +178,69 @@ def choose(
 
     Args:
         op: one of `OPS`.
-        dtype: of the operands.
-        block_size: of the layer.
-        capacity: its slots, which are taken to be filled: how many are, only the device knows.
-        grid: its (out_blocks, in_blocks).
-        tokens: of its input.
+        dtype: dtype of the operands.
+        block_size: block size of the layer.
+        capacity: number of slots; it stands in for the number of present blocks, which only the
+            device knows.
+        grid: (out_blocks, in_blocks).
+        tokens: number of tokens of the input.
         device: index of the CUDA device.
     """
     if tokens == 0 or capacity == 0:
         return PORTABLE
     if _forced is not None:
         capability = torch.cuda.get_device_capability(device)
-        return _forced if _forced in serving(op, dtype, capability) else PORTABLE
-    # Within a factor of two of the tokens, so that inputs of any length find their choice made.
-    return _chosen(op, dtype, block_size, capacity, grid, tokens.bit_length(), device)
+        return _forced if _forced in available_kinds(op, dtype, capability) else PORTABLE
+    # Rounded to a power of two, so that inputs of varying length find their choice in the cache.
+    return _cached_choice(op, dtype, block_size, capacity, grid, tokens.bit_length(), device)
 
 
-def predicted_speedup(
+def step_speedup(
     dtype: torch.dtype, block_size: int, grid: tuple[int, int], density: float, device: int
 ) -> float | None:
-    """Return how much faster than dense a step of a layer should be; None if nothing is known.
+    """Return the predicted speed-up of a layer's step over dense; None if a product is unknown.
 
     A step is the forward and both products of the backward, at 8192 tokens.
     """
     shape = (_TOKENS, grid[1] * block_size, grid[0] * block_size)
     time = 0.0
     for op in STEP:
-        predicted = expected_speedup(op, dtype, block_size, shape, density, device)
-        if predicted is None:
+        speedup = product_speedup(op, dtype, block_size, shape, density, device)
+        if speedup is None:
             return None
-        time += 1 / predicted
-    return 3 / time
+        time += 1 / speedup
+    return len(STEP) / time
 
 
-def expected_speedup(
+def product_speedup(
     op: str, dtype: torch.dtype, block_size: int, shape: Shape, density: float, device: int
 ) -> float | None:
-    """Return how much faster than dense the best kind computes a product; None if not measured."""
+    """Return the predicted speed-up of the best kind for one product; None if not measured."""
     table = _table(device)
     if table is None or dtype not in DTYPES:
         return None
-    predicted = table.predict(op, DTYPES[dtype], block_size, shape, density)
-    kinds = serving(op, dtype, torch.cuda.get_device_capability(device))
-    return max((predicted[kind] for kind in kinds if kind in predicted), default=None)
+    speedups = table.predict(op, DTYPES[dtype], block_size, shape, density)
+    kinds = available_kinds(op, dtype, torch.cuda.get_device_capability(device))
+    return max((speedups[kind] for kind in kinds if kind in speedups), default=None)
 
 
-def of_a_step(
-    at: BlockTopology, dtype: torch.dtype, tokens: int, device: torch.device
+def choose_for_step(
+    topology: BlockTopology, dtype: torch.dtype, tokens: int, device: torch.device
 ) -> dict[str, str]:
-    """Return what computes each product of a step: "fwd", "dx" and "dw", on CUDA or a CPU."""
+    """Return the kernel choice for each product of a step ("fwd", "dx", "dw"), on CUDA or a CPU."""
+    block_size, grid = topology.block_size, topology.grid
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return {
-            op: choose(op, dtype, at.block_size, at.capacity, at.grid, tokens, index) for op in STEP
+            op: choose(op, dtype, block_size, topology.capacity, grid, tokens, index) for op in STEP
         }
-    # Blocks of dW are never added up, so its dtype does not matter.
-    sums = {"fwd": dtype, "dx": dtype, "dw": torch.float32}
-    return {op: cpu.choose(tokens, at.block_size, at.density, of) for op, of in sums.items()}
+    # Each block of dW is a single product, so its sums do not depend on the dtype.
+    accumulates_in = {"fwd": dtype, "dx": dtype, "dw": torch.float32}
+    return {op: cpu.choose(tokens, block_size, topology.density, accumulates_in[op]) for op in STEP}
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(
+def _cached_choice(
     op: str,
     dtype: torch.dtype,
     block_size: int,
@@ -249,7 +254,7 @@ def _chosen(
         return PORTABLE
     shape = (3 << token_bits >> 2, grid[1] * block_size, grid[0] * block_size)
     density = 1.0 if op == "norms" else capacity / (grid[0] * grid[1])
-    kinds = serving(op, dtype, torch.cuda.get_device_capability(device))
+    kinds = available_kinds(op, dtype, torch.cuda.get_device_capability(device))
     return table.choose(op, DTYPES[dtype], block_size, shape, density, kinds)
 
 
@@ -257,26 +262,26 @@ def _chosen(
 def _table(device: int) -> Table | None:
     major, minor = torch.cuda.get_device_capability(device)
     for path in (
-        user_file(torch.cuda.get_device_name(device)),
-        SHIPPED / f"choices-sm_{major}{minor}.json",
+        user_table_file(torch.cuda.get_device_name(device)),
+        SHIPPED_TABLES / f"choices-sm_{major}{minor}.json",
     ):
         if path.is_file():
             return read_table(path)
     return None
 
 
-def forget_tables() -> None:
-    """Read the tables anew when they are next needed: one has been measured."""
+def clear_table_cache() -> None:
+    """Drop cached tables and choices, so that a newly measured table takes effect."""
     _table.cache_clear()
-    _chosen.cache_clear()
+    _cached_choice.cache_clear()
 
 
-def _distance(shape: Shape, other: Shape) -> float:
-    return sum(math.log(a / b) ** 2 for a, b in zip(shape, other, strict=True))
+def _distance(left: Shape, right: Shape) -> float:
+    return sum(math.log(a / b) ** 2 for a, b in zip(left, right, strict=True))
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Interpolate positive numbers linearly in their logarithms; beyond the ends, hold them."""
+    """Interpolate linearly in log-log space; beyond the ends, return the nearest value."""
     if x <= xs[0]:
         return ys[0]
     for x0, x1, y0, y1 in zip(xs, xs[1:], ys, ys[1:], strict=False):

@@ -1,10 +1,20 @@
-// What every kernel shares: scalar types, tiles in shared memory, the copy pipeline.
+// What every kernel shares: scalar types, swizzled tiles in shared memory, the cp.async pipeline of
+// the portable kernels, and the launch facts that a kernel publishes.
 //
-// A kernel multiplies tiles, C[TM, TN] += A[TM, k] B[k, TN], over many steps of TK along k. It says
-// where each 16 bytes of A and B come from; `run_pipeline` brings them into shared memory ahead of
-// their use, and a `Product` (product_mma.cuh or product_simt.cuh) multiplies them.
+// A portable kernel computes C[TM, TN] += A[TM, k] B[k, TN] in k-tiles of TK. It supplies the
+// global address of each 16 bytes of A and B; `run_pipeline` prefetches them into shared memory,
+// and a `Product` (product_mma.cuh or product_simt.cuh) multiplies them.
 
 #pragma once
+
+// Publishes what the host must know to launch a kernel, as the array `ENTRY_launch` in the cubin;
+// `launch_facts` in compiler.py reads it. The last arguments are all members of the struct
+// `Arguments`, in order.
+#define LAUNCH_FACTS(ENTRY, THREADS, SHARED_BYTES, ...)             \
+  extern "C" __device__ __constant__ const int ENTRY##_launch[] = { \
+      THREADS, (int)(SHARED_BYTES), sizeof(Arguments), alignof(Arguments), __VA_ARGS__}
+// Size and alignment, of which the host makes offsets: older versions of NVRTC have no `offsetof`.
+#define MEMBER(name) (int)sizeof(Arguments::name), (int)alignof(decltype(Arguments::name))
 
 struct bf16 {
   unsigned short bits;
@@ -13,7 +23,7 @@ struct fp16 {
   unsigned short bits;
 };
 
-// The dtype in which sums are kept.
+// The dtype in which products are accumulated.
 template <typename T>
 struct Accumulator {
   typedef float type;
@@ -56,21 +66,21 @@ struct alignas(16) Chunk {
   T element[SIZE];
 };
 
-// A matrix in shared memory. The chunks of each 128-byte line are permuted by XOR, so that the same
-// chunk of eight consecutive rows lies in eight different groups of banks (padding the rows does
-// that too, but a row that crosses a line makes an asynchronous copy fetch sectors twice: measured,
-// half as much again from L2).
+// A matrix in shared memory, XOR-swizzled by chunks within each 128-byte line, so that the same
+// chunk of eight consecutive rows lies in eight different groups of banks. (Padding the rows does
+// that too, but a row that crosses a line makes cp.async fetch sectors twice: measured, half as
+// much again from L2.)
 template <typename T, int ROWS_, int COLS_>
 struct Tile {
   typedef T Element;
   static constexpr int ROWS = ROWS_, COLS = COLS_, BYTES = ROWS * COLS * sizeof(T);
   static constexpr int CHUNK = Chunk<T>::SIZE, PER_ROW = COLS / CHUNK;
-  static constexpr int ROWS_A_LINE = PER_ROW < 8 ? 8 / PER_ROW : 1;
+  static constexpr int ROWS_PER_LINE = PER_ROW < 8 ? 8 / PER_ROW : 1;
   static_assert((PER_ROW & (PER_ROW - 1)) == 0 && BYTES % 128 == 0, "lines must be whole");
   T* base;  // 128-byte aligned
   __device__ explicit Tile(char* shared) : base(reinterpret_cast<T*>(shared)) {}
   __device__ T* at(int row, int col) const {
-    const int chunk = (row * PER_ROW + col / CHUNK) ^ (row / ROWS_A_LINE % 8);
+    const int chunk = (row * PER_ROW + col / CHUNK) ^ (row / ROWS_PER_LINE % 8);
     return base + chunk * CHUNK + col % CHUNK;
   }
 };
@@ -79,23 +89,23 @@ __device__ inline unsigned shared_address(const void* pointer) {
   return (unsigned)__cvta_generic_to_shared(pointer);
 }
 
-// Copies 16 bytes into shared memory without waiting, or writes zeros and reads nothing.
-__device__ inline void copy_async(void* to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(exists ? 16 : 0)
+// Copies 16 bytes to shared memory asynchronously; writes zeros and reads nothing if not `exists`.
+__device__ inline void cp_async(void* destination, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)),
+               "l"(source), "r"(exists ? 16 : 0)
                : "memory");
 }
 
-// Ends a batch of copies; there is one batch a step, an empty one when nothing is left to load.
-__device__ inline void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Closes a commit group; there is one for each k-tile, an empty one when nothing is left to load.
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most PENDING of this thread's batches are still under way.
+// Waits until at most PENDING of this thread's commit groups are in flight.
 template <int PENDING>
-__device__ void wait_for_batches() {
+__device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Rows of a matrix in global memory, from some column on; those from `n` on count as zeros.
+// Rows of a matrix in global memory, from a given column on; rows from `n` on count as zeros.
 template <typename T>
 struct Rows {
   const T* first;
@@ -104,56 +114,59 @@ struct Rows {
   __device__ const T* at(int row) const { return first + (long long)row * stride; }
 };
 
-// Starts to fill a tile. A thread copies one column of chunks: source(col) gives its `Rows`.
+// Starts loading a tile. Each thread loads one column of chunks: source(col) returns its `Rows`.
 template <int THREADS, typename TileType, typename Source>
-__device__ void fill_async(TileType tile, Source source) {
-  constexpr int PER_ROW = TileType::PER_ROW, ROWS_AT_ONCE = THREADS / PER_ROW;
+__device__ void load_tile_async(TileType tile, Source source) {
+  constexpr int PER_ROW = TileType::PER_ROW, ROWS_PER_PASS = THREADS / PER_ROW;
   static_assert(THREADS % PER_ROW == 0, "every thread must keep to one column");
   const int col = threadIdx.x % PER_ROW * TileType::CHUNK;
   const auto rows = source(col);
 #pragma unroll
-  for (int first = 0; first < TileType::ROWS; first += ROWS_AT_ONCE) {
+  for (int first = 0; first < TileType::ROWS; first += ROWS_PER_PASS) {
     const int row = first + threadIdx.x / PER_ROW;
-    if (TileType::ROWS % ROWS_AT_ONCE == 0 || row < TileType::ROWS)
-      copy_async(tile.at(row, col), rows.at(row), rows.has(row));
+    if (TileType::ROWS % ROWS_PER_PASS == 0 || row < TileType::ROWS)
+      cp_async(tile.at(row, col), rows.at(row), rows.has(row));
   }
 }
 
-// Adds `steps` products of tiles to `product`, STAGES - 1 steps of copies ahead of the arithmetic.
-// source_a(step, col) and source_b give the rows of a column, as in `fill_async`. Afterwards all of
-// `shared` is free for other use.
+// Accumulates all k-tiles in `product`, with loads STAGES - 1 k-tiles ahead of the arithmetic.
+// source_a(k_tile, col) and source_b return the rows of a column, as for `load_tile_async`. On
+// return all of `shared` is free for reuse.
 template <int STAGES, typename Product, typename SourceA, typename SourceB>
-__device__ void run_pipeline(Product& product, char* shared, int steps, SourceA source_a,
+__device__ void run_pipeline(Product& product, char* shared, int k_tiles, SourceA source_a,
                              SourceB source_b) {
   typedef typename Product::TileA TileA;
   typedef typename Product::TileB TileB;
-  constexpr int STAGE = TileA::BYTES + TileB::BYTES;
+  constexpr int STAGE_BYTES = TileA::BYTES + TileB::BYTES;
 
-  auto load = [&](int step) {
-    if (step < steps) {
-      char* stage = shared + step % STAGES * STAGE;
-      fill_async<Product::THREADS>(TileA(stage), [&](int col) { return source_a(step, col); });
-      fill_async<Product::THREADS>(TileB(stage + TileA::BYTES),
-                                   [&](int col) { return source_b(step, col); });
+  auto load = [&](int k_tile) {
+    if (k_tile < k_tiles) {
+      char* stage = shared + k_tile % STAGES * STAGE_BYTES;
+      load_tile_async<Product::THREADS>(TileA(stage),
+                                        [&](int col) { return source_a(k_tile, col); });
+      load_tile_async<Product::THREADS>(TileB(stage + TileA::BYTES),
+                                        [&](int col) { return source_b(k_tile, col); });
     }
-    end_batch();
+    cp_async_commit();
   };
 
-  for (int step = 0; step < STAGES - 1; ++step) load(step);
-  for (int step = 0; step < steps; ++step) {
-    wait_for_batches<STAGES - 2>();
-    __syncthreads();  // this step's tiles are there, and every warp has left those of the last step
-    load(step + STAGES - 1);
-    char* stage = shared + step % STAGES * STAGE;
+  for (int k_tile = 0; k_tile < STAGES - 1; ++k_tile) load(k_tile);
+  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();  // this k-tile has arrived, and every warp has read the previous one
+    load(k_tile + STAGES - 1);
+    char* stage = shared + k_tile % STAGES * STAGE_BYTES;
     product.multiply(TileA(stage), TileB(stage + TileA::BYTES));
   }
-  wait_for_batches<0>();
+  cp_async_wait<0>();
   __syncthreads();
 }
 
-// Returns the shared memory that such a pipeline takes, and after it a tile of results.
+// Returns the shared memory of such a pipeline, which a tile of results reuses afterwards.
 template <int STAGES, typename Product, typename Result>
-__device__ constexpr int shared_bytes() {
+__device__ constexpr int pipeline_shared_bytes() {
   constexpr int pipeline = STAGES * (Product::TileA::BYTES + Product::TileB::BYTES);
-  return pipeline > Result::BYTES ? pipeline : Result::BYTES;
+  constexpr int bytes = pipeline > Result::BYTES ? pipeline : Result::BYTES;
+  static_assert(bytes <= 99 * 1024, "the limit of a thread block on the smallest device");
+  return bytes;
 }

@@ -1,8 +1,7 @@
 """From a `.cu` file to a loaded module: NVRTC, a cache of cubins on disk, CuPy's `RawModule`.
 
-NVRTC is called directly, since CuPy would append an `-arch` of its own; that also compiles for
-architectures that are not there, and without any GPU. CuPy is imported when a kernel is first
-needed.
+NVRTC is called directly: CuPy would append its own `-arch`, while this also compiles without a GPU
+and for other architectures. CuPy is imported when a kernel is first needed.
 """
 
 from __future__ import annotations
@@ -11,12 +10,15 @@ import functools
 import hashlib
 import os
 import re
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparse_lightning.files import atomic_write
 
 FOLDER = Path(__file__).parent
 CACHE_VARIABLE = "SPARSE_LIGHTNING_CACHE_DIR"
@@ -27,23 +29,23 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class Cubin:
-    """A compiled source: the machine code, and what `ptxas` says of its kernels."""
+    """A compiled source: the machine code, and the log of `ptxas`."""
 
     code: bytes
     log: str
 
     @property
     def spilled_bytes(self) -> int:
-        """Bytes of registers and local arrays that ended up in slow local memory, all kernels."""
+        """Bytes that all kernels keep in local memory: spilled registers and local arrays."""
         found = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", self.log)
         return sum(map(int, found))
 
 
 def architecture(major: int, minor: int) -> str:
-    """Return NVRTC's name of the architecture to compile for, from a compute capability.
+    """Return NVRTC's name of the architecture for a compute capability.
 
     Raises:
-        RuntimeError: for a device older than the kernels' instructions.
+        RuntimeError: if the device is too old for the kernels' instructions.
 
     >>> architecture(8, 6), architecture(9, 0)
     ('sm_86', 'sm_90a')
@@ -60,19 +62,19 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> Cubin:
     """Compile one `.cu` file of this folder.
 
     Args:
-        source: its name.
-        options: for NVRTC, as "-DNAME=value".
-        arch: as from `architecture`.
+        source: name of the file.
+        options: options for NVRTC, such as "-DNAME=value".
+        arch: the architecture, see `architecture`.
 
     Raises:
-        RuntimeError: if it does not compile; the message has NVRTC's lines, with file and line.
+        RuntimeError: if it does not compile; the message has NVRTC's log, with files and lines.
     """
     nvrtc = _nvrtc()
     path = FOLDER / source
     program = nvrtc.createProgram(path.read_text(), str(path), [], [])
     flags = [f"-arch={arch}", "-std=c++17", f"-I{FOLDER}", "--ptxas-options=-v", *options]
     if nvrtc.getVersion() >= (12, 9):
-        flags.append("--no-cache")  # its own: what comes from there comes without the log
+        flags.append("--no-cache")  # NVRTC's own cache returns no log
     try:
         try:
             nvrtc.compileProgram(program, flags)
@@ -82,19 +84,63 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> Cubin:
                 f"{nvrtc.getProgramLog(program)}\n"
                 f"options: {' '.join(flags)}\nNVRTC {'.'.join(map(str, nvrtc.getVersion()))}"
             ) from None
-        # CuPy's `getCUBIN` drops a trailing NUL, without which the driver refuses a file.
+        # CuPy's `getCUBIN` drops a trailing NUL, without which the driver rejects a file.
         return Cubin(nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
 
 
+@dataclass(frozen=True)
+class LaunchFacts:
+    """What a kernel publishes by `LAUNCH_FACTS`, see common.cuh.
+
+    Attributes:
+        threads: threads of a thread block.
+        shared_bytes: bytes of its dynamic shared memory.
+        argument_bytes, argument_alignment: size and alignment of the kernel's argument, a struct.
+        offsets: offsets of the struct's members.
+    """
+
+    threads: int
+    shared_bytes: int
+    argument_bytes: int
+    argument_alignment: int
+    offsets: tuple[int, ...]
+
+
+def launch_facts(cubin: bytes, entry: str) -> LaunchFacts:
+    """Read the launch facts of a kernel from the ELF symbol table of a cubin."""
+    symbol = f"{entry}_launch\0".encode()
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    (n_sections,) = struct.unpack_from("<H", cubin, 60)
+    # Of each section: name, type, flags, address, offset, size, link, info, alignment, entry size.
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(n_sections)]
+    for _, kind, _, _, offset, size, link, *_ in sections:
+        if kind == 2:  # SHT_SYMTAB, whose link is the string table
+            symbols = struct.iter_unpack("<IBBHQQ", cubin[offset : offset + size])
+            for name, _, _, section, value, length in symbols:
+                if cubin.startswith(symbol, sections[link][4] + name):
+                    start = sections[section][4] + value
+                    threads, shared_bytes, size, alignment, *members = struct.unpack_from(
+                        f"<{length // 4}i", cubin, start
+                    )
+                    offsets, end = [], 0
+                    for member_size, member_alignment in zip(
+                        members[::2], members[1::2], strict=True
+                    ):
+                        offsets.append(-(-end // member_alignment) * member_alignment)
+                        end = offsets[-1] + member_size
+                    return LaunchFacts(threads, shared_bytes, size, alignment, tuple(offsets))
+    raise ValueError(f"The cubin must have launch facts of kernel '{entry}'; it has none.")
+
+
 def cubin_file(source: str, options: tuple[str, ...], arch: str) -> Path:
     """Return the file of a compiled source, compiling it unless the cache has it.
 
-    A file is named by a hash of all that goes into it and ends in a hash of what it holds, so one
-    that is damaged is compiled anew. It is put in place by renaming: processes that compile the
-    same source at once do not disturb each other. Where the cache cannot be written to, a folder
-    of this process alone takes its place.
+    The name of a file contains a hash of all inputs of the compilation, and the file ends in a hash
+    of its content, so a damaged one is compiled again. Files are moved into place, so processes
+    that compile the same source concurrently do not interfere. Where the cache cannot be written
+    to, a temporary folder of this process replaces it.
     """
     stem = source.removesuffix(".cu").replace("/", "-")
     name = f"{stem}-{arch}-{_fingerprint(source, options, arch)}.cubin"
@@ -110,17 +156,15 @@ def cubin_file(source: str, options: tuple[str, ...], arch: str) -> Path:
         return _write(_private_folder() / name, content)
 
 
-def load_module(source: str, options: tuple[str, ...], device: int) -> Any:
-    """Return a source's `cupy.RawModule`, to be used on one device only.
+def device_cubin(source: str, options: tuple[str, ...], device: int) -> Path:
+    """Return the file of a source compiled for the CUDA device of that index.
 
     Raises:
-        RuntimeError: for a device that is too old, or if CuPy or NVRTC is not there.
+        RuntimeError: if the device is too old, or CuPy or NVRTC is missing.
     """
-    _nvrtc()  # says what is missing
-    import cupy
-
+    _nvrtc()  # first, since its error names the missing package
     arch = architecture(*torch.cuda.get_device_capability(device))
-    return cupy.RawModule(path=str(cubin_file(source, options, arch)))
+    return cubin_file(source, options, arch)
 
 
 def _fingerprint(source: str, options: tuple[str, ...], arch: str) -> str:
@@ -142,19 +186,13 @@ def _is_whole(path: Path) -> bool:
 
 def _write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
     return path
 
 
 def cache_folder() -> Path:
-    """Return the folder in which compiled kernels, and what was measured of them, are kept."""
+    """Return the folder of compiled kernels and of their measurements."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)
@@ -173,7 +211,7 @@ def _private_folder() -> Path:
 
 @functools.cache
 def _nvrtc() -> Any:
-    """Return CuPy's module for NVRTC, or say what is missing."""
+    """Return CuPy's NVRTC module; raise an error that names a missing package."""
     major = (torch.version.cuda or "13").split(".")[0]
     install = f"pip install 'sparse-lightning[cuda{major}]'"
     try:

@@ -1,8 +1,11 @@
-"""The CUDA backend: checks of each op, and who computes it; see `ops` for shapes.
+"""The CUDA backend: checks the operands of each op and calls the chosen kind of kernels.
 
-Nothing here waits for the device, and nothing depends on the number of present blocks, which only
-the device knows: grids are made for the capacity. So a step can be captured in a CUDA graph, once
-one has run before, which loads its kernels.
+Each kind offers `linear` and `linear_dw`, and, if it computes block norms, `norms` and
+`norms_kernel`. A new kind joins `choice.KINDS` and the table `_LAUNCHERS`. `ops` describes shapes.
+
+Nothing here waits for the device or depends on the number of present blocks, which only the device
+knows; grids are sized for the capacity. A step can thus be captured in a CUDA graph once one step
+has run, which loads its kernels.
 """
 
 from __future__ import annotations
@@ -15,169 +18,79 @@ from torch import Tensor
 from sparse_lightning.kernels import activations, choice, densified
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.launch import packed, row_pitch
+from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable import launchers as portable
-from sparse_lightning.topology import block_grid
+from sparse_lightning.topology import Indices, block_grid
 
-_MOST_PITCH = 2**31 - 1  # kernels count it in 32 bits
+_LAUNCHERS: dict[str, ModuleType] = {
+    choice.PORTABLE: portable,
+    choice.HOPPER: hopper,
+    choice.DENSE: densified,
+}
+_FUSING = (choice.HOPPER,)  # kinds whose `linear` also computes activations
+_MAX_PITCH = 2**31 - 1  # kernels use 32-bit row pitches
 
 
-def block_linear(
+def multiply(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    coords: Tensor,
-    row_offsets: Tensor,
-    row_entries: Tensor,
-    col_offsets: Tensor,
-    col_entries: Tensor,
-    slots: Tensor,
-    norms: Tensor | None,
-    armed: Tensor | None,
-    token_stride: int,
-) -> Tensor:
-    """Return x W^T + bias; see `ops` for shapes."""
-    return _multiply(x, values, bias, row_offsets, row_entries, slots, forward=True)
-
-
-def block_linear_dx(
-    dy: Tensor,
-    values: Tensor,
-    coords: Tensor,
-    row_offsets: Tensor,
-    row_entries: Tensor,
-    col_offsets: Tensor,
-    col_entries: Tensor,
-    slots: Tensor,
-    norms: Tensor | None,
-    armed: Tensor | None,
-    token_stride: int,
-) -> Tensor:
-    """Return dy W; see `ops` for shapes."""
-    return _multiply(dy, values, None, col_offsets, col_entries, slots, forward=False)
-
-
-def block_linear_act(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    coords: Tensor,
-    row_offsets: Tensor,
-    row_entries: Tensor,
-    col_offsets: Tensor,
-    col_entries: Tensor,
-    slots: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Return h = x W^T + bias and its activation; see `ops` for shapes."""
-    activations.check(activation)
-    a = x.new_empty(*x.shape[:-1], slots.shape[0] * values.shape[1])
-    h = _multiply(
-        x,
-        values,
-        bias,
-        row_offsets,
-        row_entries,
-        slots,
-        forward=True,
-        other=a,
-        activation=activation,
-    )
-    return h, a
-
-
-def block_linear_dh(
-    dy: Tensor,
-    values: Tensor,
-    col_offsets: Tensor,
-    col_entries: Tensor,
-    slots: Tensor,
-    h: Tensor,
-    activation: str,
-) -> Tensor:
-    """Return the gradient of h, if dy is that of the activation of h times W^T; see `ops`."""
-    activations.check(activation)
-    shape = [*dy.shape[:-1], slots.shape[1] * values.shape[1]]
-    if list(h.shape) != shape or h.dtype != dy.dtype:
-        raise ValueError(
-            f"`h` must be {shape} of {dy.dtype}, as dy and the layer say; "
-            f"got {list(h.shape)} of {h.dtype}."
-        )
-    _device_of(dy, h)
-    h = packed(h)
-    return _multiply(
-        dy,
-        values,
-        None,
-        col_offsets,
-        col_entries,
-        slots,
-        forward=False,
-        other=h,
-        activation=activation,
-    )
-
-
-def _multiply(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    entries: Tensor,
-    slots: Tensor,
+    lists: BlockLists,
     *,
     forward: bool,
-    other: Tensor | None = None,
     activation: str | None = None,
-) -> Tensor:
-    """Return the product; with an activation, `other` is its output, to fill, or its input."""
+    preactivation: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return x W^T + bias or x W, with an activation if one is given; see `ops.Backend`."""
     capacity, block_size, _ = values.shape
-    shape = x.shape
-    n_out, n_in = slots.shape if forward else reversed(slots.shape)
+    grid = lists.slots.shape[0], lists.slots.shape[1]
+    n_out, n_in = grid if forward else grid[::-1]
     in_features, out_features = n_in * block_size, n_out * block_size
-    if shape[-1] != in_features:
-        raise ValueError(f"The input must have {in_features} features; got {list(shape)}.")
-    device = _device_of(x, values, offsets, entries, slots, bias)
+    if x.shape[-1] != in_features:
+        raise ValueError(f"The input must have {in_features} features; got {list(x.shape)}.")
+    device = _common_device(x, values, *lists, bias, preactivation)
     if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(
             f"The input must have the dtype of values and bias, {values.dtype}; got {x.dtype}."
         )
-    y = x.new_empty(*shape[:-1], out_features)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    if preactivation is not None:
+        if preactivation.shape != y.shape or preactivation.dtype != y.dtype:
+            raise ValueError(
+                f"`h` must have shape {list(y.shape)} and dtype {y.dtype}, as implied by dy and "
+                f"the layer; got {list(preactivation.shape)} and {preactivation.dtype}."
+            )
+        preactivation = packed(preactivation)
+    writes_activation = activation is not None and preactivation is None
     if x.numel() == 0:
-        return y
+        return y, torch.empty_like(y) if writes_activation else None
     x, values = packed(x), packed(values)
     bias = None if bias is None else bias.contiguous()
     op, tokens = "fwd" if forward else "dx", x.numel() // in_features
-    grid = (slots.shape[0], slots.shape[1])
     kind = choice.choose(op, x.dtype, block_size, capacity, grid, tokens, device)
-    if kind == choice.HOPPER:
-        hopper.linear(
-            x, values, bias, slots, y, device, forward=forward, other=other, activation=activation
+    linear = _LAUNCHERS[kind].linear
+    if activation is not None and kind in _FUSING:
+        activated = torch.empty_like(y) if writes_activation else None
+        linear(
+            *(x, values, bias, lists, y, device),
+            forward=forward,
+            activation=activation,
+            activated=activated,
+            preactivation=preactivation,
         )
-        return y
-    if kind == choice.DENSE:
-        densified.linear(x, values, bias, slots, y, device, forward=forward)
-    else:
-        portable.linear(x, values, bias, offsets, entries, y, device, forward=forward)
-    if activation is not None and other is not None:
-        if not forward:
-            return activations.go_back(y, other, activation)
-        other.copy_(activations.activate(y, activation))
-    return y
+        return y, activated
+    linear(x, values, bias, lists, y, device, forward=forward)
+    if activation is None:
+        return y, None
+    if preactivation is None:
+        return y, activations.activate(y, activation)
+    return activations.activation_backward(y, preactivation, activation), None
 
 
-def block_linear_dw(
-    dy: Tensor,
-    x: Tensor,
-    coords: Tensor,
-    row_offsets: Tensor,
-    row_entries: Tensor,
-    col_offsets: Tensor,
-    col_entries: Tensor,
-    slots: Tensor,
-) -> Tensor:
-    """Return the present blocks of dy^T x, zeros in empty slots; see `ops` for shapes."""
-    device = _device_of(x, dy, row_offsets, row_entries, coords, slots)
-    capacity, (out_blocks, in_blocks) = coords.shape[0], slots.shape
+def weight_gradient(dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
+    """Return the present blocks of dy^T x, with zeros in empty slots; see `ops` for shapes."""
+    device = _common_device(x, dy, *indices)
+    capacity, (out_blocks, in_blocks) = indices.coords.shape[0], indices.slots.shape
     block_size = x.shape[-1] // in_blocks
     _check_pair(dy, x, out_blocks * block_size)
     dw = x.new_empty(capacity, block_size, block_size)
@@ -186,44 +99,43 @@ def block_linear_dw(
     dy, x = packed(dy), packed(x)
     grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
     kind = choice.choose("dw", x.dtype, block_size, capacity, grid, tokens, device)
-    if kind == choice.HOPPER:
-        hopper.linear_dw(dy, x, coords, row_offsets, row_entries, slots, dw, device)
-    elif kind == choice.DENSE:
-        densified.linear_dw(dy, x, coords, dw, device)
-    else:
-        portable.linear_dw(dy, x, coords, row_offsets, row_entries, dw, device)
-    # A kernel cannot be loaded while a CUDA graph is captured; and a captured step computes norms
-    # also where the steps before it did not. So their kernel is loaded with that of dW.
-    _norms_family(x.dtype, block_size, grid, tokens, device).norms_kernel(x.dtype, device)
+    _LAUNCHERS[kind].linear_dw(dy, x, indices, dw, device)
+    # Kernels cannot be loaded during the capture of a CUDA graph, and a captured step computes
+    # norms even if the steps before it did not. So their kernel is loaded with that of dW.
+    launchers = _norms_launchers(x.dtype, block_size, grid, tokens, device)
+    launchers.norms_kernel(x.dtype, device)
     return dw
 
 
 def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
-    """Return the squared norms of the blocks of dy^T x, or zeros if not armed; see `ops`."""
-    device = _device_of(x, dy, armed)
+    """Return the squared norms of the blocks of dy^T x, or zeros if not `armed`; see `ops`."""
+    device = _common_device(x, dy, armed)
     out_features, in_features = dy.shape[-1], x.shape[-1]
     _check_pair(dy, x, out_features)
     grid = block_grid(out_features, in_features, block_size)
     if x.numel() == 0:
         return x.new_zeros(grid, dtype=torch.float32)
-    norms = x.new_empty(grid, dtype=torch.float32)  # the kernels write all of it
+    norms = x.new_empty(grid, dtype=torch.float32)  # the kernels write every element
     dy, x = _packed_rows(dy), _packed_rows(x)
-    family = _norms_family(x.dtype, block_size, grid, x.shape[0], device)
-    family.norms(dy, x, armed, norms, device)
+    launchers = _norms_launchers(x.dtype, block_size, grid, x.shape[0], device)
+    launchers.norms(dy, x, armed, norms, device)
     return norms
 
 
-def _norms_family(
+def _norms_launchers(
     dtype: torch.dtype, block_size: int, grid: tuple[int, int], tokens: int, device: int
 ) -> ModuleType:
-    """Return the module whose kernel computes the block norms of a layer."""
+    """Return the launchers of the kind that computes the block norms of a layer."""
     blocks = grid[0] * grid[1]
-    kind = choice.choose("norms", dtype, block_size, blocks, grid, tokens, device)
-    return hopper if kind == choice.HOPPER else portable
+    return _LAUNCHERS[choice.choose("norms", dtype, block_size, blocks, grid, tokens, device)]
 
 
-def _device_of(first: Tensor, *others: Tensor | None) -> int:
-    """Return the index of the CUDA device that all tensors are on."""
+def _common_device(first: Tensor, *others: Tensor | None) -> int:
+    """Return the index of the CUDA device of all tensors.
+
+    Raises:
+        RuntimeError: if the tensors are not on one device.
+    """
     device = first.get_device()
     for tensor in others:
         if tensor is not None and tensor.get_device() != device:
@@ -235,23 +147,23 @@ def _device_of(first: Tensor, *others: Tensor | None) -> int:
 
 
 def _check_pair(dy: Tensor, x: Tensor, out_features: int) -> None:
-    """Raise an error unless these are operands of a weight gradient."""
+    """Raise TypeError or ValueError unless dy and x are the operands of a weight gradient."""
     if dy.dtype != x.dtype:
         raise TypeError(f"dy must have the dtype of x, {x.dtype}; got {dy.dtype}.")
     if dy.shape[-1] != out_features or dy.shape[:-1] != x.shape[:-1]:
         raise ValueError(
-            f"dy must have shape {[*x.shape[:-1], out_features]}, as x and the layer say; "
+            f"dy must have shape {[*x.shape[:-1], out_features]}, as implied by x and the layer; "
             f"got {list(dy.shape)}."
         )
 
 
 def _packed_rows(tensor: Tensor) -> Tensor:
-    """Return the tensor as aligned rows, `[n, features]`, at any distance from each other.
+    """Return the tensor as aligned rows, `[n, features]`, with any pitch.
 
-    A copy only where they are not: that would cost its time also while nobody wants scores.
+    Only rows that are not aligned are copied: the copy takes its time even if no norms are wanted.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
     pitch = row_pitch(rows)
-    whole = pitch * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
-    in_place = whole and rows.stride(1) == 1 and rows.shape[1] <= pitch <= _MOST_PITCH
+    is_aligned = pitch * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
+    in_place = is_aligned and rows.stride(1) == 1 and rows.shape[1] <= pitch <= _MAX_PITCH
     return rows if in_place else packed(rows)

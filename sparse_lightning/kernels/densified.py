@@ -1,8 +1,8 @@
 """Products by the dense library, on a dense copy of W or of its gradient; see `ops` for shapes.
 
-Where so many blocks are present, or they are so small, that skipping the others does not pay. The
-copy lives for one product: PyTorch's caching allocator gives the next layer the same memory, so
-there is never more than one a stream.
+For layers with so many present blocks, or such small ones, that skipping absent blocks does not
+pay. The copy lives for one product, and PyTorch's caching allocator reuses its memory for the next
+layer, so each stream needs memory for one copy only.
 
 Operands are contiguous, aligned to 16 bytes, of one dtype, and on the device of index `device`.
 """
@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 from sparse_lightning.kernels.launch import Kernel, build_once
+from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.programs import Program
+from sparse_lightning.topology import Indices
 
-_THREADS = 256
-_THREAD_BLOCKS_A_PROCESSOR = 16
+_THREAD_BLOCKS_PER_SM = 16
 
 
 def linear(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    slots: Tensor,
+    lists: BlockLists,
     y: Tensor,
     device: int,
     *,
     forward: bool,
 ) -> None:
-    """Fill `y` with x W^T + bias, or with x W (not `forward`); `slots` is W's in both cases."""
-    block_size = values.shape[1]
+    """Fill `y` with x W^T + bias, or with x W (not `forward`)."""
+    block_size, slots = values.shape[1], lists.slots
     weight = values.new_empty(slots.shape[0] * block_size, slots.shape[1] * block_size)
     _move("unpack_blocks", values, weight, slots.data_ptr(), 0, device)
     right = weight.t() if forward else weight
@@ -41,18 +42,18 @@ def linear(
         torch.addmm(bias, rows, right, out=out)
 
 
-def linear_dw(dy: Tensor, x: Tensor, coords: Tensor, dw: Tensor, device: int) -> None:
+def linear_dw(dy: Tensor, x: Tensor, indices: Indices, dw: Tensor, device: int) -> None:
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     dense = x.new_empty(dy.shape[-1], x.shape[-1])
     torch.mm(dy.view(-1, dy.shape[-1]).t(), x.view(-1, x.shape[-1]), out=dense)
-    _move("pack_blocks", dw, dense, 0, coords.data_ptr(), device)
+    _move("pack_blocks", dw, dense, 0, indices.coords.data_ptr(), device)
 
 
 def _move(entry: str, values: Tensor, dense: Tensor, slots: int, coords: int, device: int) -> None:
     capacity, block_size, _ = values.shape
     kernel = _kernel(entry, device)
     kernel.launch(
-        _THREAD_BLOCKS_A_PROCESSOR * kernel.processors,
+        _THREAD_BLOCKS_PER_SM * kernel.sm_count,
         1,
         values.data_ptr(),
         dense.data_ptr(),
@@ -66,7 +67,7 @@ def _move(entry: str, values: Tensor, dense: Tensor, slots: int, coords: int, de
     )
 
 
-PROGRAM = Program("densify.cu", (), _THREADS, 0)
+PROGRAM = Program("densify.cu", ())
 
 
 @build_once

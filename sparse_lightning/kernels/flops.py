@@ -1,10 +1,9 @@
-"""What the ops count in `torch.utils.flop_counter.FlopCounterMode`.
+"""FLOP formulas of the ops for `torch.utils.flop_counter.FlopCounterMode`.
 
-As for PyTorch's own products, a multiplication with an addition is two operations, and biases and
-activations are none. Of a product only present blocks count: what is asked for, however a backend
-computes it. How many are present stands in the indices, on their device, which a counter may wait
-for; training never calls these formulas. Where there is nothing to read, as in fake tensors, every
-slot counts.
+As in the formulas of PyTorch's own products, a multiply-add counts as two operations, and biases
+and activations count as none. Only present blocks count, even if a backend computes a dense
+product. Their number is read from the indices, which synchronizes with the device; training never
+calls these formulas. Fake and meta tensors have nothing to read, so there every slot counts.
 """
 
 from __future__ import annotations
@@ -17,17 +16,18 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_lightning.kernels import ops
+from sparse_lightning.kernels.operands import LayerOperands
 
 _ops = getattr(torch.ops, ops.NAMESPACE)
 
 
 def _product(x: Tensor, offsets: Tensor, slots: int, block_size: int) -> int:
-    """Return the operations of a product with packed blocks, or of their gradient.
+    """Return the operations of a product with the present blocks, or of their gradient.
 
     Args:
-        x: `[..., features]`, of which the tokens count.
-        offsets: int32, rising to the number of present blocks.
-        slots: what counts where `offsets` holds no data.
+        x: `[..., features]`; its leading dimensions are the tokens.
+        offsets: int32; the last element is the number of present blocks.
+        slots: number of blocks to count if `offsets` holds no data.
         block_size: rows and columns of a block.
     """
     has_data = not (is_fake(offsets) or offsets.is_meta)
@@ -69,7 +69,7 @@ def _dw(
 
 @register_flop_formula(_ops.block_norms, get_raw=True)
 def _norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int, out_val: Any = None) -> int:
-    """A dense product of the tokens that are read, while armed."""
+    """Count a dense product over the sampled tokens if `armed`."""
     if is_fake(armed) or armed.is_meta or not armed:
         return 0
     return 2 * x.shape[:-1].numel() * dy.shape[-1] * x.shape[-1]
@@ -77,5 +77,6 @@ def _norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int, out_val: Any =
 
 @register_flop_formula(_ops.block_mlp, get_raw=True)
 def _mlp(x: Tensor, *args: Any, out_val: Any = None) -> int:
-    # Seen whole in inference mode only; else its two products are.
-    return _forward(x, *args[:11]) + _forward(x, *args[11:22])
+    # A counter sees this op only in inference mode; otherwise it sees the two products.
+    n = len(LayerOperands._fields)
+    return _forward(x, *args[:n]) + _forward(x, *args[n : 2 * n])

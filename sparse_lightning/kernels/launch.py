@@ -1,13 +1,14 @@
 """Loaded kernels, and launching them on PyTorch's current stream with little host time.
 
-A kernel takes one argument, a C struct. It is packed into a buffer of the calling thread (backward
-runs on threads of its own) and handed to the driver by CuPy, which copies it before it returns.
+A kernel takes one argument, a C struct. `Kernel.launch` packs it into a thread-local buffer
+(backward runs on threads of its own) and passes it to the driver, which copies it before returning.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import struct
 import threading
 from collections.abc import Callable
@@ -19,19 +20,19 @@ from torch import Tensor
 from sparse_lightning.kernels import compiler
 from sparse_lightning.kernels.programs import Program
 
-_ARGUMENT_BYTES = 4096  # what every driver takes
+_ARGUMENT_BYTES = 4096  # the limit of every driver
 
 Built = TypeVar("Built")
 AnyProgram = TypeVar("AnyProgram", bound=Program)
 
 
 class _Thread(threading.local):
-    """What each thread that launches kernels has of its own."""
+    """State of a thread that launches kernels."""
 
     def __init__(self) -> None:
         self.has_context = False
         self.buffer = ctypes.create_string_buffer(_ARGUMENT_BYTES)
-        # What the driver wants: an array of pointers, one to each argument.
+        # The driver takes an array of pointers, one per argument.
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
 
@@ -40,8 +41,8 @@ _thread = _Thread()
 
 
 @functools.cache
-def processors(device: int) -> int:
-    """Return the number of multiprocessors of the CUDA device of that index."""
+def sm_count(device: int) -> int:
+    """Return the number of multiprocessors of a CUDA device, given its index."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -49,31 +50,33 @@ class Kernel(Generic[AnyProgram]):
     """One kernel of a program, loaded on one device.
 
     Attributes:
-        program: `Program`; of a product with the tiling that a grid is computed from.
-        processors: multiprocessors of the device.
+        program: the kernel's program.
+        sm_count: number of multiprocessors of the device.
 
     Args:
-        program: compiled unless the cache has it.
+        program: program to compile, unless the cache has it.
         entry: name of the kernel in its source.
-        layout: of its argument, in the notation of `struct`, with C's alignment: P a pointer,
-            q a 64-bit and i a 32-bit integer, f a float, 128s a tensor map.
+        layout: format of its argument for `struct`, with C's alignment: P for a pointer, q and i
+            for 64-bit and 32-bit integers, f for a float, 128s for a tensor map.
         device: index of the CUDA device.
-        threads: of a thread block; the program's if None, with its shared memory.
+
+    Raises:
+        RuntimeError: if the layout does not match the argument's struct.
     """
 
-    def __init__(
-        self, program: AnyProgram, entry: str, layout: str, device: int, threads: int | None = None
-    ) -> None:
-        # First: it says what is missing.
-        self._module = compiler.load_module(program.source, program.options, device)
+    def __init__(self, program: AnyProgram, entry: str, layout: str, device: int) -> None:
+        path = compiler.device_cubin(program.source, program.options, device)
+        facts = compiler.launch_facts(path.read_bytes(), entry)
+        check_layout(entry, layout, facts)
+        # After the compiler, whose error names a missing CuPy.
         import cupy
         from cupy_backends.cuda.api import driver
 
+        self._module = cupy.RawModule(path=str(path))
         self.program = program
-        self.processors = processors(device)
+        self.sm_count = sm_count(device)
         self._device = device
-        self._threads = program.threads if threads is None else threads
-        self._shared_bytes = program.shared_bytes if threads is None else 0
+        self._threads, self._shared_bytes = facts.threads, facts.shared_bytes
         self._pack = struct.Struct(layout).pack_into
         self._driver_launch = driver.launchKernel
         self._use_device = cupy.cuda.Device(device).use
@@ -83,18 +86,18 @@ class Kernel(Generic[AnyProgram]):
             self._function = kernel.kernel.ptr
 
     def launch(self, grid_x: int, grid_y: int, *arguments: float | bytes) -> None:
-        """Put the kernel on PyTorch's current stream of its device."""
+        """Launch the kernel on PyTorch's current stream of its device."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
                 self.launch(grid_x, grid_y, *arguments)
             return
         if not _thread.has_context:
-            # A thread of autograd may have had no CUDA call before this one: its memory came from
-            # PyTorch's cache. The driver, unlike the runtime, then has no context to launch in.
+            # An autograd thread may not have made any CUDA call yet, if its memory came from
+            # PyTorch's cache. The driver API, unlike the runtime, then has no current context.
             self._use_device()
             _thread.has_context = True
         self._pack(_thread.buffer, 0, *arguments)
-        # The stream's handle, without the cost of a Stream object.
+        # The stream's handle without the overhead of a Stream object.
         stream: Any = torch._C._cuda_getCurrentRawStream(self._device)
         self._driver_launch(
             self._function,
@@ -104,14 +107,30 @@ class Kernel(Generic[AnyProgram]):
         )
 
 
+def check_layout(entry: str, layout: str, facts: compiler.LaunchFacts) -> None:
+    """Raise RuntimeError unless `struct` lays out a kernel's argument like its C struct."""
+    offsets, prefix = [], ""
+    for field in re.findall(r"\d*[a-zA-Z]", layout):
+        prefix += field
+        if not field.endswith("x"):
+            offsets.append(struct.calcsize(prefix) - struct.calcsize(field))
+    size = -(-struct.calcsize(layout) // facts.argument_alignment) * facts.argument_alignment
+    if (size, tuple(offsets)) != (facts.argument_bytes, facts.offsets):
+        raise RuntimeError(
+            f"The layout of kernel '{entry}' must be that of its argument, {facts.argument_bytes} "
+            f"bytes with members at {facts.offsets}; got {size} bytes with members at "
+            f"{tuple(offsets)}. Correct the layout '{layout}' in its launcher."
+        )
+
+
 def packed(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy, contiguous and aligned to the 16 bytes that kernels load."""
+    """Return the tensor, or a copy, contiguous and aligned to 16 bytes, as kernels load it."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def row_pitch(rows: Tensor) -> int:
-    """Return the elements from a row of a matrix to the next; of a single one PyTorch may say any.
+    """Return the elements between the rows of a matrix; PyTorch's stride is arbitrary for one row.
 
     >>> row_pitch(torch.zeros(4, 6)[::2]), row_pitch(torch.zeros(1, 6).as_strided((1, 6), (1, 1)))
     (12, 6)
@@ -124,7 +143,7 @@ _lock = threading.Lock()
 
 
 def build_once(builder: Callable[..., Built]) -> Callable[..., Built]:
-    """Cache a function that builds kernels; two threads that ask at once get the same ones."""
+    """Cache a function that builds kernels; concurrent calls build each kernel once."""
     built: dict[tuple[Any, ...], Built] = {}
 
     @functools.wraps(builder)

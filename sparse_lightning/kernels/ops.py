@@ -1,39 +1,39 @@
-"""The ops: their schemas, their shapes (fake tensors) and their autograd formulas.
+"""The ops: their schemas, output shapes (fake tensors), autograd formulas and backends.
 
-Every op is functional, and takes plain tensors whose sizes depend only on the capacity of a layer,
-so that a topology update neither recompiles nor recaptures anything.
+Every op is functional and takes plain tensors whose sizes depend only on the capacity of a layer,
+so a topology update causes neither recompilation nor recapture.
 
     block_linear      y  = x W^T + bias                              (differentiable)
     block_linear_dx   dx = dy W                                      (differentiable)
-    block_linear_dw   dW = dy^T x, at the present blocks only; zeros in empty slots
+    block_linear_dw   dW = dy^T x at the present blocks only; zeros in empty slots
                                                                      (differentiable)
-    block_norms       the squared Frobenius norm of each block of dy^T x, absent ones too, if
-                      armed; else zeros
+    block_norms       the squared Frobenius norm of each block of dy^T x, including absent
+                      blocks, if `armed`; zeros otherwise
 
-and, for two layers with an activation between them, which saves its passes over memory:
+For two layers with an activation between them, fused ops save passes over memory:
 
     block_mlp         y  = f(x V^T + bias) W^T + bias                (differentiable)
-    block_linear_act  h  = x W^T + bias and f(h)
+    block_linear_act  h  = x W^T + bias, and f(h)
     block_linear_dh   dh = (dy W) * f'(h), elementwise
 
 `x` is `[..., in_features]`, `dy` and `y` are `[..., out_features]`, `values` and `dW` are
-`[capacity, B, B]`; coords, offsets, entries and slots are int32, as in `BlockTopology`. The
-activation f is one of `activations.ACTIVATIONS`. `block_norms` returns fp32
-`[out_blocks, in_blocks]`; `armed` is a 0-dim bool on the device of x.
+`[capacity, B, B]`. The indices are int32, as in `BlockTopology`. The activation f is one of
+`activations.ACTIVATIONS`. `block_norms` returns fp32 `[out_blocks, in_blocks]`; `armed` is a 0-dim
+bool tensor on the device of `x`.
 
-`norms`, fp32 `[out_blocks, in_blocks]`, is an argument for the sake of its gradient: its elements
-are never read, and backward returns as its gradient what `block_norms` returns, of every
-`token_stride`-th row of x and dy only. So autograd sums the norms up where it sums up gradients,
-and computes them only in a backward that asks for them. `norms` and `armed` are both None where
-nobody wants norms.
+`norms`, fp32 `[out_blocks, in_blocks]`, is an argument only for the sake of its gradient. Its
+elements are never read. As its gradient, backward returns the `block_norms` of every
+`token_stride`-th row of `x` and `dy`. Autograd thus accumulates the norms as it accumulates
+gradients, and computes them only in backwards that request them. `norms` and `armed` are both None
+if no norms are requested.
 
-The three products are each other's derivatives, so gradients have gradients of every order. A
-backward takes its products below autograd, unless it is itself to be differentiated
-(`create_graph`): then they pass autograd as they would in a model.
+The derivatives of each of the three products are the other two, so gradients of every order exist.
+A backward calls the products below autograd. Only if it is itself differentiated (`create_graph`)
+do they go through autograd, as they would in a model.
 
-`Library.define` with an `autograd.Function` at the Autograd key is used, rather than
-`torch.library.custom_op`, for its host time: about half, and a kernel at low density lasts no
-longer than its launch.
+The ops use `Library.define` with an `autograd.Function` at the Autograd key, because
+`torch.library.custom_op` takes about twice the host time, and a kernel at low density runs no
+longer than its launch takes.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from sparse_lightning.kernels import activations
+from sparse_lightning.kernels.operands import BlockLists, LayerOperands
+from sparse_lightning.topology import Indices
 
 NAMESPACE = "sparse_lightning"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_INDICES = (
-    "Tensor coords, Tensor row_offsets, Tensor row_entries, Tensor col_offsets, "
-    "Tensor col_entries, Tensor slots"
-)
-_SCORING = "Tensor? norms, Tensor? armed, int token_stride"
+_INDICES = ", ".join(f"Tensor {name}" for name in Indices._fields)
+_NORM_OPERANDS = "Tensor? norms, Tensor? armed, int token_stride"
 _library.define(
-    f"block_linear(Tensor x, Tensor values, Tensor? bias, {_INDICES}, {_SCORING}) -> Tensor"
+    f"block_linear(Tensor x, Tensor values, Tensor? bias, {_INDICES}, {_NORM_OPERANDS}) -> Tensor"
 )
-_library.define(f"block_linear_dx(Tensor dy, Tensor values, {_INDICES}, {_SCORING}) -> Tensor")
+_library.define(
+    f"block_linear_dx(Tensor dy, Tensor values, {_INDICES}, {_NORM_OPERANDS}) -> Tensor"
+)
 _library.define(f"block_linear_dw(Tensor dy, Tensor x, {_INDICES}) -> Tensor")
 _library.define("block_norms(Tensor dy, Tensor x, Tensor armed, int block_size) -> Tensor")
 _library.define(
@@ -99,18 +99,128 @@ block_linear_dh = torch.ops.sparse_lightning.block_linear_dh.default
 block_mlp = torch.ops.sparse_lightning.block_mlp.default
 
 
-# What a layer's block norms need: norms, armed and token_stride.
-_Scoring = tuple[Tensor | None, Tensor | None, int]
+class Backend(Protocol):
+    """The functions that a module must have to be the backend of a device type."""
+
+    def multiply(
+        self,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        lists: BlockLists,
+        *,
+        forward: bool,
+        activation: str | None = None,
+        preactivation: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute x W^T + bias (`forward`), or x W.
+
+        Args:
+            x: `[..., features]`; dy for the product x W.
+            values: `[capacity, B, B]`.
+            bias: `[out_features]`; None for the product x W.
+            lists: the blocks by output block: by row of W if `forward`, else by column.
+            forward: whether to multiply by the transposed weight.
+            activation: activation to fuse, one of `activations.ACTIVATIONS`.
+            preactivation: h, of the shape of x W; required with an activation unless `forward`.
+
+        Returns:
+            The product, and with `forward` the activation of it, or None. With `preactivation`,
+            the product is multiplied by the derivative of the activation at h.
+        """
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
+        """Return the present blocks of dy^T x, `[capacity, B, B]`, with zeros in empty slots."""
+
+    def block_norms(self, dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
+        """Return the squared norms of the blocks of dy^T x; zeros if not `armed`."""
 
 
-def implement(dispatch_key: str, backend: ModuleType) -> None:
-    """Register a backend: a module with one function an op, of the op's name and arguments."""
+def implement(dispatch_key: str, backend: Backend) -> None:
+    """Register a backend for all ops."""
+
+    def block_linear(
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        coords: Tensor,
+        row_offsets: Tensor,
+        row_entries: Tensor,
+        col_offsets: Tensor,
+        col_entries: Tensor,
+        slots: Tensor,
+        *norm_operands: Any,
+    ) -> Tensor:
+        lists = BlockLists(row_offsets, row_entries, slots)
+        return backend.multiply(x, values, bias, lists, forward=True)[0]
+
+    def block_linear_dx(
+        dy: Tensor,
+        values: Tensor,
+        coords: Tensor,
+        row_offsets: Tensor,
+        row_entries: Tensor,
+        col_offsets: Tensor,
+        col_entries: Tensor,
+        slots: Tensor,
+        *norm_operands: Any,
+    ) -> Tensor:
+        lists = BlockLists(col_offsets, col_entries, slots)
+        return backend.multiply(dy, values, None, lists, forward=False)[0]
+
+    def block_linear_dw(dy: Tensor, x: Tensor, *indices: Tensor) -> Tensor:
+        return backend.weight_gradient(dy, x, Indices(*indices))
+
+    def block_linear_act(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Any:
+        indices, activation = Indices(*args[:-1]), args[-1]
+        activations.check(activation)
+        lists = BlockLists(indices.row_offsets, indices.row_entries, indices.slots)
+        return backend.multiply(x, values, bias, lists, forward=True, activation=activation)
+
+    def block_linear_dh(
+        dy: Tensor,
+        values: Tensor,
+        col_offsets: Tensor,
+        col_entries: Tensor,
+        slots: Tensor,
+        h: Tensor,
+        activation: str,
+    ) -> Tensor:
+        activations.check(activation)
+        lists = BlockLists(col_offsets, col_entries, slots)
+        return backend.multiply(
+            dy, values, None, lists, forward=False, activation=activation, preactivation=h
+        )[0]
+
+    implementations = {
+        "block_linear": block_linear,
+        "block_linear_dx": block_linear_dx,
+        "block_linear_dw": block_linear_dw,
+        "block_norms": backend.block_norms,
+        "block_linear_act": block_linear_act,
+        "block_linear_dh": block_linear_dh,
+    }
     for op in OPS:
-        _library.impl(op, getattr(backend, op), dispatch_key)
+        _library.impl(op, implementations[op], dispatch_key)
+
+
+_REVERSE_MODE_ONLY = (
+    "Derivatives of block-sparse layers must be taken in reverse mode; got a transform of "
+    "torch.func, or forward mode. Call torch.autograd.grad, with create_graph=True for higher "
+    "derivatives, or torch.autograd.functional."
+)
+
+_NormOperands = tuple[Tensor | None, Tensor | None, int]
+_N_INDICES = len(Indices._fields)
+_NO_INDEX_GRADIENTS = (None,) * _N_INDICES
+_N_LAYER_OPERANDS = len(LayerOperands._fields)
+# Position of `norms` relative to that of `values`; `block_linear_dx` takes no bias.
+_NORMS_OFFSET = LayerOperands._fields.index("norms")
+_DX_NORMS_OFFSET = _NORMS_OFFSET - 1
 
 
 class _Formula(torch.autograd.Function):
-    """A formula for reverse mode, of every order; other modes are told so."""
+    """An autograd formula for reverse mode of every order; other modes raise RuntimeError."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -123,214 +233,226 @@ class _Formula(torch.autograd.Function):
         raise RuntimeError(_REVERSE_MODE_ONLY)
 
 
-_REVERSE_MODE_ONLY = (
-    "Derivatives of block-sparse layers must be taken in reverse mode; got a transform of "
-    "torch.func, or forward mode. Call torch.autograd.grad, with create_graph=True for higher "
-    "derivatives, or torch.autograd.functional."
-)
-
-
 class _BlockLinear(_Formula):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, values, _, *indices = args[:9]
-        ctx.save_for_backward(x, values, *indices)
-        # Not saved for backward: autograd would refuse a flag that has been written since.
-        ctx.scoring = args[9:]
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        ctx.save_for_backward(x, values, *args[:_N_INDICES])
+        # `armed` is written between forward and backward, which saved tensors do not permit.
+        ctx.norm_operands = args[_N_INDICES:]
         with torch._C._AutoDispatchBelowAutograd():
-            y: Tensor = block_linear(*args)
+            y: Tensor = block_linear(x, values, bias, *args)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *indices = ctx.saved_tensors
-        wanted = _wanted(ctx)
+        requested = _requested_gradients(ctx)
+        dx = None
         with _below_autograd_unless_differentiated():
-            dx = block_linear_dx(dy, values, *indices, *ctx.scoring) if wanted[0] else None
-            return dx, *_layer_gradients(ctx, wanted, 1, dy, x, indices, ctx.scoring)
+            if requested[0]:
+                dx = block_linear_dx(dy, values, *indices, *ctx.norm_operands)
+            return dx, *_layer_gradients(ctx, requested, 1, dy, x, indices, ctx.norm_operands)
 
 
 class _BlockLinearDx(_Formula):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args[:8])
-        ctx.scoring = args[8:]
+    def forward(ctx: Any, dy: Tensor, values: Tensor, *args: Any) -> Tensor:
+        ctx.save_for_backward(dy, values, *args[:_N_INDICES])
+        ctx.norm_operands = args[_N_INDICES:]
         with torch._C._AutoDispatchBelowAutograd():
-            dx: Tensor = block_linear_dx(*args)
+            dx: Tensor = block_linear_dx(dy, values, *args)
         return dx
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dy, values, *indices = ctx.saved_tensors
-        wanted = _wanted(ctx)
-        of_dy = of_values = None
+        requested = _requested_gradients(ctx)
+        dy_gradient = values_gradient = None
         with _below_autograd_unless_differentiated():
-            if wanted[0]:
-                of_dy = block_linear(gradient, values, None, *indices, *ctx.scoring)
-            if wanted[1]:
-                of_values = block_linear_dw(dy, gradient, *indices)
-            # What values learn by a penalty on gradients is evidence as what they learn by a loss.
-            of_norms = _norms_gradient(ctx, wanted, (1, 8), dy, gradient, indices[-1], ctx.scoring)
-        return of_dy, of_values, *[None] * 6, of_norms, None, None
+            if requested[0]:
+                dy_gradient = block_linear(gradient, values, None, *indices, *ctx.norm_operands)
+            if requested[1]:
+                values_gradient = block_linear_dw(dy, gradient, *indices)
+            # The gradient of `values` from a penalty on gradients counts towards the norms, too.
+            positions = 1, 1 + _DX_NORMS_OFFSET
+            norms_gradient = _norms_gradient(
+                ctx, requested, positions, dy, gradient, indices[-1], ctx.norm_operands
+            )
+        return (
+            *(dy_gradient, values_gradient, *_NO_INDEX_GRADIENTS),
+            *(norms_gradient, None, None),
+        )
 
 
 class _BlockLinearDw(_Formula):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args)
+    def forward(ctx: Any, dy: Tensor, x: Tensor, *indices: Tensor) -> Tensor:
+        ctx.save_for_backward(dy, x, *indices)
         with torch._C._AutoDispatchBelowAutograd():
-            dw: Tensor = block_linear_dw(*args)
+            dw: Tensor = block_linear_dw(dy, x, *indices)
         return dw
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dy, x, *indices = ctx.saved_tensors
-        wanted = _wanted(ctx)
-        of_dy = of_x = None
-        # The gradient stands where a layer has its values. What it has in empty slots is not read.
+        requested = _requested_gradients(ctx)
+        dy_gradient = x_gradient = None
+        # The gradient takes the place of a layer's values. Its empty slots are not read.
         with _below_autograd_unless_differentiated():
-            if wanted[0]:
-                of_dy = block_linear(x, gradient, None, *indices, None, None, 1)
-            if wanted[1]:
-                of_x = block_linear_dx(dy, gradient, *indices, None, None, 1)
-        return of_dy, of_x, *[None] * 6
+            if requested[0]:
+                dy_gradient = block_linear(x, gradient, None, *indices, None, None, 1)
+            if requested[1]:
+                x_gradient = block_linear_dx(dy, gradient, *indices, None, None, 1)
+        return dy_gradient, x_gradient, *_NO_INDEX_GRADIENTS
 
 
 class _BlockMlp(_Formula):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, up, down, activation = args[0], args[1:12], args[12:23], args[23]
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        up, down, activation = _split_mlp(args)
+        up_indices = up.indices
         with torch._C._AutoDispatchBelowAutograd():
-            h, a = block_linear_act(x, *up[:8], activation)
+            h, a = block_linear_act(x, up.values, up.bias, *up_indices, activation)
             y: Tensor = block_linear(a, *down)
-        ctx.save_for_backward(x, h, a, *up[:8], down[0], *down[2:8])
-        ctx.scoring, ctx.activation = (up[8:], down[8:]), activation
+        ctx.save_for_backward(x, h, a, up.values, up.bias, down.values, *up_indices, *down.indices)
+        ctx.norm_operands = up.norm_operands, down.norm_operands
+        ctx.activation = activation
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, up, up_bias, *rest = ctx.saved_tensors
-        up_indices, down, down_indices = rest[:6], rest[6], rest[7:]
-        up_scoring, down_scoring = ctx.scoring
-        wanted = _wanted(ctx)
-        wants_dh = any(wanted[:12])
+        x, h, a, up, up_bias, down, *indices = ctx.saved_tensors
+        up_indices = Indices(*indices[:_N_INDICES])
+        down_indices = Indices(*indices[_N_INDICES:])
+        up_norms, down_norms = ctx.norm_operands
+        requested = _requested_gradients(ctx)
+        needs_dh = any(requested[: 1 + _N_LAYER_OPERANDS])
+        dx = None
+        up_gradients: tuple[Tensor | None, ...] = (None,) * _N_LAYER_OPERANDS
         with _below_autograd_unless_differentiated():
             if torch.is_grad_enabled():
-                # As the layers do it one by one, from x on: h and a were saved without a graph.
-                h = block_linear(x, up, up_bias, *up_indices, *up_scoring)
+                # Recompute from x as separate layers would: h and a were saved without a graph.
+                h = block_linear(x, up, up_bias, *up_indices, *up_norms)
                 a = activations.activate(h, ctx.activation)
-                if wants_dh:
-                    da = block_linear_dx(dy, down, *down_indices, *down_scoring)
-                    dh = activations.go_back_differentiably(da, h, ctx.activation)
-            elif wants_dh:
-                dh = block_linear_dh(dy, down, *down_indices[3:], h, ctx.activation)
-            of_down = _layer_gradients(ctx, wanted, 12, dy, a, down_indices, down_scoring)
-            of_up: tuple[Tensor | None, ...] = (None,) * 11
-            dx = None
-            if wants_dh:
-                of_up = _layer_gradients(ctx, wanted, 1, dh, x, up_indices, up_scoring)
-            if wanted[0]:
-                dx = block_linear_dx(dh, up, *up_indices, *up_scoring)
-        return dx, *of_up, *of_down, None
+                if needs_dh:
+                    da = block_linear_dx(dy, down, *down_indices, *down_norms)
+                    dh = activations.activation_backward_differentiable(da, h, ctx.activation)
+            elif needs_dh:
+                lists = down_indices.col_offsets, down_indices.col_entries, down_indices.slots
+                dh = block_linear_dh(dy, down, *lists, h, ctx.activation)
+            down_gradients = _layer_gradients(
+                ctx, requested, 1 + _N_LAYER_OPERANDS, dy, a, down_indices, down_norms
+            )
+            if needs_dh:
+                up_gradients = _layer_gradients(ctx, requested, 1, dh, x, up_indices, up_norms)
+            if requested[0]:
+                dx = block_linear_dx(dh, up, *up_indices, *up_norms)
+        return dx, *up_gradients, *down_gradients, None
+
+
+def _split_mlp(args: Sequence[Any]) -> tuple[LayerOperands, LayerOperands, str]:
+    """Return the arguments of `block_mlp` after x: those of both layers, and the activation."""
+    n = _N_LAYER_OPERANDS
+    return LayerOperands(*args[:n]), LayerOperands(*args[n : 2 * n]), args[2 * n]
 
 
 def _below_autograd_unless_differentiated() -> contextlib.AbstractContextManager[Any]:
-    """Return what a backward takes its products in: only with `create_graph` they have a graph."""
+    """Return the context for the products of a backward; they need a graph for `create_graph`."""
     if torch.is_grad_enabled():
         return contextlib.nullcontext()
     guard: contextlib.AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
     return guard
 
 
-def _wanted(ctx: Any) -> list[bool]:
-    """Return for each argument whether the backward that runs asks for its gradient.
+def _requested_gradients(ctx: Any) -> list[bool]:
+    """Return for each argument whether the running backward requests its gradient.
 
-    `ctx.needs_input_grad` says what any backward may ask for; `autograd.grad(loss, x)` and
-    `backward(inputs=[x])` ask for less.
+    `ctx.needs_input_grad` is True for whatever any backward may request. `autograd.grad(loss, x)`
+    and `backward(inputs=[x])` request less.
     """
     if torch.compiler.is_compiling():
         return list(ctx.needs_input_grad)
     nodes = _nodes(ctx)
-    return [needed and _runs(next(nodes)) for needed in ctx.needs_input_grad]
+    return [needed and _will_execute(next(nodes)) for needed in ctx.needs_input_grad]
 
 
 def _nodes(ctx: Any) -> Iterator[Node]:
-    """Return the nodes of the arguments that require a gradient, in their order."""
+    """Return the graph nodes of the arguments that require a gradient, in order."""
     return (node for node, _ in ctx.next_functions if node is not None)
 
 
-def _runs(node: Node) -> bool:
-    """Tell whether the backward that runs comes to a node of the graph."""
+def _will_execute(node: Node) -> bool:
+    """Return whether the running backward executes a graph node."""
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
-        # A leaf that `autograd.grad` asks for; or somebody calls backward without the engine.
+        # The node is a leaf passed to `autograd.grad`, or backward was called without the engine.
         return True
 
 
 def _layer_gradients(
     ctx: Any,
-    wanted: Sequence[bool],
-    first: int,
+    requested: Sequence[bool],
+    position: int,
     dy: Tensor,
     x: Tensor,
     indices: Sequence[Tensor],
-    scoring: _Scoring,
+    norm_operands: _NormOperands,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a layer's eleven arguments, from values to token_stride.
+    """Return the gradients of a layer's operands; only values, bias and norms have one.
 
-    `first` is the place of values among the op's arguments. All but values, bias and norms have no
-    gradient.
+    `position` is that of `values` among the arguments of the op.
     """
     dvalues = dbias = None
-    if wanted[first]:
+    if requested[position]:
         dvalues = block_linear_dw(dy, x, *indices)
-    if wanted[first + 1]:
+    if requested[position + 1]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    places = first, first + 8
-    dnorms = _norms_gradient(ctx, wanted, places, dy, x, indices[-1], scoring)
-    return dvalues, dbias, *[None] * 6, dnorms, None, None
+    positions = position, position + _NORMS_OFFSET
+    dnorms = _norms_gradient(ctx, requested, positions, dy, x, indices[-1], norm_operands)
+    return dvalues, dbias, *_NO_INDEX_GRADIENTS, dnorms, None, None
 
 
 def _norms_gradient(
     ctx: Any,
-    wanted: Sequence[bool],
-    places: tuple[int, int],
+    requested: Sequence[bool],
+    positions: tuple[int, int],
     dy: Tensor,
     x: Tensor,
     slots: Tensor,
-    scoring: _Scoring,
+    norm_operands: _NormOperands,
 ) -> Tensor | None:
-    """Return the gradient of norms, if it is wanted: the block norms of dy^T x.
+    """Return the gradient of `norms` if it is requested: the block norms of dy^T x.
 
-    `places` are those of values and norms among the op's arguments. `backward(inputs=parameters)`
-    does not ask for that of norms, which are no parameter, but accumulates that of values all the
-    same: then the norms are accumulated here.
+    `positions` are those of `values` and `norms` among the arguments of the op.
+    `backward(inputs=parameters)` does not request the gradient of `norms`, which is no parameter,
+    but does accumulate that of `values`. In that case the norms are accumulated here.
     """
-    of_values, of_norms = places
-    by_hand = not wanted[of_norms]
-    if by_hand and not (
-        ctx.needs_input_grad[of_norms] and wanted[of_values] and _is_accumulated(ctx, of_values)
+    values_at, norms_at = positions
+    accumulate_here = not requested[norms_at]
+    if accumulate_here and not (
+        ctx.needs_input_grad[norms_at] and requested[values_at] and _is_accumulated(ctx, values_at)
     ):
         return None
-    norms, armed, token_stride = scoring
+    norms, armed, token_stride = norm_operands
     if token_stride > 1:
         dy, x = (t.reshape(-1, t.shape[-1])[::token_stride] for t in (dy, x))
     with torch._C._AutoDispatchBelowAutograd():
-        found: Tensor = block_norms(dy, x, armed, x.shape[-1] // slots.shape[1])
-    if not by_hand:
-        return found
+        gradient: Tensor = block_norms(dy, x, armed, x.shape[-1] // slots.shape[1])
+    if not accumulate_here:
+        return gradient
     assert norms is not None
-    _accumulate(norms, found)
+    _accumulate(norms, gradient)
     return None
 
 
-def _is_accumulated(ctx: Any, place: int) -> bool:
-    """Tell whether the backward that runs accumulates an argument's gradient in its leaf's `grad`.
+def _is_accumulated(ctx: Any, position: int) -> bool:
+    """Return whether the running backward accumulates an argument's gradient in its leaf's `grad`.
 
-    Casts, as by autocast, may be between the two. `autograd.grad` returns the gradient instead.
+    Casts, such as those of autocast, may be between the two. `autograd.grad` returns the gradient
+    instead of accumulating it.
     """
-    node = next(itertools.islice(_nodes(ctx), sum(ctx.needs_input_grad[:place]), None))
+    node = next(itertools.islice(_nodes(ctx), sum(ctx.needs_input_grad[:position]), None))
     while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
         node = node.next_functions[0][0]
     try:
@@ -340,7 +462,7 @@ def _is_accumulated(ctx: Any, place: int) -> bool:
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Do what autograd's engine does at a leaf: call its hooks, and add to its `grad`."""
+    """Call the hooks of a leaf and add to its `grad`, as the autograd engine does."""
     for hook in (leaf._backward_hooks or {}).values():
         hook(gradient)
     if leaf.grad is None:
@@ -355,9 +477,10 @@ _library.impl("block_linear_dw", _BlockLinearDw.apply, "Autograd")
 _library.impl("block_mlp", _BlockMlp.apply, "Autograd")
 
 
-def _block_mlp(*args: Any) -> Tensor:
-    _, a = block_linear_act(*args[:9], args[-1])
-    y: Tensor = block_linear(a, *args[12:23])
+def _block_mlp(x: Tensor, *args: Any) -> Tensor:
+    up, down, activation = _split_mlp(args)
+    _, a = block_linear_act(x, up.values, up.bias, *up.indices, activation)
+    y: Tensor = block_linear(a, *down)
     return y
 
 

@@ -1,7 +1,6 @@
-"""What a *program* is: a `.cu` file with all its options set. Pure functions on dtypes and ints.
+"""What a *program* is: a `.cu` file with all its options set. Pure functions of dtypes and ints.
 
-Two families of them serve the ops: `portable_programs` on every device, `hopper_programs` in half
-precision on compute capability 9.0.
+`portable.programs` serves every device, `hopper.programs` half precision on compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -20,12 +19,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Program:
-    """A `.cu` file with its options, and what a launch has to know of them."""
+    """A `.cu` file with its compiler options."""
 
     source: str
     options: tuple[str, ...]
-    threads: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -34,10 +31,10 @@ class Tiling:
 
     Attributes:
         tm, tn: rows and columns of the result that a thread block computes.
-        tk: how much of the summed dimension is in shared memory at a time.
-        stages: how many such steps are in shared memory, or on their way to it.
-        groups_m, groups_n: how many share the tile's rows and columns: warps or warpgroups where
-            there are tensor cores for the dtype, threads elsewhere.
+        tk: extent of a k-tile, which one pipeline stage holds.
+        stages: pipeline stages.
+        groups_m, groups_n: how many warps or warpgroups (threads, where the dtype has no tensor
+            cores) share the tile's rows and columns.
     """
 
     tm: int
@@ -50,13 +47,13 @@ class Tiling:
 
 @dataclass(frozen=True)
 class TiledProgram(Program):
-    """A program of a matrix product."""
+    """The program of a matrix product, with the tiling that its grid is computed from."""
 
     tiling: Tiling
 
 
 def compiler_options(defines: dict[str, str | int]) -> tuple[str, ...]:
-    """Return what makes the compiler define `CONFIG_...` for each name.
+    """Return the options that define `CONFIG_...` for each name.
 
     >>> compiler_options({"T": "bf16", "B": 64})
     ('-DCONFIG_T=bf16', '-DCONFIG_B=64')

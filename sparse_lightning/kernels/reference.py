@@ -1,6 +1,6 @@
-"""What the ops compute, in plain PyTorch on a dense weight: the yardstick of every backend.
+"""Reference implementations of the ops, in plain PyTorch on a dense weight.
 
-Slow and simple on purpose. Run it in fp64 to judge other dtypes.
+They are deliberately slow and simple. Tests compare every backend and dtype with them in fp64.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def dense_weight(values: Tensor, coords: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the `[out_features, in_features]` weight that blocks `[capacity, B, B]` stand for."""
+    """Return the `[out_features, in_features]` weight made of the blocks `[capacity, B, B]`."""
     block = values.shape[1]
     weight = values.new_zeros(grid[0] * block, grid[1] * block)
     for slot, (row, col) in enumerate(coords.tolist()):
@@ -38,7 +38,7 @@ def dense_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def block_linear_dw(dy: Tensor, x: Tensor, coords: Tensor, block_size: int) -> Tensor:
-    """Return the present blocks of dy^T x, `[capacity, B, B]`; zeros in empty slots."""
+    """Return the present blocks of dy^T x, `[capacity, B, B]`, with zeros in empty slots."""
     gradient = dense_gradient(dy, x)
     out = x.new_zeros(coords.shape[0], block_size, block_size)
     for slot, (row, col) in enumerate(coords.tolist()):
@@ -54,6 +54,6 @@ def block_norms(dy: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def squared_norms(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the squared Frobenius norm of each block of a dense matrix, as a `grid` of them."""
+    """Return the squared Frobenius norm of each block of a dense matrix, in the shape `grid`."""
     block_size = matrix.shape[0] // grid[0]
     return matrix.view(grid[0], block_size, grid[1], block_size).square().sum((1, 3))

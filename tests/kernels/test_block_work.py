@@ -1,4 +1,4 @@
-"""The work of blocks, by hand and against plain sums, on a CPU and on a GPU."""
+"""The work of blocks, against hand-computed values and plain sums, on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sums_of(parameter: nn.Parameter, *wanted: str) -> WorkSums:
 
 
 def plain(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-    """The work of each slot, and the size of what was added up."""
+    """Return the work of each slot, and the root of the sum of its squared terms."""
     assert parameter.grad is not None
     products = parameter.detach().double().cpu() * parameter.grad.double().cpu()
     return products.sum((1, 2)), products.square().sum((1, 2)).sqrt()
@@ -82,7 +82,7 @@ def test_work_in_half_precision(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_layers_of_every_kind_at_once_and_more_than_a_launch_takes(device: str) -> None:
+def test_mixed_layers_that_need_several_launches(device: str) -> None:
     dtypes = (torch.float32, torch.float64)
     parameters = [
         layer(1 + i % 5, BLOCK_SIZES[i % 4], dtypes[i % 3 % 2], device, seed=i) for i in range(150)
@@ -98,26 +98,26 @@ def test_layers_of_every_kind_at_once_and_more_than_a_launch_takes(device: str) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_steps_go_into_the_sums_that_are_wanted(device: str) -> None:
+def test_steps_accumulate_in_the_requested_sums(device: str) -> None:
     parameter = layer(3, 16, torch.float32, device)
     both, one = sums_of(parameter), sums_of(parameter, "movement")
     total, size = torch.zeros(3, device=device), torch.zeros(3, device=device)
     work = BlockWork([(parameter, both), (parameter, one)])
     gradients = [layer(3, 16, torch.float32, device, seed).grad for seed in range(3)]
-    for seed in (0, 1, 0, 2, 2):  # where they were before, too
+    for seed in (0, 1, 0, 2, 2):  # including gradients seen before
         parameter.grad = gradients[seed]
         work.add(1.0)
         total, size = total - both.work, size + both.work.abs()
     for sums in (both, one):
-        sums.take_in()
-        sums.take_in()  # nothing is left for a second time
+        sums.accumulate()
+        sums.accumulate()  # the second call adds nothing
     assert one.saliency is None
     assert torch.equal(both.saliency, size)
     assert torch.equal(both.movement, total) and torch.equal(one.movement, total)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_not_finite_counts_as_zero(device: str) -> None:
+def test_non_finite_work_counts_as_zero(device: str) -> None:
     parameter = layer(3, 16, torch.float32, device)
     parameter.grad[0, 3, 3], parameter.grad[2, 0, 0] = float("nan"), float("inf")
     sums = sums_of(parameter)
@@ -126,7 +126,7 @@ def test_what_is_not_finite_counts_as_zero(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_gradient_may_lie_anywhere(device: str) -> None:
+def test_gradients_of_any_address_and_strides(device: str) -> None:
     parameter = layer(5, 16, torch.float32, device)
     expected = parameter.grad
     bucket = torch.empty(1 + expected.numel(), device=device)
@@ -151,7 +151,7 @@ def test_no_slots_at_all(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_work_is_the_same_every_time_and_of_nothing_outside() -> None:
+def test_work_is_deterministic_and_reads_nothing_outside() -> None:
     memory = torch.full((3, 200 * 256 + 64), torch.nan, device="cuda", dtype=torch.bfloat16)
     values, gradient, again = (part[32:-32].view(200, 16, 16) for part in memory)
     values.normal_()

@@ -1,4 +1,4 @@
-"""Which kind of kernels computes a product: tables, their files, and what is chosen by them."""
+"""The kernel choice: tables, their files, and the kinds chosen from them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def row(density: float, op: str = "fwd", shape: Any = SHAPE, **speedups: float) 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A Hopper GPU that is not there; the path is where its measured table would be."""
+    """Simulate a Hopper GPU; return the path of its measured table."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB")
     (tmp_path / "cache").mkdir()
     monkeypatch.setenv("SPARSE_LIGHTNING_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(choice, "SHIPPED", tmp_path)
-    choice.forget_tables()
-    yield choice.user_file("NVIDIA H100 80GB")
-    choice.forget_tables()
+    monkeypatch.setattr(choice, "SHIPPED_TABLES", tmp_path)
+    choice.clear_table_cache()
+    yield choice.user_table_file("NVIDIA H100 80GB")
+    choice.clear_table_cache()
 
 
 def choose(
@@ -46,18 +46,18 @@ def choose(
     return choice.choose(op, dtype, 64, capacity, (64, 64), tokens, 0)
 
 
-def test_between_densities_logarithms_are_linear() -> None:
-    table = Table([row(0.5, portable=1.0), row(0.125, portable=4.0)])  # in any order
+def test_speedups_are_interpolated_in_log_log_space() -> None:
+    table = Table([row(0.5, portable=1.0), row(0.125, portable=4.0)])  # rows in any order
 
     def at(density: float) -> float:
         return table.predict("fwd", "half", 64, SHAPE, density)["portable"]
 
     assert at(0.25) == pytest.approx(2.0)
     assert at(0.5) == 1.0 and at(0.125) == 4.0
-    assert at(0.9) == 1.0 and at(0.01) == 4.0  # nothing is known beyond
+    assert at(0.9) == 1.0 and at(0.01) == 4.0  # beyond the measurements, the nearest value holds
 
 
-def test_the_nearest_shape_counts() -> None:
+def test_the_nearest_shape_is_used() -> None:
     small = row(0.5, shape=(256, 1024, 1024), portable=0.5, dense=0.9)
     table = Table([small, row(0.5, portable=2.0, dense=0.9)])
     arguments = ("fwd", "half", 64)
@@ -67,11 +67,11 @@ def test_the_nearest_shape_counts() -> None:
     assert table.choose("dx", "half", 64, SHAPE, 0.5, KINDS) == "portable"
 
 
-def test_only_kinds_that_serve_and_were_measured_are_chosen() -> None:
+def test_only_available_and_measured_kinds_are_chosen() -> None:
     table = Table([row(0.5, portable=1.0, hopper=2.0, dense=0.9)])
     assert table.choose("fwd", "half", 64, SHAPE, 0.5, KINDS) == "hopper"
     assert table.choose("fwd", "half", 64, SHAPE, 0.5, ["portable", "dense"]) == "portable"
-    # Measured at one density only, a kind cannot be compared at others.
+    # A kind measured at one density only cannot be compared at others.
     table = Table([row(0.5, portable=1.0, hopper=2.0), row(0.1, portable=3.0)])
     assert set(table.predict("fwd", "half", 64, SHAPE, 0.3)) == {"portable"}
 
@@ -87,8 +87,8 @@ def test_only_kinds_that_serve_and_were_measured_are_chosen() -> None:
         ("norms", torch.bfloat16, (10, 0), ("portable",)),
     ],
 )
-def test_who_serves(op: str, dtype: torch.dtype, capability: Any, expected: Any) -> None:
-    assert tuple(choice.serving(op, dtype, capability)) == expected
+def test_available_kinds(op: str, dtype: torch.dtype, capability: Any, expected: Any) -> None:
+    assert tuple(choice.available_kinds(op, dtype, capability)) == expected
 
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"table\.json' must be a table.*Measure it anew"):
+    with pytest.raises(ValueError, match=r"table\.json' must be a table.*Measure it again"):
         choice.read_table(path)
 
 
@@ -116,17 +116,17 @@ def test_without_a_table_the_portable_kernels_compute(device: Path) -> None:
     assert {choose(op) for op in choice.OPS} == {"portable"}
 
 
-def test_a_shipped_table_is_read_and_a_measured_one_goes_before_it(device: Path) -> None:
-    shipped = choice.SHIPPED / "choices-sm_90.json"
+def test_a_measured_table_takes_precedence_over_a_shipped_one(device: Path) -> None:
+    shipped = choice.SHIPPED_TABLES / "choices-sm_90.json"
     write_table(shipped, [row(0.25, portable=1.0, hopper=2.0, dense=0.9)], {})
     assert choose() == "hopper" and choose("dx") == "portable"
     write_table(device, [row(0.25, portable=1.0, hopper=0.5, dense=1.5)], {})
-    assert choose() == "hopper"  # choices are kept
-    choice.forget_tables()
+    assert choose() == "hopper"  # choices are cached
+    choice.clear_table_cache()
     assert choose() == "dense"
 
 
-def test_what_has_no_work_is_portable(device: Path) -> None:
+def test_products_without_work_are_portable(device: Path) -> None:
     write_table(device, [row(0.25, portable=1.0, hopper=2.0)], {})
     assert choose() == "hopper"
     assert choose(capacity=0) == choose(tokens=0) == "portable"
@@ -135,7 +135,7 @@ def test_what_has_no_work_is_portable(device: Path) -> None:
 def test_forcing_a_kind(device: Path) -> None:
     with choice.forced("hopper"):
         assert choose() == "hopper"
-        assert choose(dtype=torch.float32) == "portable"  # which hopper does not serve
+        assert choose(dtype=torch.float32) == "portable"  # hopper does not support fp32
         with choice.forced("dense"):
             assert choose(dtype=torch.float32) == "dense"
             assert choose("norms") == "portable"
@@ -169,23 +169,23 @@ def test_norms_of_no_tokens_need_no_kernel(device: Path) -> None:
     assert norms.shape == (4, 4) and norms.dtype == torch.float32 and not norms.any()
 
 
-def test_the_predicted_speedup_of_a_step(device: Path) -> None:
-    def predicted(dtype: torch.dtype = torch.bfloat16) -> float | None:
-        return choice.predicted_speedup(dtype, 64, (64, 64), 0.25, 0)
+def test_the_speedup_of_a_step(device: Path) -> None:
+    def speedup(dtype: torch.dtype = torch.bfloat16) -> float | None:
+        return choice.step_speedup(dtype, 64, (64, 64), 0.25, 0)
 
-    assert predicted() is None
+    assert speedup() is None
     rows = [row(0.25, op, portable=s, dense=0.9) for op, s in (("fwd", 2.0), ("dx", 4.0))]
     write_table(device, rows, {})
-    choice.forget_tables()
-    assert predicted() is None  # without dW a step is not known
+    choice.clear_table_cache()
+    assert speedup() is None  # dW is not measured
     write_table(device, [*rows, row(0.25, "dw", portable=0.5, dense=0.9)], {})
-    choice.forget_tables()
-    # Times of dense products, each 1: 1/2, 1/4 and, by the dense kind, 1/0.9.
-    assert predicted() == pytest.approx(3 / (1 / 2 + 1 / 4 + 1 / 0.9))
-    assert predicted(torch.float64) is None
+    choice.clear_table_cache()
+    # Relative to dense products of time 1: 1/2, 1/4 and, for the dense kind, 1/0.9.
+    assert speedup() == pytest.approx(3 / (1 / 2 + 1 / 4 + 1 / 0.9))
+    assert speedup(torch.float64) is None
 
 
-def test_a_layer_tells_its_choice() -> None:
+def test_kernel_choice_of_a_layer() -> None:
     layer = BlockSparseLinear(128, 64, block_size=16, density=0.1)
     assert layer.kernel_choice(torch.zeros(4, 128)) == {
         "fwd": "by row",
@@ -204,7 +204,7 @@ def test_a_layer_tells_its_choice() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_layer_on_a_gpu_tells_its_choice() -> None:
+def test_kernel_choice_of_a_layer_on_a_gpu() -> None:
     layer = BlockSparseLinear(128, 64, block_size=16, density=0.1).cuda()
     x = torch.zeros(4, 128, device="cuda")
     assert set(layer.kernel_choice(x).values()) <= set(KINDS)

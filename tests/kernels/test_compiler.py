@@ -1,30 +1,31 @@
-"""Every kernel compiles for every architecture, and the cache survives what a disk can do."""
+"""Every kernel compiles for every architecture, and the cache survives disk failures."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-from sparse_lightning.kernels import (
-    block_work,
-    compiler,
-    densified,
-)
+from sparse_lightning.kernels import block_work, compiler, densified, launch
+from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.hopper import programs as hopper_programs
 from sparse_lightning.kernels.portable import launchers as portable
 from sparse_lightning.kernels.portable import programs as portable_programs
 from sparse_lightning.kernels.portable.programs import norms_program
-from sparse_lightning.kernels.programs import DTYPES
+from sparse_lightning.kernels.programs import DTYPES, Program
 
-# Without the compiler these tests would show nothing; `make setup` brings it, but not on macOS.
+# These tests need the compiler, which `make setup` installs, but not on macOS.
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
 
 ARCHITECTURES = {
@@ -42,40 +43,143 @@ def test_the_names_of_architectures() -> None:
     assert {c: compiler.architecture(*c) for c in ARCHITECTURES} == ARCHITECTURES
 
 
-def test_an_old_device_is_refused() -> None:
+def test_an_old_device_is_rejected() -> None:
     with pytest.raises(RuntimeError, match=r"8\.0 or newer; got 7\.5.*accelerator='cpu'"):
         compiler.architecture(7, 5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_every_kernel_compiles_without_spilling(capability: tuple[int, int]) -> None:
-    arch, spilled = ARCHITECTURES[capability], {}
+def programs_for(capability: tuple[int, int]) -> list[Program]:
+    """Every program of an architecture; of those for fp16, which differ from bf16's only in
+    conversions, one per source."""
     programs = [*portable_programs.all_programs(), densified.PROGRAM]
     programs += map(block_work.program, DTYPES)
     if capability == hopper_programs.CAPABILITY:
         programs += hopper_programs.all_programs()
-    for program in programs:
+    is_fp16 = {program: "-DCONFIG_T=fp16" in program.options for program in programs}
+    one_per_source = {program.source: program for program in programs if is_fp16[program]}
+    return [p for p in programs if not is_fp16[p]] + [*one_per_source.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_every_kernel_compiles_without_spilling(capability: tuple[int, int]) -> None:
+    arch, spilled = ARCHITECTURES[capability], {}
+    for program in programs_for(capability):
         cubin = compiler.compile_source(program.source, program.options, arch)
         assert cubin.code.startswith(b"\x7fELF") and cubin.log.count("Used ") >= 1
-        # What ptxas says when it makes warpgroup products wait for each other.
+        # ptxas warns when it serializes WGMMA.
         assert "serialized" not in cubin.log
+        is_hopper = program.source.startswith("hopper/")
+        for entry in re.findall(r"Compiling entry function '(\w+)'", cubin.log):
+            facts = compiler.launch_facts(cubin.code, entry)
+            assert facts.threads % (128 if is_hopper else 32) == 0 < facts.threads <= 1024
+            assert facts.shared_bytes <= (227 if is_hopper else 99) * 1024
         if cubin.spilled_bytes:
             spilled[program.source, program.options] = cubin.spilled_bytes
     assert not spilled
 
 
+@functools.cache
+def compiled(program: Program) -> bytes:
+    return compiler.compile_source(program.source, program.options, "sm_90a").code
+
+
+def facts_of(program: Program, entry: str) -> compiler.LaunchFacts:
+    return compiler.launch_facts(compiled(program), entry)
+
+
+def test_shared_memory_by_hand() -> None:
+    programs = portable_programs
+    # Two stages of (128 x 64 + 64 x 64) bf16: 49,152 bytes; the result, 128 x 64 fp32: 32,768.
+    linear = programs.linear_program(torch.bfloat16, 64, forward=True)
+    assert facts_of(linear, "block_linear").shared_bytes == 49_152
+    # Two stages of 16 x (64 + 128) fp64: 49,152; the result, 64 x 128 fp64: 65,536.
+    dw = programs.dw_program(torch.float64, 128)
+    assert facts_of(dw, "block_linear_dw").shared_bytes == 65_536
+    # The norms' result is fp32 for every dtype: 128 x 128 of them.
+    assert facts_of(norms_program(torch.float64), "block_norms").shared_bytes == 65_536
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_forward_on_hopper_uses_the_available_shared_memory(block_size: int) -> None:
+    program = hopper_programs.linear_program(torch.bfloat16, block_size, forward=True)
+    shared_bytes, limit = facts_of(program, "block_linear").shared_bytes, 227 * 1024
+    if block_size >= hopper_programs.STRIP:
+        unit = 128 * block_size
+        assert limit - unit < shared_bytes <= limit
+    else:
+        t = program.tiling
+        k_tile = 2 * t.tk * (t.tm + t.tn)  # if all blocks are present
+        assert 4 * k_tile <= shared_bytes <= limit
+
+
+BFLOAT16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "module, builder, arguments",
+    [
+        (portable, "_linear_kernel", (BFLOAT16, 64, True)),
+        (portable, "_dw_kernels", (BFLOAT16, 64)),
+        (portable, "norms_kernel", (BFLOAT16,)),
+        (hopper, "_linear_kernel", (BFLOAT16, 16, True, False)),
+        (hopper, "_linear_kernel", (BFLOAT16, 64, True, False)),
+        (hopper, "_narrow_dw_kernel", (BFLOAT16, 32, 1)),
+        (hopper, "_wide_dw_kernel", (BFLOAT16, 128, 1, 1)),
+        (hopper, "norms_kernel", (BFLOAT16,)),
+        (densified, "_kernel", ("pack_blocks",)),
+        (densified, "_kernel", ("unpack_blocks",)),
+        (block_work, "_kernel", (BFLOAT16,)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_every_layout_is_that_of_its_argument(
+    module: ModuleType, builder: str, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `Kernel` checks when it is built on a device, here without one."""
+    checked = []
+
+    def check(program: Program, entry: str, layout: str, device: int) -> None:
+        launch.check_layout(entry, layout, facts_of(program, entry))
+        checked.append(entry)
+
+    monkeypatch.setattr(module, "Kernel", check)
+    getattr(module, builder).__wrapped__(*arguments, 0)
+    assert checked
+
+
+@pytest.mark.parametrize(
+    "layout", ["PPPqii", "PPPPqi", "PPPPiii", "PPPiPqi", "PPPP4xqii", "PPPPqiP"]
+)
+def test_a_wrong_layout_is_named(layout: str) -> None:
+    facts = compiler.LaunchFacts(256, 0, 48, 8, (0, 8, 16, 24, 32, 40, 44))
+    launch.check_layout("some_kernel", "PPPPqii", facts)
+    with pytest.raises(RuntimeError, match=rf"kernel 'some_kernel'.*48 bytes.*'{layout}'"):
+        launch.check_layout("some_kernel", layout, facts)
+
+
+def test_trailing_padding_belongs_to_an_argument() -> None:
+    launch.check_layout("k", "128sP", compiler.LaunchFacts(256, 0, 192, 64, (0, 128)))
+
+
+def test_a_kernel_without_launch_facts_is_named(sources: Path) -> None:
+    (sources / "bare.cu").write_text('extern "C" __global__ void bare() {}\n')
+    code = compiler.compile_source("bare.cu", (), "sm_80").code
+    with pytest.raises(ValueError, match="launch facts of kernel 'bare'"):
+        compiler.launch_facts(code, "bare")
+
+
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder of sources to write into."""
+    """A folder that replaces the package's sources."""
     folder = tmp_path / "sources"
     folder.mkdir()
     monkeypatch.setattr(compiler, "FOLDER", folder)
     return folder
 
 
-def test_a_spill_is_seen(sources: Path) -> None:
-    """What the test above relies on."""
+def test_a_spill_is_detected(sources: Path) -> None:
+    """`test_every_kernel_compiles_without_spilling` relies on this."""
     (sources / "spill.cu").write_text(
         'extern "C" __global__ void k(float* p, int n) {\n'
         "  float a[64];\n"
@@ -115,7 +219,7 @@ def _own_private_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every source that is compiled, instead of compiling it."""
+    """The sources that would be compiled; nothing is."""
     seen: list[str] = []
 
     def compile_source(source: str, options: tuple[str, ...], arch: str) -> compiler.Cubin:
@@ -137,7 +241,7 @@ def test_a_cubin_is_compiled_once(cache: Path, compilations: list[str]) -> None:
     assert [path.name for path in cache.iterdir()] == [first.name]
 
 
-def test_all_that_goes_into_a_cubin_is_in_its_name(
+def test_a_cubins_name_depends_on_all_inputs(
     cache: Path, sources: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, header = sources / PROGRAM.source, sources / "common.cuh"
@@ -156,7 +260,7 @@ def test_all_that_goes_into_a_cubin_is_in_its_name(
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
-def test_a_damaged_cubin_is_compiled_anew(
+def test_a_damaged_cubin_is_compiled_again(
     damage: str, cache: Path, compilations: list[str]
 ) -> None:
     path = get()
@@ -167,7 +271,7 @@ def test_a_damaged_cubin_is_compiled_anew(
     assert len(compilations) == 2
 
 
-def test_a_cache_that_cannot_be_made(cache: Path, compilations: list[str]) -> None:
+def test_a_cache_that_cannot_be_created(cache: Path, compilations: list[str]) -> None:
     cache.write_text("a file, where the folder should be")
     path = get()
     assert path.exists() and path.parent != cache
@@ -185,7 +289,7 @@ def test_a_full_disk(cache: Path, compilations: list[str], monkeypatch: pytest.M
     monkeypatch.setattr(os, "replace", full)
     path = get()
     assert path.exists() and path.parent != cache
-    assert not list(cache.iterdir()), "what could not be finished must not stay"
+    assert not list(cache.iterdir()), "unfinished files must not remain"
 
 
 def test_without_a_home(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
@@ -213,7 +317,7 @@ def test_two_processes_at_once(cache: Path) -> None:
     assert content.startswith(b"\x7fELF") and compiler._is_whole(path)
 
 
-# -- what may be missing ------------------------------------------------------------------------
+# -- missing packages --------------------------------------------------------------------------
 
 
 def test_without_cupy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +329,7 @@ def test_without_cupy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_without_cupy_a_kernel_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first thing a user without CuPy meets, and not an import error from further inside."""
+    """A user without CuPy sees this error first, not an import error from deeper inside."""
     for module in ("cupy", "cupy_backends.cuda.api", "cupy_backends.cuda.libs"):
         monkeypatch.setitem(sys.modules, module, None)
     compiler._nvrtc.cache_clear()

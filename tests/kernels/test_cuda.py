@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU: streams, graphs, devices, sizes, and what it refuses."""
+"""The CUDA backend on a GPU: streams, graphs, devices, sizes, and invalid inputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.kernels import choice, ops, reference
-from sparse_lightning.kernels.activations import ACTIVATIONS, activate, go_back
+from sparse_lightning.kernels.activations import ACTIVATIONS, activate, activation_backward
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.hopper import programs as hopper_programs
 from sparse_lightning.kernels.portable import launchers as portable
 from sparse_lightning.policy.criteria import BlockScores, gradient, magnitude, seeded_generator
-from sparse_lightning.policy.evolution import update_topology
+from sparse_lightning.policy.updates import update_topology
 from tests.kernels.test_parity import (
     DTYPES,
-    PATTERNS,
+    MASKS,
     Case,
     cases,
     check_parity,
@@ -67,7 +67,7 @@ def run(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
 
 
 def run_backward(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> list[Tensor | None]:
-    """As `run`, by a backward that also gives the block norms, if it computes them."""
+    """Like `run`, by `backward`, with the block norms if it computes them."""
     leaves = [x.detach().requires_grad_(), *layer.parameters(), layer.block_norms]
     for leaf in leaves:
         leaf.grad = None
@@ -78,10 +78,6 @@ def run_backward(layer: BlockSparseLinear, x: Tensor, dy: Tensor) -> list[Tensor
 
 def norms_of(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
     return ops.block_norms(dy, x, torch.tensor(True).to(x.device), block_size)
-
-
-def _indices(at: BlockTopology) -> tuple[Tensor, ...]:
-    return at.coords, at.row_offsets, at.row_entries, at.col_offsets, at.col_entries, at.slots
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float) -> None:
@@ -101,8 +97,8 @@ def tokens(n: int, layer: BlockSparseLinear) -> tuple[Tensor, Tensor]:
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_parity_of_a_thousand_topologies(data: st.DataObject) -> None:
-    case = data.draw(cases([*PATTERNS], [16, 32, 64, 128], 9, 7))
-    # A kind that does not serve a product leaves it to the portable kernels.
+    case = data.draw(cases([*MASKS], [16, 32, 64, 128], 9, 7))
+    # The portable kernels compute products that the kind does not support.
     with choice.forced(data.draw(st.sampled_from(choice.KINDS))):
         check_parity(case, "cuda")
 
@@ -111,7 +107,7 @@ def test_parity_of_a_thousand_topologies(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory", "kind")
 def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
-    """So many that dW splits them into parts, and every tile is used more than once."""
+    """With this many, dW splits the tokens, and every tile is used more than once."""
     case = Case("random", (5, 9), block_size, dtype, lead=(2, 1111), spare=3)
     check_parity(case, "cuda")
 
@@ -122,7 +118,7 @@ def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
 def test_results_are_as_exact_as_those_of_a_dense_layer(
     block_size: int, dtype: torch.dtype
 ) -> None:
-    """Also over many tokens and features, where a sum kept in too few bits would show."""
+    """Many tokens and features would reveal sums of too few bits."""
     layer = make_layer(2048, 1536, block_size=block_size, dtype=dtype)
     dense = layer.to_linear()
     x, dy = tokens(4096, layer)
@@ -137,9 +133,9 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
 
     y, dx, dvalues, dbias = run(layer, x, dy)
     expected = run(dense, x, dy)
-    # Both at the present blocks.
+    # Compare the weight gradients at the present blocks.
     exact[2], expected[2] = (layer.topology.pack(results[2]) for results in (exact, expected))
-    # In half precision the rounding of operands and results counts; in fp32 the order of sums does.
+    # Rounding of operands and results dominates in half precision, the order of sums in fp32.
     factor = 2 if dtype == torch.float32 else 1.05
     for ours, theirs in zip(errors([y, dx, dvalues, dbias]), errors(expected), strict=True):
         assert ours <= factor * theirs
@@ -149,15 +145,15 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("poisoned_memory", "kind")
-def test_activations_on_the_way(activation: str, block_size: int, dtype: torch.dtype) -> None:
-    """Of the products as they are without: rounded, then passed through."""
+def test_fused_activations(activation: str, block_size: int, dtype: torch.dtype) -> None:
+    """They are computed from the rounded products, as without fusion."""
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     layer = make_layer(5 * block_size, 3 * block_size, block_size=block_size, dtype=dtype)
     for n in (1, 1000):
         x, dy = tokens(n, layer)
-        operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer.operands(x)]
-        values, _, *indices = operands[:8]
-        h, a = ops.block_linear_act(5 * x, *operands[:8], activation)
+        operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer._operands(x)]
+        values, indices = operands[0], layer.topology.indices
+        h, a = ops.block_linear_act(5 * x, *operands[:2], *indices, activation)
         assert torch.equal(h, ops.block_linear(5 * x, *operands))
         expected = activate(h.double(), activation)
         torch.testing.assert_close(a.double(), expected, rtol=tolerance, atol=1e-6)
@@ -165,7 +161,7 @@ def test_activations_on_the_way(activation: str, block_size: int, dtype: torch.d
         h = 3 * torch.randn_like(x)
         dh = ops.block_linear_dh(dy, values, *indices[3:], h, activation)
         dx = ops.block_linear_dx(dy, values, *indices, None, None, 1)
-        expected = go_back(dx.double(), h.double(), activation)
+        expected = activation_backward(dx.double(), h.double(), activation)
         torch.testing.assert_close(dh.double(), expected, rtol=tolerance, atol=1e-5)
 
 
@@ -182,44 +178,44 @@ def check_dw(at: BlockTopology, n: int) -> None:
     out_features, in_features = (blocks * at.block_size for blocks in at.grid)
     x = torch.randn(n, in_features, device=DEVICE, dtype=torch.bfloat16)
     dy = torch.randn(n, out_features, device=DEVICE, dtype=torch.bfloat16)
-    dw = ops.block_linear_dw(dy, x, *_indices(at))
+    dw = ops.block_linear_dw(dy, x, *at.indices)
     expected = at.pack(dy.float().T @ x.float())
     torch.testing.assert_close(dw.float(), expected, rtol=1e-2, atol=1e-2 * n**0.5)
 
 
 @pytest.mark.parametrize(
-    ("block_size", "parts", "sharers"),
+    ("block_size", "split_k", "multicast"),
     [(size, *cluster) for size in (64, 128) for cluster in hopper_programs.DW_CLUSTERS[size]],
 )
 @pytest.mark.parametrize("fill", [1.0, 0.6, 0.0], ids="filled to {:.0%}".format)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_every_way_to_cut_dw_on_hopper(
-    block_size: int, parts: int, sharers: int, fill: float, monkeypatch: pytest.MonkeyPatch
+def test_every_partition_of_dw_on_hopper(
+    block_size: int, split_k: int, multicast: int, fill: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the host, which knows the slots only, expected more blocks than there are."""
+    """Includes fewer blocks than slots: the host knows only the number of slots."""
     force_kernels(choice.HOPPER, monkeypatch)
     mask = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[2], mask[4] = False, True
     capacity = int(mask.sum())
     mask &= torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < fill
     at = BlockTopology.from_mask(mask, block_size, capacity=capacity).to_(DEVICE)
-    fewest = -(-capacity // (sharers * (8 if block_size == 64 else 2)))
-    # By rows where clusters are many, evenly where they are few; in several rounds of fewer still.
+    fewest = -(-capacity // (multicast * (8 if block_size == 64 else 2)))
+    # Many clusters split by rows, few split evenly, and fewer still need several rounds.
     for clusters in {1, (fewest + 1) // 2, fewest, fewest + 2, (fewest + capacity) // 2, capacity}:
-        split = hopper_programs.Split(parts, sharers, clusters)
+        split = hopper_programs.Split(split_k, multicast, clusters)
         monkeypatch.setattr(hopper_programs, "dw_split", lambda *_, split=split: split)
         for n in (1, 1000):
             check_dw(at, n)
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("in_blocks", [3, 40, 1100], ids="{} columns".format)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_every_way_to_cut_dw_of_narrow_blocks_on_hopper(
-    block_size: int, parts: int, in_blocks: int, monkeypatch: pytest.MonkeyPatch
+def test_every_partition_of_dw_of_narrow_blocks_on_hopper(
+    block_size: int, split_k: int, in_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of one job and of several, and columns that are not looked up at once."""
+    """Groups of one or several jobs, and more columns than one lookup covers."""
     force_kernels(choice.HOPPER, monkeypatch)
     mask = torch.rand(37, in_blocks, generator=torch.Generator().manual_seed(0)) < 0.3
     mask[4:9] = False
@@ -227,8 +223,8 @@ def test_every_way_to_cut_dw_of_narrow_blocks_on_hopper(
     at = BlockTopology.from_mask(mask, block_size, capacity=int(mask.sum()) + 3).to_(DEVICE)
     for clusters, groups in (1, 1), (3, 7), (50, 50):
         for rows, cost in (1, 0), (4, 9), (16, 100):
-            cut = hopper_programs.Bands(parts, clusters, groups, rows, cost)
-            monkeypatch.setattr(hopper_programs, "dw_bands", lambda *_, cut=cut: cut)
+            bands = hopper_programs.Bands(split_k, clusters, groups, rows, cost)
+            monkeypatch.setattr(hopper_programs, "dw_bands", lambda *_, bands=bands: bands)
             check_dw(at, 100)
 
 
@@ -236,7 +232,7 @@ def test_every_way_to_cut_dw_of_narrow_blocks_on_hopper(
 @pytest.mark.parametrize("n", [1, 33, 1000])
 @pytest.mark.usefixtures("poisoned_memory", "kind")
 def test_norms_of_more_tiles_than_thread_blocks(n: int, dtype: torch.dtype) -> None:
-    """So that one thread block has several tiles, whole and ragged ones."""
+    """One thread block then computes several tiles, both full and partial ones."""
     x = torch.randn(n, 2048 + 48, device=DEVICE).to(dtype)
     dy = torch.randn(n, 4096 + 16, device=DEVICE).to(dtype)
     expected = reference.block_norms(dy.double(), x.double(), (257, 131))
@@ -258,12 +254,12 @@ def test_misaligned_memory(dtype: torch.dtype, kind: str) -> None:
 
     layer.values = nn.Parameter(shifted(layer.values.data))
     layer.bias = nn.Parameter(shifted(layer.bias.data))
-    # The dense library may take another algorithm from one call to the next.
+    # The dense library may choose another algorithm for misaligned memory.
     tolerance = {} if kind == choice.DENSE else {"rtol": 0, "atol": 0}
     assert_same(run(layer, shifted(x), shifted(dy)), expected, **tolerance)
 
 
-# -- the same bits ------------------------------------------------------------------------------
+# -- determinism --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [7, 4096])
@@ -324,7 +320,7 @@ def test_a_thread_whose_first_cuda_call_is_a_launch() -> None:
     x, _ = tokens(128, layer)
     with torch.no_grad():
         expected = layer(x)
-        layer(x)  # leaves memory in PyTorch's cache, so that the thread need not ask for any
+        layer(x)  # fills the caching allocator, so that the thread does not call CUDA for memory
     results: list[Tensor] = []
 
     def launch() -> None:
@@ -345,7 +341,7 @@ def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
         "layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, device='cuda')\n"
         "x = torch.randn(8, 64, device='cuda', requires_grad=True)\n"
         "dy = torch.randn(8, 64, device='cuda')\n"
-        # Freed, it stays in PyTorch's cache, so that backward need not ask CUDA for any.
+        # Freed memory stays in the caching allocator, so backward does not call CUDA for memory.
         "spare = [torch.empty_like(t) for t in (x, dy, layer.values) for _ in range(9)]\n"
         "del spare\n"
         "print(torch.autograd.grad(layer(x), [x, layer.values], dy)[0].isfinite().all().item())\n"
@@ -357,7 +353,7 @@ def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
 @pytest.mark.parametrize("n", [64, 4096])
 @pytest.mark.usefixtures("kind")
 def test_a_graph_follows_topology_updates(n: int) -> None:
-    """And arming: though neither the step that loads the kernels nor the captured one is armed."""
+    """And arming, although neither the loading step nor the captured step is armed."""
     layer = make_layer()
     x, dy = tokens(n, layer)
     torch.cuda.synchronize()
@@ -367,7 +363,7 @@ def test_a_graph_follows_topology_updates(n: int) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # Held here: the runs below, in eager code, give the leaves other gradients.
+        # Keep the captured gradients: the eager runs below replace those of the leaves.
         *captured, norms = run_backward(layer, x, dy)
     assert norms is not None
     for step, armed in enumerate((False, True, True, False)):
@@ -410,7 +406,7 @@ def test_a_graph_sums_the_norms_of_its_micro_batches() -> None:
     layer.arm(True)
     expected = step()
     assert expected is not None and (expected > 0).all()
-    for _ in range(2):  # a replay begins anew
+    for _ in range(2):  # a replay does not accumulate over the previous one
         graph.replay()
         torch.testing.assert_close(norms, expected, rtol=0, atol=0)
 
@@ -441,7 +437,7 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         loss.backward()
         optimizer.step()
 
-    step()  # loads the kernels, and makes the optimizer's state
+    step()  # loads the kernels and creates the optimizer state
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -450,7 +446,7 @@ def test_a_step_does_not_wait_for_the_device() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_the_devices_of_tensors_count_not_the_current_one() -> None:
+def test_the_device_of_the_tensors_is_used_not_the_current_one() -> None:
     first = make_layer()
     second = make_layer(device=torch.device("cuda:1"))
     second.load_state_dict(first.state_dict())
@@ -460,7 +456,7 @@ def test_the_devices_of_tensors_count_not_the_current_one() -> None:
     assert_same([t.to(DEVICE) for t in run(second, x.to(1), dy.to(1))], expected, rtol=0, atol=0)
     with torch.cuda.device(1):
         assert_same(run(first, x, dy), expected, rtol=0, atol=0)
-    # One graph of autograd over both devices: each has a thread of its own.
+    # One autograd graph spans both devices, and each device has its own backward thread.
     x.requires_grad_()
     (first(x).sum() + second(x.to(1)).sum().to(0)).backward()
     torch.testing.assert_close(second.values.grad.to(0), first.values.grad, rtol=0, atol=0)
@@ -506,7 +502,7 @@ def test_more_than_two_to_the_31_values() -> None:
     assert values.numel() > 2**31
     x = torch.randn(16, in_blocks * size, device=DEVICE, dtype=torch.bfloat16)
     dy = torch.randn(16, out_blocks * size, device=DEVICE, dtype=torch.bfloat16)
-    indices = _indices(at)
+    indices = at.indices
     y = ops.block_linear(x, values, None, *indices, None, None, 1)
     last = values[-in_blocks:].transpose(0, 1).reshape(size, -1)  # the last block row
     _assert_near(y[:, -size:], x.float() @ last.float().T)
@@ -531,10 +527,10 @@ def test_an_update_on_the_device_equals_one_on_the_cpu(block_size: int) -> None:
     twin.load_state_dict(layer.state_dict())
     for step in range(5):
         scores = torch.rand(layer.topology.grid)
-        updates = [_decide(each, step, scores) for each in (layer, twin)]
+        updates = [_decide(module, step, scores) for module in (layer, twin)]
         assert torch.equal(updates[0].coords, updates[1].coords)
-        for each, update in zip((layer, twin), updates, strict=True):
-            each.apply_update(update)
+        for module, update in zip((layer, twin), updates, strict=True):
+            module.apply_update(update)
         for name, tensor in vars(twin.topology).items():
             if isinstance(tensor, Tensor):
                 assert torch.equal(getattr(layer.topology, name).cpu(), tensor), name
@@ -564,11 +560,11 @@ def _decide(layer: BlockSparseLinear, step: int, norms: Tensor):
     return update_topology(layer.topology, magnitude(scores), gradient(scores), target, 0.3)
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- invalid inputs -----------------------------------------------------------------------------
 
 
 def _arguments(layer: BlockSparseLinear, x: Tensor) -> tuple[Tensor | None, ...]:
-    return (x, layer.values, layer.bias, *_indices(layer.topology), None, None, 1)
+    return (x, layer.values, layer.bias, *layer.topology.indices, None, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -599,6 +595,6 @@ def test_a_gradient_that_does_not_fit() -> None:
         ops.block_norms(dy, x, torch.tensor(True), 16)
 
 
-def test_a_kernel_is_loaded_once_a_device() -> None:
+def test_a_kernel_is_loaded_once_per_device() -> None:
     kernel = portable.norms_kernel(torch.bfloat16, 0)
     assert portable.norms_kernel(torch.bfloat16, 0) is kernel

@@ -1,4 +1,4 @@
-"""What FLOP counters see of the ops: numbers by hand, of present blocks only."""
+"""FLOP counts of the ops, against hand-computed numbers for the present blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.kernels import ops
 
 TOKENS = 2 * 5
-BLOCK = 2 * TOKENS * 16 * 16  # one block's part of a product
+BLOCK = 2 * TOKENS * 16 * 16  # operations per block of a product
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -29,7 +29,7 @@ def make_layer(up: bool = True) -> BlockSparseLinear:
 
 
 def counts(module: Forward, x: Tensor, backward: bool = True) -> dict[str, int]:
-    """The operations by op."""
+    """Return the number of operations by op."""
     counter = FlopCounterMode(display=False)
     with counter:
         y = module(x)
@@ -54,9 +54,9 @@ def test_a_layer() -> None:
 
 
 def fused(x: Tensor) -> Tensor:
-    """An MLP's op: the counter's hooks would have a `BlockSparseMLP` run its layers one by one."""
+    """Call the fused op; the hooks of a counter would make a `BlockSparseMLP` run unfused."""
     up, down = make_layer(), make_layer(up=False)
-    y: Tensor = ops.block_mlp(x, *up.operands(x), *down.operands(x), "gelu")
+    y: Tensor = ops.block_mlp(x, *up._operands(x), *down._operands(x), "gelu")
     return y
 
 
@@ -93,14 +93,14 @@ def test_norms_count_while_armed(token_stride: int, read: int) -> None:
 
 @pytest.mark.parametrize(("armed", "flops"), [(True, 2 * TOKENS * 48 * 64), (False, 0)])
 def test_norms_count_by_the_flag_of_the_device(armed: bool, flops: int) -> None:
-    """As compiled code asks for them: always, and only the flag says whether for anything."""
+    """Compiled code always calls the op; the flag alone decides whether it computes."""
     x, dy, flag = tokens(False), torch.randn(2, 5, 48), torch.tensor(armed)
     assert counts(lambda x: ops.block_norms(dy, x, flag, 16), x, backward=False) == {
         "block_norms": flops
     }
     with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
         ops.block_norms(*map(mode.from_tensor, (dy, x, flag)), 16)
-    assert counter.get_total_flops() == 0  # it cannot be read
+    assert counter.get_total_flops() == 0  # a fake flag cannot be read
 
 
 def test_a_topology_update_changes_the_count() -> None:
@@ -115,7 +115,7 @@ def test_fake_tensors_count_every_slot() -> None:
     layer, x = make_layer(), tokens(False)
     with FakeTensorMode() as mode:
         args = [
-            mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in layer.operands(x)
+            mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in layer._operands(x)
         ]
         with FlopCounterMode(display=False) as counter:
             ops.block_linear(mode.from_tensor(x), *args)
@@ -153,7 +153,7 @@ def test_measure_flops_and_the_model_summary() -> None:
     model, head = Model(), 2 * TOKENS * 64 * 3
     forward = lambda: model(model.example_input_array)  # noqa: E731
     assert measure_flops(model, forward) == 10 * BLOCK + head
-    # The input needs no gradient, the head's does.
+    # The input requires no gradient; the input of the head does.
     assert measure_flops(model, forward, torch.sum) == 25 * BLOCK + 3 * head
     summary = ModelSummary(model)
     assert summary.total_flops == 10 * BLOCK + head

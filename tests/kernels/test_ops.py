@@ -43,16 +43,18 @@ def op_arguments(
     device: str = "cpu",
 ) -> tuple[Any, ...]:
     layer = make_layer(dtype).to(device)
-    at, values = layer.topology, layer.values.detach()
+    topology, values = layer.topology, layer.values.detach()
     x = torch.randn(2, 3, 64, dtype=dtype, device=device)
     dy = torch.randn(2, 3, 48, dtype=dtype, device=device)
     bias = torch.randn(48, dtype=dtype, device=device)
     down = BlockSparseLinear(
-        48, 64, topology=BlockTopology.from_mask(at.mask.T.cpu(), 16), dtype=dtype
+        48, 64, topology=BlockTopology.from_mask(topology.mask.T.cpu(), 16), dtype=dtype
     ).to(device)
-    indices = at.coords, at.row_offsets, at.row_entries, at.col_offsets, at.col_entries, at.slots
+    indices = topology.indices
     armed = torch.tensor(True, device=device)
-    norms, down_norms = (torch.zeros(grid, device=device) for grid in (at.grid, at.grid[::-1]))
+    norms, down_norms = (
+        torch.zeros(grid, device=device) for grid in (topology.grid, topology.grid[::-1])
+    )
     if requires_grad:
         for leaf in (x, dy, values, bias, norms, down_norms):
             leaf.requires_grad_()
@@ -65,7 +67,7 @@ def op_arguments(
         "block_linear_dh": (dy, values, *indices[3:], torch.randn_like(x), "silu"),
         "block_mlp": (
             *(x, values, bias, *indices, norms, armed, 1),
-            *(down.values.detach(), None, *down.operands(x)[2:8], down_norms, armed, 1),
+            *(down.values.detach(), None, *down.topology.indices, down_norms, armed, 1),
             "gelu",
         ),
     }[op]
@@ -195,11 +197,11 @@ def test_without_gradients_nothing_is_kept_for_backward() -> None:
         assert not make_layer()(torch.randn(3, 64, dtype=torch.float64)).requires_grad
 
 
-# -- what a backward is asked for ---------------------------------------------------------------
+# -- requested gradients ------------------------------------------------------------------------
 
 
 class Calls(TorchDispatchMode):
-    """Notes which of our ops run, and sums, as that of dbias."""
+    """Records the package's ops and sums (the bias gradient) that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +240,7 @@ def armed(request: pytest.FixtureRequest, device: str) -> tuple[nn.Module, Block
     return layer, layer
 
 
-# What brings the gradient to a layer, and what takes it on to x.
+# Ops that propagate the gradient to a layer, and on to x.
 TO_LAYER = {"first of an mlp": ["dh"]}
 TO_X = {"first of an mlp": ["dh", "dx"], "last of an mlp": ["dh", "dx"]}
 
@@ -250,7 +252,7 @@ def test_gradients_of_the_input_compute_nothing_else(
     device: str,
     request: pytest.FixtureRequest,
 ) -> None:
-    """As penalties on gradients take them: they are no evidence of what the layer would learn."""
+    """Gradients with respect to the input alone, as of a gradient penalty, compute no norms."""
     module, layer = armed
     x = torch.randn(5, 64, dtype=torch.float64, device=device, requires_grad=True)
     expected = TO_X.get(request.node.callspec.params["armed"], ["dx"])
@@ -263,9 +265,9 @@ def test_gradients_of_the_input_compute_nothing_else(
         return y.sin().mean()
 
     (dx,) = torch.autograd.grad(loss(), x)
-    of_grad, of_inputs = loss(), loss()
-    assert calls(lambda: torch.autograd.grad(of_grad, x)) == sorted(forward + expected)
-    assert calls(lambda: of_inputs.backward(inputs=[x])) == sorted(forward + expected)
+    first, second = loss(), loss()
+    assert calls(lambda: torch.autograd.grad(first, x)) == sorted(forward + expected)
+    assert calls(lambda: second.backward(inputs=[x])) == sorted(forward + expected)
     torch.testing.assert_close(x.grad, dx)
     for part in module.modules():
         if isinstance(part, BlockSparseLinear):
@@ -295,7 +297,7 @@ def test_each_gradient_is_computed_alone(
     assert calls(lambda: torch.autograd.grad(loss, leaf, retain_graph=True)) == expected
     (alone,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     assert layer.block_norms.grad is None
-    if wanted == "values":  # what is accumulated is evidence
+    if wanted == "values":  # accumulated gradients count towards the norms
         expected = sorted([*expected, "block_norms"])
     assert calls(lambda: loss.backward(inputs=[leaf], retain_graph=True)) == expected
     torch.testing.assert_close(leaf.grad, alone)
@@ -310,11 +312,11 @@ def test_a_layer_that_is_not_armed_computes_no_norms() -> None:
     layer.arm(True)
     with torch.no_grad():
         layer(x)
-    assert layer.operands(x)[8] is layer.block_norms
+    assert layer._operands(x).norms is layer.block_norms
     with torch.no_grad():
-        assert layer.operands(x)[8:10] == (None, None)
+        assert layer._operands(x).norm_operands == (None, None, 1)
     layer.arm(False)
-    assert layer.operands(x)[8:10] == (None, None)
+    assert layer._operands(x).norm_operands == (None, None, 1)
 
 
 def test_a_backward_that_is_called_without_the_engine_computes_everything() -> None:
@@ -343,7 +345,7 @@ def test_norms_accumulate_over_micro_batches_while_armed(dtype: torch.dtype, rto
             expected += dense_gradient_norms(layer, x, dy)
     assert layer.block_norms is leaf and leaf.count_nonzero() == 0
     assert leaf.grad is not None and leaf.grad.dtype == torch.float32
-    assert (expected > 0).all()  # absent blocks and the empty row too
+    assert (expected > 0).all()  # including absent blocks and the empty row
     torch.testing.assert_close(leaf.grad, expected, rtol=rtol, atol=0)
 
 
@@ -356,7 +358,7 @@ def test_norms_of_half_precision_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("stride", [2, 5, 100])
-def test_norms_of_every_few_tokens(stride: int, device: str) -> None:
+def test_norms_with_a_token_stride(stride: int, device: str) -> None:
     layer = make_layer().to(device)
     layer.token_stride = stride
     layer.arm(True)
@@ -367,7 +369,7 @@ def test_norms_of_every_few_tokens(stride: int, device: str) -> None:
     expected = reference.block_norms(*read, layer.topology.grid)
     torch.testing.assert_close(layer.block_norms.grad.double(), expected, rtol=1e-5, atol=1e-5)
     whole = reference.block_linear_dw(dy.flatten(0, 1), x.flatten(0, 1), layer.topology.coords, 16)
-    torch.testing.assert_close(layer.values.grad, whole)  # of all tokens
+    torch.testing.assert_close(layer.values.grad, whole)  # over all tokens
 
 
 def test_norms_of_a_large_layer_equal_those_of_its_bands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +382,7 @@ def test_norms_of_a_large_layer_equal_those_of_its_bands(monkeypatch: pytest.Mon
 
 
 def test_a_flag_that_is_written_after_the_forward() -> None:
-    """Autograd must not refuse it, as what is saved for backward."""
+    """Autograd must not raise, as it does for saved tensors."""
     layer, x = make_layer(), torch.randn(5, 64, dtype=torch.float64)
     layer.arm(True)
     loss = layer(x).sin().mean()
@@ -401,8 +403,8 @@ def test_an_mlp_reads_each_layers_own_tokens(which: int, device: str) -> None:
         mlp[i].block_norms.grad = None
     plain = nn.Sequential(*mlp)  # layer by layer
     plain(x).backward(dy)
-    for i, of_mlp in zip((0, 2), norms, strict=True):
-        torch.testing.assert_close(of_mlp, mlp[i].block_norms.grad)
+    for i, fused_norms in zip((0, 2), norms, strict=True):
+        torch.testing.assert_close(fused_norms, mlp[i].block_norms.grad)
 
 
 def test_norms_of_an_mlp(device: str) -> None:
@@ -418,17 +420,17 @@ def test_norms_of_an_mlp(device: str) -> None:
 
 @pytest.mark.parametrize("whole", [True, False], ids=["mlp", "layer"])
 def test_norms_of_a_compiled_model(whole: bool, device: str) -> None:
-    """Arming it compiles nothing anew."""
+    """Arming does not recompile."""
     mlp = make_mlp(device)
     model = mlp if whole else mlp[0]
     eager = copy.deepcopy(model)
-    first, first_of_eager = mlp[0], eager[0] if whole else eager
+    first, first_eager = mlp[0], eager[0] if whole else eager
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for armed in (True, False, True):
-            for each in (first, first_of_eager):
-                each.arm(armed)
+            for layer in (first, first_eager):
+                layer.arm(armed)
             x = torch.randn(5, 64, dtype=torch.float64, device=device)
             known = first.block_norms.grad
             before = 0 if known is None else known.clone()
@@ -436,11 +438,11 @@ def test_norms_of_a_compiled_model(whole: bool, device: str) -> None:
             eager(x).square().sum().backward()
             assert bool((first.block_norms.grad != before).any()) == armed
     torch.compiler.reset()
-    expected = first_of_eager.block_norms.grad
+    expected = first_eager.block_norms.grad
     torch.testing.assert_close(first.block_norms.grad, expected, rtol=1e-5, atol=1e-5)
 
 
-# -- the choice of kernel, and devices -------------------------------------------------------------
+# -- CPU methods, and devices ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -448,7 +450,7 @@ def test_norms_of_a_compiled_model(whole: bool, device: str) -> None:
     [
         (torch.float64, ("by block", "by row", "densify")),
         (torch.float32, ("by block", "by row", "densify")),
-        # Half precision is never rounded after every block.
+        # Half precision is never summed block by block, which would round after every block.
         (torch.bfloat16, ("by row", "densify")),
         (torch.float16, ("by row", "densify")),
     ],
@@ -474,7 +476,7 @@ def test_one_backend_does_not_answer_for_another() -> None:
 
 @pytest.mark.parametrize("tokens", [4, 300])
 def test_training_after_inference_mode(tokens: int) -> None:
-    """Memory that a validation under inference mode borrowed serves the training after it."""
+    """Training can reuse scratch memory that a validation in inference mode allocated."""
     layer = make_layer(torch.float32)
     x = torch.randn(tokens, layer.in_features)
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """Every op of every backend against the reference in fp64, over one list of cases.
 
-A backend joins by one more parameter of the `device` fixture. `check_parity` is the whole check;
-the last test shows that it catches kernels that are wrong.
+A new backend needs one more parameter of the `device` fixture. `check_parity` is the whole check;
+the last tests show that it catches wrong kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CUDA_KERNELS = [pytest.param(kind, marks=pytest.mark.gpu) for kind in choice.KIN
 
 @pytest.fixture(params=[*METHODS, *CUDA_KERNELS])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device of a backend, once for each of its ways to compute."""
+    """The device of a backend, once for each of its methods or kernel kinds."""
     if request.param not in METHODS:
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
@@ -43,7 +43,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def force_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the ops take the kernels of one kind on this GPU, where there are any."""
+    """Force one kind of kernels, or skip the test if this GPU does not support the kind."""
     if kind == choice.HOPPER and torch.cuda.get_device_capability() != hopper_programs.CAPABILITY:
         pytest.skip("needs a Hopper GPU")
     monkeypatch.setattr(choice, "_forced", kind)
@@ -51,9 +51,9 @@ def force_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: `pattern` is a key of `PATTERNS`, `lead` the dimensions before the features."""
+    """One problem: `mask` is a key of `MASKS`, `lead` the dimensions before the features."""
 
-    pattern: str = "random"
+    mask: str = "random"
     grid: tuple[int, int] = (5, 3)
     block_size: int = 16
     dtype: torch.dtype = torch.float32
@@ -67,7 +67,7 @@ class Case:
         flags = ("" if self.contiguous else "-strided") + ("-bias" if self.bias else "")
         shape = "x".join(map(str, self.lead)) or "scalar"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{self.pattern}-{self.block_size}-{name}-{shape}{flags}"
+        return f"{self.mask}-{self.block_size}-{name}-{shape}{flags}"
 
 
 def _random(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -75,7 +75,7 @@ def _random(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def _skewed(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Row r keeps a share (r + 1)^-1.5 of its blocks, as a power law; the last may be empty."""
+    """Row r keeps a share (r + 1)^-1.5 of its blocks, a power law; the last rows may be empty."""
     share = torch.arange(1, grid[0] + 1).float().pow(-1.5).unsqueeze(1)
     return torch.rand(grid, generator=generator) < share
 
@@ -93,7 +93,7 @@ def _one(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
     return mask
 
 
-PATTERNS = {
+MASKS = {
     "random": _random,
     "skewed": _skewed,
     "empty_row_and_column": _empty_row_and_column,
@@ -104,18 +104,18 @@ PATTERNS = {
 
 GRIDS = [(3, 5), (4, 4), (5, 3), (2, 6), (3, 4), (6, 2)]
 
-# dtypes and block sizes with every pattern; shapes, strides and bias with every pattern in the
-# dtypes whose paths differ; then what only a few combinations can break.
+# Every mask with all dtypes and block sizes; every mask with shapes, strides and bias in the dtypes
+# whose code paths differ; then edge cases that only a few combinations reach.
 CASES = [
     *(
-        Case(pattern, block_size=size, dtype=dtype)
-        for pattern in PATTERNS
+        Case(mask, block_size=size, dtype=dtype)
+        for mask in MASKS
         for size in (16, 32, 64, 128)
         for dtype in DTYPES
     ),
     *(
-        Case(pattern, grid, 16, dtype, lead, contiguous, bias)
-        for pattern, grid in zip(PATTERNS, GRIDS, strict=True)
+        Case(mask, grid, 16, dtype, lead, contiguous, bias)
+        for mask, grid in zip(MASKS, GRIDS, strict=True)
         for dtype in (torch.float32, torch.bfloat16)
         for lead in LEADS
         for contiguous, bias in ((True, False), (False, True))
@@ -146,17 +146,17 @@ def test_parity_of_any_topology(data: st.DataObject) -> None:
 
 
 def cases(
-    patterns: Sequence[str], block_sizes: Sequence[int], most_blocks: int, most_tokens: int
+    masks: Sequence[str], block_sizes: Sequence[int], max_blocks: int, max_tokens: int
 ) -> st.SearchStrategy[Case]:
-    """Any case of some patterns and block sizes, of so many blocks and tokens each way."""
-    blocks = st.integers(1, most_blocks)
+    """Any case of some masks and block sizes, with limits for each dimension of grid and tokens."""
+    blocks = st.integers(1, max_blocks)
     return st.builds(
         Case,
-        pattern=st.sampled_from(patterns),
+        mask=st.sampled_from(masks),
         grid=st.tuples(blocks, blocks),
         block_size=st.sampled_from(block_sizes),
         dtype=st.sampled_from(DTYPES),
-        lead=st.lists(st.integers(0, most_tokens), max_size=3).map(tuple),
+        lead=st.lists(st.integers(0, max_tokens), max_size=3).map(tuple),
         contiguous=st.booleans(),
         bias=st.booleans(),
         spare=st.integers(0, 5),
@@ -167,22 +167,21 @@ def cases(
 def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     """Fail unless the four ops of `kernels` agree with the reference in fp64 on one case."""
     problem = Problem(case, device)
-    x, dy, values, bias, topology = problem.x, problem.dy, problem.values, problem.bias, problem.at
+    x, dy, values, bias = problem.x, problem.dy, problem.values, problem.bias
+    topology = problem.topology
     coords, grid, size = topology.coords.cpu(), topology.grid, case.block_size
     untouched = [t.clone() for t in (x, dy, values, topology.coords)]
 
-    at = topology
-    indices = at.coords, at.row_offsets, at.row_entries, at.col_offsets, at.col_entries, at.slots
-
+    indices = topology.indices
     fp32 = torch.promote_types(case.dtype, torch.float32)
 
     def sums(n_blocks: int) -> tuple[int, torch.dtype]:
-        # Only when a test forces it, half precision is added up block by block in its own dtype.
+        # Half precision is summed block by block in its own dtype only if a test forces it.
         if case.dtype != fp32 and cpu.choose(300, 64, 0.1, case.dtype) == "by block":
             return n_blocks, case.dtype
         return n_blocks * size, fp32
 
-    # In fp64, from the very numbers that the ops get. Empty slots hold NaN for the ops only.
+    # The reference in fp64 gets the same numbers as the ops. Only the ops get NaN in empty slots.
     x64, dy64 = x.cpu().double(), dy.cpu().double()
     values64 = values.cpu().double().nan_to_num(0.0)
     bias64 = None if bias is None else bias.cpu().double()
@@ -191,7 +190,7 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     armed, leaf = torch.tensor(True, device=device), torch.full(grid, torch.nan, device=device)
 
     y = kernels.block_linear(x, values, bias, *indices, leaf, armed, 1)
-    assert leaf.isnan().all(), "forward must leave the leaf of the norms alone"
+    assert leaf.isnan().all(), "forward must not write to the leaf of the norms"
     expected = reference.block_linear(x64, values64, bias64, coords, grid)
     size_y = reference.block_linear(squares[0], squares[2], bias2, coords, grid).sqrt()
     assert_close("block_linear", y, expected, size_y, case, *sums(grid[1]))
@@ -215,22 +214,22 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
         torch.testing.assert_close(norms.cpu().double(), expected, rtol=1e-4, atol=1e-5)
         zeros = kernels.block_norms(*operands, torch.tensor(False, device=device), size)
         assert zeros.dtype == torch.float32 and zeros.shape == grid
-        assert zeros.count_nonzero() == 0, "unarmed, the norms must be zeros"
+        assert zeros.count_nonzero() == 0, "the norms must be zeros if not armed"
 
     for tensor, copy in zip((x, dy, values, topology.coords), untouched, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
 class Problem:
-    """The tensors of a case: shuffled slots, NaN in the empty ones."""
+    """The tensors of a case, with shuffled slots and NaN in empty slots."""
 
     def __init__(self, case: Case, device: str) -> None:
         generator = torch.Generator().manual_seed(case.seed)
         (rows, cols), size = case.grid, case.block_size
-        mask = PATTERNS[case.pattern](case.grid, generator)
+        mask = MASKS[case.mask](case.grid, generator)
         packed = BlockTopology.from_mask(mask, size, capacity=int(mask.sum()) + case.spare)
         shuffled = packed.coords[torch.randperm(packed.capacity, generator=generator)]
-        self.at = BlockTopology(shuffled, case.grid, size).to_(torch.device(device))
+        self.topology = BlockTopology(shuffled, case.grid, size).to_(torch.device(device))
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, case.dtype)
@@ -238,13 +237,13 @@ class Problem:
         def tokens(features: int) -> Tensor:
             if case.contiguous:
                 return normal(*case.lead, features)
-            # Every stride is off: the features from a transpose, the tokens from a slice.
+            # No stride is contiguous: features come from a transpose, tokens from a slice.
             wide = normal(2 * features, *(2 * n for n in case.lead)).movedim(0, -1)
             return wide[tuple(slice(None, None, 2) for _ in range(wide.dim()))]
 
         self.x, self.dy = tokens(cols * size), tokens(rows * size)
-        self.values = normal(self.at.capacity, size, size)
-        self.values[self.at.coords[:, 0] < 0] = torch.nan
+        self.values = normal(self.topology.capacity, size, size)
+        self.values[self.topology.coords[:, 0] < 0] = torch.nan
         self.bias = normal(rows * size) if case.bias else None
 
 
@@ -259,9 +258,9 @@ def assert_close(
 ) -> None:
     """Fail unless every element is within rounding of the fp64 result.
 
-    `size` is the root of the sum of the squared terms of each element: how large a partial sum may
-    be. Rounding the result costs `eps`, or half the distance of the dtype's smallest numbers;
-    adding `terms` in the precision `sums_in` costs about the root of their number.
+    `size` is the root of the sum of squared terms of each element, the magnitude of partial sums.
+    Rounding the result contributes `eps`, or half the spacing of the dtype's smallest numbers;
+    summing `terms` in the precision `sums_in` contributes about the root of their number.
     """
     assert actual.dtype == case.dtype, f"{op}: {actual.dtype}"
     assert actual.shape == expected.shape, f"{op}: {list(actual.shape)}"
@@ -269,16 +268,16 @@ def assert_close(
     tolerance = 2 * eps * (expected.abs() + size) + 2 * math.sqrt(terms) * sum_eps * size
     tolerance += eps * torch.finfo(case.dtype).smallest_normal
     error = (actual.cpu().double() - expected).abs()
-    # A NaN compares as False, and so counts as wrong.
+    # Comparisons with NaN are False, so NaN counts as wrong.
     wrong = ~(error <= tolerance)
     assert not wrong.any(), f"{op}: {int(wrong.sum())} of {wrong.numel()} elements are wrong"
 
 
-# -- the check itself is checked --------------------------------------------------------------
+# -- tests of the check itself ----------------------------------------------------------------
 
 
 def _mutants() -> dict[str, dict[str, Any]]:
-    """Wrong kernels, each with one mistake that a kernel is likely to have."""
+    """Wrong kernels, each with one likely mistake."""
 
     def after(op: str, spoil: Any) -> dict[str, Any]:
         def wrong(*args: Any) -> Any:
@@ -370,7 +369,7 @@ def test_the_parity_check_catches(mistake: str, dtype: torch.dtype) -> None:
 
 
 def test_the_parity_check_catches_a_token_rounded_away() -> None:
-    """The tolerance is tight enough to see one wrong token among three hundred."""
+    """The tolerance is tight enough to detect one wrong token among three hundred."""
     case = replace(Case(), lead=(300,))
     wrong = SimpleNamespace(**{op: getattr(ops, op) for op in ops.OPS})
     wrong.block_linear_dw = lambda dy, x, *rest: ops.block_linear_dw(dy[1:], x[1:], *rest)

@@ -1,30 +1,31 @@
-// dW = dy^T x at the present blocks of W, and zeros in the empty slots, on sm_90a: what
-// block_linear_dw.cu computes, for bf16 and fp16 and B = 64 or 128.
+// dW = dy^T x at the present blocks of W, with zeros in the empty slots, on sm_90a: what
+// portable/dw.cu computes, for bf16 and fp16 and B = 64 or 128, with TMA and WGMMA.
 //
 //   dy      [tokens, out_features]   x [tokens, in_features]   dw [capacity, B, B]
 //   entries int2 [capacity]          (block column, slot), by block row; the empty slots last
 //   row_offsets int [out_blocks + 1] where each row begins in `entries`, and where the last ends
 //   coords  int2 [capacity]          (block row, block column) of each slot
 //
-// The present blocks, as they follow each other in `entries`, are cut into groups. Blocks of a
-// group are computed in one pass over the tokens, and the dy of each block row is read once. Groups
-// should be of one row and alike: thread blocks that pass over the same tokens at the same time
-// spare L2 much, what several ask for at once it reads once. Where that would take more rounds, the
-// blocks are cut evenly instead, over the ends of rows.
+// Tensors are 16-byte aligned; there is at least one token. The present blocks, in the order of
+// `entries`, are partitioned into groups. The blocks of a group are computed in one pass over the
+// tokens, which loads the dy of each block row once. Groups of one block row and of one size are
+// best: thread blocks that pass over the same tokens at the same time share reads of L2. Where that
+// would take more rounds, the blocks are partitioned evenly, across the ends of rows.
 //
-// A cluster takes a group. Of its thread blocks, SHARERS compute a share of the blocks each, and
-// copy what dy the group needs once for both; and each part of the tokens, of PARTS, has so many.
-// Where groups are few, so all have work; the parts add up their sums, always in the same order.
+// Grid: persistent clusters, each of which takes one group at a time; warp roles and pipeline are
+// those of gradient.cuh, a work item is a group. In a cluster, MULTICAST thread blocks compute a
+// share of the blocks each and multicast dy; where groups are few, SPLIT_K sets of them split the
+// tokens and then add their results, always in the same order.
 
 #include "hopper/product_strips.cuh"
 
 typedef CONFIG_T T;
 constexpr int B = CONFIG_B;
-constexpr int WIDE = B / STRIP;  // strips of dy and of x that a block takes
-static_assert(DY_STRIDE == WIDE, "warpgroups take the strips of a block's dy in turn");
+constexpr int BLOCK_STRIPS = B / STRIP;  // strips of dy and of x that a block takes
+static_assert(DY_STRIDE == BLOCK_STRIPS, "warpgroups alternate between the strips of a block's dy");
 
 struct Arguments {
-  TensorMap dy, x;  // boxes of a strip, STEP tokens
+  TensorMap dy, x;  // boxes: a strip, TK tokens
   T* dw;
   const int2* entries;
   const int* row_offsets;
@@ -34,181 +35,193 @@ struct Arguments {
   int out_blocks;
 };
 
-constexpr int BLOCKS = SHARERS * WARPGROUPS * MOST / WIDE / WIDE;  // of a group, at most
+LAUNCH_FACTS(block_linear_dw, THREADS, sizeof(Shared<Runs>), MEMBER(dy), MEMBER(x), MEMBER(dw),
+             MEMBER(entries), MEMBER(row_offsets), MEMBER(coords), MEMBER(tokens), MEMBER(capacity),
+             MEMBER(out_blocks));
 
-// How the blocks are cut; to be asked by whole warps.
-struct Cut {
+constexpr int MAX_BLOCKS = MULTICAST * WARPGROUPS * MAX_X / BLOCK_STRIPS / BLOCK_STRIPS;  // a group
+
+// The partition of the blocks into groups. Whole warps must construct and query it.
+struct Partition {
   const Arguments& a;
   int n_blocks, groups;
-  int of_row = 0, size = 0;  // blocks of a group: at most, if groups are of one row; or of each
+  int row_group_size = 0;   // most blocks of a group, if groups do not cross rows; else 0
+  int even_group_size = 0;  // blocks of each group, or 0: as even as they can be
 
-  __device__ explicit Cut(const Arguments& a) : a(a), n_blocks(a.row_offsets[a.out_blocks]) {
+  __device__ explicit Partition(const Arguments& a) : a(a), n_blocks(a.row_offsets[a.out_blocks]) {
     const int clusters = gridDim.x / CLUSTER;
     auto rounds = [&](int groups) { return (groups + clusters - 1) / clusters; };
-    auto share = [](int of) { return (of + SHARERS - 1) / SHARERS; };
-    // One round: of wide blocks evenly, of others in groups of one size, which warpgroups halve
-    // alike.
+    auto share = [](int size) { return (size + MULTICAST - 1) / MULTICAST; };
+    // In one round: blocks of 128 as evenly as possible; blocks of 64 in groups of one size, which
+    // the warpgroups halve alike.
     const int blocks = (n_blocks + clusters - 1) / clusters;
-    if (WIDE == 1) size = blocks;
-    groups = size > 0 ? (n_blocks + size - 1) / size : clusters;
-    // Rounds, times what a thread block copies of a group. Of what is cut over the ends of rows,
-    // most groups need dy of two.
+    if (BLOCK_STRIPS == 1) even_group_size = blocks;
+    groups = even_group_size > 0 ? (n_blocks + even_group_size - 1) / even_group_size : clusters;
+    // Cost: rounds times what a thread block loads of a group. Most groups that cross rows need the
+    // dy of two.
     int least = share(blocks) + 2;
-    if (n_blocks > clusters * BLOCKS) {
-      // Several rounds: with groups of one size, or thread blocks drift apart. Of an odd number of
-      // narrower blocks one warpgroup has one more.
+    if (n_blocks > clusters * MAX_BLOCKS) {
+      // Several rounds: groups of one size, or thread blocks drift apart. With an odd number of
+      // blocks of 64, one warpgroup has one more.
       least = 1 << 30;
-      for (int of = 1; of <= BLOCKS; ++of) {
-        const int total = (n_blocks + of - 1) / of, own = share(of);
-        const int cost = rounds(total) * (own + (WIDE > 1 ? 0 : own % 2) + 2);
-        if (cost <= least) size = of, groups = total, least = cost;
+      for (int size = 1; size <= MAX_BLOCKS; ++size) {
+        const int total = (n_blocks + size - 1) / size, n = share(size);
+        const int cost = rounds(total) * (n + (BLOCK_STRIPS > 1 ? 0 : n % 2) + 2);
+        if (cost <= least) even_group_size = size, groups = total, least = cost;
       }
     }
-    int totals[BLOCKS] = {};
+    int totals[MAX_BLOCKS] = {};
     for (int row = threadIdx.x % 32; row < a.out_blocks; row += 32) {
       const int n = a.row_offsets[row + 1] - a.row_offsets[row];
 #pragma unroll
-      for (int i = 0; i < BLOCKS; ++i) totals[i] += (n + i) / (i + 1);
+      for (int i = 0; i < MAX_BLOCKS; ++i) totals[i] += (n + i) / (i + 1);
     }
-    // The smallest groups of one row of which there are not more than can be computed at once. Wide
-    // blocks, which alone keep both warpgroups busy, may take several rounds.
+    // The smallest groups within rows that one round can compute. Blocks of 128, of which one keeps
+    // both warpgroups busy, may take several rounds.
 #pragma unroll
-    for (int i = BLOCKS - 1; i >= 0; --i) {
+    for (int i = MAX_BLOCKS - 1; i >= 0; --i) {
       const int total = __reduce_add_sync(0xffffffff, totals[i]);
       const int cost = rounds(total) * (share(i + 1) + 1);
-      if (total <= clusters || WIDE > 1 && PARTS == 1 && cost <= least)
-        of_row = i + 1, groups = total, least = cost;
+      if (total <= clusters || BLOCK_STRIPS > 1 && SPLIT_K == 1 && cost <= least)
+        row_group_size = i + 1, groups = total, least = cost;
     }
   }
 
-  // The first block of a group, and how many there are.
+  // Returns the first block of a group, and the number of its blocks.
   __device__ int2 blocks(int group) const {
-    if (of_row == 0) {
-      if (size > 0) return make_int2(size * group, min(size, n_blocks - size * group));
+    if (row_group_size == 0) {
+      if (even_group_size > 0)
+        return make_int2(even_group_size * group,
+                         min(even_group_size, n_blocks - even_group_size * group));
       const int first = (int)((long long)n_blocks * group / groups);
       return make_int2(first, (int)((long long)n_blocks * (group + 1) / groups) - first);
     }
     for (int first_row = 0; first_row < a.out_blocks; first_row += 32) {
       const int row = min(first_row + threadIdx.x % 32, a.out_blocks);
       const int begin = a.row_offsets[row], n = a.row_offsets[min(row + 1, a.out_blocks)] - begin;
-      const int own = (n + of_row - 1) / of_row, upto = through(own), i = group - (upto - own);
-      const unsigned has = __ballot_sync(0xffffffff, 0 <= i && i < own);
-      if (has) {
-        const int lane = __ffs(has) - 1, first = own ? begin + n * i / own : 0;
-        const int end = own ? begin + n * (i + 1) / own : 0;
-        const int2 found =
+      const int row_groups = (n + row_group_size - 1) / row_group_size;
+      const int scan = inclusive_warp_scan(row_groups), i = group - (scan - row_groups);
+      const unsigned found = __ballot_sync(0xffffffff, 0 <= i && i < row_groups);
+      if (found) {
+        const int lane = __ffs(found) - 1, first = row_groups ? begin + n * i / row_groups : 0;
+        const int end = row_groups ? begin + n * (i + 1) / row_groups : 0;
+        const int2 range =
             make_int2(__shfl_sync(0xffffffff, first, lane), __shfl_sync(0xffffffff, end, lane));
-        return make_int2(found.x, found.y - found.x);
+        return make_int2(range.x, range.y - range.x);
       }
-      group -= __shfl_sync(0xffffffff, upto, 31);
+      group -= __shfl_sync(0xffffffff, scan, 31);
     }
     return make_int2(0, 0);
   }
 };
 
-// How many of n blocks the first of two takes: of those that share dy, or of warpgroups.
-__device__ inline int half_of(int n) { return (n + 1) / 2; }
+// The share of the first of two thread blocks or warpgroups among n blocks.
+__device__ inline int first_half(int n) { return (n + 1) / 2; }
 
-// One warp: plans a group of n blocks.
-__device__ inline void plan_group(const Arguments& a, Planner<Runs>& planner, int first, int n) {
-  static_assert(SHARERS <= 2 && BLOCKS <= 32, "halves, and a lane each");
+// Scheduler warp: publishes a group of n blocks.
+__device__ inline void schedule_group(const Arguments& a, Scheduler<Runs>& scheduler, int first,
+                                      int n) {
+  static_assert(MULTICAST <= 2 && MAX_BLOCKS <= 32, "halves, and one block per lane");
   const int lane = threadIdx.x % 32;
   if (n == 0) return;
-  // In lane i is the i-th block.
+  // Lane i has the i-th block.
   const int2 block = lane < n ? a.coords[a.entries[first + lane].y] : make_int2(-1, 0);
   const int above = __shfl_up_sync(0xffffffff, block.x, 1);
   const unsigned begins = __ballot_sync(0xffffffff, lane < n && (lane == 0 || block.x != above));
-  const int row = __popc(begins & ((2u << lane) - 1)) - 1;  // of the group's rows
-  // Those of this thread block.
-  const int most = SHARERS > 1 ? half_of(n) : n;
-  const int begin = own_share() == 0 ? 0 : most, end = own_share() == 0 ? most : n;
-  Job<Runs>& job = planner.begin();
-  for (int i = 0; i < WIDE; ++i) {
-    if (begins >> lane & 1) job.dy_features[row * WIDE + i] = block.x * B + i * STRIP;
+  const int row = __popc(begins & ((2u << lane) - 1)) - 1;  // index among the group's rows
+  // The blocks of this thread block.
+  const int most = MULTICAST > 1 ? first_half(n) : n;
+  const int begin = multicast_rank() == 0 ? 0 : most, end = multicast_rank() == 0 ? most : n;
+  WorkItem<Runs>& item = scheduler.acquire();
+  for (int i = 0; i < BLOCK_STRIPS; ++i) {
+    if (begins >> lane & 1) item.dy_features[row * BLOCK_STRIPS + i] = block.x * B + i * STRIP;
     if (begin <= lane && lane < end)
-      job.x_features[(lane - begin) * WIDE + i] = block.y * B + i * STRIP;
+      item.x_features[(lane - begin) * BLOCK_STRIPS + i] = block.y * B + i * STRIP;
   }
-  // One strip of dy each of all the blocks (B = 128), or half of the blocks.
-  const int middle = begin + half_of(end - begin);
+  // A warpgroup takes one strip of dy of all blocks (B = 128), or half of the blocks (64).
+  const int middle = begin + first_half(end - begin);
   for (int g = 0; g < WARPGROUPS; ++g) {
-    const int from = WIDE > 1 || g == 0 ? begin : middle, to = WIDE > 1 || g == 1 ? end : middle;
-    const int row_of_first = __shfl_sync(0xffffffff, row, from % 32);
+    const int from = BLOCK_STRIPS > 1 || g == 0 ? begin : middle;
+    const int to = BLOCK_STRIPS > 1 || g == 1 ? end : middle;
+    const int first_row = __shfl_sync(0xffffffff, row, from % 32);
     if (lane != 0) continue;
-    job.work.x[g] = (from - begin) * WIDE;
-    job.work.dy[g] = row_of_first * WIDE + (WIDE > 1 ? g : 0);
-    int runs = 1 << (to - from) * WIDE;
+    item.payload.x[g] = (from - begin) * BLOCK_STRIPS;
+    item.payload.dy[g] = first_row * BLOCK_STRIPS + (BLOCK_STRIPS > 1 ? g : 0);
+    int runs = 1 << (to - from) * BLOCK_STRIPS;
     for (int i = from; i < to; ++i)
-      if (i == from || begins >> i & 1) runs |= 1 << (i - from) * WIDE;
-    job.work.runs[g] = runs;
+      if (i == from || begins >> i & 1) runs |= 1 << (i - from) * BLOCK_STRIPS;
+    item.payload.runs[g] = runs;
   }
   if (lane == 0) {
-    job.n_x = (end - begin) * WIDE;
-    job.n_dy = __popc(begins) * WIDE;
-    job.work.where = first + begin;
+    item.n_x = (end - begin) * BLOCK_STRIPS;
+    item.n_dy = __popc(begins) * BLOCK_STRIPS;
+    item.payload.origin = first + begin;
   }
-  planner.commit(a.tokens, most * WIDE);
+  scheduler.publish(a.tokens, most * BLOCK_STRIPS);
 }
 
-// Stores the sums of a strip by a strip: strip `x_strip` of x, as the job has them.
+// Stores the product of a strip of dy and strip `x_strip` of a work item's x.
 __device__ inline void store_strip(const Arguments& a, int first, int x_strip, int dy_strip,
-                                   const float* sums, char* staging) {
-  const long long slot = a.entries[first + x_strip / WIDE].y;
+                                   const float* acc, char* staging) {
+  const long long slot = a.entries[first + x_strip / BLOCK_STRIPS].y;
   const int first_row = dy_strip * STRIP + threadIdx.x / 32 % 4 * 16;
-  T* to = a.dw + (slot * B + first_row) * B + x_strip % WIDE * STRIP;
-  store_rows<T>(staging, sums, [&](int row, int col) { return to + row * B + col; });
+  T* destination = a.dw + (slot * B + first_row) * B + x_strip % BLOCK_STRIPS * STRIP;
+  store_rows<T>(staging, acc, [&](int row, int col) { return destination + row * B + col; });
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     block_linear_dw(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
-  static_assert(sizeof(Shared<Runs>) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
   Shared<Runs>& s = *reinterpret_cast<Shared<Runs>*>(memory);
 
-  auto plan = [&](Planner<Runs>& planner) {
-    const Cut cut(a);
-    for (int group = blockIdx.x / CLUSTER; group < cut.groups; group += gridDim.x / CLUSTER) {
-      const int2 blocks = cut.blocks(group);
-      plan_group(a, planner, blocks.x, blocks.y);
+  auto schedule = [&](Scheduler<Runs>& scheduler) {
+    const Partition partition(a);
+    for (int group = blockIdx.x / CLUSTER; group < partition.groups; group += gridDim.x / CLUSTER) {
+      const int2 blocks = partition.blocks(group);
+      schedule_group(a, scheduler, blocks.x, blocks.y);
     }
-    clear_slots<B>(a.dw, a.entries, cut.n_blocks, a.capacity);
+    zero_slots<B>(a.dw, a.entries, partition.n_blocks, a.capacity);
   };
 
-  auto store = [&](const Job<Runs>& job, int warpgroup, float* sums) {
-    const int first = job.work.where, dy_strip = WIDE > 1 ? warpgroup : 0;
-    const int n = 31 - __clz(job.work.runs[warpgroup]);  // strips of x
+  auto store = [&](const WorkItem<Runs>& item, int warpgroup, float* acc) {
+    const int first = item.payload.origin, dy_strip = BLOCK_STRIPS > 1 ? warpgroup : 0;
+    const int n = 31 - __clz(item.payload.runs[warpgroup]);  // strips of x
     char* staging = s.results[threadIdx.x / 32 - 4];
-    if constexpr (PARTS == 1) {
+    if constexpr (SPLIT_K == 1) {
 #pragma unroll
-      for (int i = 0; i < MOST; ++i)
+      for (int i = 0; i < MAX_X; ++i)
         if (i < n)
-          store_strip(a, first, job.work.x[warpgroup] + i, dy_strip, sums + 32 * i, staging);
+          store_strip(a, first, item.payload.x[warpgroup] + i, dy_strip, acc + 32 * i, staging);
     } else {
       const int thread = threadIdx.x % 128;
-      float4* own = sums_to_add(s) + warpgroup * MOST * 8 * 128 + thread;  // [strip][8][thread]
+      // [warpgroup][strip][8][thread]
+      float4* partial = partial_results(s) + warpgroup * MAX_X * 8 * 128 + thread;
 #pragma unroll
-      for (int i = 0; i < MOST; ++i)
+      for (int i = 0; i < MAX_X; ++i)
         if (i < n)
 #pragma unroll
           for (int j = 0; j < 8; ++j)
-            own[(i * 8 + j) * 128] =
-                make_float4(sums[32 * i + 4 * j], sums[32 * i + 4 * j + 1],
-                            sums[32 * i + 4 * j + 2], sums[32 * i + 4 * j + 3]);
+            partial[(i * 8 + j) * 128] =
+                make_float4(acc[32 * i + 4 * j], acc[32 * i + 4 * j + 1], acc[32 * i + 4 * j + 2],
+                            acc[32 * i + 4 * j + 3]);
       cluster_sync();
-      const int n_blocks = job.n_x / WIDE, half = half_of(n_blocks);
-      // The warpgroups of the cluster take pieces, a strip by a strip, in turn.
-      for (int piece = own_part() + PARTS * warpgroup; piece < WARPGROUPS * MOST;
-           piece += PARTS * WARPGROUPS) {
-        const int of = piece / MOST, i = piece % MOST;  // the warpgroup's i-th strip of x
-        if (i >= (WIDE > 1 ? job.n_x : of == 0 ? half : n_blocks - half)) continue;
+      const int n_blocks = item.n_x / BLOCK_STRIPS, half = first_half(n_blocks);
+      // The products of strips are distributed over the warpgroups of the cluster.
+      for (int product = split_rank() + SPLIT_K * warpgroup; product < WARPGROUPS * MAX_X;
+           product += SPLIT_K * WARPGROUPS) {
+        const int source = product / MAX_X, i = product % MAX_X;  // a warpgroup's i-th strip of x
+        if (i >= (BLOCK_STRIPS > 1 ? item.n_x : source == 0 ? half : n_blocks - half)) continue;
         float total[32] = {};
-        add_parts<8>(s, total, piece * 8 * 128 + thread, 128);
-        store_strip(a, first, i + job.work.x[of], WIDE > 1 ? of : 0, total, staging);
+        reduce_split_k<8>(s, total, product * 8 * 128 + thread, 128);
+        store_strip(a, first, i + item.payload.x[source], BLOCK_STRIPS > 1 ? source : 0, total,
+                    staging);
       }
-      copies_follow();
+      fence_proxy_async();
       cluster_sync();
     }
   };
-  run_jobs(s, a.dy, a.x, plan, [&](const Job<Runs>& job, Stages& stages) {
-    multiply_any(s, job, stages, uniform(threadIdx.x / 128 - 1), store);
-  });
+  run_warp_specialized(s, a.dy, a.x, schedule,
+                       [&](const WorkItem<Runs>& item, PipelineState& state) {
+                         dispatch_runs(s, item, state, warp_uniform(threadIdx.x / 128 - 1), store);
+                       });
 }

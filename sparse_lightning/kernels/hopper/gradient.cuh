@@ -1,248 +1,252 @@
-// The pipeline of the kernels that multiply dy^T x on sm_90a; what is to be multiplied, and what
-// becomes of it, is theirs.
+// The warp-specialised pipeline of the kernels that multiply dy^T x on sm_90a. A kernel supplies
+// the scheduler and the consumers.
 //
-// A thread block works on one job after another: strips of dy, 64 features wide, and strips of x,
-// X_WIDTH wide, over a range of steps of STEP tokens. Of the first four warps one plans the jobs
-// and the others copy, a step each in turn; the other warps multiply. In shared memory the strips
-// of a step lie beside each other, those of dy first.
+// A thread block processes work items: strips of dy, 64 features wide, and strips of x, X_WIDTH
+// wide, over a range of k-tiles of TK tokens. In the first warpgroup, PRODUCER_WARPS issue TMA
+// loads for every PRODUCER_WARPS-th k-tile each, and one scheduler warp publishes work items; the
+// other warps are consumers. A pipeline stage holds the strips of one k-tile, those of dy first.
 
 #pragma once
 #include "hopper/sm90.cuh"
 
-constexpr int STEP = CONFIG_STEP, X_WIDTH = CONFIG_X_WIDTH;
-constexpr int DY_STRIPS = CONFIG_DY_STRIPS, X_STRIPS = CONFIG_X_STRIPS;  // of a job, at most
-constexpr int RING = CONFIG_RING;  // strips of x that there is room for
-constexpr int WARPS = CONFIG_WARPS, COPIERS = 3, THREADS = 128 + 32 * WARPS;
-constexpr int STRIP = 64, LINE = 2 * STRIP, STRIP_BYTES = STEP * LINE;
-constexpr int X_LINE = 2 * X_WIDTH, X_BYTES = STEP * X_LINE, PER_STRIP = STRIP / X_WIDTH;
-constexpr int MOST_STAGES = 8;  // steps that are under way at most
-// Steps take barriers in turn: twice as many, so that a warp that is behind or ahead of the others
-// cannot take the barrier of one step for that of another.
-constexpr int BARRIERS = 2 * MOST_STAGES;
-// Thread blocks that are in step spare L2 much: what several ask for at once it reads once. So no
-// more is under way than copies need to arrive in time, in strips of x, if that is enough steps.
-constexpr int UNDER_WAY = CONFIG_UNDER_WAY, ENOUGH = CONFIG_ENOUGH;
-constexpr int JOBS = 2;  // that are planned at a time
+constexpr int TK = CONFIG_TK, X_WIDTH = CONFIG_X_WIDTH;
+constexpr int DY_STRIPS = CONFIG_DY_STRIPS, X_STRIPS = CONFIG_X_STRIPS;  // most of a work item
+constexpr int WARPS = CONFIG_CONSUMER_WARPS, PRODUCER_WARPS = 3, THREADS = 128 + 32 * WARPS;
+constexpr int STRIP = 64, ROW_BYTES = 2 * STRIP, DY_STRIP_BYTES = TK * ROW_BYTES;
+constexpr int X_ROW_BYTES = 2 * X_WIDTH, X_STRIP_BYTES = TK * X_ROW_BYTES;
+constexpr int X_PER_DY = STRIP / X_WIDTH;  // strips of x with the size of one of dy
+constexpr int MAX_STAGES = 8;
+// Twice as many barriers as stages, so that a warp that is ahead or behind cannot mistake the phase
+// of one k-tile for that of another.
+constexpr int BARRIERS = 2 * MAX_STAGES;
+// Thread blocks that run in lockstep relieve L2, which serves simultaneous requests for the same
+// lines with one read. So keep no more strips of x in flight than loads need to arrive in time, but
+// at least MIN_STAGES; IN_FLIGHT_STRIPS = 0 is no limit.
+constexpr int IN_FLIGHT_STRIPS = CONFIG_IN_FLIGHT_STRIPS, MIN_STAGES = CONFIG_MIN_STAGES;
+constexpr int SCHEDULE_STAGES = 2;  // work items in flight
 
-// The thread blocks of a cluster: each part of the tokens has some, which share copies of dy.
-constexpr int PARTS = CONFIG_PARTS, SHARERS = CONFIG_SHARERS, CLUSTER = PARTS * SHARERS;
-__device__ inline int rank() { return CLUSTER > 1 ? rank_in_cluster() : 0; }
-__device__ inline int own_part() { return rank() / SHARERS; }
-__device__ inline int own_share() { return rank() % SHARERS; }
+// A cluster has MULTICAST thread blocks, which multicast dy to each other, for each of SPLIT_K
+// splits of the tokens.
+constexpr int SPLIT_K = CONFIG_SPLIT_K, MULTICAST = CONFIG_MULTICAST;
+constexpr int CLUSTER = SPLIT_K * MULTICAST;
+__device__ inline int rank() { return CLUSTER > 1 ? cluster_rank() : 0; }
+__device__ inline int split_rank() { return rank() / MULTICAST; }
+__device__ inline int multicast_rank() { return rank() % MULTICAST; }
 
-// Work: what those who multiply have to know.
-template <typename Work>
-struct Job {
-  int end;                   // instead of a job: there is no more
-  int first_step, end_step;  // of the tokens
-  int n_dy, n_x;             // strips; of dy, what all that share it need
-  int room, copies;  // of a step: what it takes of shared memory, and what this thread block copies
-                     // of it at most, both in strips of x
-  int dy_features[DY_STRIPS], x_features[X_STRIPS];  // where they begin
-  Work work;
+// Payload: what the consumers of a kernel must know.
+template <typename Payload>
+struct WorkItem {
+  int is_end;  // set when no work items remain
+  int first_k_tile, end_k_tile;
+  int n_dy, n_x;      // strips; those of dy for all thread blocks that multicast them
+  int stage_strips;   // size of a stage, in strips of x
+  int loaded_strips;  // most that this thread block loads of a stage, in strips of x
+  int dy_features[DY_STRIPS], x_features[X_STRIPS];  // where strips begin
+  Payload payload;
 };
 
-template <typename Work>
-struct alignas(1024) Shared {
-  char ring[RING][X_BYTES];
+template <typename Payload, int STRIPS>
+struct alignas(1024) SharedOf {
+  char operands[STRIPS][X_STRIP_BYTES];  // all stages
   char results[WARPS][16 * 128];
-  Job<Work> jobs[JOBS];
-  u64 full[BARRIERS], empty[BARRIERS], planned[JOBS], done[JOBS];
+  WorkItem<Payload> work_items[SCHEDULE_STAGES];
+  u64 full[BARRIERS], empty[BARRIERS];
+  u64 schedule_full[SCHEDULE_STAGES], schedule_empty[SCHEDULE_STAGES];
 };
+// The strips of x that fit; Payload::EXTRA_BYTES is what the kernel appends to `Shared`.
+template <typename Payload>
+constexpr int OPERAND_STRIPS =
+    count_that_fits(sizeof(SharedOf<Payload, 1>) + Payload::EXTRA_BYTES, X_STRIP_BYTES);
+template <typename Payload>
+using Shared = SharedOf<Payload, OPERAND_STRIPS<Payload>>;
 
-// Where there are parts, the thread blocks of a cluster meet twice after each job: when the sums of
-// all lie in their rings, and when they have been added up.
-__device__ inline void meet() {
-  if (PARTS > 1) {
+// With split-K, the thread blocks of a cluster synchronise twice after each work item: when all
+// partial results are in shared memory, and when they have been reduced.
+__device__ inline void sync_split_k_reduction() {
+  if (SPLIT_K > 1) {
     cluster_sync();
     cluster_sync();
   }
 }
 
-// What the planning warp hands jobs to.
-template <typename Work>
-struct Planner {
-  Shared<Work>& s;
+// The scheduler warp's end of the queue of work items.
+template <typename Payload>
+struct Scheduler {
+  Shared<Payload>& s;
   int count = 0;
-  // The next job, for all lanes to fill.
-  __device__ Job<Work>& begin() {
-    barrier_wait(&s.done[place<JOBS>(count)], parity<JOBS>(count) ^ 1);
-    return s.jobs[place<JOBS>(count)];
+  // Returns the next work item, for all lanes to fill.
+  __device__ WorkItem<Payload>& acquire() {
+    mbarrier_wait_replaced(s.schedule_empty, count);
+    return s.work_items[wrap<SCHEDULE_STAGES>(count)];
   }
-  // Hands it to the other warps: for all tokens, or this thread block's part of them. Those that
-  // share dy must have the same `most_x`: the most strips of x that one of them has.
-  __device__ void commit(long long tokens, int most_x) {
+  // Publishes it, for this thread block's split of the tokens. `max_x`, the most strips of x of any
+  // thread block of the multicast, must be the same in all of them.
+  __device__ void publish(long long tokens, int max_x) {
     if (threadIdx.x % 32 == 0) {
-      Job<Work>& job = s.jobs[place<JOBS>(count)];
-      const long long steps = (tokens + STEP - 1) / STEP;
-      const int part = own_part();
-      job.room = job.n_dy * PER_STRIP + most_x;
-      job.copies = (job.n_dy * PER_STRIP + SHARERS - 1) / SHARERS + most_x;
-      job.end = false;
-      job.first_step = (int)(steps * part / PARTS);
-      job.end_step = (int)(steps * (part + 1) / PARTS);
+      WorkItem<Payload>& item = s.work_items[wrap<SCHEDULE_STAGES>(count)];
+      const long long k_tiles = (tokens + TK - 1) / TK;
+      const int split = split_rank();
+      item.stage_strips = item.n_dy * X_PER_DY + max_x;
+      item.loaded_strips = (item.n_dy * X_PER_DY + MULTICAST - 1) / MULTICAST + max_x;
+      item.is_end = false;
+      item.first_k_tile = (int)(k_tiles * split / SPLIT_K);
+      item.end_k_tile = (int)(k_tiles * (split + 1) / SPLIT_K);
     }
     __syncwarp();
-    barrier_arrive(&s.planned[place<JOBS>(count++)]);
-    meet();
+    mbarrier_arrive_item(s.schedule_full, count++);
+    sync_split_k_reduction();
   }
-  __device__ void end() {
-    begin().end = true;
-    barrier_arrive(&s.planned[place<JOBS>(count)]);
+  __device__ void publish_end() {
+    acquire().is_end = true;
+    mbarrier_arrive_item(s.schedule_full, count);
   }
 };
 
-template <typename Work, typename Each>
-__device__ void follow_jobs(Shared<Work>& s, Each each) {
+template <typename Payload, typename Visit>
+__device__ void for_each_work_item(Shared<Payload>& s, Visit visit) {
   for (int count = 0;; ++count) {
-    const Job<Work>& job = s.jobs[place<JOBS>(count)];
-    barrier_wait(&s.planned[place<JOBS>(count)], parity<JOBS>(count));
-    if (job.end) return;
-    each(job);
-    barrier_arrive(&s.done[place<JOBS>(count)]);
+    const WorkItem<Payload>& item = s.work_items[wrap<SCHEDULE_STAGES>(count)];
+    mbarrier_wait_item(s.schedule_full, count);
+    if (item.is_end) return;
+    visit(item);
+    mbarrier_arrive_item(s.schedule_empty, count);
   }
 }
 
-// One warp of each thread block: writes zeros into the slots of dW that `entries` has from `first`
-// on, the empty ones.
+// Writes zeros to the slots of dW in `entries` from `first` on, the empty ones. Called by one warp
+// of each thread block.
 template <int B, typename T>
-__device__ void clear_slots(T* dw, const int2* entries, int first, int capacity) {
+__device__ void zero_slots(T* dw, const int2* entries, int first, int capacity) {
   for (int entry = first + blockIdx.x; entry < capacity; entry += gridDim.x) {
     uint4* block = reinterpret_cast<uint4*>(dw + (long long)entries[entry].y * B * B);
     for (int i = threadIdx.x % 32; i < B * B / 8; i += 32) block[i] = make_uint4(0, 0, 0, 0);
   }
 }
 
-// Steps take stages of shared memory in turn, as many as fit; a job goes on where the one before
-// has ended, unless it needs another number of them.
-struct Stages {
-  int n = 0, size, at = 0;   // size: in strips of x
-  int count = 0, first = 0;  // steps of all jobs so far; when the stages were last cut
-  template <typename Work>
-  __device__ void follow(const Job<Work>& job) {
-    const int fit = min(max(UNDER_WAY / job.copies, ENOUGH), min(RING / job.room, MOST_STAGES));
-    if (fit != n) n = fit, size = RING / fit, at = 0, first = count;
+// The state of the pipeline, which each warp tracks for itself. Stages continue from one work item
+// to the next unless their number changes.
+struct PipelineState {
+  int stages = 0, stage_strips, stage = 0;  // size of a stage in strips of x; current stage
+  int k_tile = 0, first_k_tile = 0;         // number over all work items; first with these stages
+  template <typename Payload>
+  __device__ void configure(const WorkItem<Payload>& item) {
+    constexpr int limit = IN_FLIGHT_STRIPS > 0 ? IN_FLIGHT_STRIPS : OPERAND_STRIPS<Payload>;
+    const int wanted = max(limit / item.loaded_strips, MIN_STAGES);
+    const int fit = min(wanted, min(OPERAND_STRIPS<Payload> / item.stage_strips, MAX_STAGES));
+    if (fit != stages)
+      stages = fit, stage_strips = OPERAND_STRIPS<Payload> / fit, stage = 0, first_k_tile = k_tile;
   }
-  // The last step that must be gone before the next may be copied; -1: none.
-  __device__ int in_the_way() const { return max(count - n, first - 1); }
-  __device__ void next() {
-    ++count;
-    at = at + 1 == n ? 0 : at + 1;
+  // The last k-tile that must be released before the current one may be loaded; -1 if none.
+  __device__ int blocking_k_tile() const { return max(k_tile - stages, first_k_tile - 1); }
+  __device__ void advance() {
+    ++k_tile;
+    stage = stage + 1 == stages ? 0 : stage + 1;
   }
 };
 
-// A warp gives back a step: to all that copy into it.
-template <typename Work>
-__device__ void give_back(Shared<Work>& s, int step) {
-  u64* empty = &s.empty[place<BARRIERS>(step)];
+// Consumer warp: releases a k-tile, in all thread blocks that load into its stage.
+template <typename Payload>
+__device__ void release(Shared<Payload>& s, int k_tile) {
+  u64* empty = &s.empty[wrap<BARRIERS>(k_tile)];
   const int lane = threadIdx.x % 32;
-  if (SHARERS == 1) {
-    if (lane == 0) barrier_arrive(empty);
-  } else if (lane < SHARERS) {
-    barrier_arrive(empty, own_part() * SHARERS + lane);
+  if (MULTICAST == 1) {
+    if (lane == 0) mbarrier_arrive(empty);
+  } else if (lane < MULTICAST) {
+    mbarrier_arrive_remote(empty, split_rank() * MULTICAST + lane);
   }
 }
 
-// Where a thread block of a cluster puts its sums, to be added up: in the ring. Called by all that
-// multiply, when they have multiplied all steps.
-template <typename Work>
-__device__ float4* sums_to_add(Shared<Work>& s) {
-  warps_sync<32 * WARPS>();
-  return reinterpret_cast<float4*>(s.ring);
+// Returns where a thread block of a split-K cluster puts its partial results: over the operands.
+// Called by all consumers when they have multiplied all k-tiles.
+template <typename Payload>
+__device__ float4* partial_results(Shared<Payload>& s) {
+  named_barrier_sync<32 * WARPS>();
+  return reinterpret_cast<float4*>(s.operands);
 }
 
-// Adds up the sums of all parts, always in the same order: N times four of them, from `first` on.
-template <int N, typename Work>
-__device__ void add_parts(Shared<Work>& s, float* total, int first, int stride) {
+// Adds the partial results of all splits, always in the same order: N float4, from `first` on.
+template <int N, typename Payload>
+__device__ void reduce_split_k(Shared<Payload>& s, float* total, int first, int stride) {
 #pragma unroll 2
-  for (int from = 0; from < PARTS; ++from) {
-    const unsigned there = in_cluster(s.ring, from * SHARERS + own_share()) + first * 16;
+  for (int split = 0; split < SPLIT_K; ++split) {
+    const unsigned remote =
+        remote_shared_address(s.operands, split * MULTICAST + multicast_rank()) + first * 16;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float4 four = load_in_cluster(there + i * stride * 16);
-      total[4 * i] += four.x, total[4 * i + 1] += four.y;
-      total[4 * i + 2] += four.z, total[4 * i + 3] += four.w;
+      const float4 partial = load_remote_shared(remote + i * stride * 16);
+      total[4 * i] += partial.x, total[4 * i + 1] += partial.y;
+      total[4 * i + 2] += partial.z, total[4 * i + 3] += partial.w;
     }
   }
 }
 
-// A warp: copies every COPIERS-th step of a job, a lane a strip of x and a strip of dy.
-template <typename Work>
-__device__ void copy_strips(Shared<Work>& s, const TensorMap& dy, const TensorMap& x,
-                            const Job<Work>& job, Stages& stages) {
-  static_assert(DY_STRIPS <= 32 && X_STRIPS <= 32, "a lane each");
+// Producer warp: loads every PRODUCER_WARPS-th k-tile; each lane loads a strip of x and one of dy.
+template <typename Payload>
+__device__ void produce(Shared<Payload>& s, const TensorMap& dy, const TensorMap& x,
+                        const WorkItem<Payload>& item, PipelineState& state) {
+  static_assert(DY_STRIPS <= 32 && X_STRIPS <= 32, "one per lane");
   const int lane = threadIdx.x % 32;
-  stages.follow(job);
-  const int n_dy = job.n_dy, n_x = job.n_x, end_step = job.end_step;
-  const int dy_feature = lane < n_dy ? job.dy_features[lane] : 0;
-  const int x_feature = lane < n_x ? job.x_features[lane] : 0;
-  const int bytes = (n_dy * PER_STRIP + n_x) * X_BYTES;
-  const bool copies_dy = lane < n_dy && lane % SHARERS == own_share();
-  const unsigned short sharers = (1 << SHARERS) - 1 << own_part() * SHARERS;
-  int own = threadIdx.x / 32;
-  for (int step = job.first_step; step < end_step; ++step, stages.next()) {
-    if (own-- > 0) continue;
-    own = COPIERS - 1;
-    u64* full = &s.full[place<BARRIERS>(stages.count)];
-    char (*to)[X_BYTES] = s.ring + stages.at * stages.size;
-    const int older = stages.in_the_way();
-    if (older >= 0) barrier_wait(&s.empty[place<BARRIERS>(older)], parity<BARRIERS>(older));
-    if (lane == 0) barrier_expect(full, bytes);
+  state.configure(item);
+  const int n_dy = item.n_dy, n_x = item.n_x, end_k_tile = item.end_k_tile;
+  const int dy_feature = lane < n_dy ? item.dy_features[lane] : 0;
+  const int x_feature = lane < n_x ? item.x_features[lane] : 0;
+  const int bytes = (n_dy * X_PER_DY + n_x) * X_STRIP_BYTES;
+  const bool loads_dy = lane < n_dy && lane % MULTICAST == multicast_rank();
+  const unsigned short mask = (1 << MULTICAST) - 1 << split_rank() * MULTICAST;
+  int skip = threadIdx.x / 32;  // k-tiles of other producer warps
+  for (int k_tile = item.first_k_tile; k_tile < end_k_tile; ++k_tile, state.advance()) {
+    if (skip-- > 0) continue;
+    skip = PRODUCER_WARPS - 1;
+    u64* full = &s.full[wrap<BARRIERS>(state.k_tile)];
+    char (*stage)[X_STRIP_BYTES] = s.operands + state.stage * state.stage_strips;
+    const int older = state.blocking_k_tile();
+    if (older >= 0) mbarrier_wait_item(s.empty, older);
+    if (lane == 0) mbarrier_arrive_expect_tx(full, bytes);
     __syncwarp();
-    if (copies_dy) {
-      void* place = to[lane * PER_STRIP];
-      if (SHARERS == 1)
-        copy_box(place, dy, full, dy_feature, step * STEP);
+    if (loads_dy) {
+      void* destination = stage[lane * X_PER_DY];
+      if (MULTICAST == 1)
+        tma_load_2d(destination, dy, full, dy_feature, k_tile * TK);
       else
-        copy_box_to_all(place, dy, full, dy_feature, step * STEP, sharers);
+        tma_load_2d_multicast(destination, dy, full, dy_feature, k_tile * TK, mask);
     }
-    if (lane < n_x) copy_box(to[n_dy * PER_STRIP + lane], x, full, x_feature, step * STEP);
+    if (lane < n_x) tma_load_2d(stage[n_dy * X_PER_DY + lane], x, full, x_feature, k_tile * TK);
     __syncwarp();
   }
 }
 
-// Registers of a thread that copies or plans, and of one that multiplies: together not more than
-// the launch gives, 168 or 96 for each.
-constexpr int FEW_REGISTERS = WARPS == 8 ? 72 : 64, MANY_REGISTERS = WARPS == 8 ? 216 : 104;
+// Registers of a thread after reallocation. The totals must not exceed what the launch allocates:
+// 168 or 96 for each thread.
+constexpr int PRODUCER_REGISTERS = WARPS == 8 ? 72 : 64,
+              CONSUMER_REGISTERS = WARPS == 8 ? 216 : 104;
 
-// The whole kernel: plan(planner) is for one warp; multiply(job, stages) for each that multiplies,
-// and meets the others of the cluster as `meet` does.
-template <typename Work, typename Plan, typename Multiply>
-__device__ void run_jobs(Shared<Work>& s, const TensorMap& dy, const TensorMap& x, Plan plan,
-                         Multiply multiply) {
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < BARRIERS; ++i) {
-      barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], WARPS * SHARERS);
-    }
-    for (int job = 0; job < JOBS; ++job) {
-      // Each lane arrives, for what it has written or read.
-      barrier_init(&s.planned[job], 32);
-      barrier_init(&s.done[job], 32 * (COPIERS + WARPS));
-    }
-    barrier_inits_end();
-  }
+// The whole kernel. One warp calls schedule(scheduler); each consumer calls consume(item, state)
+// for every work item, which must synchronise the cluster as `sync_split_k_reduction` does.
+template <typename Payload, typename Schedule, typename Consume>
+__device__ void run_warp_specialized(Shared<Payload>& s, const TensorMap& dy, const TensorMap& x,
+                                     Schedule schedule, Consume consume) {
+  init_barriers(s, WARPS * MULTICAST, PRODUCER_WARPS + WARPS);
   __syncthreads();
-  if (SHARERS > 1) cluster_sync();
-  Stages stages;
+  if (MULTICAST > 1) cluster_sync();
+  PipelineState state;
   if (threadIdx.x >= 128) {
-    take_registers<MANY_REGISTERS>();
-    follow_jobs(s, [&](const Job<Work>& job) {
-      stages.follow(job);
-      multiply(job, stages);
+    warpgroup_reg_alloc<CONSUMER_REGISTERS>();
+    for_each_work_item(s, [&](const WorkItem<Payload>& item) {
+      state.configure(item);
+      consume(item, state);
     });
   } else {
-    give_registers<FEW_REGISTERS>();
-    if (threadIdx.x / 32 < COPIERS) {
-      follow_jobs(s, [&](const Job<Work>& job) {
-        copy_strips(s, dy, x, job, stages);
-        meet();
+    warpgroup_reg_dealloc<PRODUCER_REGISTERS>();
+    if (threadIdx.x / 32 < PRODUCER_WARPS) {
+      for_each_work_item(s, [&](const WorkItem<Payload>& item) {
+        produce(s, dy, x, item, state);
+        sync_split_k_reduction();
       });
     } else {
-      Planner<Work> planner{s};
-      plan(planner);
-      planner.end();
+      Scheduler<Payload> scheduler{s};
+      schedule(scheduler);
+      scheduler.publish_end();
     }
   }
-  if (SHARERS > 1) cluster_sync();  // nothing of the others may arrive after the end
+  if (MULTICAST > 1) cluster_sync();  // no thread block may exit while others access its memory
 }

@@ -1,7 +1,7 @@
-"""The kernels for Hopper: grids, arguments and launch of each product; see `ops` for shapes.
+"""The kernels for Hopper: grid, arguments and launch of each product; see `ops` for shapes.
 
 Operands are contiguous, aligned to 16 bytes, of one half-precision dtype, and on the device of
-index `device`; there is a token and a slot.
+index `device`; there is at least one token and one slot.
 """
 
 from __future__ import annotations
@@ -12,26 +12,29 @@ from torch import Tensor
 from sparse_lightning.kernels.activations import ACTIVATIONS
 from sparse_lightning.kernels.hopper import programs
 from sparse_lightning.kernels.hopper.tensor_maps import tensor_map
-from sparse_lightning.kernels.launch import Kernel, build_once, processors, row_pitch
+from sparse_lightning.kernels.launch import Kernel, build_once, row_pitch, sm_count
+from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.programs import Program, TiledProgram
+from sparse_lightning.topology import Indices
 
 
 def linear(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    slots: Tensor,
+    lists: BlockLists,
     y: Tensor,
     device: int,
     *,
     forward: bool,
-    other: Tensor | None = None,
     activation: str | None = None,
+    activated: Tensor | None = None,
+    preactivation: Tensor | None = None,
 ) -> None:
-    """Fill `y` with x W^T + bias, or with x W (not `forward`); `slots` is W's in both cases.
+    """Fill `y` with x W^T + bias, or with x W (not `forward`), and fuse an activation.
 
-    With an activation, `other` is filled with that of y (forward), or holds the input that the
-    gradient goes back to, contiguous like y.
+    With an activation, the forward product also fills `activated` with the activation of `y`. The
+    other product is multiplied by its derivative at `preactivation`. Both are contiguous like `y`.
     """
     block_size = values.shape[1]
     kernel = _linear_kernel(x.dtype, block_size, forward, activation is not None, device)
@@ -46,15 +49,16 @@ def linear(
         blocks = tensor_map(values.data_ptr(), x.dtype, tuple(values.shape), (1, 64, 64))
     token_tiles = -(-tokens // (tiling.tm * cluster))
     output_tiles = -(-out_features // tiling.tn)
-    clusters = min(token_tiles * output_tiles, kernel.processors // cluster)
-    row, col = slots.stride()
+    clusters = min(token_tiles * output_tiles, kernel.sm_count // cluster)
+    row, col = lists.slots.stride()
+    fused = activated if forward else preactivation
     kernel.launch(
         clusters * cluster,
         1,
         tensor_map(x.data_ptr(), x.dtype, (tokens, in_features), x_box),
         blocks,
         0 if bias is None else bias.data_ptr(),
-        slots.data_ptr(),
+        lists.slots.data_ptr(),
         y.data_ptr(),
         *((row, col) if forward else (col, row)),
         out_features // block_size,
@@ -62,36 +66,27 @@ def linear(
         tokens,
         token_tiles,
         output_tiles,
-        0 if other is None else other.data_ptr(),
+        0 if fused is None else fused.data_ptr(),
         0 if activation is None else ACTIVATIONS.index(activation),
     )
 
 
-def linear_dw(
-    dy: Tensor,
-    x: Tensor,
-    coords: Tensor,
-    row_offsets: Tensor,
-    row_entries: Tensor,
-    slots: Tensor,
-    dw: Tensor,
-    device: int,
-) -> None:
+def linear_dw(dy: Tensor, x: Tensor, indices: Indices, dw: Tensor, device: int) -> None:
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     capacity, block_size, _ = dw.shape
-    tokens, (out_blocks, in_blocks) = x.numel() // x.shape[-1], slots.shape
+    tokens, (out_blocks, in_blocks) = x.numel() // x.shape[-1], indices.slots.shape
     if block_size < programs.STRIP:
-        bands = programs.dw_bands(capacity, (out_blocks, in_blocks), block_size, processors(device))
-        kernel = _narrow_dw_kernel(x.dtype, block_size, bands.parts, device)
+        bands = programs.dw_bands(capacity, (out_blocks, in_blocks), block_size, sm_count(device))
+        kernel = _narrow_dw_kernel(x.dtype, block_size, bands.split_k, device)
         kernel.launch(
-            bands.clusters * bands.parts,
+            bands.clusters * bands.split_k,
             1,
-            *_strip_maps(dy, x, programs.NARROW_STEP, programs.NARROW_DW[block_size].x_width),
+            *_strip_maps(dy, x, programs.NARROW_TK, programs.NARROW_DW[block_size].x_width),
             dw.data_ptr(),
-            slots.data_ptr(),
-            row_entries.data_ptr(),
-            row_offsets.data_ptr(),
-            coords.data_ptr(),
+            indices.slots.data_ptr(),
+            indices.row_entries.data_ptr(),
+            indices.row_offsets.data_ptr(),
+            indices.coords.data_ptr(),
             tokens,
             capacity,
             out_blocks,
@@ -101,16 +96,16 @@ def linear_dw(
             bands.groups,
         )
         return
-    split = programs.dw_split(capacity, out_blocks, block_size, tokens, processors(device))
-    kernel = _wide_dw_kernel(x.dtype, block_size, split.parts, split.sharers, device)
+    split = programs.dw_split(capacity, out_blocks, block_size, tokens, sm_count(device))
+    kernel = _wide_dw_kernel(x.dtype, block_size, split.split_k, split.multicast, device)
     kernel.launch(
-        split.clusters * split.parts * split.sharers,
+        split.clusters * split.split_k * split.multicast,
         1,
-        *_strip_maps(dy, x, programs.STEP, programs.STRIP),
+        *_strip_maps(dy, x, programs.TK, programs.STRIP),
         dw.data_ptr(),
-        row_entries.data_ptr(),
-        row_offsets.data_ptr(),
-        coords.data_ptr(),
+        indices.row_entries.data_ptr(),
+        indices.row_offsets.data_ptr(),
+        indices.coords.data_ptr(),
         tokens,
         capacity,
         out_blocks,
@@ -120,14 +115,14 @@ def linear_dw(
 def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> None:
     """Fill `out` with the squared norm of each block of dy^T x, or with zeros if not armed.
 
-    `dy` and `x` are rows at any distance that is a multiple of 16 bytes.
+    The rows of `dy` and `x` may have any pitch that is a multiple of 16 bytes.
     """
     kernel = norms_kernel(x.dtype, device)
     out_features, in_features = dy.shape[-1], x.shape[-1]
     kernel.launch(
-        kernel.processors,
+        kernel.sm_count,
         1,
-        *_strip_maps(dy, x, programs.STEP, programs.STRIP, (row_pitch(dy), row_pitch(x))),
+        *_strip_maps(dy, x, programs.TK, programs.STRIP, (row_pitch(dy), row_pitch(x))),
         armed.data_ptr(),
         out.data_ptr(),
         x.shape[0],
@@ -140,15 +135,15 @@ def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> Non
 def _strip_maps(
     dy: Tensor,
     x: Tensor,
-    step: int,
+    tk: int,
     x_width: int,
     pitches: tuple[int | None, int | None] = (None, None),
 ) -> tuple[bytes, bytes]:
     tokens = x.numel() // x.shape[-1]
     dy_shape, x_shape = (tokens, dy.shape[-1]), (tokens, x.shape[-1])
     return (
-        tensor_map(dy.data_ptr(), dy.dtype, dy_shape, (step, programs.STRIP), pitches[0]),
-        tensor_map(x.data_ptr(), x.dtype, x_shape, (step, x_width), pitches[1]),
+        tensor_map(dy.data_ptr(), dy.dtype, dy_shape, (tk, programs.STRIP), pitches[0]),
+        tensor_map(x.data_ptr(), x.dtype, x_shape, (tk, x_width), pitches[1]),
     )
 
 
@@ -163,21 +158,21 @@ def _linear_kernel(
 
 @build_once
 def _wide_dw_kernel(
-    dtype: torch.dtype, block_size: int, parts: int, sharers: int, device: int
+    dtype: torch.dtype, block_size: int, split_k: int, multicast: int, device: int
 ) -> Kernel[Program]:
-    program = programs.dw_program(dtype, block_size, parts, sharers)
+    program = programs.dw_program(dtype, block_size, split_k, multicast)
     return Kernel(program, "block_linear_dw", "128s128sPPPPqii", device)
 
 
 @build_once
 def _narrow_dw_kernel(
-    dtype: torch.dtype, block_size: int, parts: int, device: int
+    dtype: torch.dtype, block_size: int, split_k: int, device: int
 ) -> Kernel[Program]:
-    program = programs.dw_program(dtype, block_size, parts)
+    program = programs.dw_program(dtype, block_size, split_k)
     return Kernel(program, "block_linear_dw", "128s128sPPPPPqiiiiii", device)
 
 
 @build_once
 def norms_kernel(dtype: torch.dtype, device: int) -> Kernel[Program]:
-    """Return the kernel of `norms`, loaded."""
+    """Return the loaded kernel of `norms`."""
     return Kernel(programs.norms_program(dtype), "block_norms", "128s128sPPqiii", device)

@@ -1,265 +1,261 @@
-// y = x W^T + bias (FORWARD), or dx = dy W, on sm_90a: what block_linear.cu computes, for bf16 and
-// fp16 and B = 64 or 128, with bulk copies and warpgroup products.
+// y = x W^T + bias (FORWARD), or dx = dy W, for a block-sparse W on sm_90a: what portable/linear.cu
+// computes, for bf16 and fp16 and B = 64 or 128, with TMA and WGMMA.
 //
 //   x      [tokens, in_features]       values [capacity, B, B]      y [tokens, out_features]
 //   bias   [out_features] or null
-//   slots  int [out_blocks, in_blocks] by strides: the slot of each block, -1 where there is none
+//   slots  int [out_blocks, in_blocks], strided: the slot of each block, -1 where absent
 //
-// "in" and "out" are as seen from the product, as in block_linear.cu.
+// "in" and "out" are from the product's point of view, as in portable/linear.cu. Tensors are
+// 16-byte aligned; there is at least one token and one slot.
 //
-// A thread block computes TOKENS x OUTPUTS of y at a time, a tile. k runs over slabs of 64 inputs;
-// a slab in which none of the tile's blocks is present is left out. Of the first four warps one
-// plans (finds the slabs, and the slots of their blocks) and the others copy, a slab each in turn;
-// the other warpgroups multiply, each with its share of the outputs. The thread blocks of a cluster
-// do the same for different tokens, and share the copies of W.
+// Grid: persistent clusters of CLUSTER thread blocks, each of which computes one TM x TN tile of y
+// at a time. The thread blocks of a cluster have the same outputs and different tokens, so W is
+// multicast. k runs in k-tiles of TK; k-tiles without a present block are skipped.
 //
-// Shared memory is one ring of granules. A slab takes those of x, [TOKENS][64], and then one for
-// each output block that is present in it: the block (B = 64), or half of it (128). Sums run over
-// ascending k, so results depend neither on slots nor on timing.
+// Warp roles: in the first warpgroup, PRODUCER_WARPS issue TMA loads for every PRODUCER_WARPS-th
+// k-tile each, and one scheduler warp looks up which blocks are present, a window of k-tiles ahead.
+// The consumer warpgroups issue WGMMA, each for its share of the outputs.
+//
+// Pipeline: stages have different sizes. The operands are in a circular buffer of units; a k-tile
+// takes X_UNITS for x, [TM][TK], and one for each present output block: the block (B = 64) or half
+// of it (128). Accumulation is in order of k, so results depend neither on slots nor on timing.
 
-#include "hopper/activations.cuh"
-#include "hopper/sm90.cuh"
+#include "hopper/linear.cuh"
 
-typedef CONFIG_T T;
-constexpr int B = CONFIG_B;
-constexpr bool FORWARD = CONFIG_FORWARD;
-
-constexpr int TOKENS = CONFIG_TOKENS, OUTPUTS = CONFIG_OUTPUTS, SLAB = CONFIG_SLAB;
 constexpr int CLUSTER = CONFIG_CLUSTER;
-constexpr int WARPGROUPS = CONFIG_WARPGROUPS, WARPS = 4 * WARPGROUPS, COPIERS = 3;
+constexpr int WARPGROUPS = CONFIG_CONSUMER_WARPGROUPS, WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 + 32 * WARPS;
-constexpr int STAGES = CONFIG_STAGES;  // slabs that can be under way, if they fit
-static_assert(SLAB == 64 && B % SLAB == 0, "a line of shared memory, in one block");
+static_assert(TK == 64 && B % TK == 0, "a row of an operand is 128 bytes, within one block");
 
-constexpr int ROWS = OUTPUTS / B;                               // output blocks of a tile
-constexpr int LINE = 2 * SLAB;                                  // bytes in a row of shared memory
-constexpr int X_BYTES = TOKENS * LINE, PART_BYTES = 64 * LINE;  // a part: 64 tokens
-constexpr int GRANULE = B * LINE, GRANULES = CONFIG_GRANULES, X_GRANULES = X_BYTES / GRANULE;
-// A slab is held until the next one has come, and a copier may be some slabs ahead of the others.
-static_assert(2 * (X_GRANULES + ROWS) <= GRANULES, "two slabs fit");
-static_assert(GRANULES / (X_GRANULES + 1) + COPIERS <= STAGES, "no barrier is taken for another's");
+constexpr int TILE_BLOCKS = TN / B;  // output blocks of a tile
+constexpr int ROW_BYTES = 2 * TK;    // in shared memory
+constexpr int X_BYTES = TM * ROW_BYTES, X_SUBTILE_BYTES = 64 * ROW_BYTES;  // subtile: M of a WGMMA
+constexpr int UNIT_BYTES = B * ROW_BYTES, X_UNITS = X_BYTES / UNIT_BYTES;
 
-struct Arguments {
-  TensorMap x, values;  // boxes: B tokens, or 64 rows of a block, by 64 inputs
-  const T* bias;
-  const int* slots;
-  T* y;
-  int out_stride, in_stride;
-  int out_blocks, in_blocks;
-  long long tokens;
-  int token_tiles, output_tiles;  // of TOKENS * CLUSTER, and of OUTPUTS
-  T* other;                       // see `finish`
-  int activation;                 // likewise
+// Boxes: of x, B tokens by 64 inputs; of values, 64 x 64.
+typedef LinearArguments<TensorMap> Arguments;
+
+constexpr int WINDOW = 32;  // k-tiles that the scheduler warp looks up at once, one per lane
+constexpr int SCHEDULE_STAGES = 4;
+
+struct Schedule {
+  int n_k_tiles;  // k-tiles of the window in which the tile has any block
+  int slots[WINDOW][TILE_BLOCKS];
 };
 
-constexpr int WINDOW = 32;  // slabs that the planning warp looks at at once, a lane each
-constexpr int PLANS = 4;
-
-struct Plan {
-  int n;  // slabs of the window in which the tile has any block
-  int slots[WINDOW][ROWS];
+// A k-tile to multiply; they are numbered over all tiles of the thread block.
+struct alignas(16) KTile {
+  unsigned present;  // bit mask of its output blocks
+  int first_unit;    // of the buffer, numbered likewise
+  int first_k;       // its first input
 };
+constexpr int K_TILES = 256;  // more than can be scheduled ahead or in flight
 
-// A slab that is to be multiplied; they are counted over all tiles of the thread block.
-struct alignas(16) Slab {
-  unsigned present;   // its output blocks, a bit each
-  int first_granule;  // that it takes, counted likewise
-  int first_k;        // its first input
+template <int UNITS_>
+struct alignas(1024) SharedOf {
+  char units[UNITS_][UNIT_BYTES];
+  char y[WARPS][16 * 128];  // staging for 16 tokens x 64 outputs
+  KTile k_tiles[K_TILES];
+  Schedule schedules[SCHEDULE_STAGES];
+  u64 full[STAGES], empty[STAGES];
+  u64 schedule_full[SCHEDULE_STAGES], schedule_empty[SCHEDULE_STAGES];
 };
-constexpr int SLABS = 256;  // more than can be planned ahead, or under way
+constexpr int UNITS = count_that_fits(sizeof(SharedOf<1>), UNIT_BYTES);
+typedef SharedOf<UNITS> Shared;
+// A k-tile is held until the next one has arrived, and a producer may be some ahead of the others.
+static_assert(2 * (X_UNITS + TILE_BLOCKS) <= UNITS, "two k-tiles fit");
+static_assert(UNITS / (X_UNITS + 1) + PRODUCER_WARPS <= STAGES,
+              "barriers are not reused too early");
 
-struct alignas(1024) Shared {
-  char granules[GRANULES][GRANULE];
-  char y[WARPS][16 * 128];  // 16 tokens x 64 outputs, on their way out
-  Slab slabs[SLABS];
-  Plan plans[PLANS];
-  u64 full[STAGES], empty[STAGES], planned[PLANS], done[PLANS];
-};
-static_assert(sizeof(Shared) == CONFIG_SHARED_BYTES, "hopper_programs.py must count alike");
+LINEAR_LAUNCH_FACTS;
 
-__device__ inline int granules_of(unsigned present) { return X_GRANULES + __popc(present); }
+__device__ inline int units_of(unsigned present) { return X_UNITS + __popc(present); }
 
-// One warp: looks up which blocks are present, ahead of the copies.
-__device__ void plan(const Arguments& a, Shared& s, int clusters) {
-  const int lane = threadIdx.x % 32, n_slabs = a.in_blocks * B / SLAB;
-  int window = 0, n = 0, granules = 0;  // so far
+// Scheduler warp: looks up which blocks are present, ahead of the loads.
+__device__ void schedule(const Arguments& a, Shared& s, int clusters) {
+  const int lane = threadIdx.x % 32, all_k_tiles = a.in_blocks * B / TK;
+  int window = 0, n = 0, units = 0;  // counts so far
   for (int tile = blockIdx.x / CLUSTER; tile < a.token_tiles * a.output_tiles; tile += clusters) {
-    const int first_out = tile % a.output_tiles * ROWS;
-    for (int first_slab = 0; first_slab < n_slabs; first_slab += WINDOW, ++window) {
-      Plan& p = s.plans[place<PLANS>(window)];
-      const int first_k = (first_slab + lane) * SLAB, in_block = first_k / B;
-      const int* at = a.slots + (long long)in_block * a.in_stride;
-      barrier_wait(&s.done[place<PLANS>(window)], parity<PLANS>(window) ^ 1);
+    const int first_out = tile % a.output_tiles * TILE_BLOCKS;
+    for (int first = 0; first < all_k_tiles; first += WINDOW, ++window) {
+      Schedule& out = s.schedules[wrap<SCHEDULE_STAGES>(window)];
+      const int first_k = (first + lane) * TK, in_block = first_k / B;
+      const int* slots = a.slots + (long long)in_block * a.in_stride;
+      mbarrier_wait_replaced(s.schedule_empty, window);
       unsigned present = 0;
 #pragma unroll
-      for (int row = 0; row < ROWS; ++row) {
-        const int out_block = first_out + row;
+      for (int block = 0; block < TILE_BLOCKS; ++block) {
+        const int out_block = first_out + block;
         const bool inside = in_block < a.in_blocks && out_block < a.out_blocks;
-        const int slot = inside ? __ldg(at + (long long)out_block * a.out_stride) : -1;
-        present |= (unsigned)(slot >= 0) << row;
-        p.slots[lane][row] = slot;
+        const int slot = inside ? __ldg(slots + (long long)out_block * a.out_stride) : -1;
+        present |= (unsigned)(slot >= 0) << block;
+        out.slots[lane][block] = slot;
       }
-      const unsigned slabs = __ballot_sync(0xffffffff, present);
-      const int own = present ? granules_of(present) : 0, upto = through(own);
+      const unsigned needed = __ballot_sync(0xffffffff, present);
+      const int lane_units = present ? units_of(present) : 0;
+      const int scan = inclusive_warp_scan(lane_units);
       if (present)
-        s.slabs[place<SLABS>(n + __popc(slabs & ((1u << lane) - 1)))] = {
-            present, granules + upto - own, first_k};
-      granules += __shfl_sync(0xffffffff, upto, 31);
-      n += __popc(slabs);
-      if (lane == 0) p.n = __popc(slabs);
-      barrier_arrive(&s.planned[place<PLANS>(window)]);
+        s.k_tiles[wrap<K_TILES>(n + __popc(needed & ((1u << lane) - 1)))] = {
+            present, units + scan - lane_units, first_k};
+      units += __shfl_sync(0xffffffff, scan, 31);
+      n += __popc(needed);
+      if (lane == 0) out.n_k_tiles = __popc(needed);
+      mbarrier_arrive_item(s.schedule_full, window);
     }
   }
 }
 
-// Calls begin(tile), each(slab's number, plan) for every slab of the tile, and end(tile).
-template <typename Begin, typename Each, typename End>
-__device__ void follow_plan(const Arguments& a, Shared& s, int clusters, Begin begin, Each each,
-                            End end) {
-  const int n_slabs = a.in_blocks * B / SLAB;
+// Calls begin(tile), visit(k-tile's number, schedule) for every k-tile of the tile, and end(tile).
+template <typename Begin, typename Visit, typename End>
+__device__ void for_each_k_tile(const Arguments& a, Shared& s, int clusters, Begin begin,
+                                Visit visit, End end) {
+  const int all_k_tiles = a.in_blocks * B / TK;
   int window = 0, n = 0;
   for (int tile = blockIdx.x / CLUSTER; tile < a.token_tiles * a.output_tiles; tile += clusters) {
     begin(tile);
-    for (int first_slab = 0; first_slab < n_slabs; first_slab += WINDOW, ++window) {
-      const Plan& p = s.plans[place<PLANS>(window)];
-      barrier_wait(&s.planned[place<PLANS>(window)], parity<PLANS>(window));
-      for (const int end_of_window = n + p.n; n < end_of_window; ++n) each(n, p);
-      barrier_arrive(&s.done[place<PLANS>(window)]);
+    for (int first = 0; first < all_k_tiles; first += WINDOW, ++window) {
+      const Schedule& in = s.schedules[wrap<SCHEDULE_STAGES>(window)];
+      mbarrier_wait_item(s.schedule_full, window);
+      for (const int end_of_window = n + in.n_k_tiles; n < end_of_window; ++n) visit(n, in);
+      mbarrier_arrive_item(s.schedule_empty, window);
     }
     end(tile);
   }
 }
 
-// A warp: copies every COPIERS-th slab, its x and this thread block's share of its W.
-__device__ void copy(const Arguments& a, Shared& s, int rank, int copier, int clusters) {
+// Producer warp: loads every PRODUCER_WARPS-th k-tile, its x and this thread block's share of its
+// W.
+__device__ void produce(const Arguments& a, Shared& s, int rank, int producer, int clusters) {
   const int lane = threadIdx.x % 32;
   int token;
-  follow_plan(
-      a, s, clusters, [&](int tile) { token = (tile / a.output_tiles * CLUSTER + rank) * TOKENS; },
-      [&](int n, const Plan& p) {
-        if (n % COPIERS != copier) return;
-        const Slab slab = s.slabs[place<SLABS>(n)];
-        // The slab that had these barriers must be gone, and any that still holds these granules.
-        const int end = slab.first_granule + granules_of(slab.present), older = n - STAGES + lane;
-        const bool in_the_way =
+  for_each_k_tile(
+      a, s, clusters, [&](int tile) { token = (tile / a.output_tiles * CLUSTER + rank) * TM; },
+      [&](int n, const Schedule& schedule) {
+        if (n % PRODUCER_WARPS != producer) return;
+        const KTile k_tile = s.k_tiles[wrap<K_TILES>(n)];
+        // Wait for the k-tile that last used these barriers and for any that still holds these
+        // units.
+        const int end = k_tile.first_unit + units_of(k_tile.present), older = n - STAGES + lane;
+        const bool blocks_load =
             lane < STAGES &&
-            (lane == 0 || older < 0 || s.slabs[place<SLABS>(older)].first_granule < end - GRANULES);
-        const int last = n - STAGES + __popc(__ballot_sync(0xffffffff, in_the_way)) - 1;
-        if (last >= 0) barrier_wait(&s.empty[place<STAGES>(last)], parity<STAGES>(last));
+            (lane == 0 || older < 0 || s.k_tiles[wrap<K_TILES>(older)].first_unit < end - UNITS);
+        const int last = n - STAGES + __popc(__ballot_sync(0xffffffff, blocks_load)) - 1;
+        if (last >= 0) mbarrier_wait_item(s.empty, last);
 
-        u64* full = &s.full[place<STAGES>(n)];
+        u64* full = &s.full[wrap<STAGES>(n)];
         if (lane == 0) {
-          barrier_expect(full, X_BYTES + __popc(slab.present) * GRANULE);
+          mbarrier_arrive_expect_tx(full, X_BYTES + __popc(k_tile.present) * UNIT_BYTES);
 #pragma unroll
-          for (int i = 0; i < X_GRANULES; ++i)
-            copy_box(s.granules[place<GRANULES>(slab.first_granule + i)], a.x, full, slab.first_k,
-                     token + i * B);
+          for (int i = 0; i < X_UNITS; ++i)
+            tma_load_2d(s.units[wrap<UNITS>(k_tile.first_unit + i)], a.x, full, k_tile.first_k,
+                        token + i * B);
         }
-        if (lane < ROWS && slab.present >> lane & 1 && lane % CLUSTER == rank) {
-          const int before = X_GRANULES + __popc(slab.present & ((1u << lane) - 1));
-          const int slot = p.slots[slab.first_k / SLAB % WINDOW][lane];
-          const int half = slab.first_k % B;  // of a block that is wider than a slab
-          char* to = s.granules[place<GRANULES>(slab.first_granule + before)];
+        if (lane < TILE_BLOCKS && k_tile.present >> lane & 1 && lane % CLUSTER == rank) {
+          const int unit = X_UNITS + __popc(k_tile.present & ((1u << lane) - 1));
+          const int slot = schedule.slots[k_tile.first_k / TK % WINDOW][lane];
+          const int half = k_tile.first_k % B;  // which half of a block that is wider than TK
+          char* destination = s.units[wrap<UNITS>(k_tile.first_unit + unit)];
 #pragma unroll
-          for (int part = 0; part < B; part += SLAB)
-            copy_box_to_all(to + part * LINE, a.values, full, FORWARD ? half : part,
-                            FORWARD ? part : half, slot, (1 << CLUSTER) - 1);
+          for (int row = 0; row < B; row += TK)
+            tma_load_3d_multicast(destination + row * ROW_BYTES, a.values, full,
+                                  FORWARD ? half : row, FORWARD ? row : half, slot,
+                                  (1 << CLUSTER) - 1);
         }
         __syncwarp();
       },
       [](int) {});
 }
 
-// A warpgroup: multiplies the tokens with its share of the output blocks.
-__device__ void multiply(const Arguments& a, Shared& s, int rank, int clusters) {
-  constexpr int OWN = ROWS / WARPGROUPS, PARTS = TOKENS / 64;
-  constexpr int SUMS = OWN * B / 2;  // of a thread, for 64 tokens
-  const int warpgroup = uniform(threadIdx.x / 128 - 1), lane = threadIdx.x % 32;
-  const unsigned first_left = uniform(describe(s.granules));
-  const unsigned first_right = uniform(describe(s.granules, FORWARD ? 16 : PART_BYTES));
-  int before = -1;  // the slab before, whose products may still be under way
-  float sums[PARTS * SUMS];
-  auto release = [&] {
-    if (before >= 0 && lane < CLUSTER) barrier_arrive(&s.empty[place<STAGES>(before)], lane);
+// Consumer warpgroup: multiplies the tokens by its share of the output blocks.
+__device__ void consume(const Arguments& a, Shared& s, int rank, int clusters) {
+  constexpr int SHARE = TILE_BLOCKS / WARPGROUPS, SUBTILES = TM / 64;
+  constexpr int ACCS = SHARE * B / 2;  // accumulators of a thread for one subtile
+  const int warpgroup = warp_uniform(threadIdx.x / 128 - 1), lane = threadIdx.x % 32;
+  const unsigned a_base = warp_uniform(descriptor_low(s.units));
+  const unsigned b_base = warp_uniform(descriptor_low(s.units, FORWARD ? 16 : X_SUBTILE_BYTES));
+  int previous = -1;  // the previous k-tile, whose WGMMAs may still be in flight
+  float acc[SUBTILES * ACCS];
+  auto release_previous = [&] {
+    if (previous >= 0 && lane < CLUSTER)
+      mbarrier_arrive_remote(&s.empty[wrap<STAGES>(previous)], lane);
   };
-  follow_plan(
+  for_each_k_tile(
       a, s, clusters,
       [&](int) {
 #pragma unroll
-        for (int i = 0; i < PARTS * SUMS; ++i) sums[i] = 0;
+        for (int i = 0; i < SUBTILES * ACCS; ++i) acc[i] = 0;
       },
-      [&](int n, const Plan&) {
-        // Alike in all lanes, which the compiler must know: it keeps descriptions in uniform
-        // registers.
-        const Slab& slab = s.slabs[place<SLABS>(n)];
-        const unsigned all = uniform(slab.present);
-        const int granule = uniform(place<GRANULES>(slab.first_granule));
-        const unsigned present = all >> warpgroup * OWN;
-        int next = X_GRANULES + __popc(all & ((1u << warpgroup * OWN) - 1));  // granule of W
-        auto granule_at = [&](unsigned first, int i) {
-          const int at = granule + i;
-          return advance(first, (at < GRANULES ? at : at - GRANULES) * GRANULE);
+      [&](int n, const Schedule&) {
+        // The compiler must know that these are uniform to keep descriptors in uniform registers.
+        const KTile& k_tile = s.k_tiles[wrap<K_TILES>(n)];
+        const unsigned all = warp_uniform(k_tile.present);
+        const int first_unit = warp_uniform(wrap<UNITS>(k_tile.first_unit));
+        const unsigned present = all >> warpgroup * SHARE;
+        int w_unit = X_UNITS + __popc(all & ((1u << warpgroup * SHARE) - 1));
+        auto unit_descriptor = [&](unsigned base, int i) {
+          const int unit = first_unit + i;
+          return advance_descriptor(base, (unit < UNITS ? unit : unit - UNITS) * UNIT_BYTES);
         };
-        unsigned left[PARTS];
+        unsigned a_desc[SUBTILES];
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part)
-          left[part] = advance(granule_at(first_left, part * PART_BYTES / GRANULE),
-                               part * PART_BYTES % GRANULE);
-        barrier_wait(&s.full[place<STAGES>(n)], parity<STAGES>(n));
+        for (int i = 0; i < SUBTILES; ++i)
+          a_desc[i] = advance_descriptor(unit_descriptor(a_base, i * X_SUBTILE_BYTES / UNIT_BYTES),
+                                         i * X_SUBTILE_BYTES % UNIT_BYTES);
+        mbarrier_wait_item(s.full, n);
         int groups = 0;
 #pragma unroll
-        for (int row = 0; row < OWN; ++row)
-          if (present >> row & 1) {
-            // Forward, W has k along its rows; for dx it has a row for each k, and those of a block
-            // that is wider than a slab are in two parts.
-            const unsigned right = granule_at(first_right, next++);
-            products_begin();
+        for (int block = 0; block < SHARE; ++block)
+          if (present >> block & 1) {
+            // Forward, W is K-major; for dx it is N-major, and a block wider than TK is in two
+            // halves.
+            const unsigned b_desc = unit_descriptor(b_base, w_unit++);
+            wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < SLAB; k += 16)
+            for (int k = 0; k < TK; k += 16)
 #pragma unroll
-              for (int part = 0; part < PARTS; ++part)
-                multiply_add<B, false, LINE, !FORWARD>(sums + part * SUMS + row * B / 2,
-                                                       advance(left[part], k * 2),
-                                                       advance(right, k * (FORWARD ? 2 : LINE)));
-            products_commit();
+              for (int i = 0; i < SUBTILES; ++i)
+                wgmma_m64k16<B, false, ROW_BYTES, !FORWARD>(
+                    acc + i * ACCS + block * B / 2, advance_descriptor(a_desc[i], k * 2),
+                    advance_descriptor(b_desc, k * (FORWARD ? 2 : ROW_BYTES)));
+            wgmma_commit();
             ++groups;
           }
-        products_wait_but<OWN>(groups);  // all but this slab's
-        release();
-        before = n;
+        wgmma_wait_dynamic<SHARE>(groups);  // leaves this k-tile's in flight
+        release_previous();
+        previous = n;
       },
       [&](int tile) {
-        products_wait<0>();
-        release();
-        before = -1;
+        wgmma_wait<0>();
+        release_previous();
+        previous = -1;
 
-        constexpr int SHARE = OUTPUTS / WARPGROUPS;
+        constexpr int OUTPUTS = TN / WARPGROUPS;
         const int warp = threadIdx.x / 32 % 4, out_features = a.out_blocks * B;
-        const int first_output = tile % a.output_tiles * OUTPUTS + warpgroup * SHARE;
+        const int first_output = tile % a.output_tiles * TN + warpgroup * OUTPUTS;
         const long long first_token =
-            (long long)(tile / a.output_tiles * CLUSTER + rank) * TOKENS + warp * 16;
+            (long long)(tile / a.output_tiles * CLUSTER + rank) * TM + warp * 16;
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part)
+        for (int i = 0; i < SUBTILES; ++i)
 #pragma unroll
-          for (int column = 0; column < SHARE; column += 64) {
-            float* of_columns = sums + part * SUMS + column / 2;
+          for (int column = 0; column < OUTPUTS; column += 64) {
+            float* results = acc + i * ACCS + column / 2;
             if (a.bias) {
 #pragma unroll
               for (int j = 0; j < 32; ++j) {
                 const int col = first_output + column + j / 4 * 8 + lane % 4 * 2 + j % 2;
-                if (col < out_features) of_columns[j] += widen(a.bias[col]);
+                if (col < out_features) results[j] += widen(a.bias[col]);
               }
             }
             store_rows<T>(
-                s.y[warpgroup * 4 + warp], of_columns,
+                s.y[warpgroup * 4 + warp], results,
                 [&](int row, int col) -> T* {
-                  const long long token = first_token + part * 64 + row;
+                  const long long token = first_token + i * 64 + row;
                   const int output = first_output + column + col;
                   return token < a.tokens && output < out_features
                              ? a.y + token * out_features + output
                              : nullptr;
                 },
-                finish<FORWARD, T>(a));
+                make_epilogue<FORWARD, T>(a));
           }
       });
 }
@@ -268,32 +264,21 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     block_linear(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int rank = rank_in_cluster(), clusters = gridDim.x / CLUSTER;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(&s.full[stage], 1);
-      barrier_init(&s.empty[stage], CLUSTER * WARPS);
-    }
-    for (int plan = 0; plan < PLANS; ++plan) {
-      // Each lane arrives, for what it has written or read.
-      barrier_init(&s.planned[plan], 32);
-      barrier_init(&s.done[plan], 32 * (COPIERS + WARPS));
-    }
-    barrier_inits_end();
-  }
+  const int rank = cluster_rank(), clusters = gridDim.x / CLUSTER;
+  init_barriers(s, CLUSTER * WARPS, PRODUCER_WARPS + WARPS);
   cluster_sync();
-  // What some threads give others may take, and no more: at the launch all have 168 or 96.
-  constexpr int FOR_SUMS = WARPGROUPS == 2 ? 224 : 104;
+  // The totals must not exceed what the launch allocates: 168 or 96 registers for each thread.
+  constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 224 : 104;
   if (threadIdx.x < 128) {
-    give_registers<56>();
+    warpgroup_reg_dealloc<56>();
     const int warp = threadIdx.x / 32;
-    if (warp < COPIERS)
-      copy(a, s, rank, warp, clusters);
+    if (warp < PRODUCER_WARPS)
+      produce(a, s, rank, warp, clusters);
     else
-      plan(a, s, clusters);
+      schedule(a, s, clusters);
   } else {
-    take_registers<FOR_SUMS>();
-    multiply(a, s, rank, clusters);
+    warpgroup_reg_alloc<CONSUMER_REGISTERS>();
+    consume(a, s, rank, clusters);
   }
-  cluster_sync();  // nothing of the others may arrive after the end
+  cluster_sync();  // no thread block may exit while others access its shared memory
 }

@@ -1,7 +1,7 @@
-"""Tensor maps: how the bulk copy engine of Hopper is told of a matrix and of the boxes it copies.
+"""Tensor maps, the descriptors by which TMA loads boxes of a tensor.
 
-A map says where a tensor is and how it is laid out, no more: one that was made for the same
-address, shape and dtype describes any later tensor there just as well, so maps are kept.
+A map depends only on the address and the layout of a tensor, so maps are cached: one is valid for
+any later tensor with the same address, shape and dtype.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 BYTES = 128
 
-# The driver's enumerations: CUtensorMapDataType, and by the bytes of a box's row ...Swizzle and
-# ...L2promotion: the cache is asked for no more than a row, or the rest would come in vain.
+# The driver's enumerations: CUtensorMapDataType and, by the bytes in a row of a box, ...Swizzle and
+# ...L2promotion, where a promotion beyond a row would fetch bytes that no box needs.
 _DTYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLES = {32: 1, 64: 2, 128: 3}
 _L2_PROMOTIONS = {32: 0, 64: 1, 128: 2}
@@ -31,24 +31,25 @@ def tensor_map(
     box: tuple[int, ...],
     pitch: int | None = None,
 ) -> bytes:
-    """Return the map of a tensor on a CUDA device.
+    """Return the tensor map of a tensor on a CUDA device.
 
     Args:
-        address: of its first element, a multiple of 16 bytes.
+        address: address of the first element; must be 16-byte aligned.
         dtype: bf16 or fp16.
-        shape: of the tensor, up to 5 dimensions; rows are multiples of 16 bytes.
-        box: what a copy brings, as many dimensions; its rows have 32, 64 or 128 bytes, and lie
-            swizzled over as many in shared memory.
-        pitch: elements from a row of a matrix to the next; None for a contiguous tensor.
+        shape: shape of the tensor, up to 5 dimensions; the size of a row must be a multiple of 16
+            bytes.
+        box: shape of the box that a load brings; its rows have 32, 64 or 128 bytes, and shared
+            memory is swizzled in the mode of that width.
+        pitch: elements between the rows of a matrix; None for a contiguous tensor.
 
     Raises:
-        RuntimeError: if the driver refuses it.
+        RuntimeError: if the driver rejects the map.
     """
     n = len(shape)
     if pitch is None:
         pitch = shape[-1]
     strides = [pitch * math.prod(shape[i:-1]) * dtype.itemsize for i in range(n - 1, 0, -1)]
-    # The driver wants 64-byte alignment, which ctypes does not promise.
+    # The driver requires 64-byte alignment, which ctypes does not guarantee.
     memory = ctypes.create_string_buffer(BYTES + 64)
     encoded = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
     error = _encode()(
@@ -63,11 +64,11 @@ def tensor_map(
         0,  # not interleaved
         _SWIZZLES[box[-1] * dtype.itemsize],
         _L2_PROMOTIONS[box[-1] * dtype.itemsize],
-        0,  # what lies outside is zero
+        0,  # elements outside the tensor are zero
     )
     if error:
         raise RuntimeError(
-            f"The driver refused a tensor map with error {error}: {dtype} {list(shape)} at "
+            f"The driver rejected a tensor map with error {error}: {dtype} {list(shape)} at "
             f"{address:#x}, boxes of {list(box)}."
         )
     return ctypes.string_at(encoded, BYTES)

@@ -1,4 +1,4 @@
-// dW = dy^T x at the present blocks of W, and zeros in the empty slots.
+// dW = dy^T x at the present blocks of W, with zeros in the empty slots.
 //
 //   dy      T [tokens, out_features]   contiguous, 16-byte aligned, as are all others
 //   x       T [tokens, in_features]
@@ -6,18 +6,18 @@
 //   entries int2 [capacity]            (block column, slot), by block row; the empty slots last
 //   dw      T [capacity, B, B]         block by slot, every element is written
 //
-// One thread block computes TM rows of TN / B blocks of one block row side by side, over the tokens
-// of one part of them. Rows have unequal numbers of blocks, which only the device knows: the grid
-// is made for full rows, and thread blocks without work end at once.
+// Each thread block computes TM rows of TN / B consecutive blocks of one block row, over one split
+// of the tokens. Rows have unequal numbers of blocks, which only the device knows: the grid is
+// sized for full rows, and thread blocks without work exit at once.
 //
 //   blockIdx.x = ((block row or, at the end, the empty slots) * groups + group) * B / TM + row tile
-//   blockIdx.y = part of the tokens
+//   blockIdx.y = split of the tokens (split-K)
 //
-// With several parts, each leaves its sums in `partial` [parts, capacity, B, B], and
-// `add_partials` adds them up in the order of the parts: no atomics, the same bits at every run.
+// With several splits, each writes its accumulators to `partial` [splits, capacity, B, B], and
+// `add_partials` adds them in order: no atomics, the same bits at every run.
 //
-// The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
-// with the arithmetic.
+// The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
+// arithmetic.
 
 #include "common.cuh"
 #include CONFIG_PRODUCT
@@ -26,28 +26,32 @@ typedef CONFIG_T T;
 constexpr int B = CONFIG_B, TM = CONFIG_TM, TN = CONFIG_TN, TK = CONFIG_TK;
 constexpr int STAGES = CONFIG_STAGES;
 
-typedef Accumulator<T>::type Sum;
+typedef Accumulator<T>::type Acc;
 
 struct Arguments {
   const T* dy;
   const T* x;
   T* dw;
-  Sum* partial;  // null with one part
+  Acc* partial;  // null with one split
   const int* offsets;
   const int2* entries;
   long long tokens;
-  long long tokens_a_part;  // a multiple of TK
+  long long split_tokens;  // tokens of a split, a multiple of TK
   int out_blocks;
   int in_features;
   int capacity;
-  int groups;  // of TN / B blocks, that a full row has
+  int groups;  // groups of TN / B blocks in a full row
 };
 
 constexpr int GROUP = TN / B, ROW_TILES = B / TM;
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> BlockProduct;
-typedef Tile<Sum, TM, TN> Result;
-static_assert(shared_bytes<STAGES, BlockProduct, Result>() == CONFIG_SHARED_BYTES,
-              "portable_programs.py must count alike");
+typedef Tile<Acc, TM, TN> Result;
+
+LAUNCH_FACTS(block_linear_dw, BlockProduct::THREADS,
+             (pipeline_shared_bytes<STAGES, BlockProduct, Result>()), MEMBER(dy), MEMBER(x),
+             MEMBER(dw), MEMBER(partial), MEMBER(offsets), MEMBER(entries), MEMBER(tokens),
+             MEMBER(split_tokens), MEMBER(out_blocks), MEMBER(in_features), MEMBER(capacity),
+             MEMBER(groups));
 
 // Writes rows `first_row` to `first_row + TM` of up to GROUP blocks.
 template <typename Out>
@@ -87,20 +91,20 @@ extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
   const int n = min(GROUP, a.offsets[block_row + 1] - begin);
   if (n <= 0) return;
 
-  const long long first_token = blockIdx.y * a.tokens_a_part;
-  const long long n_tokens = min(a.tokens_a_part, a.tokens - first_token);
+  const long long first_token = blockIdx.y * a.split_tokens;
+  const long long n_tokens = min(a.split_tokens, a.tokens - first_token);
   const long long out_features = (long long)a.out_blocks * B;
   const T* left = a.dy + first_token * out_features + block_row * B + first_row;
   const T* right = a.x + first_token * a.in_features;
   const int2* entries = a.entries + begin;
 
-  auto output_gradient = [&](int step, int col) -> Rows<T> {
-    const long long token = (long long)step * TK;
+  auto output_gradient = [&](int k_tile, int col) -> Rows<T> {
+    const long long token = (long long)k_tile * TK;
     return {left + token * out_features + col, (int)out_features,
             (int)min(n_tokens - token, (long long)TK)};
   };
-  auto input = [&](int step, int col) -> Rows<T> {
-    const long long token = (long long)step * TK;
+  auto input = [&](int k_tile, int col) -> Rows<T> {
+    const long long token = (long long)k_tile * TK;
     if (col / B >= n) return {right, 0, 0};
     return {right + token * a.in_features + entries[col / B].x * B + col % B, a.in_features,
             (int)min(n_tokens - token, (long long)TK)};
@@ -118,28 +122,32 @@ extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
     write_blocks(result, a.dw, entries, n, first_row);
 }
 
-struct AddArguments {
-  const Sum* partial;
+namespace reduction {
+struct Arguments {
+  const Acc* partial;
   T* dw;
   const int2* coords;  // [capacity], (-1, -1) for an empty slot
   int capacity;
-  int parts;
+  int splits;
 };
+LAUNCH_FACTS(add_partials, 256, 0, MEMBER(partial), MEMBER(dw), MEMBER(coords), MEMBER(capacity),
+             MEMBER(splits));
+}  // namespace reduction
 
-// One thread block adds the parts of one slot.
-extern "C" __global__ void add_partials(const AddArguments a) {
+// Each thread block adds the splits of one slot.
+extern "C" __global__ void add_partials(const reduction::Arguments a) {
   constexpr int CHUNK = Chunk<T>::SIZE;
   const long long slot = blockIdx.x, size = (long long)a.capacity * B * B;
   const bool is_empty = a.coords[slot].x < 0;
   for (int i = threadIdx.x * CHUNK; i < B * B; i += blockDim.x * CHUNK) {
-    const Sum* partial = a.partial + slot * B * B + i;
-    Sum sums[CHUNK] = {};
-    for (int part = 0; part < a.parts && !is_empty; ++part)
+    const Acc* partial = a.partial + slot * B * B + i;
+    Acc acc[CHUNK] = {};
+    for (int split = 0; split < a.splits && !is_empty; ++split)
 #pragma unroll
-      for (int e = 0; e < CHUNK; ++e) sums[e] += partial[part * size + e];
+      for (int e = 0; e < CHUNK; ++e) acc[e] += partial[split * size + e];
     Chunk<T> out;
 #pragma unroll
-    for (int e = 0; e < CHUNK; ++e) out.element[e] = round_to<T>(sums[e]);
+    for (int e = 0; e < CHUNK; ++e) out.element[e] = round_to<T>(acc[e]);
     *reinterpret_cast<Chunk<T>*>(a.dw + slot * B * B + i) = out;
   }
 }

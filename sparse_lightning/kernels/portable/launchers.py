@@ -1,4 +1,4 @@
-"""The portable kernels: grids, arguments and launch of each product; see `ops` for shapes.
+"""The portable kernels: grid, arguments and launch of each product; see `ops` for shapes.
 
 Operands are contiguous, aligned to 16 bytes, of one dtype, and on the device of index `device`.
 """
@@ -9,30 +9,29 @@ import torch
 from torch import Tensor
 
 from sparse_lightning.kernels.launch import Kernel, build_once, row_pitch
+from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable.programs import (
     dw_program,
     linear_program,
     norms_program,
-    token_parts,
+    split_k,
 )
 from sparse_lightning.kernels.programs import TiledProgram
-
-_ADD_THREADS = 256
+from sparse_lightning.topology import Indices
 
 
 def linear(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    offsets: Tensor,
-    entries: Tensor,
+    lists: BlockLists,
     y: Tensor,
     device: int,
     *,
     forward: bool,
 ) -> None:
-    """Fill `y` with x W^T + bias, or with x W (not `forward`); by rows of W, or of W^T."""
-    block_size, n_out, in_features = values.shape[1], offsets.shape[0] - 1, x.shape[-1]
+    """Fill `y` with x W^T + bias, or with x W (not `forward`)."""
+    block_size, n_out, in_features = values.shape[1], lists.offsets.shape[0] - 1, x.shape[-1]
     tokens = x.numel() // in_features
     kernel = _linear_kernel(x.dtype, block_size, forward, device)
     kernel.launch(
@@ -42,70 +41,61 @@ def linear(
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        offsets.data_ptr(),
-        entries.data_ptr(),
+        lists.offsets.data_ptr(),
+        lists.entries.data_ptr(),
         tokens,
         in_features,
         n_out,
     )
 
 
-def linear_dw(
-    dy: Tensor,
-    x: Tensor,
-    coords: Tensor,
-    row_offsets: Tensor,
-    row_entries: Tensor,
-    dw: Tensor,
-    device: int,
-) -> None:
+def linear_dw(dy: Tensor, x: Tensor, indices: Indices, dw: Tensor, device: int) -> None:
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
     capacity, block_size, _ = dw.shape
-    out_blocks, in_features = row_offsets.shape[0] - 1, x.shape[-1]
+    out_blocks, in_features = indices.slots.shape[0], x.shape[-1]
     tokens = x.numel() // in_features
     kernel, add = _dw_kernels(x.dtype, block_size, device)
     tiling = kernel.program.tiling
     row_tiles, group = block_size // tiling.tm, tiling.tn // block_size
     groups = -(-(in_features // block_size) // group)
     tiles = -(-capacity // group) * row_tiles
-    parts, tokens_a_part = token_parts(tokens, tiles, tiling.tk, kernel.processors)
+    splits, split_tokens = split_k(tokens, tiles, tiling.tk, kernel.sm_count)
     partial = None
-    if parts > 1:
-        sums = torch.promote_types(x.dtype, torch.float32)
-        partial = x.new_empty(parts, *dw.shape, dtype=sums)
+    if splits > 1:
+        accumulated = torch.promote_types(x.dtype, torch.float32)
+        partial = x.new_empty(splits, *dw.shape, dtype=accumulated)
     kernel.launch(
         (out_blocks + 1) * groups * row_tiles,
-        parts,
+        splits,
         dy.data_ptr(),
         x.data_ptr(),
         dw.data_ptr(),
         0 if partial is None else partial.data_ptr(),
-        row_offsets.data_ptr(),
-        row_entries.data_ptr(),
+        indices.row_offsets.data_ptr(),
+        indices.row_entries.data_ptr(),
         tokens,
-        tokens_a_part,
+        split_tokens,
         out_blocks,
         in_features,
         capacity,
         groups,
     )
     if partial is not None:
-        add.launch(
-            capacity, 1, partial.data_ptr(), dw.data_ptr(), coords.data_ptr(), capacity, parts
-        )
+        coords = indices.coords.data_ptr()
+        add.launch(capacity, 1, partial.data_ptr(), dw.data_ptr(), coords, capacity, splits)
 
 
 def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> None:
     """Fill `out` with the squared norm of each block of dy^T x, or with zeros if not armed.
 
-    `dy` and `x` are rows at any distance that is a multiple of 16 bytes.
+    The rows of `dy` and `x` may have any pitch that is a multiple of 16 bytes.
     """
     out_features, in_features = dy.shape[-1], x.shape[-1]
     kernel = norms_kernel(x.dtype, device)
     tiling = kernel.program.tiling
     tiles = -(-out_features // tiling.tm) * -(-in_features // tiling.tn)
     kernel.launch(
-        min(tiles, 2 * kernel.processors),
+        min(tiles, 2 * kernel.sm_count),
         1,
         dy.data_ptr(),
         x.data_ptr(),
@@ -135,11 +125,11 @@ def _dw_kernels(
     program = dw_program(dtype, block_size)
     return (
         Kernel(program, "block_linear_dw", "PPPPPPqqiiii", device),
-        Kernel(program, "add_partials", "PPPii", device, _ADD_THREADS),
+        Kernel(program, "add_partials", "PPPii", device),
     )
 
 
 @build_once
 def norms_kernel(dtype: torch.dtype, device: int) -> Kernel[TiledProgram]:
-    """Return the kernel of `norms`, loaded."""
+    """Return the loaded kernel of `norms`."""
     return Kernel(norms_program(dtype), "block_norms", "PPPPqiiiii", device)

@@ -1,4 +1,4 @@
-// y = x W^T + bias (FORWARD), or dx = dy W, for a W of which only some blocks are present.
+// y = x W^T + bias (FORWARD), or dx = dy W, for a block-sparse W.
 //
 //   x       T [tokens, in_features]        contiguous, 16-byte aligned, as are all others
 //   values  T [capacity, B, B]             block by slot, [out][in] within a block
@@ -7,14 +7,14 @@
 //   entries int2 [>= offsets[out_blocks]]  (input block, slot), by output block, inputs ascending
 //   y       T [tokens, out_features]       every element is written, also without any block
 //
-// "in" and "out" are as seen from the product: for dx the outputs are W's columns, and the entries
-// those of W^T. One thread block computes TM tokens x one output block; output blocks vary fastest
-// over the grid, so that the tokens' inputs are read from L2. k runs over the present blocks of the
-// output block as if they stood side by side, TK at a time, several blocks where B < TK: a fixed
-// order, so the result does not depend on slots or timing.
+// "in" and "out" are from the product's point of view: for dx the outputs are W's columns, and
+// `entries` those of W^T. Each thread block computes TM tokens x one output block; output blocks
+// vary fastest over the grid, so that the inputs of its tokens are reused from L2. k runs over the
+// present blocks of the output block as if they were adjacent, in k-tiles of TK (several blocks
+// where B < TK). Accumulation order is fixed: results depend neither on slots nor on timing.
 //
-// The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
-// with the arithmetic.
+// The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
+// arithmetic.
 
 #include "common.cuh"
 #include CONFIG_PRODUCT
@@ -37,13 +37,16 @@ struct Arguments {
 
 static_assert(CONFIG_TN == B, "a thread block computes whole output blocks");
 typedef Product<T, TM, B, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, false, !FORWARD> BlockProduct;
-typedef Accumulator<T>::type Sum;
-typedef Tile<Sum, TM, B> Result;
-static_assert(shared_bytes<STAGES, BlockProduct, Result>() == CONFIG_SHARED_BYTES,
-              "portable_programs.py must count alike");
+typedef Accumulator<T>::type Acc;
+typedef Tile<Acc, TM, B> Result;
 
-// The rows of the blocks that stand side by side along k. Forward, a row is an output and k runs
-// along it; for dx, k is what numbers the rows, and they may belong to several blocks.
+LAUNCH_FACTS(block_linear, BlockProduct::THREADS,
+             (pipeline_shared_bytes<STAGES, BlockProduct, Result>()), MEMBER(x), MEMBER(values),
+             MEMBER(bias), MEMBER(y), MEMBER(offsets), MEMBER(entries), MEMBER(tokens),
+             MEMBER(in_features), MEMBER(out_blocks));
+
+// The rows of W's blocks, adjacent along k. Forward, a row is an output and k runs along it; for
+// dx, rows are numbered by k and may belong to several blocks.
 template <bool K_ROWS>
 struct WeightRows;
 
@@ -80,13 +83,13 @@ extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
 
   const T* x = a.x + first_token * a.in_features;
   const int n_tokens = (int)min((long long)TM, a.tokens - first_token);
-  auto input = [&](int step, int col) -> Rows<T> {
-    const int k = step * TK + col, entry = begin + k / B;
+  auto input = [&](int k_tile, int col) -> Rows<T> {
+    const int k = k_tile * TK + col, entry = begin + k / B;
     if (entry >= end) return {x, 0, 0};
     return {x + a.entries[entry].x * B + k % B, a.in_features, n_tokens};
   };
-  auto weight = [&](int step, int col) {
-    return WeightRows<!FORWARD>(a, begin, end, step * TK, col);
+  auto weight = [&](int k_tile, int col) {
+    return WeightRows<!FORWARD>(a, begin, end, k_tile * TK, col);
   };
   BlockProduct product;
   run_pipeline<STAGES>(product, shared, ((end - begin) * B + TK - 1) / TK, input, weight);
@@ -103,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
     Chunk<T> out;
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) {
-      const Sum bias = a.bias ? widen(a.bias[feature + i]) : 0;
+      const Acc bias = a.bias ? widen(a.bias[feature + i]) : 0;
       out.element[i] = round_to<T>(*result.at(row, col + i) + bias);
     }
     *reinterpret_cast<Chunk<T>*>(a.y + (first_token + row) * out_features + feature) = out;

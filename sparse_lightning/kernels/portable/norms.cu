@@ -1,16 +1,16 @@
-// norms = squared Frobenius norm of each block of dy^T x, if armed; else zeros.
+// norms = squared Frobenius norm of each block of dy^T x if armed, else zeros.
 //
-//   dy     T [tokens, out_features]     rows 16-byte aligned, `dy_pitch` elements from each other
-//   x      T [tokens, in_features]      as well, by `x_pitch`
+//   dy     T [tokens, out_features]     rows 16-byte aligned, `dy_pitch` elements apart
+//   x      T [tokens, in_features]      likewise, `x_pitch` elements apart
 //   armed  bool                         read on the device, so that a CUDA graph sees it change
 //   norms  float [out_features / block_size, in_features / block_size]
 //
-// dy^T x is computed in tiles of TM x TN, multiples of every block size. A thread block takes tiles
-// in turn; each is reduced to sums over 16 x 16 squares, then to the sums of its blocks, always in
-// one order. A block lies in one tile, so every norm is written once.
+// dy^T x is computed in tiles of TM x TN, multiples of every block size, by a persistent grid of
+// any size. Each tile is reduced to sums over 16 x 16 squares, then over its blocks, in a fixed
+// order. A block lies within one tile, so every norm is written once.
 //
-// The compiler's options CONFIG_... (portable_programs.py) give the dtype, the sizes and the header
-// with the arithmetic.
+// The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
+// arithmetic.
 
 #include "common.cuh"
 #include CONFIG_PRODUCT
@@ -34,13 +34,16 @@ constexpr int SQUARE = 16;  // the smallest block size
 constexpr int SQUARES_M = TM / SQUARE, SQUARES_N = TN / SQUARE;
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, true, true> TileProduct;
 typedef Tile<float, TM, TN> Result;
-static_assert(shared_bytes<STAGES, TileProduct, Result>() == CONFIG_SHARED_BYTES,
-              "portable_programs.py must count alike");
+
+LAUNCH_FACTS(block_norms, TileProduct::THREADS,
+             (pipeline_shared_bytes<STAGES, TileProduct, Result>()), MEMBER(dy), MEMBER(x),
+             MEMBER(armed), MEMBER(norms), MEMBER(tokens), MEMBER(dy_pitch), MEMBER(x_pitch),
+             MEMBER(out_features), MEMBER(in_features), MEMBER(block_size));
 
 // Writes the squared norms of a tile's blocks.
 __device__ inline void write_norms(Result tile, const Arguments& a, int first_m, int first_n) {
   __shared__ float squares[SQUARES_M][SQUARES_N];
-  // One warp a square: its lanes take every second row of one column, then add up by halves.
+  // One warp per square: each lane sums every second row of a column, then the warp reduces.
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < SQUARES_M * SQUARES_N; i += TileProduct::THREADS / 32) {
     const int m = i / SQUARES_N, n = i % SQUARES_N;
@@ -56,7 +59,7 @@ __device__ inline void write_norms(Result tile, const Arguments& a, int first_m,
     if (lane == 0) squares[m][n] = sum;
   }
   __syncthreads();
-  const int per_block = a.block_size / SQUARE;  // squares a block has each way
+  const int per_block = a.block_size / SQUARE;  // squares along a side of a block
   const int blocks_n = TN / a.block_size, blocks = TM / a.block_size * blocks_n;
   for (int i = threadIdx.x; i < blocks; i += TileProduct::THREADS) {
     const int m = i / blocks_n, n = i % blocks_n;
@@ -86,17 +89,18 @@ extern "C" __global__ void __launch_bounds__(TileProduct::THREADS) block_norms(c
   const int tiles = (a.out_features + TM - 1) / TM * tiles_n;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int first_m = tile / tiles_n * TM, first_n = tile % tiles_n * TN;
-    auto tokens = [&](const T* matrix, int pitch, int features, int step, int feature) -> Rows<T> {
-      const long long token = (long long)step * TK;
+    auto tokens = [&](const T* matrix, int pitch, int features, int k_tile,
+                      int feature) -> Rows<T> {
+      const long long token = (long long)k_tile * TK;
       if (feature >= features) return {matrix, 0, 0};
       const long long n = min(a.tokens - token, (long long)TK);
       return {matrix + token * pitch + feature, pitch, (int)n};
     };
-    auto left = [&](int step, int col) {
-      return tokens(a.dy, a.dy_pitch, a.out_features, step, first_m + col);
+    auto left = [&](int k_tile, int col) {
+      return tokens(a.dy, a.dy_pitch, a.out_features, k_tile, first_m + col);
     };
-    auto right = [&](int step, int col) {
-      return tokens(a.x, a.x_pitch, a.in_features, step, first_n + col);
+    auto right = [&](int k_tile, int col) {
+      return tokens(a.x, a.x_pitch, a.in_features, k_tile, first_n + col);
     };
     TileProduct product;
     run_pipeline<STAGES>(product, shared, (int)((a.tokens + TK - 1) / TK), left, right);

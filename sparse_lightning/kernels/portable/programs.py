@@ -1,8 +1,7 @@
-"""The programs that serve every device and dtype: pure functions on dtypes and ints.
+"""The programs for every device and dtype: pure functions of dtypes and ints.
 
-How their tiles are cut was chosen on an H100, and `sparse-lightning bench kernels` measures what
-comes of it; every choice fits the 99 KiB of shared memory a thread block can have on the smallest
-of the supported devices.
+Tilings were tuned on an H100 (`sparse-lightning bench kernels` measures them), and fit into the 99
+KiB of shared memory that a thread block can have on the smallest supported devices.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import torch
 
 from sparse_lightning.kernels.programs import DTYPES, TiledProgram, Tiling, compiler_options
 from sparse_lightning.topology import BLOCK_SIZES, check_block_size
-
-MAX_SHARED_BYTES = 99 * 1024
 
 # By block size. Tensor cores for two-byte dtypes, SIMT arithmetic for fp32 and fp64.
 _LINEAR_MMA = {
@@ -46,7 +43,7 @@ _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
 
 
 def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> TiledProgram:
-    """Return the program of y = x W^T (forward) or dx = dy W: `block_linear`."""
+    """Return the program of `block_linear`: y = x W^T (forward) or dx = dy W."""
     check_block_size(block_size)
     tiling = (_LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT)[block_size]
     options = {"B": block_size, "FORWARD": int(forward)}
@@ -76,28 +73,28 @@ def all_programs() -> Iterator[TiledProgram]:
             yield dw_program(dtype, block_size)
 
 
-_TILES_A_PROCESSOR = 3
-_MIN_TOKENS_A_PART = 512
+_TILES_PER_SM = 3
+_MIN_SPLIT_TOKENS = 512
 
 
-def token_parts(tokens: int, tiles: int, tk: int, processors: int) -> tuple[int, int]:
-    """Return into how many parts dW splits the tokens, and the tokens of each.
+def split_k(tokens: int, tiles: int, tk: int, sm_count: int) -> tuple[int, int]:
+    """Return the number of splits of the tokens for dW, and the tokens of each.
 
-    With few tiles, parts keep the whole device busy; below some tokens a part, adding the parts up
-    costs more than it gains.
+    With few tiles, splits keep the whole device busy; if splits have too few tokens, adding their
+    results costs more than they gain.
 
     Args:
-        tokens: of the layer's input.
-        tiles: that there are to compute.
-        tk: the tokens of a part are a multiple of it.
-        processors: multiprocessors of the device.
+        tokens: number of tokens of the layer's input.
+        tiles: number of tiles to compute.
+        tk: tokens of a k-tile; the tokens of a split are a multiple of it.
+        sm_count: number of multiprocessors of the device.
 
-    >>> token_parts(8192, 1000, 64, 132), token_parts(8192, 51, 64, 132), token_parts(7, 1, 64, 132)
+    >>> split_k(8192, 1000, 64, 132), split_k(8192, 51, 64, 132), split_k(7, 1, 64, 132)
     ((1, 8192), (8, 1024), (1, 512))
     """
-    wanted = -(-_TILES_A_PROCESSOR * processors // max(1, tiles))
-    tokens_a_part = max(_MIN_TOKENS_A_PART, -(-tokens // (wanted * tk)) * tk)
-    return max(1, -(-tokens // tokens_a_part)), tokens_a_part
+    wanted = -(-_TILES_PER_SM * sm_count // max(1, tiles))
+    split_tokens = max(_MIN_SPLIT_TOKENS, -(-tokens // (wanted * tk)) * tk)
+    return max(1, -(-tokens // split_tokens)), split_tokens
 
 
 def _has_mma(dtype: torch.dtype) -> bool:
@@ -114,13 +111,6 @@ def _program(
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"The input's dtype must be one of {names}; got {dtype}.")
     t, has_mma = tiling, _has_mma(dtype)
-
-    # As `shared_bytes` in common.cuh counts: all stages of both operands, or the result.
-    sum_bytes = 4 if has_mma or source == "portable/norms.cu" else dtype.itemsize
-    shared_bytes = max(
-        t.stages * t.tk * (t.tm + t.tn) * dtype.itemsize,
-        t.tm * t.tn * sum_bytes,
-    )
     defines = {
         "T": DTYPES[dtype],
         "PRODUCT": '"product_mma.cuh"' if has_mma else '"portable/product_simt.cuh"',
@@ -130,8 +120,6 @@ def _program(
         "STAGES": t.stages,
         "GROUPS_M": t.groups_m,
         "GROUPS_N": t.groups_n,
-        "SHARED_BYTES": shared_bytes,
         **options,
     }
-    threads = t.groups_m * t.groups_n * (32 if has_mma else 1)
-    return TiledProgram(source, compiler_options(defines), threads, shared_bytes, tiling)
+    return TiledProgram(source, compiler_options(defines), tiling)
