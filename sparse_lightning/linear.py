@@ -12,46 +12,47 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lightning.kernels import choice, ops
+from sparse_lightning.kernels.operands import LayerOperands
 from sparse_lightning.policy.criteria import block_magnitudes, dense_block_norms
-from sparse_lightning.policy.evolution import TopologyUpdate, choose_blocks
+from sparse_lightning.policy.updates import TopologyUpdate, choose_blocks
 from sparse_lightning.sharding import (
-    all_slots,
-    at_local_slots,
+    gather_slots,
+    gather_whole,
     is_sharded,
     local_part,
     local_slots,
-    whole,
+    to_local_slots,
 )
 from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
 
-# What a layer has beside its parameters and its sizes.
-_EQUIPMENT = (
+# Attributes of a layer other than its parameters and sizes.
+_ATTRIBUTES = (
     "topology",
     "block_size",
-    "locked",
     "armed",
-    "_armed",
+    "_armed_flag",
     "block_norms",
     "token_stride",
-    "label",
-    "lineage",
-    "has_learnt",
-    "dense_class",
+    "_is_locked",
+    "_label",
+    "_lineage",
+    "_has_trained",
+    "_dense_class",
 )
 
-# All block-sparse layers that there are, for those who look for copies of some.
-LIVING: WeakSet[BlockSparseLinear] = WeakSet()
+# All live layers of the process, among which the copies of a layer are searched.
+LIVE_LAYERS: WeakSet[BlockSparseLinear] = WeakSet()
 
-# Since PyTorch 2.7. Some versions of Dynamo take it for true wherever they compile.
+# Available since PyTorch 2.7. Some versions of Dynamo evaluate it to True in any compilation.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Called with the shape that a parameter had, and the one that it was given.
-when_reshaped: list[Callable[[torch.Size, torch.Size], None]] = []
+# Called with the old and the new shape of a parameter whose data is replaced.
+reshape_hooks: list[Callable[[torch.Size, torch.Size], None]] = []
 
 
-# Dynamo, by which the exporter tries again, would take the question itself for false.
+# Dynamo, which the exporter uses as a fallback, would otherwise evaluate the call to False.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
@@ -60,29 +61,22 @@ def _is_in_onnx_export() -> bool:
 class BlockSparseLinear(nn.Module):
     """y = x W^T + bias, where only some blocks of W are present.
 
-    A new layer has uniformly random blocks; its values are drawn as `nn.Linear` draws them, for
-    the inputs that an output really has: uniform within sqrt(1 / (density * in_features)).
+    The blocks of a new layer are uniformly random. Its values are initialized as those of
+    `nn.Linear`, scaled to the number of inputs that each output has: uniform within
+    sqrt(1 / (density * in_features)).
 
     Attributes:
-        values: parameter `[capacity, block_size, block_size]`, the blocks by slot; each in W's own
-            `[out, in]` orientation. Empty slots hold zeros.
+        values: parameter `[capacity, block_size, block_size]`, the blocks by slot, each in the
+            `[out, in]` orientation of W. Empty slots hold zeros.
         bias: parameter `[out_features]`, or None.
-        topology: `BlockTopology`, which block each slot holds. Part of the state dict.
-        block_norms: fp32 `[out_blocks, in_blocks]`, zeros, a leaf of autograd that is neither a
-            parameter nor a buffer. While armed, backward sums up in `block_norms.grad` the squared
-            Frobenius norm of each block of the dense weight gradient, absent blocks too, of every
-            call and micro-batch; whoever reads it sets it to None. It stays as it is in
-            `autograd.grad(loss, x)` and `backward(inputs=[x])`, as the gradient of `values` does.
-        armed: whether forwards prepare for that; set it by `arm`.
-        token_stride: the norms are those of every so many-th token.
-        locked: True while an optimizer holds `values`; then a state dict of another capacity is
-            refused, since the optimizer's state could not follow.
-        label: the layer's name in the model in which it was swapped, for messages.
-        lineage: what a layer shares with its copies, and with those that had equal weights when
-            they were swapped.
-        has_learnt: whether it was trained since: then it is a copy no more.
-        dense_class: what it was before, and `make_dense_` makes of it: `nn.Linear`, or a class
-            whose weight lies transposed, `[in_features, out_features]`, as transformers' `Conv1D`.
+        topology: `BlockTopology`, the block in each slot. It is part of the state dict.
+        block_norms: fp32 `[out_blocks, in_blocks]` of zeros, an autograd leaf that is neither a
+            parameter nor a buffer. While the layer is armed, each backward adds to
+            `block_norms.grad` the squared Frobenius norm of each block of the dense weight
+            gradient, including absent blocks. The reader resets `grad` to None. Like the gradient
+            of `values`, it is not changed by `autograd.grad(loss, x)` or `backward(inputs=[x])`.
+        armed: whether backwards compute block norms; set by `arm`.
+        token_stride: only every `token_stride`-th token contributes to the norms.
 
     Args:
         in_features: size of each input, a multiple of `block_size`.
@@ -90,11 +84,11 @@ class BlockSparseLinear(nn.Module):
         bias: whether to add a bias.
         block_size: 16, 32, 64 or 128.
         density: present blocks / all blocks, in (0, 1].
-        topology: the present blocks, instead of `density` (its block size holds then).
-        device, dtype: as for `nn.Linear`; dtype fp64, fp32, bf16 or fp16.
+        topology: the present blocks, instead of `density`; its block size overrides `block_size`.
+        device, dtype: as for `nn.Linear`; the dtype is fp64, fp32, bf16 or fp16.
 
     Raises:
-        ValueError: for a size, density or dtype that is not offered.
+        ValueError: if a size, the density or the dtype is not supported.
 
     >>> layer = BlockSparseLinear(1024, 256, block_size=32, density=0.1)
     >>> layer.values.shape, layer(torch.zeros(8, 1024)).shape
@@ -103,7 +97,19 @@ class BlockSparseLinear(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
-    dense_class: type[nn.Module] = nn.Linear
+
+    # True while an optimizer holds `values`. State dicts of another capacity are then refused,
+    # because the optimizer state could not follow.
+    _is_locked: bool
+    # Name of the layer in the model in which it was swapped, for messages.
+    _label: str
+    # Identifier shared with copies, and with layers whose weights were equal at the swap.
+    _lineage: str
+    # Whether the layer has been trained since the swap; it then no longer counts as a copy.
+    _has_trained: bool
+    # Class that `make_dense_` restores: `nn.Linear`, or a class whose weight is stored transposed,
+    # `[in_features, out_features]`, such as Transformers' `Conv1D`.
+    _dense_class: type[nn.Module] = nn.Linear
 
     def __init__(
         self,
@@ -132,27 +138,27 @@ class BlockSparseLinear(nn.Module):
             "bias",
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None,
         )
-        self._equip(topology)
+        self._init_attributes(topology)
         self.reset_parameters()
 
-    def _equip(self, topology: BlockTopology) -> None:
-        """Set all that the layer has beside its parameters and its sizes."""
-        # Its own copy: an update of this layer must not move the blocks of another. Like the
-        # tensors below it is built on the CPU, also under `with torch.device("meta")`. They are no
-        # buffers: averaging callbacks average integer buffers, and DDP's broadcast of buffers would
+    def _init_attributes(self, topology: BlockTopology) -> None:
+        """Set all attributes other than parameters and sizes."""
+        # The topology is copied, because an update must not change another layer. Like the tensors
+        # below, the copy is on the CPU even under `with torch.device("meta")`. None of them is a
+        # buffer: averaging callbacks average integer buffers, and DDP's broadcast of buffers would
         # hide a rank whose topology has diverged.
         self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
         self.block_size = topology.block_size
-        self.locked = False
         self.armed = False
-        self._armed = torch.zeros((), dtype=torch.bool, device="cpu")
+        self._armed_flag = torch.zeros((), dtype=torch.bool, device="cpu")
         self.block_norms = _zero_norms(topology.grid, torch.device("cpu"))
         self.token_stride = 1
-        self.label = ""
-        self.lineage = uuid.uuid4().hex
-        self.has_learnt = False
-        LIVING.add(self)
-        self._follow_device()
+        self._is_locked = False
+        self._label = ""
+        self._lineage = uuid.uuid4().hex
+        self._has_trained = False
+        LIVE_LAYERS.add(self)
+        self._move_attributes()
 
     @classmethod
     def from_linear(
@@ -163,14 +169,14 @@ class BlockSparseLinear(nn.Module):
         density: float | None = None,
         topology: BlockTopology | None = None,
     ) -> BlockSparseLinear:
-        """Build the layer from a dense one, keeping its weights at the present blocks.
+        """Build the layer from a dense one, keeping the weights of the present blocks.
 
         Args:
-            linear: an `nn.Linear`, or transformers' `Conv1D`; not changed. Its device, dtype and
-                `requires_grad` are taken over.
+            linear: an `nn.Linear` or Transformers' `Conv1D`; not changed. The new layer has its
+                device, dtype and `requires_grad`.
             block_size: 16, 32, 64 or 128.
-            density: how many of the blocks to keep: those of largest Frobenius norm.
-            topology: which blocks to keep, instead of `density`.
+            density: share of blocks to keep; those of largest Frobenius norm are kept.
+            topology: the blocks to keep, instead of `density`.
         """
         if (density is None) == (topology is None):
             raise ValueError("Exactly one of `density` and `topology` must be given.")
@@ -182,7 +188,7 @@ class BlockSparseLinear(nn.Module):
             mask = largest_blocks(weight, grid, count_blocks(density, grid[0] * grid[1]))
             topology = BlockTopology.from_mask(mask, block_size)
         layer = cls.__new__(cls)
-        # On meta nothing is drawn, so the random state of the user's program stays as it was.
+        # On meta nothing is drawn, so the state of the random number generator does not change.
         cls.__init__(
             layer,
             in_features,
@@ -196,74 +202,66 @@ class BlockSparseLinear(nn.Module):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         if is_conv1d(linear):
-            layer.dense_class = type(linear)
-            layer.nx, layer.nf = in_features, out_features  # for when it becomes one again
-        layer._follow_device()
+            layer._dense_class = type(linear)
+            layer.nx, layer.nf = in_features, out_features  # read by the class once restored
+        layer._move_attributes()
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Draw values and bias anew, as in the class's description."""
+        """Initialize values and bias as the class docstring describes."""
         if self.values.device.type == "meta":
             return
         bound = 1 / math.sqrt(self.in_features)
         with torch.no_grad():
             self.values.uniform_(-bound, bound).mul_(max(self.density, 1e-12) ** -0.5)
-            self.clear_empty_slots()
+            self._zero_empty_slots()
             if self.bias is not None:
                 self.bias.uniform_(-bound, bound)
 
-    @torch.no_grad()
-    def clear_empty_slots(self) -> None:
-        """Put zeros where no block is, as every op expects."""
-        values = local_part(self.values)
-        # fully_shard moves parameters, but not what lies beside them.
-        present = self.topology.coords[local_slots(self.values), 0].to(values.device) >= 0
-        values.mul_(present.view(-1, 1, 1))
-
     def forward(self, x: Tensor) -> Tensor:
-        """Return `[..., out_features]` for `x` of `[..., in_features]`, any strides."""
-        self.check_input(x)
+        """Return `[..., out_features]` for `x` of `[..., in_features]` with any strides."""
+        self._check_input(x)
         x = in_autocast_dtype(x)
-        y: Tensor = ops.block_linear(x, *self.operands(x))
+        y: Tensor = ops.block_linear(x, *self._operands(x))
         return y
 
-    def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless `x` has the layer's input features.
+    def _check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless the last dimension of `x` is `in_features`.
 
         Raises:
-            RuntimeError: while `torch.onnx.export` looks on, as ONNX has no such layer.
+            RuntimeError: during `torch.onnx.export`, because ONNX has no block-sparse layers.
         """
-        self._check_not_to_onnx()
+        self._check_no_onnx_export()
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"The input's last dimension must be in_features={self.in_features}; "
                 f"got shape {list(x.shape)}."
             )
 
-    def _check_not_to_onnx(self) -> None:
-        # Asked in what traces or exports only: the question imports the exporter.
+    def _check_no_onnx_export(self) -> None:
+        # Checked only while tracing or exporting: `is_in_onnx_export` imports the exporter.
         is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if (is_tracing or _is_exporting()) and _is_in_onnx_export():
             raise RuntimeError(
                 "`torch.onnx.export` and `to_onnx` must be given a dense model, as ONNX has no "
-                f"block-sparse layers; got a BlockSparseLinear{self._where()}. Use "
+                f"block-sparse layers; got a BlockSparseLinear{self._message_suffix()}. Use "
                 "`sparse-lightning export --to onnx` or `sparse_lightning.export.write_onnx`, "
                 "which make it dense first."
             )
 
-    def _where(self) -> str:
-        """Return the end of a message about this layer."""
-        label = self.__dict__.get("label", "")
+    def _message_suffix(self) -> str:
+        """Return the end of a message about this layer, with its name if it is known."""
+        label = self.__dict__.get("_label", "")
         return f" (layer '{label}')" if label else ""
 
-    def operands(self, x: Tensor) -> tuple[Tensor | int | None, ...]:
-        """Return what the ops take of this layer: values, bias, indices, and for block norms.
+    def _operands(self, x: Tensor) -> LayerOperands:
+        """Return the operands that the ops take of this layer.
 
         Args:
-            x: the input, already `in_autocast_dtype`; only its dtype and device count.
+            x: the input, already `in_autocast_dtype`; only its dtype and device are used.
 
         Raises:
-            TypeError: if its dtype is not the layer's, without autocast.
+            TypeError: if the dtype of `x` is not that of the layer and autocast is off.
         """
         values: Tensor = self.values
         bias: Tensor | None = self.bias
@@ -275,58 +273,60 @@ class BlockSparseLinear(nn.Module):
                 f"The input must have the layer's dtype {values.dtype}; got {x.dtype}. "
                 "Convert one of them, or run under autocast."
             )
-        at = self.topology
-        return (
+        norms, armed = self._norm_operands(x)
+        topology = self.topology
+        return LayerOperands(  # faster than by `topology.indices`
             values,
             bias,
-            at.coords,
-            at.row_offsets,
-            at.row_entries,
-            at.col_offsets,
-            at.col_entries,
-            at.slots,
-            *self._norms_operands(x),
+            topology.coords,
+            topology.row_offsets,
+            topology.row_entries,
+            topology.col_offsets,
+            topology.col_entries,
+            topology.slots,
+            norms,
+            armed,
             self.token_stride,
         )
 
-    def _norms_operands(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return the leaf whose gradient is the block norms, and the device's flag; or Nones."""
+    def _norm_operands(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return `block_norms` and the flag on the device; (None, None) if norms are not needed."""
         if not (self.values.requires_grad and torch.is_grad_enabled()):
             return None, None
         if not torch.compiler.is_dynamo_compiling() and _is_exporting():
             return None, None
-        # What is compiled or captured always gets both, so that arming changes nothing in it. The
-        # compiler must not come to `armed`, which it would take for a constant and guard.
+        # Compiled or captured code always receives both, so arming does not change it. The
+        # condition is ordered so that Dynamo never reads `armed`, which it would guard on.
         if (
             torch.compiler.is_compiling()
             or self.armed
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
-            return self.block_norms, self._armed
+            return self.block_norms, self._armed_flag
         return None, None
 
     def arm(self, on: bool) -> None:
-        """Have backward compute block norms, or no more; what is in `block_norms.grad` stays.
+        """Enable or disable block norms; `block_norms.grad` is kept.
 
-        Nothing is compiled or captured anew. What is compiled, or captured in a CUDA graph,
-        computes zeros while the layer is not armed; in eager code nothing is launched then.
+        Arming causes neither recompilation nor recapture. While the layer is not armed, compiled
+        code and CUDA graphs compute zeros, and eager code launches nothing.
 
         Args:
-            on: whether the forwards from now on are followed by backwards that compute them.
+            on: whether the backwards of subsequent forwards compute block norms.
         """
         self.armed = on
-        self._armed.fill_(on)
+        self._armed_flag.fill_(on)
 
     def kernel_choice(self, x: Tensor) -> dict[str, str]:
-        """Return what would compute each product of a step with input `x`.
+        """Return the kernel kind that computes each product of a step with input `x`.
 
         Args:
-            x: `[..., in_features]`, as for `forward`; only shape, dtype and device count.
+            x: `[..., in_features]`, as for `forward`; only its shape, dtype and device are used.
 
         Returns:
-            By product, "fwd", "dx" and "dw": on CUDA "portable", "hopper" (kernels for compute
-            capability 9.0) or "dense" (cuBLAS on a dense copy); on a CPU "by block", "by row" or
-            "densify".
+            The kind for each of "fwd", "dx" and "dw": on CUDA "portable", "hopper" (kernels for
+            compute capability 9.0) or "dense" (cuBLAS on a dense copy); on a CPU "by block",
+            "by row" or "densify".
 
         >>> layer = BlockSparseLinear(1024, 256, block_size=32, density=0.1)
         >>> layer.kernel_choice(torch.zeros(512, 1024))
@@ -334,24 +334,23 @@ class BlockSparseLinear(nn.Module):
         """
         tokens = x.numel() // self.in_features
         dtype = _autocast_dtype(x) or x.dtype
-        return choice.of_a_step(self.topology, dtype, tokens, x.device)
+        return choice.choose_for_step(self.topology, dtype, tokens, x.device)
 
     def predicted_speedup(self, density: float, dtype: torch.dtype) -> float | None:
-        """Return how much faster than a dense layer's a step of this layer should be.
+        """Return the predicted speed-up of a step of this layer over that of a dense layer.
 
         Args:
             density: present blocks / all blocks.
-            dtype: that it computes in.
+            dtype: dtype of the computation.
 
         Returns:
-            dense time / time of forward and backward at 8192 tokens; None for a device on which
-            nothing was measured, as a CPU.
+            dense time / time of forward and backward at 8192 tokens; None for a device without
+            measurements, such as a CPU.
         """
         if not self.values.is_cuda:
             return None
-        at = self.topology
         device = self.values.get_device()
-        return choice.predicted_speedup(dtype, at.block_size, at.grid, density, device)
+        return choice.step_speedup(dtype, self.block_size, self.topology.grid, density, device)
 
     @property
     def density(self) -> float:
@@ -359,11 +358,11 @@ class BlockSparseLinear(nn.Module):
         return self.topology.density
 
     def dense_weight(self) -> Tensor:
-        """Return W as a new dense tensor `[out_features, in_features]`, without a gradient."""
-        return self.topology.unpack(whole(self.values.detach()))
+        """Return W as a new dense tensor `[out_features, in_features]`, detached."""
+        return self.topology.unpack(gather_whole(self.values.detach()))
 
     def to_linear(self) -> nn.Linear:
-        """Return an `nn.Linear` of the same function, with zeros at absent blocks."""
+        """Return an `nn.Linear` that computes the same, with zeros at absent blocks."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
@@ -374,50 +373,59 @@ class BlockSparseLinear(nn.Module):
 
     def magnitudes(self) -> Tensor:
         """Return the Frobenius norm of each block, fp32 `[out_blocks, in_blocks]`; 0 if absent."""
-        magnitudes = all_slots(block_magnitudes(local_part(self.values)), self.values)
+        magnitudes = gather_slots(block_magnitudes(local_part(self.values)), self.values)
         return self.topology.scatter(magnitudes, fill=0.0)
 
-    def agrees_with(self, other: BlockSparseLinear) -> bool:
-        """Tell whether both have the same weights in the blocks that both have, and have some."""
+    @torch.no_grad()
+    def _zero_empty_slots(self) -> None:
+        """Set the values of empty slots to zero, as every op expects."""
+        values = local_part(self.values)
+        # fully_shard moves parameters to the device, but not the topology.
+        present = self.topology.coords[local_slots(self.values), 0].to(values.device) >= 0
+        values.mul_(present.view(-1, 1, 1))
+
+    def _agrees_with(self, other: BlockSparseLinear) -> bool:
+        """Return whether both layers have common blocks and equal weights in all of them."""
         mine, theirs = self.dense_weight(), other.dense_weight().to(self.values)
         if mine.shape != theirs.shape:
             return False
-        both = (mine != 0) & (theirs != 0)
-        return bool(both.any()) and torch.equal(mine[both], theirs[both])
+        common = (mine != 0) & (theirs != 0)
+        return bool(common.any()) and torch.equal(mine[common], theirs[common])
 
     @torch.no_grad()
-    def take_blocks_of(self, other: BlockSparseLinear) -> None:
-        """Have the blocks of another layer of the same sizes, in the same slots.
+    def _adopt_blocks_of(self, source: BlockSparseLinear) -> None:
+        """Adopt the topology of a layer of the same sizes, slot by slot.
 
-        The weights of blocks that both have stay; those of others are the other layer's. Of sharded
-        values every rank must call this.
+        Blocks that both layers have keep their weights; the weights of the others are copied from
+        the source. If `values` is sharded, every rank must call this.
         """
-        at, of = self.topology, other.topology
-        same_slots = (at.capacity, at.block_size) == (of.capacity, of.block_size)
-        if same_slots and torch.equal(at.coords, of.coords.to(at.device)):
+        mine, theirs = self.topology, source.topology
+        same_slots = (mine.capacity, mine.block_size) == (theirs.capacity, theirs.block_size)
+        if same_slots and torch.equal(mine.coords, theirs.coords.to(mine.device)):
             return
-        theirs = whole(other.values.detach())
-        if at.block_size == of.block_size:
-            mine, device = whole(self.values.detach()), theirs.device
-            present = of.coords[:, 0] >= 0
-            rows, cols = of.coords.long().clamp_min(0).unbind(1)
-            slots = at.slots.to(of.device)[rows, cols].long().masked_fill(~present, -1).to(device)
-            common = (slots >= 0).view(-1, 1, 1)
-            theirs = torch.where(common, mine.to(theirs)[slots.clamp_min(0)], theirs)
-        self._adopt(of)
-        local_part(self.values).copy_(theirs[local_slots(self.values)])
+        values = gather_whole(source.values.detach())
+        if mine.block_size == theirs.block_size:
+            own_values, device = gather_whole(self.values.detach()), values.device
+            present = theirs.coords[:, 0] >= 0
+            rows, cols = theirs.coords.long().clamp_min(0).unbind(1)
+            slots = mine.slots.to(theirs.device)[rows, cols].long()
+            slots = slots.masked_fill(~present, -1).to(device)
+            is_common = (slots >= 0).view(-1, 1, 1)
+            values = torch.where(is_common, own_values.to(values)[slots.clamp_min(0)], values)
+        self._set_topology(theirs)
+        local_part(self.values).copy_(values[local_slots(self.values)])
 
     def apply_update(self, update: TopologyUpdate) -> None:
-        """Make a topology update real: changed slots become zero, in value and in gradient."""
-        self.prepare_update(update)()
+        """Apply a topology update: changed slots become zero, in value and in gradient."""
+        self._prepare_update(update)()
 
-    def prepare_update(self, update: TopologyUpdate) -> Callable[[], None]:
-        """Return what `apply_update` does, as a function that only writes in place.
+    def _prepare_update(self, update: TopologyUpdate) -> Callable[[], None]:
+        """Return a function that applies a topology update and only writes in place.
 
-        So an update of many layers can be all or nothing: what takes memory is done here.
+        All allocation happens here, so that an update of many layers can be all or nothing.
         """
-        changed = at_local_slots(update.changed, self.values)
-        write_topology = self.topology.prepare(update.coords)
+        changed = to_local_slots(update.changed, self.values)
+        write_topology = self.topology._prepare_assign(update.coords)
 
         @torch.no_grad()
         def write() -> None:
@@ -429,49 +437,50 @@ class BlockSparseLinear(nn.Module):
         return write
 
     def shrink(self, capacity: int) -> Tensor:
-        """Give up empty slots, so that their memory is free; the blocks stay.
+        """Remove empty slots to free their memory; the blocks stay.
 
-        The parameter object stays and takes another shape: what an optimizer keeps for it has to
-        follow (`optimizer_state.prepare_keep`). `topology` becomes another object. Call it between
-        steps, as the backward of an earlier forward would bring a gradient of the old shape.
+        The parameter object stays and its shape changes, so the caller must adapt the optimizer
+        state of the parameter (`optimizer_state.prepare_slot_removal`). `topology` becomes a new
+        object. Call this between steps: the backward of an earlier forward would produce a
+        gradient of the old shape.
 
         Args:
-            capacity: slots to have, at least the present blocks.
+            capacity: new number of slots, at least the number of present blocks.
 
         Returns:
-            int64 `[capacity]`, ascending: which slots were kept, at their new places.
+            int64 `[capacity]`, ascending: the old indices of the slots that were kept.
 
         Raises:
-            ValueError: if there are more blocks, or fewer slots.
-            RuntimeError: if `values` is sharded.
+            ValueError: if `capacity` is below the number of blocks or above the number of slots.
+            RuntimeError: if `values` is sharded or in shared memory.
         """
-        kept, write = self.prepare_shrink(capacity)
+        kept, write = self._prepare_shrink(capacity)
         write()
         return kept
 
     @torch.no_grad()
-    def prepare_shrink(self, capacity: int) -> tuple[Tensor, Callable[[], None]]:
-        """Return what `shrink` returns, and what it does as a function that cannot fail."""
-        at = self.topology
-        if not at.n_blocks <= capacity <= at.capacity:
+    def _prepare_shrink(self, capacity: int) -> tuple[Tensor, Callable[[], None]]:
+        """Return the slots that `shrink` keeps, and a function that shrinks and cannot fail."""
+        old = self.topology
+        if not old.n_blocks <= capacity <= old.capacity:
             raise ValueError(
-                f"`capacity` must be in {at.n_blocks}..{at.capacity}, from the present blocks to "
-                f"the present slots; got {capacity}."
+                f"`capacity` must be in {old.n_blocks}..{old.capacity}, from the number of present "
+                f"blocks to the number of slots; got {capacity}."
             )
         if self.is_shared:
             raise RuntimeError(
-                "A layer must not lie in shared memory when it shrinks, as other processes would "
-                f"keep its old values; got one after `share_memory()`{self._where()}. Shrink "
-                "before, or keep the capacity."
+                "A layer must not be in shared memory when it shrinks, as other processes would "
+                f"keep its old values; got one after `share_memory()`{self._message_suffix()}. "
+                "Shrink it before sharing, or keep the capacity."
             )
         if is_sharded(self.values):
             raise RuntimeError(
-                "`values` must be whole when a layer shrinks, as fully_shard holds it in the shape "
-                "that it had; got a DTensor. Shrink before fully_shard, or keep the capacity."
+                "`values` must not be sharded when a layer shrinks, as fully_shard fixes its "
+                "shape; got a DTensor. Shrink before fully_shard, or keep the capacity."
             )
-        present = at.coords[:, 0] >= 0
+        present = old.coords[:, 0] >= 0
         kept = (~present).int().argsort(stable=True)[:capacity].sort().values
-        topology = BlockTopology(at.coords[kept], at.grid, at.block_size)
+        topology = BlockTopology(old.coords[kept], old.grid, old.block_size)
         values = self.values
         data = values.detach()[kept]
         grad = None if values.grad is None else values.grad[kept]
@@ -485,18 +494,18 @@ class BlockSparseLinear(nn.Module):
         return kept, write
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is no part of the training: nothing follows its blocks, and nobody reads its norms.
-        # What only a training has is made anew, not copied: a process that is started by pickling
-        # has to find all tensors of the state alive once it runs.
-        state = {**self.__dict__, "locked": False, "armed": False, "has_learnt": False}
-        return {k: v for k, v in state.items() if k not in ("block_norms", "_armed")}
+        # A copy does not take part in the training, so its flags are reset. The tensors that only
+        # training uses are left out and recreated: a process started by pickling needs all tensors
+        # of the state to be alive when it unpickles them.
+        state = {**self.__dict__, "armed": False, "_is_locked": False, "_has_trained": False}
+        return {k: v for k, v in state.items() if k not in ("block_norms", "_armed_flag")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         device = self.topology.device
-        self._armed = torch.zeros((), dtype=torch.bool, device=device)
+        self._armed_flag = torch.zeros((), dtype=torch.bool, device=device)
         self.block_norms = _zero_norms(self.topology.grid, device)
-        LIVING.add(self)
+        LIVE_LAYERS.add(self)
 
     def extra_repr(self) -> str:
         return (
@@ -505,54 +514,55 @@ class BlockSparseLinear(nn.Module):
             f"blocks={self.topology.n_blocks}/{self.topology.grid[0] * self.topology.grid[1]}"
         )
 
-    def _follow_device(self) -> None:
-        """Bring what is not a parameter to the device of `values`; on meta it stays where it is."""
+    def _move_attributes(self) -> None:
+        """Move the topology and the norms to the device of `values`, unless that is meta."""
         device = self.values.device
         if device.type != "meta":
             self.topology.to_(device)
-            self._armed = self._armed.to(device)
+            self._armed_flag = self._armed_flag.to(device)
             if self.block_norms.device != device:
                 self.block_norms = _zero_norms(self.topology.grid, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
         example = self._example_of(fn)
-        # The function itself must not see the indices: `.double()` would make them floats, and
-        # `.to_empty()` would leave them undefined.
+        # `fn` is not applied to the indices: `.double()` would make them floats, and `.to_empty()`
+        # would leave them uninitialized.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._follow_device()
-        # `share_memory()`: whoever shares the values needs the blocks that they belong to.
-        shared = example.device.type == "cpu" and example.is_shared()
-        if shared:
+        self._move_attributes()
+        # After `share_memory()`, processes that share the values need the topology as well.
+        is_shared = example.device.type == "cpu" and example.is_shared()
+        if is_shared:
             self.topology.share_memory_()
-        elif self.is_shared and not self.values.is_shared():  # of another dtype, values lie apart
-            at = self.topology
-            self.topology = BlockTopology(at.coords, at.grid, at.block_size)
+        elif self.is_shared and not self.values.is_shared():
+            # A conversion of the dtype has moved the values out of shared memory.
+            old = self.topology
+            self.topology = BlockTopology(old.coords, old.grid, old.block_size)
         return self
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes see its blocks change, by `share_memory()`."""
+        """Whether the topology is in shared memory, after `share_memory()`."""
         return self.topology.is_shared
 
     @property
-    def transposed(self) -> bool:
-        """Whether its dense weight lies as `[in_features, out_features]`."""
-        return self.dense_class is not nn.Linear
+    def _is_transposed(self) -> bool:
+        """Whether the dense weight is stored as `[in_features, out_features]`."""
+        return self._dense_class is not nn.Linear
 
     def _example_of(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what `fn` makes of a tensor like `values`; no parameter is changed.
+        """Return the result of `fn` for a tensor like `values`, without changing a parameter.
 
         Raises:
-            TypeError: if that has a dtype that is not offered. Layers that come before this one in
-                a model have been converted by then.
+            TypeError: if the dtype of the result is not supported. Preceding layers of the model
+                have been converted by then.
         """
         values = self.values
         example = fn(torch.empty(1, dtype=values.dtype, device=values.device))
         if example.dtype not in _DTYPES:
             raise TypeError(
                 f"The dtype of a block-sparse layer must be one of {_names_of(_DTYPES)}; got "
-                f"{example.dtype}{self._where()}. Call `densify(model)` before, or leave the layer "
-                "dense by `exclude`."
+                f"{example.dtype}{self._message_suffix()}. Call `densify(model)` first, or leave "
+                "the layer dense by `exclude`."
             )
         return example
 
@@ -560,29 +570,30 @@ class BlockSparseLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the tensors, where PyTorch keeps versions: copies know one another once loaded.
+        # PyTorch's metadata of state dicts carries what identifies copies after loading.
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
-            metadata["lineage"], metadata["label"] = self.lineage, self.label
-            metadata["has_learnt"] = self.has_learnt
+            metadata["lineage"], metadata["label"] = self._lineage, self._label
+            metadata["has_learnt"] = self._has_trained
 
     def get_extra_state(self) -> Tensor:
-        """Return the topology, for the state dict; int32, of a length fixed by the capacity."""
-        return self.topology.to_state(self.transposed)
+        """Return the topology for the state dict, int32; the capacity determines its length."""
+        return self.topology.to_state(self._is_transposed)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the topology that a state holds, for values that are there already or come next."""
+        """Set the topology from a state; its values are loaded before or after this call."""
         topology = BlockTopology.from_state(state)
         _check_fits(topology, self.out_features, self.in_features)
         shape = (topology.capacity, topology.block_size, topology.block_size)
         if self.values.shape == shape and topology.capacity != self.topology.capacity:
-            self.topology = topology  # whoever loads has put the values there, and not through us
-            self._follow_device()
+            # A loader has already replaced `values`, without calling `_load_from_state_dict`.
+            self.topology = topology
+            self._move_attributes()
         else:
-            self._adopt(topology)
+            self._set_topology(topology)
 
-    # There is no dense weight to read, and what is written to one would be lost. Who tries, as to
-    # tie it to another, learns which layer it is about.
+    # A block-sparse layer has no dense weight to read, and a weight assigned to it would be
+    # ignored. Accessing `weight`, for example to tie it, raises an error that names the layer.
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -595,11 +606,11 @@ class BlockSparseLinear(nn.Module):
         super().__setattr__(name, value)
 
     def _refuse_weight(self) -> NoReturn:
-        pattern = self.__dict__.get("label") or "<its name>"
+        pattern = self.__dict__.get("_label") or "<its name>"
         raise AttributeError(
             f"A block-sparse layer has no `weight`, only the present blocks, `values`"
-            f"{self._where()}. `dense_weight()` computes it, to read. Where a model reads or ties "
-            f"the weight, leave the layer dense: exclude=[{pattern!r}]."
+            f"{self._message_suffix()}. `dense_weight()` computes the weight for reading. If the "
+            f"model reads or ties the weight, leave the layer dense: exclude=[{pattern!r}]."
         )
 
     def _load_from_state_dict(
@@ -615,43 +626,44 @@ class BlockSparseLinear(nn.Module):
         try:
             self._load_topology(state_dict, prefix)
         except (ValueError, RuntimeError) as error:
-            # Always raised by `load_state_dict`, also with strict=False.
+            # `load_state_dict` raises these errors even with strict=False.
             error_msgs.append(f"{error} (layer '{prefix.rstrip('.')}')")
             return
         if "lineage" in local_metadata:
-            self.lineage = local_metadata["lineage"]
-            # What another layer has learnt makes this one its copy.
-            is_own = local_metadata.get("label") == self.label
-            self.has_learnt = is_own and bool(local_metadata.get("has_learnt"))
+            self._lineage = local_metadata["lineage"]
+            # A layer that loads the trained weights of another layer becomes its copy.
+            is_own = local_metadata.get("label") == self._label
+            self._has_trained = is_own and bool(local_metadata.get("has_learnt"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _load_topology(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Take the topology and the capacity of a state dict, before its values are copied."""
+        """Set the topology and capacity from a state dict before its values are copied."""
         state = state_dict.get(prefix + "_extra_state")
         if isinstance(state, Tensor) and state.is_floating_point():
-            # A mean of state dicts, as of a network and its target, whose blocks are the same.
+            # The state dict is a mean of several with equal topologies, such as those of a network
+            # and its target network.
             rounded, own = state.round().int(), self.get_extra_state()
             if rounded.shape == own.shape and torch.equal(rounded.to(own.device), own):
                 state = state_dict[prefix + "_extra_state"] = own
         values = state_dict.get(prefix + "values")
         weight = state_dict.pop(prefix + "weight", None) if values is None else None
         if weight is not None and weight.dim() == 3:
-            # The blocks, as the files of Transformers' `save_pretrained` have them.
+            # The files of Transformers' `save_pretrained` store the blocks as `weight`.
             values, weight = weight, None
             state_dict[prefix + "values"] = values
         if state is not None and not isinstance(state, Tensor):
-            # PyTorch's stand-in, where a loader passes parameters one by one.
+            # A loader that passes parameters one by one replaces the state by a placeholder.
             raise ValueError(
-                "The topology must be loaded with the `values` that it places; got "
-                f"{type(state).__name__}. Lightning loads a checkpoint of one file into a sharded "
-                "model without it: resume from a distributed checkpoint, or load before "
+                "The topology must be loaded together with its `values`; got "
+                f"{type(state).__name__}. Lightning loads a single-file checkpoint into a sharded "
+                "model without the topology: resume from a distributed checkpoint, or load before "
                 "fully_shard."
             )
         if state is not None and values is None and weight is None:
             raise ValueError(
-                "The topology must come with the `values` that it places; got none. "
+                "The topology must come with its `values`; got none. "
                 "Save with state_dict(), and keep every key of it."
             )
         if state is not None:
@@ -659,64 +671,62 @@ class BlockSparseLinear(nn.Module):
             _check_fits(topology, self.out_features, self.in_features)
         elif values is not None:
             raise ValueError(
-                "`values` must come with the topology they belong to; got no '_extra_state'. "
+                "`values` must come with their topology; got no '_extra_state'. "
                 "Save with state_dict(), and keep every key of it."
             )
         else:
             topology = self.topology
         if weight is not None:
-            # A dense checkpoint can start a sparse run.
-            weight = weight.T if self.transposed else weight
+            # Dense checkpoints can be loaded: the weights of the present blocks are kept.
+            weight = weight.T if self._is_transposed else weight
             values = state_dict[prefix + "values"] = topology.pack(weight)
             state_dict.setdefault(prefix + "_extra_state", topology.to_state())
         expected = (topology.capacity, topology.block_size, topology.block_size)
         if values is not None and values.shape != expected:
             raise ValueError(
-                f"`values` must have shape {list(expected)} by the saved topology; "
+                f"`values` must have shape {list(expected)} to match the saved topology; "
                 f"got {list(values.shape)}. The checkpoint is damaged."
             )
         if state is not None:
-            self._adopt(topology)
+            self._set_topology(topology)
 
-    def _adopt(self, topology: BlockTopology) -> None:
-        same_slots = (topology.capacity, topology.block_size) == (
-            self.topology.capacity,
-            self.topology.block_size,
-        )
-        if same_slots:
-            coords = topology.coords.to(self.topology.device)
-            if not torch.equal(coords, self.topology.coords):
-                self.topology.assign_(coords)
+    def _set_topology(self, topology: BlockTopology) -> None:
+        """Set another topology; `values` gets zeros if its shape changes."""
+        old = self.topology
+        if (topology.capacity, topology.block_size) == (old.capacity, old.block_size):
+            coords = topology.coords.to(old.device)
+            if not torch.equal(coords, old.coords):
+                old.assign_(coords)
             return
-        if self.locked:
+        if self._is_locked:
             raise RuntimeError(
-                f"A layer in training must keep its capacity {self.topology.capacity} and block "
+                f"A layer in training must keep its capacity {old.capacity} and block "
                 f"size {self.block_size}; the state dict has {topology.capacity} and "
                 f"{topology.block_size}. Load it before the optimizer is built."
             )
         self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
         self.block_size = topology.block_size
         self.block_norms = _zero_norms(topology.grid, self.block_norms.device)
-        # The parameter object stays, so that ties and optimizers yet without state still hold it.
+        # The parameter object stays, so that ties and optimizers without state still hold it.
         shape = (topology.capacity, topology.block_size, topology.block_size)
         _set_data(self.values, self.values.detach().new_zeros(shape))
-        self._follow_device()
+        self._move_attributes()
 
 
 @torch.no_grad()
 def make_sparse_(
     linear: nn.Module, topology: BlockTopology, scale: float = 1.0, label: str = ""
 ) -> BlockSparseLinear:
-    """Turn an `nn.Linear` into a `BlockSparseLinear`: the object stays, as does its parameter.
+    """Turn an `nn.Linear` into a `BlockSparseLinear` in place.
 
-    The weight's Parameter becomes `values`, with other data. So whatever refers to one of them goes
-    on: lists of layers, hooks of either, attributes, optimizers.
+    The module object stays, and the weight's Parameter becomes `values` with other data. All
+    references to either remain valid: lists of layers, hooks, attributes and optimizers.
 
     Args:
-        linear: an `nn.Linear`, or transformers' `Conv1D`.
+        linear: an `nn.Linear` or Transformers' `Conv1D`.
         topology: the blocks to keep.
-        scale: factor of the weights that are kept.
-        label: the layer's name, for messages.
+        scale: factor for the kept weights.
+        label: name of the layer, for messages.
     """
     dense_class = type(linear)
     weight = cast(nn.Parameter, linear.weight)
@@ -728,30 +738,31 @@ def make_sparse_(
     layer = cast(BlockSparseLinear, linear)
     layer.out_features, layer.in_features = topology.out_features, topology.in_features
     if transposed:
-        layer.dense_class = dense_class
-    layer._equip(topology)
-    layer.label = label
+        layer._dense_class = dense_class
+    layer._init_attributes(topology)
+    layer._label = label
     return layer
 
 
 @torch.no_grad()
 def make_dense_(layer: BlockSparseLinear) -> nn.Module:
-    """Undo `make_sparse_`: the object becomes what it was, and `values` the dense weight.
+    """Undo `make_sparse_`: restore the class, and turn `values` into the dense weight.
 
     Raises:
-        RuntimeError: while an optimizer is attached that evolves the layer.
+        RuntimeError: if a `Sparsifier` that is attached to an optimizer evolves the layer.
     """
-    if layer.locked:
+    if layer._is_locked:
         raise RuntimeError(
             "A layer must not be evolved by a Sparsifier when it becomes dense; got one that is "
-            f"attached to an optimizer{layer._where()}. Call `detach()` first, or densify a copy."
+            f"attached to an optimizer{layer._message_suffix()}. Call `detach()` first, or densify "
+            "a copy."
         )
     weight = layer.dense_weight()
-    weight = weight.T.contiguous() if layer.transposed else weight
-    values, dense_class = layer.values, layer.dense_class
-    LIVING.discard(layer)
-    sizes = ("in_features", "out_features") if layer.transposed else ()
-    for name in (*_EQUIPMENT, *sizes):
+    weight = weight.T.contiguous() if layer._is_transposed else weight
+    values, dense_class = layer.values, layer._dense_class
+    LIVE_LAYERS.discard(layer)
+    sizes = ("in_features", "out_features") if layer._is_transposed else ()
+    for name in (*_ATTRIBUTES, *sizes):
         vars(layer).pop(name, None)
     _rename_parameter(layer, "values", "weight")
     layer.__class__ = dense_class  # type: ignore[assignment]
@@ -760,40 +771,40 @@ def make_dense_(layer: BlockSparseLinear) -> nn.Module:
 
 
 def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
-    """Give a parameter another name at its place."""
+    """Rename a parameter, keeping the order of parameters."""
     parameters = dict(module._parameters)
     module._parameters.clear()
     module._parameters.update({new if n == old else n: p for n, p in parameters.items()})
 
 
 def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape, and no gradient; the object stays."""
+    """Replace the data of a parameter by one of any shape, and clear its gradient."""
     _prepare_data(parameter, data)()
 
 
 def _prepare_data(parameter: nn.Parameter, data: Tensor) -> Callable[[], None]:
-    """Return what `_set_data` does, as a function that takes no memory of tensors."""
-    # A graph that is still held remembers the old shape for the gradient of this parameter, and
-    # autograd would refuse the next one. It forgets when the dtype changes.
-    other = torch.float32 if data.dtype == torch.float64 else torch.float64
-    nothing = data.new_empty(0, dtype=other)
+    """Return a function that does what `_set_data` does, without allocating tensors."""
+    # As long as a graph is alive, autograd expects a gradient of the old shape for this parameter.
+    # Changing the dtype in between resets the expectation.
+    other_dtype = torch.float32 if data.dtype == torch.float64 else torch.float64
+    placeholder = data.new_empty(0, dtype=other_dtype)
 
     @torch.no_grad()
     def write() -> None:
-        before = parameter.shape
+        old_shape = parameter.shape
         parameter.grad = None
-        parameter.data = nothing
+        parameter.data = placeholder
         parameter.data = data
-        for tell in when_reshaped:
-            tell(before, data.shape)
+        for hook in reshape_hooks:
+            hook(old_shape, data.shape)
 
     return write
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether it is what GPT-2 has for linear layers; without importing where it is from."""
-    of = type(module)
-    return of.__name__ == "Conv1D" and of.__module__ == "transformers.pytorch_utils"
+    """Return whether a module is Transformers' `Conv1D`, without importing Transformers."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 def dense_shape(layer: nn.Module) -> tuple[int, int]:
@@ -811,21 +822,21 @@ def dense_weight_of(linear: nn.Module) -> Tensor:
 
 
 def density_of(layers: Iterable[BlockSparseLinear]) -> float:
-    """Return present blocks / all blocks of some layers together."""
+    """Return present blocks / all blocks, over several layers."""
     topologies = [layer.topology for layer in layers]
-    blocks = sum(at.grid[0] * at.grid[1] for at in topologies)
-    return sum(at.n_blocks for at in topologies) / max(1, blocks)
+    n_blocks = sum(topology.n_blocks for topology in topologies)
+    return n_blocks / max(1, sum(topology.grid[0] * topology.grid[1] for topology in topologies))
 
 
 def largest_blocks(weight: Tensor, grid: tuple[int, int], n_blocks: int) -> Tensor:
-    """Return the mask of the blocks of largest Frobenius norm of a dense weight, on the CPU.
+    """Return the block mask, on the CPU, of the blocks of largest Frobenius norm.
 
     Args:
         weight: `[out_features, in_features]`.
         grid: (out_blocks, in_blocks).
-        n_blocks: how many.
+        n_blocks: number of blocks in the mask.
     """
-    # Blocks with a NaN come last, but they are chosen where nothing else is left.
+    # Blocks that contain NaN rank last and are taken only if no others are left.
     norms = dense_block_norms(weight, grid).cpu().nan_to_num(-1.0, -1.0, -1.0)
     return choose_blocks(norms, torch.ones_like(norms, dtype=torch.bool), n_blocks)
 
@@ -835,13 +846,13 @@ def _zero_norms(grid: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """Return `x` in the dtype that autocast wants for a product."""
+    """Return `x` in the dtype that autocast uses for products."""
     dtype = _autocast_dtype(x)
     return x if dtype is None else x.to(dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast wants for a product of `x`; None if it wants none."""
+    """Return the dtype that autocast uses for a product of `x`; None if it does not apply."""
     device = x.device.type
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
@@ -849,7 +860,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raise ValueError unless the ops offer the dtype."""
+    """Raise ValueError unless the ops support the dtype."""
     if dtype not in _DTYPES:
         raise ValueError(
             f"`dtype` must be one of {_names_of(_DTYPES)}; got {dtype}. Convert the layer first."

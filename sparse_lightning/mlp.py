@@ -1,4 +1,4 @@
-"""`BlockSparseMLP`: an `nn.Sequential` that computes activations on the way."""
+"""`BlockSparseMLP`: an `nn.Sequential` that fuses activations into block-sparse products."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch.nn.modules import module as torch_module
 from sparse_lightning.kernels import ops
 from sparse_lightning.linear import BlockSparseLinear, in_autocast_dtype
 
-CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class BlockSparseMLP(nn.Sequential):
-    """An `nn.Sequential` that computes a layer, an activation and a layer in one go.
+    """An `nn.Sequential` that fuses a layer, an activation and a layer into one op.
 
-    Where a `BlockSparseLinear`, an `nn.ReLU`, `nn.GELU` or `nn.SiLU`, and another
-    `BlockSparseLinear` follow each other, the first product's kernel also writes the activation,
-    and in backward the second's also multiplies by its slope. All else runs as in `nn.Sequential`,
-    as do modules with hooks or a `forward` of their own, which would not be called otherwise.
-    Results are the same but for the last bit of an activation: see activations.cuh.
+    The op replaces a `BlockSparseLinear`, an `nn.ReLU`, `nn.GELU` or `nn.SiLU`, and another
+    `BlockSparseLinear` in sequence. The kernel of the first product also writes the activation, and
+    in backward the kernel of the second also multiplies by its derivative. All other modules run as
+    in `nn.Sequential`. So do modules with hooks or with a `forward` set on the instance, which the
+    op would not call. Results differ from separate modules at most in the last bit of an
+    activation; see activations.cuh.
 
-    `sparsify` makes one of every plain `nn.Sequential` that has such layers.
+    `sparsify` turns every plain `nn.Sequential` with such layers into a `BlockSparseMLP`.
 
     >>> import torch
     >>> layers = (
@@ -38,24 +39,24 @@ class BlockSparseMLP(nn.Sequential):
         """Return the output of the last module."""
         x, modules = input, list(self)
         while modules:
-            fused = _fused(modules)
-            if fused:
-                x, modules = _compute(x, *fused), modules[3:]
+            fusible = _fusible_now(modules)
+            if fusible:
+                x, modules = _compute(x, *fusible), modules[3:]
             else:
                 x, modules = modules[0](x), modules[1:]
         return x
 
 
 def can_fuse(modules: nn.Sequential) -> bool:
-    """Tell whether a `BlockSparseMLP` of these modules would compute any of them together."""
+    """Return whether a `BlockSparseMLP` of these modules would fuse any of them."""
     layers = list(modules)
-    return any(_fits(layers[i:]) is not None for i in range(len(layers)))
+    return any(_fusible(layers[i:]) is not None for i in range(len(layers)))
 
 
-def activation_of(module: nn.Module) -> str | None:
-    """Return the name that the ops have for an activation; None if they do not offer it.
+def _activation_name(module: nn.Module) -> str | None:
+    """Return the name of an activation in the ops; None if they do not support it.
 
-    >>> activation_of(nn.GELU(approximate="tanh")), activation_of(nn.Tanh())
+    >>> _activation_name(nn.GELU(approximate="tanh")), _activation_name(nn.Tanh())
     ('gelu_tanh', None)
     """
     if type(module) is nn.GELU:
@@ -63,36 +64,36 @@ def activation_of(module: nn.Module) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
 
-def _fused(
+def _fusible_now(
     modules: Sequence[nn.Module],
 ) -> tuple[BlockSparseLinear, str, BlockSparseLinear] | None:
-    """Return the first three modules if they are to be computed together in this call."""
-    found = _fits(modules)
+    """Return the first three modules if this call fuses them."""
+    found = _fusible(modules)
     if found is None or torch_module._has_any_global_hook():
         return None
-    return None if any(map(_has_more_to_call, modules[:3])) else found
+    return None if any(map(_has_custom_call, modules[:3])) else found
 
 
-def _has_more_to_call(module: nn.Module) -> bool:
-    """Tell whether calling a module runs more than its class's `forward`.
+def _has_custom_call(module: nn.Module) -> bool:
+    """Return whether calling a module runs more than the `forward` of its class.
 
-    That is a hook, or a `forward` that was put into the instance: some adapters are, and what
-    moves weights between devices. Both come and go, so it is asked at each call.
+    Hooks do, and so does a `forward` set on the instance, as by some adapters and by code that
+    moves weights between devices. Both can be added and removed between calls.
     """
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in CALL_HOOKS)
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _CALL_HOOKS)
 
 
-def _fits(
+def _fusible(
     modules: Sequence[nn.Module],
 ) -> tuple[BlockSparseLinear, str, BlockSparseLinear] | None:
-    """Return the first three modules if they are a layer, an activation and a layer to fuse."""
+    """Return the first three modules if they are a layer, an activation and a matching layer."""
     if len(modules) < 3:
         return None
-    up, between, down = modules[:3]
-    activation = activation_of(between)
+    up, middle, down = modules[:3]
+    activation = _activation_name(middle)
     if activation is None:
         return None
-    # Exact classes: a subclass may compute something else.
+    # A subclass may compute something else.
     if type(up) is not BlockSparseLinear or type(down) is not BlockSparseLinear:
         return None
     if up.out_features != down.in_features or up.values.dtype != down.values.dtype:
@@ -101,7 +102,7 @@ def _fits(
 
 
 def _compute(x: Tensor, up: BlockSparseLinear, activation: str, down: BlockSparseLinear) -> Tensor:
-    up.check_input(x)
+    up._check_input(x)
     x = in_autocast_dtype(x)
-    y: Tensor = ops.block_mlp(x, *up.operands(x), *down.operands(x), activation)
+    y: Tensor = ops.block_mlp(x, *up._operands(x), *down._operands(x), activation)
     return y

@@ -1,6 +1,6 @@
-"""Tensors by slot whose slots are spread over ranks, as `fully_shard` holds parameters.
+"""Tensors whose slots are sharded over ranks, as `fully_shard` shards parameters.
 
-Everything here leaves a plain tensor as it is, so that callers need not ask which one they have.
+All functions also accept plain tensors, so callers need not distinguish the two.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
-    """Tell whether ranks hold a part of the tensor each.
+    """Return whether the tensor is a `DTensor`, of which each rank holds a part.
 
     >>> is_sharded(torch.zeros(3))
     False
     """
-    # There is no such tensor before its module is imported, which takes half of a second.
+    # Importing the module takes half a second, and before it is imported no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, sharing its memory."""
+    """Return the part of a tensor on this rank, sharing its memory."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -37,10 +37,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def local_slots(tensor: Tensor) -> slice:
-    """Return which slots of a tensor, along its first dimension, this rank holds.
+    """Return the slots, along the first dimension of a tensor, that are on this rank.
 
     Raises:
-        ValueError: if it is cut along another dimension.
+        ValueError: if the tensor is sharded along another dimension.
 
     >>> local_slots(torch.zeros(3, 16, 16))
     slice(0, 3, None)
@@ -57,7 +57,7 @@ def local_slots(tensor: Tensor) -> slice:
 
 
 def check_whole_blocks(tensor: Tensor) -> None:
-    """Raise ValueError if ranks hold parts of blocks."""
+    """Raise ValueError if a tensor is sharded such that ranks hold parts of blocks."""
     if is_sharded(tensor):
         from torch.distributed.tensor import Replicate, Shard
 
@@ -69,12 +69,12 @@ def check_whole_blocks(tensor: Tensor) -> None:
             )
 
 
-def all_slots(part: Tensor, like: Tensor) -> Tensor:
-    """Return the numbers of all slots; of a sharded tensor, every rank must call this.
+def gather_slots(part: Tensor, like: Tensor) -> Tensor:
+    """Gather one number per slot from all ranks; if `like` is sharded, every rank must call this.
 
     Args:
-        part: `[local slots]`, a number for each slot that this rank holds of `like`.
-        like: `[slots, ...]`.
+        part: `[local slots]`, one number for each slot of `like` on this rank.
+        like: `[slots, ...]`, the tensor whose sharding `part` has.
 
     Returns:
         `[slots]`.
@@ -86,31 +86,31 @@ def all_slots(part: Tensor, like: Tensor) -> Tensor:
     numbers = DTensor.from_local(
         part, like.device_mesh, like.placements, shape=torch.Size([like.shape[0]]), stride=(1,)
     )
-    whole: Tensor = numbers.full_tensor()
-    return whole
+    gathered: Tensor = numbers.full_tensor()
+    return gathered
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; of a sharded one, every rank must call this."""
+def gather_whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor from all ranks; if it is sharded, every rank must call this."""
     if not is_sharded(tensor):
         return tensor
-    everything: Tensor = tensor.full_tensor()
-    return everything
+    gathered: Tensor = tensor.full_tensor()
+    return gathered
 
 
-def at_local_slots(slots: Tensor, tensor: Tensor) -> Tensor:
-    """Return, of some slots, those that this rank holds, counted from its first.
+def to_local_slots(slots: Tensor, tensor: Tensor) -> Tensor:
+    """Return the given slots that are on this rank, as indices into its local part.
 
     Args:
         slots: int64 `[n]`.
         tensor: `[slots, ...]`.
 
     Returns:
-        int64, on the device of what the rank holds.
+        int64 indices, on the device of the local part.
     """
     device = local_part(tensor).device
     if not is_sharded(tensor):
         return slots.to(device)
-    mine = local_slots(tensor)
-    here: Tensor = slots[(slots >= mine.start) & (slots < mine.stop)] - mine.start
-    return here.to(device)
+    local = local_slots(tensor)
+    indices: Tensor = slots[(slots >= local.start) & (slots < local.stop)] - local.start
+    return indices.to(device)

@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
-# The state vector is [format, block_size, out_blocks, in_blocks, capacity, row, col, row, ...]. Its
-# format is negative where the dense weight lies transposed, as in transformers' `Conv1D`.
+# The state vector is [format, block_size, out_blocks, in_blocks, capacity, row, col, row, ...]. The
+# format is negative if the dense weight is stored transposed, as in Transformers' `Conv1D`.
 STATE_FORMAT = 1
 _STATE_HEADER = 5
-# Of a grid that a state vector claims: 17 billion weights, in the smallest blocks.
-_MOST_BLOCKS = 2**26
+# Largest grid accepted from a state vector: 17 billion weights in the smallest blocks.
+_MAX_BLOCKS = 2**26
+
+
+class Indices(NamedTuple):
+    """The index tensors of a topology, in the order in which the ops take them.
+
+    `BlockTopology` describes the fields.
+    """
+
+    coords: Tensor
+    row_offsets: Tensor
+    row_entries: Tensor
+    col_offsets: Tensor
+    col_entries: Tensor
+    slots: Tensor
 
 
 class BlockTopology:
     """The present blocks of an `[out_features, in_features]` weight.
 
-    The weight is a grid of `block_size` x `block_size` blocks. A present block lives in a *slot* of
-    the `values` tensor `[capacity, block_size, block_size]`; `coords` says which block each slot
-    holds, and everything else is derived from it. All tensors keep their identity for the life of
-    the topology (`assign_` writes in place), so compiled graphs and CUDA graphs stay valid.
+    The weight is a grid of `block_size` x `block_size` blocks. A present block is stored in a
+    *slot* of the `values` tensor `[capacity, block_size, block_size]`. `coords` gives the block in
+    each slot; the other index tensors are derived from it. `assign_` updates all of them in place,
+    so compiled graphs and CUDA graphs stay valid.
 
     Attributes:
         coords: int32 `[capacity, 2]`, (block row, block column) of each slot; (-1, -1) if empty.
         row_offsets: int32 `[out_blocks + 1]`, where each block row begins in `row_entries`.
-        row_entries: int32 `[capacity, 2]`, the (block column, slot) of each block, by row and then
-            column; the empty slots follow at the end, as (-1, slot).
+        row_entries: int32 `[capacity, 2]`, the (block column, slot) of each block, sorted by row
+            and then column; empty slots follow as (-1, slot).
         col_offsets: int32 `[in_blocks + 1]`, where each block column begins in `col_entries`.
-        col_entries: int32 `[capacity, 2]`, the (block row, slot) of each block, by column and then
-            row; the empty slots follow at the end, as (-1, slot).
-        slots: int32 `[out_blocks, in_blocks]`, the slot of each block; -1 if it is absent.
+        col_entries: int32 `[capacity, 2]`, the (block row, slot) of each block, sorted by column
+            and then row; empty slots follow as (-1, slot).
+        slots: int32 `[out_blocks, in_blocks]`, the slot of each block; -1 if the block is absent.
+        grid: (out_blocks, in_blocks).
+        block_size: number of rows and columns of a block.
+        n_blocks: number of present blocks.
 
     Args:
-        coords: integer `[capacity, 2]`, as above; copied.
+        coords: integer `[capacity, 2]`, as above. The tensor is copied.
         grid: (out_blocks, in_blocks).
         block_size: 16, 32, 64 or 128.
 
     Raises:
-        ValueError: if a coordinate lies outside the grid or appears twice, or for a block size
-            that is not offered.
+        ValueError: if a coordinate is outside the grid or appears twice, or if the block size is
+            not supported.
 
     >>> topology = BlockTopology.from_mask(torch.eye(2, dtype=torch.bool), block_size=16)
     >>> topology
@@ -81,12 +98,12 @@ class BlockTopology:
     def from_mask(
         cls, mask: Tensor, block_size: int, *, capacity: int | None = None
     ) -> BlockTopology:
-        """Build the topology whose present blocks are those set in a block mask.
+        """Build the topology whose present blocks are the True entries of a block mask.
 
         Args:
             mask: bool `[out_features / block_size, in_features / block_size]`.
             block_size: 16, 32, 64 or 128.
-            capacity: number of slots; the number of set blocks if None.
+            capacity: number of slots; the number of present blocks if None.
 
         Raises:
             TypeError: if `mask` is not bool.
@@ -130,7 +147,7 @@ class BlockTopology:
             density: present blocks / all blocks, in (0, 1]; rounded to at least one block.
             n_blocks: the exact number of blocks, instead of `density`.
             capacity: number of slots; the number of blocks if None.
-            generator: source of randomness on the CPU; PyTorch's default one if None.
+            generator: CPU generator; PyTorch's default generator if None.
 
         Raises:
             ValueError: if the features are not divisible by the block size, or the density or
@@ -151,10 +168,10 @@ class BlockTopology:
 
     @classmethod
     def from_state(cls, state: Tensor) -> BlockTopology:
-        """Rebuild a topology from `to_state`'s int32 vector, on the CPU.
+        """Rebuild a topology, on the CPU, from the int32 vector of `to_state`.
 
         Raises:
-            ValueError: if the vector is not one that `to_state` wrote.
+            ValueError: if `to_state` cannot have written the vector.
         """
         is_vector = isinstance(state, Tensor) and state.dim() == 1 and state.dtype == torch.int32
         header = state[:_STATE_HEADER].tolist() if is_vector else []
@@ -165,9 +182,9 @@ class BlockTopology:
                 "Load it with the version of sparse_lightning that wrote it."
             )
         _, block_size, out_blocks, in_blocks, capacity = header
-        if not 0 < out_blocks * in_blocks <= _MOST_BLOCKS:
+        if not 0 < out_blocks * in_blocks <= _MAX_BLOCKS:
             raise ValueError(
-                f"The saved topology must have a grid of 1..{_MOST_BLOCKS} blocks; "
+                f"The saved topology must have a grid of 1..{_MAX_BLOCKS} blocks; "
                 f"got {out_blocks}x{in_blocks}. The checkpoint is damaged."
             )
         coords = state[_STATE_HEADER:].cpu()
@@ -182,8 +199,8 @@ class BlockTopology:
         """Return the topology as one int32 vector whose length depends only on the capacity.
 
         Args:
-            transposed: whether the dense weight lies as `[in_features, out_features]`, which is
-                noted for those who make dense weights of a state dict.
+            transposed: whether the dense weight is stored as `[in_features, out_features]`. The
+                vector records it for code that builds dense weights from a state dict.
         """
         header = torch.tensor(
             [
@@ -198,22 +215,23 @@ class BlockTopology:
         return torch.cat([header, self.coords.flatten()])
 
     def assign_(self, coords: Tensor) -> BlockTopology:
-        """Give the slots new coordinates, in place, and rebuild the indices.
+        """Assign new coordinates to the slots and rebuild the indices, in place.
 
         Args:
             coords: integer `[capacity, 2]`; (-1, -1) for an empty slot.
 
         Raises:
-            ValueError: for another capacity, a coordinate outside the grid, or a block in two
-                slots; the topology is then as before.
+            ValueError: if the capacity differs, a coordinate is outside the grid, or two slots
+                hold the same block. The topology is then unchanged.
         """
-        self.prepare(coords)()
+        self._prepare_assign(coords)()
         return self
 
-    def prepare(self, coords: Tensor) -> Callable[[], None]:
-        """Return what `assign_` does with these coordinates, as a function that cannot fail.
+    def _prepare_assign(self, coords: Tensor) -> Callable[[], None]:
+        """Validate the coordinates and return a function that performs the assignment.
 
-        All that takes memory, or refuses, is done here; the function only writes in place.
+        All allocation and validation happens here. The returned function only writes in place, so
+        it cannot fail.
         """
         if coords.shape != self.coords.shape:
             raise ValueError(
@@ -227,49 +245,49 @@ class BlockTopology:
         if not bool((inside | empty).all()):
             slot = int((~(inside | empty)).nonzero()[0, 0])
             raise ValueError(
-                f"`coords` must lie inside the {out_blocks}x{in_blocks} grid or be (-1, -1); "
+                f"`coords` must be inside the {out_blocks}x{in_blocks} grid or be (-1, -1); "
                 f"got {tuple(coords[slot].tolist())} in slot {slot}."
             )
-        filled, left = present.nonzero().squeeze(1), (~present).nonzero()
+        filled, unused = present.nonzero().squeeze(1), (~present).nonzero()
         n_blocks = len(filled)
         slots = torch.full(self.grid, -1, dtype=torch.int64, device=coords.device)
         slots[rows[filled], cols[filled]] = filled
         if int((slots >= 0).sum()) < n_blocks:
             raise ValueError("`coords` must not hold a block twice; got a repeated (row, column).")
 
-        new = [(self.coords, coords), (self.slots, slots)]
-        last = torch.cat([torch.full_like(left, -1), left], 1)
-        for offsets, entries, by_line in (
+        writes = [(self.coords, coords), (self.slots, slots)]
+        empty_entries = torch.cat([torch.full_like(unused, -1), unused], 1)
+        for offsets, entries, slot_of in (
             (self.row_offsets, self.row_entries, slots),
             (self.col_offsets, self.col_entries, slots.T),
         ):
-            is_there = by_line >= 0
-            in_line = torch.stack([is_there.nonzero()[:, 1], by_line[is_there]], 1)
-            new.append((entries, torch.cat([in_line, last])))
-            new.append((offsets[1:], is_there.sum(1).cumsum(0)))
-        # Between devices, copies of another dtype would take memory.
-        new = [(old, tensor.to(old.dtype)) for old, tensor in new]
+            is_present = slot_of >= 0
+            block_entries = torch.stack([is_present.nonzero()[:, 1], slot_of[is_present]], 1)
+            writes.append((entries, torch.cat([block_entries, empty_entries])))
+            writes.append((offsets[1:], is_present.sum(1).cumsum(0)))
+        # A copy between devices that also converts the dtype would allocate memory.
+        writes = [(target, source.to(target.dtype)) for target, source in writes]
 
         def write() -> None:
-            for old, tensor in new:
-                old.copy_(tensor)
+            for target, source in writes:
+                target.copy_(source)
             self.n_blocks = n_blocks
 
         return write
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Processes that are started by pickling share the memory of tensors on the CPU, and what
-        # one writes to its indices is no business of the others, unless it was shared on purpose.
-        on_purpose = state.get("_shared", False) and _is_shared(state["coords"])
+        # Processes started by pickling share the memory of CPU tensors. Clone the indices, so that
+        # one process cannot change those of another, unless `share_memory_` was called.
+        keep_shared = state.get("_shared", False) and _is_shared(state["coords"])
         for name, value in state.items():
-            apart = not on_purpose and isinstance(value, Tensor) and _is_shared(value)
-            self.__dict__[name] = value.clone() if apart else value
-        self._shared = on_purpose
+            unshare = not keep_shared and isinstance(value, Tensor) and _is_shared(value)
+            self.__dict__[name] = value.clone() if unshare else value
+        self._shared = keep_shared
 
     def share_memory_(self) -> BlockTopology:
-        """Have other processes see and make the changes of the indices, as `Tensor.share_memory_`.
+        """Move the indices to shared memory, as `Tensor.share_memory_` does for a tensor.
 
-        They do in those processes that are started from now on. `n_blocks` is each one's own.
+        Processes started afterwards see each other's changes. `n_blocks` stays local to a process.
         """
         for value in vars(self).values():
             if isinstance(value, Tensor):
@@ -279,16 +297,11 @@ class BlockTopology:
 
     @property
     def is_shared(self) -> bool:
-        """Whether its indices are shared by `share_memory_`."""
+        """Whether `share_memory_` has moved the indices to shared memory."""
         return self._shared
 
-    @staticmethod
-    def is_transposed(state: Tensor) -> bool:
-        """Tell whether a vector of `to_state` is of a dense weight that lies transposed."""
-        return int(state[0]) < 0
-
     def to_(self, device: torch.device) -> BlockTopology:
-        """Move every index tensor to `device`, in place (new storage when the device differs)."""
+        """Move every index tensor to `device`; the topology object stays the same."""
         for name, value in [*vars(self).items()]:
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
@@ -296,13 +309,13 @@ class BlockTopology:
         return self
 
     def pack(self, weight: Tensor) -> Tensor:
-        """Return the present blocks of a dense weight, by slot; zeros in empty slots.
+        """Return the present blocks of a dense weight by slot, with zeros in empty slots.
 
         Args:
             weight: `[out_features, in_features]`, any dtype.
 
         Returns:
-            `[capacity, block_size, block_size]` of the weight's dtype, on its device.
+            `[capacity, block_size, block_size]`, with the dtype and device of `weight`.
         """
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(
@@ -314,13 +327,13 @@ class BlockTopology:
         return blocks.masked_fill((rows < 0).view(-1, 1, 1), 0)
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Return the dense weight that the blocks in `values` stand for; zeros elsewhere.
+        """Return the dense weight made of the blocks in `values`, with zeros at absent blocks.
 
         Args:
             values: `[capacity, block_size, block_size]`, any dtype.
 
         Returns:
-            `[out_features, in_features]` of the values' dtype, on their device.
+            `[out_features, in_features]`, with the dtype and device of `values`.
         """
         weight = values.new_zeros(self.out_features, self.in_features)
         coords = self.coords.to(values.device).long()
@@ -330,18 +343,30 @@ class BlockTopology:
         return weight
 
     def scatter(self, slot_values: Tensor, fill: float) -> Tensor:
-        """Lay one number a slot out over the block grid.
+        """Arrange one number per slot on the block grid.
 
         Args:
             slot_values: `[capacity]`.
-            fill: what absent blocks get.
+            fill: number for absent blocks.
 
         Returns:
-            `[out_blocks, in_blocks]` of the same dtype.
+            `[out_blocks, in_blocks]`, with the dtype of `slot_values`.
         """
-        # -1, where no slot is, finds the last.
-        or_fill = torch.cat([slot_values, slot_values.new_full((1,), fill)])
-        return or_fill[self.slots.to(slot_values.device).long()]
+        # Index -1 (absent) picks the appended fill.
+        padded = torch.cat([slot_values, slot_values.new_full((1,), fill)])
+        return padded[self.slots.to(slot_values.device).long()]
+
+    @property
+    def indices(self) -> Indices:
+        """The index tensors, in the order in which the ops take them."""
+        return Indices(
+            self.coords,
+            self.row_offsets,
+            self.row_entries,
+            self.col_offsets,
+            self.col_entries,
+            self.slots,
+        )
 
     @property
     def mask(self) -> Tensor:
@@ -378,6 +403,11 @@ class BlockTopology:
         )
 
 
+def is_transposed_state(state: Tensor) -> bool:
+    """Return whether a vector of `to_state` belongs to a dense weight that is stored transposed."""
+    return int(state[0]) < 0
+
+
 def check_block_size(block_size: int) -> None:
     """Raise ValueError unless the block size is one of `BLOCK_SIZES`."""
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
@@ -395,7 +425,7 @@ def check_density(density: float, argument: str = "density") -> None:
 
 
 def block_grid(out_features: int, in_features: int, block_size: int) -> tuple[int, int]:
-    """Return (out_blocks, in_blocks) of a weight.
+    """Return (out_blocks, in_blocks), the block grid of a weight.
 
     Raises:
         ValueError: if a dimension is not a positive multiple of the block size.
@@ -414,7 +444,7 @@ def block_grid(out_features: int, in_features: int, block_size: int) -> tuple[in
 
 
 def count_blocks(density: float, total: int) -> int:
-    """Return the number of blocks nearest to a density, but at least one.
+    """Return the number of blocks nearest to a density, at least one.
 
     >>> count_blocks(0.1, 256), count_blocks(0.001, 16)
     (26, 1)
@@ -424,7 +454,7 @@ def count_blocks(density: float, total: int) -> int:
 
 
 def _is_shared(tensor: Tensor) -> bool:
-    """Tell whether a tensor lies in memory that processes share; all on CUDA says that it does."""
+    """Return whether a CPU tensor is in shared memory; `is_shared` is True for any CUDA tensor."""
     return tensor.device.type == "cpu" and tensor.is_shared()
 
 

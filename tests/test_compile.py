@@ -1,4 +1,4 @@
-"""Compiled, checkpointed and exported layers: as in eager, and never compiled twice."""
+"""Compiled, checkpointed and exported layers equal eager ones and never recompile."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP
 from sparse_lightning.kernels import ops
-from sparse_lightning.policy.evolution import update_topology
+from sparse_lightning.policy.updates import update_topology
 from sparse_lightning.selection import sparse_layers
 
 
 @pytest.fixture(autouse=True)
 def _no_recompilation() -> Iterator[None]:
-    """A second compilation of the same code is an error in every test of this file."""
+    """Make recompilation an error in every test of this file."""
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
@@ -47,7 +47,7 @@ def compiled(
 
 
 def update_all(model: nn.Module, step: int, n_blocks_less: int) -> None:
-    """A random update of every layer: same slots, other blocks."""
+    """Apply a random topology update to every layer."""
     generator = torch.Generator().manual_seed(step)
     for _, layer in sparse_layers(model):
         grid, target = layer.topology.grid, layer.topology.capacity - n_blocks_less
@@ -55,7 +55,7 @@ def update_all(model: nn.Module, step: int, n_blocks_less: int) -> None:
         before = layer.topology.coords.clone()
         layer.apply_update(update_topology(layer.topology, *scores, target, fraction=0.4))
         assert not torch.equal(layer.topology.coords, before)
-        with torch.no_grad():  # grown blocks are not left at zero, or they would tell nothing
+        with torch.no_grad():  # zero values of grown blocks would hide errors
             present = (layer.topology.coords[:, 0] >= 0).view(-1, 1, 1)
             drawn = torch.randn(layer.values.shape, generator=generator)
             layer.values.copy_(drawn.to(present.device) * present)
@@ -64,9 +64,9 @@ def update_all(model: nn.Module, step: int, n_blocks_less: int) -> None:
 def run(
     model: nn.Module, function: Callable[..., Tensor], x: Tensor, armed: bool
 ) -> dict[str, Tensor]:
-    """Forward and backward from clean gradients; everything that comes out of it.
+    """Run forward and backward from clean gradients, and return all outputs and gradients.
 
-    Where there are no norms, as in eager code that is not armed, they come out as zeros.
+    Missing norms, as in eager code that is not armed, are returned as zeros.
     """
     model.zero_grad()
     for _, layer in sparse_layers(model):
@@ -114,7 +114,7 @@ def test_topology_updates_and_arming_compile_once(backend: str, device: str) -> 
     assert counter.frame_count == 1
 
 
-def test_norms_of_every_few_tokens_compile() -> None:
+def test_norms_with_a_token_stride_compile() -> None:
     model = make_model()
     for layer in model.modules():
         if isinstance(layer, BlockSparseLinear):
@@ -125,7 +125,7 @@ def test_norms_of_every_few_tokens_compile() -> None:
 
 
 def test_the_count_sees_a_recompilation() -> None:
-    """What the tests above rely on: a Python value that changes does fail here."""
+    """The tests above rely on this: a changing Python value is detected."""
 
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -158,15 +158,15 @@ def test_a_layer_called_twice_compiles() -> None:
     assert counter.frame_count == 1
 
 
-def test_arming_compiles_once_where_norms_add_up() -> None:
-    """Over micro-batches, some of them not armed: also the sum is that of eager code."""
+def test_arming_compiles_once_while_norms_accumulate() -> None:
+    """Over micro-batches, some of them not armed, the sum equals that of eager code."""
     model = make_model()
     eager = copy.deepcopy(model)
     function, counter = compiled(model)
     for armed in (False, True, True, False):
         x = tokens(7)
-        for each, forward in ((model, function), (eager, eager)):
-            for _, layer in sparse_layers(each):
+        for module, forward in ((model, function), (eager, eager)):
+            for _, layer in sparse_layers(module):
                 layer.arm(armed)
             forward(x).square().sum().backward()
     for (_, ours), (_, expected) in zip(sparse_layers(model), sparse_layers(eager), strict=True):
@@ -324,7 +324,7 @@ def make_layer() -> BlockSparseLinear:
 def test_export(make: Callable[[], nn.Module], op: object, training: bool) -> None:
     model = make().train(training)
     for _, layer in sparse_layers(nn.Sequential(model)):
-        layer.arm(True)  # which is for backward only: what is exported has nothing of it
+        layer.arm(True)  # affects backward only, so not the exported program
     batch = torch.export.Dim("batch", min=1, max=1000)
     program = torch.export.export(model, (tokens(3, 5),), dynamic_shapes=({0: batch},))
     assert op in [node.target for node in program.graph.nodes]
@@ -333,7 +333,7 @@ def test_export(make: Callable[[], nn.Module], op: object, training: bool) -> No
     torch.export.save(program, file)
     file.seek(0)
     programs = {
-        "as it is": program,
+        "unchanged": program,
         "decomposed": program.run_decompositions(),
         "from a file": torch.export.load(file),
     }
@@ -344,18 +344,18 @@ def test_export(make: Callable[[], nn.Module], op: object, training: bool) -> No
             torch.testing.assert_close(actual, model(x), msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_what_is_exported_learns_as_the_model_does() -> None:
+def test_an_exported_program_has_the_gradients_of_the_model() -> None:
     model = make_mlp()
     program = torch.export.export(model, (tokens(3),))
     x = tokens(3)
     parameters = [*model.parameters()]
     expected = torch.autograd.grad(model(x).square().sum(), parameters)
     exported = program.module()
-    of_program = [exported.get_parameter(name) for name, _ in model.named_parameters()]
-    actual = torch.autograd.grad(exported(x).square().sum(), of_program)
-    for gradient, of_model in zip(actual, expected, strict=True):
-        assert of_model.norm() > 0
-        torch.testing.assert_close(gradient, of_model)
+    exported_parameters = [exported.get_parameter(name) for name, _ in model.named_parameters()]
+    actual = torch.autograd.grad(exported(x).square().sum(), exported_parameters)
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        assert expected_gradient.norm() > 0
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_a_file_of_an_exported_model_keeps_its_blocks() -> None:

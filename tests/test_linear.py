@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, BlockTopology
 from sparse_lightning.mlp import BlockSparseMLP
-from sparse_lightning.optimizer_state import prepare_keep
-from sparse_lightning.policy.evolution import update_topology
+from sparse_lightning.optimizer_state import prepare_slot_removal
+from sparse_lightning.policy.updates import update_topology
 
 
 def make_layer(density: float = 0.5, seed: int = 0, **kwargs: Any) -> BlockSparseLinear:
@@ -116,7 +116,7 @@ def test_from_linear_with_a_topology() -> None:
     assert layer.bias is None and layer.values.dtype == torch.float64
 
 
-def test_from_linear_takes_over_flags_and_leaves_the_random_state_alone() -> None:
+def test_from_linear_keeps_flags_and_the_random_state() -> None:
     linear = nn.Linear(64, 48).eval()
     linear.weight.requires_grad_(False)
     state = torch.get_rng_state()
@@ -188,7 +188,7 @@ def test_wrong_arguments(kwargs: dict[str, Any], message: str) -> None:
         BlockSparseLinear(64, 48, **{"block_size": 16, **kwargs})
 
 
-def test_from_linear_wants_exactly_one_of_density_and_topology() -> None:
+def test_from_linear_requires_exactly_one_of_density_and_topology() -> None:
     with pytest.raises(ValueError, match="Exactly one"):
         BlockSparseLinear.from_linear(nn.Linear(64, 48), block_size=16)
 
@@ -310,12 +310,12 @@ def test_state_dict_round_trip(wrap: Callable[[nn.Module], nn.Module], density: 
     assert torch.equal(target.topology.coords, source.topology.coords)
     x = torch.randn(5, 64)
     assert torch.equal(target(x), source(x))
-    # A copy: the two then live apart.
+    # Loading copies: updates of one layer do not affect the other.
     update_randomly(target)
     assert not torch.equal(target.topology.coords, source.topology.coords)
 
 
-def test_loading_another_capacity_gives_up_the_old_gradient_and_trains_on() -> None:
+def test_loading_another_capacity_clears_the_gradient_and_can_train() -> None:
     source, target = make_layer(0.25, seed=1), make_layer(0.75, seed=2)
     target(torch.randn(3, 64)).sum().backward()
     target.load_state_dict(source.state_dict())
@@ -361,7 +361,7 @@ def test_values_without_topology_are_refused(strict: bool) -> None:
     before = snapshot(layer)
     state = make_layer(seed=1).state_dict()
     del state["_extra_state"]
-    with pytest.raises(RuntimeError, match=r"`values` must come with the topology"):
+    with pytest.raises(RuntimeError, match=r"`values` must come with their topology"):
         layer.load_state_dict(state, strict=strict)
     assert_unchanged(layer, before)
 
@@ -379,7 +379,7 @@ def test_topology_without_values_leaves_the_layer_as_it_was(strict: bool, densit
         assert "values" in str(error)
     else:
         assert not strict
-    # Never the new topology on the old values.
+    # The new topology is never combined with the old values.
     assert_unchanged(layer, before)
 
 
@@ -473,7 +473,7 @@ def test_a_dense_checkpoint_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_locked_layer_refuses_another_capacity_only(strict: bool) -> None:
     layer = make_layer(0.5, seed=2)
-    layer.locked = True
+    layer._is_locked = True
     before = snapshot(layer)
     with pytest.raises(RuntimeError, match=r"capacity 6.*has 9.*before the optimizer is built"):
         layer.load_state_dict(make_layer(0.75, seed=1).state_dict(), strict=strict)
@@ -599,18 +599,18 @@ def test_copies_are_independent(copied: Callable[[Any], Any]) -> None:
     other.train()(x).sum().backward()
     assert other.block_norms.grad is not None and (other.block_norms.grad > 0).all()
     assert_unchanged(layer, before)
-    assert not layer.armed and not layer._armed and layer.block_norms.grad is None
+    assert not layer.armed and not layer._armed_flag and layer.block_norms.grad is None
     assert layer.values.grad is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_of_an_armed_layer_is_not_armed(copied: Callable[[Any], Any]) -> None:
-    """It is no part of the training; but it can be armed for one of its own."""
+    """The copy does not take part in the training, but it can be armed itself."""
     layer, x = make_layer(), torch.randn(3, 64)
     layer.arm(True)
     layer(x).sum().backward()
     other = copied(layer)
-    assert not other.armed and not other._armed and other.block_norms.grad is None
+    assert not other.armed and not other._armed_flag and other.block_norms.grad is None
     other(x).sum().backward()
     assert other.block_norms.grad is None and other.block_norms is not layer.block_norms
     other.arm(True)
@@ -620,7 +620,7 @@ def test_a_copy_of_an_armed_layer_is_not_armed(copied: Callable[[Any], Any]) -> 
 
 @pytest.mark.parametrize("build", [make_layer, lambda: make_layer(device="meta")])
 def test_norms_are_fp32_whatever_the_default_dtype(build: Callable[[], BlockSparseLinear]) -> None:
-    """As under Lightning's precision "16-true"."""
+    """Lightning's precision "16-true" changes the default dtype."""
     torch.set_default_dtype(torch.float16)
     try:
         layer = build().to_empty(device="cpu")
@@ -635,7 +635,7 @@ def test_norms_are_fp32_whatever_the_default_dtype(build: Callable[[], BlockSpar
     assert norms is not None and norms.dtype == torch.float32 and (norms > 0).all()
 
 
-def test_the_leaf_of_the_norms_stays_where_the_device_does() -> None:
+def test_the_leaf_of_the_norms_stays_if_the_device_stays() -> None:
     layer = make_layer(device="meta")
     leaf = layer.block_norms
     assert leaf.device.type == "cpu" and leaf.is_leaf and leaf.requires_grad
@@ -658,13 +658,13 @@ CUDA = pytest.param(
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (300, 64), (0, 64)])
 def test_an_output_may_be_changed_in_place(shape, density: float, device: str) -> None:
-    """As that of an nn.Linear: by `nn.ReLU(inplace=True)`, a residual, or an index."""
+    """As with nn.Linear: by `nn.ReLU(inplace=True)`, a residual connection, or indexing."""
     layer = BlockSparseLinear(64, 128, block_size=16, density=density, device=device)
     dense = layer.to_linear()
     x = torch.randn(shape, device=device)
     outputs = []
-    for each in (layer, dense):
-        y = each(x.requires_grad_())
+    for module in (layer, dense):
+        y = module(x.requires_grad_())
         y += 1
         y[..., :8] = 0
         outputs.append(nn.functional.relu(y, inplace=True))
@@ -675,13 +675,13 @@ def test_an_output_may_be_changed_in_place(shape, density: float, device: str) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_the_leaf_of_the_norms_follows_the_values() -> None:
+def test_the_leaf_of_the_norms_moves_with_the_values() -> None:
     layer, x = make_layer(), torch.randn(3, 64)
     layer.arm(True)
     with torch.no_grad():
         layer.cuda()
     leaf = layer.block_norms
-    assert leaf.is_cuda and leaf.is_leaf and leaf.requires_grad and layer._armed.is_cuda
+    assert leaf.is_cuda and leaf.is_leaf and leaf.requires_grad and layer._armed_flag.is_cuda
     layer(x.cuda()).sum().backward()
     assert leaf.grad is not None and (leaf.grad > 0).all()
     norms = leaf.grad.cpu()
@@ -690,43 +690,45 @@ def test_the_leaf_of_the_norms_follows_the_values() -> None:
     torch.testing.assert_close(layer.block_norms.grad, norms, rtol=1e-4, atol=1e-5)
 
 
-def look_on(connection: Any, shared: nn.Module, apart: BlockSparseLinear, x: Tensor) -> None:
-    """What another process computes once the layers have been given other blocks."""
+def send_results(
+    connection: Any, shared: nn.Module, unshared: BlockSparseLinear, x: Tensor
+) -> None:
+    """Send what another process computes after the topologies have changed."""
     torch.set_num_threads(1)
     connection.send("ready")
     connection.recv()
     with torch.no_grad():
-        connection.send((shared(x).tolist(), apart.topology.coords.tolist()))
+        connection.send((shared(x).tolist(), unshared.topology.coords.tolist()))
 
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_share_memory(how: str) -> None:
-    """Who shares the values sees their blocks change; who is only given a layer does not."""
+    """Processes that share a layer see its topology change; others keep their own."""
     torch.manual_seed(0)
-    model, apart, x = nn.Sequential(make_layer()), make_layer(), torch.randn(3, 64)
+    model, unshared, x = nn.Sequential(make_layer()), make_layer(), torch.randn(3, 64)
     expected = model(x)
     assert model.share_memory() is model and torch.equal(model(x), expected)
     context = torch.multiprocessing.get_context(how)
-    here, there = context.Pipe()
-    worker = context.Process(target=look_on, args=(there, model, apart, x), daemon=True)
+    parent, child = context.Pipe()
+    worker = context.Process(target=send_results, args=(child, model, unshared, x), daemon=True)
     worker.start()
-    assert here.poll(60) and here.recv() == "ready"
-    before = apart.topology.coords.clone()
-    for layer in (model[0], apart):
+    assert parent.poll(60) and parent.recv() == "ready"
+    before = unshared.topology.coords.clone()
+    for layer in (model[0], unshared):
         coords = layer.topology.coords
         with torch.no_grad():
             layer.values.mul_(2.0)
         layer.topology.assign_(coords.flip(0).clone())
-    here.send("go on")
-    assert here.poll(60)
-    y, coords = here.recv()
+    parent.send("continue")
+    assert parent.poll(60)
+    y, coords = parent.recv()
     worker.join()
     torch.testing.assert_close(torch.tensor(y), model(x).detach())
     assert not torch.equal(model(x), expected)
     assert coords == before.tolist()
 
 
-def test_what_is_no_longer_shared_has_blocks_of_its_own() -> None:
+def test_a_layer_that_is_no_longer_shared_has_its_own_topology() -> None:
     layer = make_layer().share_memory()
     assert layer.is_shared and layer.values.is_shared()
     saved = io.BytesIO()
@@ -735,7 +737,7 @@ def test_what_is_no_longer_shared_has_blocks_of_its_own() -> None:
     for other in (copy.deepcopy(layer), torch.load(saved, weights_only=False)):
         assert not other.is_shared
         other.shrink(other.topology.n_blocks)
-    with pytest.raises(RuntimeError, match="must not lie in shared memory when it shrinks"):
+    with pytest.raises(RuntimeError, match="must not be in shared memory when it shrinks"):
         layer.shrink(layer.topology.n_blocks)
     held = layer.topology.coords
     assert not layer.double().is_shared
@@ -749,11 +751,11 @@ def test_only_values_and_bias_are_parameters_and_nothing_is_a_buffer() -> None:
     assert list(layer.state_dict()) == ["values", "bias", "_extra_state"]
 
 
-# -- training: the anchor ---------------------------------------------------------------------
+# -- training ---------------------------------------------------------------------------------
 
 
 def test_training_equals_the_masked_dense_model() -> None:
-    """Fixed topology, fp64: 50 steps of AdamW with decay and clipping, to 1e-10."""
+    """With a fixed topology in fp64, over 50 steps of AdamW with decay and clipping, to 1e-10."""
     sizes, dtype = [(64, 96), (96, 48), (48, 16)], torch.float64
     sparse = nn.Sequential()
     dense = nn.Sequential()
@@ -797,11 +799,11 @@ def test_training_equals_the_masked_dense_model() -> None:
     assert (sparse[0].dense_weight() - first).abs().max() > 0.1
 
 
-# -- giving up empty slots ------------------------------------------------------------------------
+# -- removing empty slots -------------------------------------------------------------------------
 
 
 def roomy(dtype: torch.dtype = torch.float32) -> BlockSparseLinear:
-    """Three blocks of 2 x 4 in slots 4, 0 and 2 of six."""
+    """Three of 2 x 4 blocks, in slots 4, 0 and 2 of six."""
     coords = torch.tensor([[1, 3], [-1, -1], [0, 1], [-1, -1], [0, 0], [-1, -1]])
     topology = BlockTopology(coords, (2, 4), 16)
     return BlockSparseLinear(64, 32, topology=topology, dtype=dtype)
@@ -837,7 +839,7 @@ def test_shrinking_changes_nothing_but_the_slots(
 
 
 def test_shrinking_while_a_graph_is_held() -> None:
-    """As with a loss that somebody keeps: the old graph goes nowhere, the next one works."""
+    """A kept loss keeps its graph alive; the next backward must work."""
     layer = roomy()
     x = torch.randn(8, 64)
     held = layer(x)
@@ -852,7 +854,7 @@ def test_shrinking_while_a_graph_is_held() -> None:
 
 def test_a_shrunk_layer_in_training_is_saved_and_loaded() -> None:
     layer, other = roomy(), roomy()
-    layer.locked = True
+    layer._is_locked = True
     layer.shrink(3)
     other.load_state_dict(layer.state_dict())
     assert other.topology.capacity == 3
@@ -865,7 +867,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
-    # With these options its steps do not depend on the RMS over all slots.
+    # With these options the steps do not depend on the RMS over all slots.
     "adafactor": lambda p: torch.optim.Adafactor(p, eps=(None, 10.0), d=10.0),
 }
 
@@ -890,15 +892,15 @@ def train(model: BlockSparseMLP, optimizer: torch.optim.Optimizer, seed: int) ->
 
 
 def shrink_in_training(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer) -> None:
-    layer.locked = True
-    kept, shrink = layer.prepare_shrink(layer.topology.n_blocks)
-    keep = prepare_keep(optimizer, layer.values, kept)
+    layer._is_locked = True
+    kept, shrink = layer._prepare_shrink(layer.topology.n_blocks)
+    remove_slots = prepare_slot_removal(optimizer, layer.values, kept)
     shrink()
-    keep()
+    remove_slots()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_as_if_nothing_had_shrunk(name: str) -> None:
+def test_training_continues_as_if_nothing_had_shrunk(name: str) -> None:
     shrunk, whole = roomy_mlp(), roomy_mlp()
     optimizers = [OPTIMIZERS[name](model.parameters()) for model in (shrunk, whole)]
     held = train(shrunk, optimizers[0], seed=2)
@@ -913,7 +915,7 @@ def test_training_goes_on_as_if_nothing_had_shrunk(name: str) -> None:
 
 
 def test_adafactor_takes_larger_steps_without_the_empty_slots() -> None:
-    """It takes the RMS of the weights over all slots: of half as many it is sqrt(2) as large."""
+    """Its RMS of the weights is over all slots: with half as many it is sqrt(2) times as large."""
     layers = roomy(), roomy()
     optimizers = [torch.optim.Adafactor([m.values], weight_decay=0.0, d=10.0) for m in layers]
     gradient = torch.randn(3, 16, 16)
@@ -937,7 +939,7 @@ def test_sharded_values_are_refused() -> None:
     try:
         layer = roomy()
         fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(RuntimeError, match=r"`values` must be whole.*got a DTensor"):
+        with pytest.raises(RuntimeError, match=r"`values` must not be sharded.*got a DTensor"):
             layer.shrink(3)
         assert layer.topology.capacity == 6 and len(layer.values) == 6
     finally:

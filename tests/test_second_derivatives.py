@@ -1,4 +1,4 @@
-"""Gradients of gradients, against the same model with dense weights that are zero where absent."""
+"""Gradients of gradients, against the same model with masked dense weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
-from sparse_lightning.gathering import Evidence
+from sparse_lightning.gathering import NormAccumulator
 from sparse_lightning.kernels import activations, cpu, ops, reference
 
 ACTIVATIONS = {
@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "gelu_tanh": nn.GELU(approximate="tanh"),
     "silu": nn.SiLU(),
 }
-# 3x4 blocks; one has an empty row, and one has empty slots too.
+# Block masks of 3x4 blocks.
 MASKS = {
     "full": torch.ones(3, 4).bool(),
     "low": torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).bool(),
@@ -35,7 +35,7 @@ def make_layer(
     transposed: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> BlockSparseLinear:
-    """64 -> 48 features, or the other way round."""
+    """A layer of 64 -> 48 features, or of 48 -> 64."""
     blocks = MASKS[mask].T if transposed else MASKS[mask]
     topology = BlockTopology.from_mask(blocks, 16, capacity=int(blocks.sum()) + spare)
     return BlockSparseLinear(
@@ -63,7 +63,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Masked(nn.Module):
-    """A layer in plain PyTorch: a dense weight, times its mask."""
+    """A layer in plain PyTorch: a dense weight times its mask."""
 
     def __init__(self, layer: BlockSparseLinear) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def masked(model: nn.Module) -> nn.Sequential:
 
 
 def assert_learned_the_same(model: nn.Module, dense: nn.Sequential, error: float = 1e-9) -> None:
-    """Fail unless every parameter has the gradient that it has in the dense model."""
+    """Fail unless every parameter has the same gradient as in the dense model."""
     compared = 0
     for ours, theirs in zip(model.children(), dense, strict=True):
         pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -98,7 +98,7 @@ def assert_learned_the_same(model: nn.Module, dense: nn.Sequential, error: float
 
 
 def zeros_if_none(leaf: Tensor) -> Tensor:
-    """The gradient of a leaf."""
+    """Return the gradient of a leaf, or zeros."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
@@ -120,12 +120,12 @@ Model = Callable[[Tensor], Tensor]
 
 
 def slope(model: Model, x: Tensor) -> Tensor:
-    """The gradient of the sum of the outputs by the input."""
+    """Return the gradient of the sum of the outputs with respect to the input."""
     (dx,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     return dx
 
 
-# -- objectives, each a scalar to call backward on ------------------------------------------------
+# -- objectives: each returns a scalar for backward -----------------------------------------------
 
 
 def penalty(model: Model, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def penalty(model: Model, x: Tensor) -> Tensor:
 
 
 def loss_and_penalty(model: Model, x: Tensor) -> Tensor:
-    """As WGAN-GP has it: the penalty is taken at other inputs than the loss."""
+    """As in WGAN-GP, the penalty is evaluated at other inputs than the loss."""
     return model(x + 1).mean() - model(x).mean() + 10 * penalty(model, x)
 
 
@@ -144,7 +144,7 @@ def loss_and_penalty_of_one_forward(model: Model, x: Tensor) -> Tensor:
 
 
 def hessian_vector(model: Model, x: Tensor) -> Tensor:
-    """Of the parameters too: the product of their Hessian with the gradient itself."""
+    """Its gradient is the product of the Hessian of the parameters with the gradient."""
     assert isinstance(model, nn.Module)
     parameters = [p for p in model.parameters() if p.requires_grad]
     loss = model(x).square().mean()
@@ -202,13 +202,13 @@ def test_gradients_equal_those_of_dense_weights(make: str, objective: str) -> No
 @pytest.mark.parametrize("make", ["chain", "gelu", "silu"])
 def test_on_a_gpu(make: str, objective: str, dtype: torch.dtype, error: float) -> None:
     if (dtype, objective) == (torch.bfloat16, "third"):
-        pytest.skip("rounds away")
+        pytest.skip("is lost to rounding")
     model = MODELS[make]().cuda().to(dtype)
     dense = masked(model).float() if dtype == torch.bfloat16 else masked(model)
     layers, x = arm(model), tokens(model, 300).detach().cuda()
-    for each in (model, dense):
-        parameter = next(each.parameters())
-        OBJECTIVES[objective](each, x.to(parameter.dtype).requires_grad_()).backward()
+    for variant in (model, dense):
+        parameter = next(variant.parameters())
+        OBJECTIVES[objective](variant, x.to(parameter.dtype).requires_grad_()).backward()
     assert_learned_the_same(model, dense, error)
     assert all(layer.block_norms.grad.any() for layer in layers)
 
@@ -243,7 +243,7 @@ def test_gradgradcheck_of_an_mlp(activation: str, bias: bool) -> None:
 
 @pytest.mark.parametrize("make", ["layer", "chain", "gelu", "gelu_tanh", "silu"])
 def test_gradgradcheck_of_the_gradient(make: str) -> None:
-    """So the second and the third derivative are right, of every argument by every other."""
+    """Checks the second and third derivatives for every pair of arguments."""
     model = MODELS[make]()
     inputs = (tokens(model, 2), *model.parameters())
 
@@ -260,8 +260,8 @@ def run(model: nn.Module) -> Callable[..., Tensor]:
     names = [name for name, _ in model.named_parameters()]
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
-        of = dict(zip(names, parameters, strict=True))
-        y: Tensor = torch.func.functional_call(model, of, (x,))
+        named = dict(zip(names, parameters, strict=True))
+        y: Tensor = torch.func.functional_call(model, named, (x,))
         return y
 
     return call
@@ -275,13 +275,15 @@ def test_gradgradcheck_of_every_element() -> None:
 
 
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
-def test_slopes_of_activations_have_derivatives(activation: str) -> None:
+def test_derivatives_of_activations_are_differentiable(activation: str) -> None:
     h, gradient = (torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def back(gradient: Tensor, h: Tensor) -> Tensor:
-        return activations.go_back_differentiably(gradient, h, activation)
+        return activations.activation_backward_differentiable(gradient, h, activation)
 
-    torch.testing.assert_close(back(gradient, h), activations.go_back(gradient, h, activation))
+    torch.testing.assert_close(
+        back(gradient, h), activations.activation_backward(gradient, h, activation)
+    )
     assert torch.autograd.gradcheck(back, (gradient, h))
     assert torch.autograd.gradgradcheck(back, (gradient, h))
 
@@ -295,14 +297,14 @@ def test_frozen_layers(frozen: tuple[str, ...], objective: str) -> None:
     dense, x = masked(model), tokens(model, 7)
     for name in frozen:
         dense.get_submodule(name).requires_grad_(False)
-    for each in (model, dense):
-        OBJECTIVES[objective](each, x).backward()
+    for variant in (model, dense):
+        OBJECTIVES[objective](variant, x).backward()
     assert_learned_the_same(model, dense)
 
 
 @pytest.mark.parametrize("make", MODELS)
 def test_only_the_input(make: str) -> None:
-    """A Hessian by the input, with nothing else that requires a gradient."""
+    """A Hessian with respect to the input; nothing else requires a gradient."""
     model = MODELS[make]().requires_grad_(False)
     dense, x = masked(model).requires_grad_(False), tokens(model, 3)
 
@@ -320,7 +322,7 @@ def test_a_linear_function_has_no_second_derivative() -> None:
     assert not slope(layer, tokens(layer, 3)).requires_grad
 
 
-def test_values_that_were_written_since_are_refused() -> None:
+def test_values_changed_before_backward_are_refused() -> None:
     layer = make_layer()
     dx = slope(layer, tokens(layer, 3))
     with torch.no_grad():
@@ -334,18 +336,18 @@ def test_values_that_were_written_since_are_refused() -> None:
 def test_a_first_derivative_builds_no_graph(
     make: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes the same products as ever, below autograd."""
+    """It calls the products below autograd."""
 
     def fail(*_: object) -> None:
-        raise AssertionError("a formula ran in backward")
+        raise AssertionError("an autograd formula ran in backward")
 
     for formula in (ops._BlockLinearDx, ops._BlockLinearDw):
         monkeypatch.setattr(formula, "forward", fail)
     model = MODELS[make]().float()
     dense, x = masked(model), tokens(model, 7, dtype=torch.float32)
-    for each in (model, dense):
+    for variant in (model, dense):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = each(x)
+            y = variant(x)
         y.float().square().sum().backward()
     assert_learned_the_same(model, dense, 0.02 if autocast else 1e-5)
 
@@ -353,9 +355,9 @@ def test_a_first_derivative_builds_no_graph(
 def test_a_penalty_under_autocast() -> None:
     model = make_chain().float()
     dense, x = masked(model), tokens(model, 200, dtype=torch.float32)
-    for each in (model, dense):
+    for variant in (model, dense):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_and_penalty(each, x)
+            loss = loss_and_penalty(variant, x)
         loss.backward()
     assert_learned_the_same(model, dense, 0.05)
 
@@ -401,20 +403,20 @@ def arm(model: nn.Module) -> list[BlockSparseLinear]:
 
 
 def norms(layer: BlockSparseLinear, *products: Tensor) -> Tensor:
-    """The sum of the squared block norms of dense gradients, one for each product."""
+    """Return the sum of the squared block norms of dense gradients, one per product."""
     squares = [reference.squared_norms(product, layer.topology.grid) for product in products]
     return torch.stack(squares).sum(0).float()
 
 
 def copies(weight: Tensor, n: int) -> list[Tensor]:
-    """As many leaves as a weight is used times: so each use has a gradient of its own."""
+    """Return one leaf per use of a weight, so that each use has its own gradient."""
     return [weight.clone().requires_grad_() for _ in range(n)]
 
 
 @pytest.mark.parametrize("with_loss", [False, True])
 @pytest.mark.parametrize("by_names", [False, True])
-def test_a_penalty_is_evidence(with_loss: bool, by_names: bool) -> None:
-    """Of each product that is accumulated: in the forward, and in the backward of the backward."""
+def test_a_penalty_counts_towards_the_norms(with_loss: bool, by_names: bool) -> None:
+    """The norms sum over each accumulated product: of the forward and of the double backward."""
     model = nn.Sequential(make_layer(), nn.Tanh(), make_layer(transposed=True))
     first, second = arm(model)
     x = tokens(model, 7)
@@ -435,14 +437,14 @@ def test_a_penalty_is_evidence(with_loss: bool, by_names: bool) -> None:
     for layer, uses in ((first, (w, w_back)), (second, (v, v_back))):
         expected = norms(layer, *(use.grad for use in uses if use.grad is not None))
         torch.testing.assert_close(layer.block_norms.grad, expected, rtol=1e-5, atol=0)
-        assert expected[~layer.topology.mask].any()  # of absent blocks too
+        assert expected[~layer.topology.mask].any()  # includes absent blocks
         total = sum(use.grad for use in uses if use.grad is not None)
         torch.testing.assert_close(layer.values.grad, layer.topology.pack(total))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_penalty_is_evidence_in_an_mlp(activation: str) -> None:
-    """There h is computed anew, so its product is one beside that of the forward."""
+def test_a_penalty_counts_towards_the_norms_of_an_mlp(activation: str) -> None:
+    """The double backward recomputes h, which adds a product to that of the forward."""
     mlp = make_mlp(activation)
     first, second = arm(mlp)
     x = tokens(mlp, 7)
@@ -453,7 +455,7 @@ def test_a_penalty_is_evidence_in_an_mlp(activation: str) -> None:
     v, v_back = copies(second.dense_weight(), 2)
     y = activations.activate(x @ w.T + first.bias, activation) @ v.T + second.bias
     h = x @ w_again.T + first.bias
-    dx = activations.go_back_differentiably(2 * y @ v_back, h, activation) @ w_back
+    dx = activations.activation_backward_differentiable(2 * y @ v_back, h, activation) @ w_back
     dx.square().sum().backward()
     for layer, uses in ((first, (w, w_again, w_back)), (second, (v, v_back))):
         expected = norms(layer, *(use.grad for use in uses if use.grad is not None))
@@ -461,7 +463,7 @@ def test_a_penalty_is_evidence_in_an_mlp(activation: str) -> None:
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_what_only_differentiates_is_no_evidence(make: str) -> None:
+def test_returned_derivatives_leave_no_norms(make: str) -> None:
     model = MODELS[make]()
     layers, x = arm(model), tokens(model, 7)
     for objective in OBJECTIVES.values():
@@ -473,7 +475,7 @@ def test_what_only_differentiates_is_no_evidence(make: str) -> None:
 
 
 def test_norms_of_a_backward_that_keeps_its_graph() -> None:
-    """They are numbers, of which there is nothing to differentiate."""
+    """The norms have no graph."""
     model = make_chain()
     layers, x = arm(model), tokens(model, 7)
     loss = model(x).square().sum()
@@ -487,7 +489,7 @@ def test_norms_of_a_backward_that_keeps_its_graph() -> None:
         torch.testing.assert_close(layer.block_norms.grad, norms)
 
 
-def test_norms_of_every_few_tokens() -> None:
+def test_norms_with_a_token_stride() -> None:
     layer = make_layer()
     layer.token_stride = 3
     (layer,) = arm(layer)
@@ -509,29 +511,29 @@ def test_norms_of_every_few_tokens() -> None:
 def test_norms_of_a_backward_that_names_the_parameters(
     make: str, autocast: bool, backwards: str
 ) -> None:
-    """It names no `block_norms`, which are no parameter, and accumulates in `values.grad`."""
+    """Its inputs do not include `block_norms`, but it accumulates in `values.grad`."""
     model = MODELS[make]()
     model = model.float() if autocast else model
     twin = copy.deepcopy(model)
     x = tokens(model, 7, dtype=torch.float32 if autocast else torch.float64)
     pairs = list(zip(arm(model), arm(twin), strict=True))
     for kind in backwards.split(", "):
-        for each in (model, twin):
+        for copied in (model, twin):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = each(x).float().square().sum()
-            named = each is model and kind == "named"
-            loss.backward(inputs=[*each.parameters()] if named else None)
+                loss = copied(x).float().square().sum()
+            named = copied is model and kind == "named"
+            loss.backward(inputs=[*copied.parameters()] if named else None)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.values.grad, theirs.values.grad)
         torch.testing.assert_close(ours.block_norms.grad, theirs.block_norms.grad)
         assert ours.block_norms.grad[~ours.topology.mask].any()
 
 
-def test_norms_by_hand_against_the_dense_gradient() -> None:
+def test_accumulated_norms_against_the_dense_gradient() -> None:
     model = make_chain()
     layers, dense, x = arm(model), make_dense(model), tokens(model, 7)
-    for each in (model, dense):
-        each(x).square().sum().backward(inputs=[*each.parameters()])
+    for variant in (model, dense):
+        variant(x).square().sum().backward(inputs=[*variant.parameters()])
     for place in (1, 3):
         expected = norms(model[place], dense[place].weight.grad)
         torch.testing.assert_close(model[place].block_norms.grad, expected, rtol=1e-5, atol=0)
@@ -539,14 +541,14 @@ def test_norms_by_hand_against_the_dense_gradient() -> None:
 
 
 def make_dense(model: nn.Sequential) -> nn.Sequential:
-    """The model with dense weights, of which absent blocks have gradients too."""
+    """Return the model with dense weights, whose absent blocks have gradients as well."""
     parts = (m.to_linear() if isinstance(m, BlockSparseLinear) else copy.deepcopy(m) for m in model)
     return nn.Sequential(*parts)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("make", ["layer", "chain", "gelu"])
-def test_gradients_that_are_returned_are_no_evidence(make: str, autocast: bool) -> None:
+def test_returned_gradients_leave_no_norms(make: str, autocast: bool) -> None:
     model = MODELS[make]().float()
     layers, x = arm(model), tokens(model, 7, dtype=torch.float32)
     for create_graph in (False, True):
@@ -560,22 +562,22 @@ def test_gradients_that_are_returned_are_no_evidence(make: str, autocast: bool) 
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_what_was_thrown_away_before_is_dropped(named: bool) -> None:
-    """The hooks of the leaf are called, as the engine calls them."""
+def test_norms_of_discarded_gradients_are_dropped(named: bool) -> None:
+    """The hooks of the leaf are called, as by the autograd engine."""
     model = make_chain()
     dense, x = make_dense(model), tokens(model, 7)
-    evidence = Evidence(model[1], model[1].values)
-    evidence.arm(True)
+    accumulator = NormAccumulator(model[1], model[1].values)
+    accumulator.arm(True)
     for scale in (1, 2):
-        for each in (model, dense):
-            each.zero_grad()
-            loss = scale * each(x).square().sum()
-            loss.backward(inputs=[*each.parameters()] if named else None)
+        for variant in (model, dense):
+            variant.zero_grad()
+            loss = scale * variant(x).square().sum()
+            loss.backward(inputs=[*variant.parameters()] if named else None)
     expected = norms(model[1], dense[1].weight.grad)
-    torch.testing.assert_close(evidence.take(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(accumulator.collect(), expected, rtol=1e-5, atol=0)
 
 
-# -- what is refused ------------------------------------------------------------------------------
+# -- unsupported uses -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", ["layer", "gelu"])
@@ -592,7 +594,7 @@ def test_a_compiled_model_refuses(make: str, armed: bool) -> None:
 
 
 @pytest.mark.parametrize("make", ["layer", "gelu"])
-def test_transforms_of_functions_say_what_to_do(make: str) -> None:
+def test_function_transforms_raise_a_helpful_error(make: str) -> None:
     model = MODELS[make]()
     x, says = tokens(model, 7).detach(), r"reverse mode; got .* Call torch\.autograd\.grad"
 

@@ -1,4 +1,7 @@
-"""Which slots a rank holds, by hand, without other ranks; test_fsdp.py has them."""
+"""The slots of a rank, against hand-computed ones on a fake process group.
+
+test_fsdp.py tests real ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sparse_lightning.sharding import (
-    all_slots,
-    at_local_slots,
     check_whole_blocks,
+    gather_slots,
+    gather_whole,
     is_sharded,
     local_part,
     local_slots,
-    whole,
+    to_local_slots,
 )
 
 Make = Callable[[int, int, Placement], DTensor]
@@ -25,7 +28,7 @@ Make = Callable[[int, int, Placement], DTensor]
 
 @pytest.fixture
 def sharded() -> Iterator[Make]:
-    """Makes a tensor of 2 x 2 blocks, as one of two ranks sees it."""
+    """Return a function that makes a tensor of 2 x 2 blocks as seen by one of two ranks."""
 
     def make(rank: int, slots: int, placement: Placement) -> DTensor:
         dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
@@ -51,12 +54,12 @@ def test_the_slots_of_a_rank(sharded: Make, rank: int, slots: int, mine: tuple[i
     assert local_part(tensor)[:, 0, 0].tolist() == [*range(*mine)]
     wanted = torch.tensor([0, 3, 4, 5, 8])
     expected = [slot - mine[0] for slot in wanted.tolist() if mine[0] <= slot < mine[1]]
-    assert at_local_slots(wanted, tensor).tolist() == expected
+    assert to_local_slots(wanted, tensor).tolist() == expected
 
 
-def test_what_is_written_to_the_local_part_is_in_the_tensor(sharded: Make) -> None:
+def test_writes_to_the_local_part_change_the_tensor(sharded: Make) -> None:
     tensor = sharded(1, 9, Shard(0))
-    local_part(tensor).index_fill_(0, at_local_slots(torch.tensor([2, 6]), tensor), -1.0)
+    local_part(tensor).index_fill_(0, to_local_slots(torch.tensor([2, 6]), tensor), -1.0)
     assert tensor.to_local()[:, 1, 1].tolist() == [5, -1, 7, 8]
 
 
@@ -64,17 +67,17 @@ def test_replicas_hold_all_slots(sharded: Make) -> None:
     assert local_slots(sharded(1, 9, Replicate())) == slice(0, 9)
 
 
-def test_blocks_that_are_cut_are_refused(sharded: Make) -> None:
+def test_sharding_within_blocks_is_refused(sharded: Make) -> None:
     tensor = sharded(0, 4, Shard(1))
     for refused in (check_whole_blocks, local_slots):
         with pytest.raises(ValueError, match=r"`values` must be sharded by slots.*Shard\(dim=1\)"):
             refused(tensor)
 
 
-def test_plain_tensors_are_left_alone() -> None:
+def test_plain_tensors_are_returned_unchanged() -> None:
     tensor = torch.rand(3, 2, 2)
-    assert local_part(tensor) is tensor and whole(tensor) is tensor
+    assert local_part(tensor) is tensor and gather_whole(tensor) is tensor
     numbers = torch.rand(3)
-    assert all_slots(numbers, tensor) is numbers
-    assert at_local_slots(torch.tensor([2, 0]), tensor).tolist() == [2, 0]
+    assert gather_slots(numbers, tensor) is numbers
+    assert to_local_slots(torch.tensor([2, 0]), tensor).tolist() == [2, 0]
     check_whole_blocks(tensor)

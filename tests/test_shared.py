@@ -1,4 +1,4 @@
-"""A module that a model holds under several names is one layer, and keeps its names."""
+"""A module with several names in a model is one layer and keeps its names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mlp() -> nn.Sequential:
 
 
 class ActorAndCritic(nn.Module):
-    """Two heads on one trunk, which is part of both where `shared`."""
+    """Two heads on one trunk; if `shared`, the trunk has a second name in each head's module."""
 
     def __init__(self, shared: bool = True) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ActorAndCritic(nn.Module):
 
 
 class InOrder(nn.Module):
-    """Layers as attributes, and a Sequential of them."""
+    """Layers that are attributes and also members of a Sequential."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class InOrder(nn.Module):
 
 
 class SecondName(nn.Module):
-    """Part of what it holds, under a name of its own."""
+    """A submodule of a member is also an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,14 +86,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_it_is_swapped_once_and_gets_out_of_sparsity_again(kind: str) -> None:
+def test_a_shared_module_is_swapped_once_and_restored(kind: str) -> None:
     build, names = MODELS[kind]
     model, x = build(), torch.randn(3, 64)
     dense_names, before = {*model.state_dict()}, sum(p.numel() for p in model.parameters())
     report = sparsify(model, block_size=16, density=0.5)
     assert list(report.layers) == names
-    saves = [each.parameters_before - each.parameters_after for each in report.layers.values()]
-    assert sum(p.numel() for p in model.parameters()) == before - sum(saves)
+    saved_parameters = sum(
+        layer.parameters_before - layer.parameters_after for layer in report.layers.values()
+    )
+    assert sum(p.numel() for p in model.parameters()) == before - saved_parameters
     y, saved = model(x), copy.deepcopy(model.state_dict())
 
     other = build()
@@ -101,14 +103,14 @@ def test_it_is_swapped_once_and_gets_out_of_sparsity_again(kind: str) -> None:
     torch.testing.assert_close(other(x), y)
     assert torch.equal(load_sparse(other, saved)(x), y)
     assert [*other.state_dict()] == [*saved]
-    # And what it loads of dense weights, it is again.
+    # Loading a dense state dict makes the layers dense again.
     load_sparse(other, dense_state_dict(saved))
     assert not sparse(other) and {*other.state_dict()} == dense_names
     assert {*densify(model).state_dict()} == dense_names
     torch.testing.assert_close(model(x), y)
 
 
-def test_layers_that_run_several_times_may_be_computed_together() -> None:
+def test_layers_that_run_several_times_can_be_fused() -> None:
     model = repeated()
     sparsify(model, block_size=16, density=0.5)
     assert type(model) is BlockSparseMLP
@@ -119,8 +121,8 @@ def test_layers_that_run_several_times_may_be_computed_together() -> None:
     )
 
 
-def test_it_trains_and_resumes_as_if_it_had_one_name() -> None:
-    def begin(shared: bool) -> tuple[nn.Module, Sparsifier, torch.optim.Optimizer]:
+def test_a_shared_module_trains_and_resumes_as_if_it_had_one_name() -> None:
+    def build(shared: bool) -> tuple[nn.Module, Sparsifier, torch.optim.Optimizer]:
         model = ActorAndCritic(shared)
         sparsifier = Sparsifier(
             model, 20, block_size=16, density=FALLING, update={"every_n_steps": 3}
@@ -134,17 +136,17 @@ def test_it_trains_and_resumes_as_if_it_had_one_name() -> None:
             (model(x) - x[:, :6]).square().mean().backward()
             optimizer.step()
 
-    expected, sparsifier, optimizer = begin(False)
+    expected, sparsifier, optimizer = build(False)
     sparsifier.attach(optimizer)
     train(expected, optimizer, range(20))
 
-    model, sparsifier, optimizer = begin(True)
+    model, sparsifier, optimizer = build(True)
     sparsifier.attach(optimizer)
     train(model, optimizer, range(10))
     saved: Any = copy.deepcopy(
         (model.state_dict(), optimizer.state_dict(), sparsifier.state_dict())
     )
-    model, sparsifier, optimizer = begin(True)
+    model, sparsifier, optimizer = build(True)
     model.load_state_dict(saved[0])
     sparsifier.load_state_dict(saved[2])
     optimizer.load_state_dict(saved[1])
@@ -177,7 +179,7 @@ def test_a_fit_is_resumed(tmp_path: Path) -> None:
     assert all(map(torch.equal, weights(model), weights(whole)))
 
 
-def test_patterns_and_its_names() -> None:
+def test_name_patterns_match_any_name() -> None:
     for exclude in (["trunk.*"], ["critic.*"], ["actor.0.0", "critic.0.2"]):
         with pytest.raises(ValueError, match=r"trunk\.0: excluded; trunk\.2: excluded"):
             sparsify(ActorAndCritic(), block_size=16, exclude=exclude)
@@ -187,7 +189,7 @@ def test_patterns_and_its_names() -> None:
     class Named(InOrder):
         def __init__(self) -> None:
             super().__init__()
-            self.head = self.net[2]  # by its name alone it is an output layer
+            self.head = self.net[2]  # only the name marks it as an output layer
 
     assert sparsify(Named(), block_size=16).skipped == {"fc2": "excluded"}
     assert "fc2" in sparsify(Named(), block_size=16, include=["fc2"]).layers

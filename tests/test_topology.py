@@ -1,4 +1,4 @@
-"""The topology: indices against brute force, slots, states, and what it refuses."""
+"""The topology: indices against brute force, slots, states, and invalid arguments."""
 
 import copy
 import pickle
@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lightning import BlockTopology
-from sparse_lightning.topology import block_grid, count_blocks
+from sparse_lightning.topology import Indices, block_grid, count_blocks
 
-INDICES = ("coords", "row_offsets", "row_entries", "col_offsets", "col_entries", "slots")
+INDICES = Indices._fields
 B = 16
 EMPTY = (-1, -1)
 
@@ -21,7 +21,7 @@ quick = settings(deadline=None, max_examples=80, derandomize=True)
 
 @st.composite
 def coordinates(draw: st.DrawFn) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """Slot coordinates in any order, with empty slots among them, and their grid."""
+    """Slot coordinates in any order, including empty slots, and their grid."""
     grid = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     blocks = [(r, c) for r in range(grid[0]) for c in range(grid[1])]
     present = draw(st.lists(st.sampled_from(blocks), unique=True))
@@ -34,7 +34,7 @@ def build(slots: list[tuple[int, int]], grid: tuple[int, int]) -> BlockTopology:
 
 
 def brute_force(slots: list[tuple[int, int]], grid: tuple[int, int]) -> dict[str, list]:
-    """Every index, worked out by looping over the grid."""
+    """Return every index, computed by looping over the grid."""
     empty = [[-1, slot] for slot, block in enumerate(slots) if block == EMPTY]
     rows, row_offsets, cols, col_offsets = [], [0], [], [0]
     for r in range(grid[0]):
@@ -118,7 +118,7 @@ def test_no_block_at_all(shape: tuple[int, int]) -> None:
         assert not topology.unpack(torch.ones(capacity, B, B)).any()
 
 
-def test_random_draws_the_asked_number_and_follows_the_generator() -> None:
+def test_random_draws_the_requested_number_and_uses_the_generator() -> None:
     def draw(seed: int, **options: object) -> BlockTopology:
         generator = torch.Generator().manual_seed(seed)
         return BlockTopology.random(128, 64, B, generator=generator, **options)
@@ -134,7 +134,7 @@ def test_random_draws_the_asked_number_and_follows_the_generator() -> None:
     assert draw(0, density=1.0).mask.all()
 
 
-def test_random_leaves_the_global_generator_alone_when_given_one() -> None:
+def test_random_does_not_use_the_global_generator_when_given_one() -> None:
     before = torch.get_rng_state()
     BlockTopology.random(64, 64, B, 0.5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
@@ -247,7 +247,7 @@ def grid_weight(grid: tuple[int, int]) -> torch.Tensor:
 
 @quick
 @given(coordinates())
-def test_pack_takes_the_blocks_and_unpack_puts_them_back(case: tuple) -> None:
+def test_pack_extracts_the_blocks_and_unpack_restores_them(case: tuple) -> None:
     slots, grid = case
     topology, weight = build(slots, grid), grid_weight(grid)
     values = topology.pack(weight)
@@ -257,7 +257,7 @@ def test_pack_takes_the_blocks_and_unpack_puts_them_back(case: tuple) -> None:
         assert torch.equal(values[slot], expected)
     present = topology.mask.repeat_interleave(B, 0).repeat_interleave(B, 1)
     assert torch.equal(topology.unpack(values), torch.where(present, weight, 0))
-    # What an empty slot holds goes nowhere.
+    # The values of empty slots are not used.
     values[[slot for slot, block in enumerate(slots) if block == EMPTY]] = torch.nan
     assert torch.equal(topology.unpack(values), torch.where(present, weight, 0))
 
@@ -286,15 +286,15 @@ def test_pack_refuses_another_shape(shape: tuple[int, ...]) -> None:
         topology.pack(torch.zeros(shape))
 
 
-def test_scatter_lays_slots_out_over_the_grid() -> None:
+def test_scatter_arranges_slots_on_the_grid() -> None:
     topology = build([(2, 0), EMPTY, (0, 1)], (3, 2))
-    laid_out = topology.scatter(torch.tensor([5.0, 6.0, 7.0]), fill=-1.0)
-    assert laid_out.tolist() == [[-1, 7], [-1, -1], [5, -1]]
+    scattered = topology.scatter(torch.tensor([5.0, 6.0, 7.0]), fill=-1.0)
+    assert scattered.tolist() == [[-1, 7], [-1, -1], [5, -1]]
     assert topology.scatter(torch.tensor([5, 6, 7]), fill=0).dtype == torch.int64
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-def test_block_sizes_on_offer(block_size: int) -> None:
+def test_supported_block_sizes(block_size: int) -> None:
     topology = BlockTopology.random(256, 128, block_size, 1.0)
     assert topology.grid == (256 // block_size, 128 // block_size)
 
