@@ -1,4 +1,4 @@
-"""Ready-made Hydra choices; importing this package registers the schema they are checked by."""
+"""Hydra presets; importing this package registers the schema that validates them."""
 
 from sparse_lightning.config import register
 

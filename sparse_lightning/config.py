@@ -1,7 +1,7 @@
-"""The configuration: typed, validated with errors that name the key, and known to Hydra.
+"""The configuration: options, checks whose errors name the key, and the schema for Hydra.
 
-`SparsityConfig` is what `SparsityCallback` is built from; `SparsityNode` is its form for Hydra's
-config store, registered when `sparse_lightning.configs` is imported (as `pkg://` does).
+`SparsityConfig` holds the keywords of `SparsityCallback`; `SparsityNode` adds the `_target_` that
+Hydra instantiates, and is registered when `sparse_lightning.configs` is imported.
 """
 
 from __future__ import annotations
@@ -9,24 +9,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from sparse_lightning.names import (
     DEFAULT_EXCLUDE,
-    check_choice,
     check_follow,
     check_layer_density,
+    check_option,
     check_patterns,
     layer_densities,
 )
 from sparse_lightning.patching import INITS
+from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.criteria import (
     DROP_CRITERIA,
     GROW_CRITERIA,
@@ -34,8 +31,8 @@ from sparse_lightning.policy.criteria import (
     gradient,
     magnitude,
 )
-from sparse_lightning.policy.distributions import DISTRIBUTIONS, Floor, Grid, by_score, share
-from sparse_lightning.policy.lookup import calling, find
+from sparse_lightning.policy.distributions import DISTRIBUTIONS, Floor, Grid
+from sparse_lightning.policy.lookup import calling, find, name_of
 from sparse_lightning.policy.rules import DropAndGrow, UpdateRule
 from sparse_lightning.policy.schedules import (
     DENSITY_SCHEDULES,
@@ -48,7 +45,8 @@ from sparse_lightning.policy.schedules import (
     is_fraction,
     resolve_time,
 )
-from sparse_lightning.topology import check_block_size, check_density, count_blocks
+from sparse_lightning.selection import SwapOptions
+from sparse_lightning.topology import check_block_size, check_density
 
 T = TypeVar("T")
 
@@ -58,13 +56,13 @@ class DensitySchedule:
     """The model's density over time.
 
     Attributes:
-        schedule: "linear", "cosine", "cubic" (Zhu & Gupta 2017), "stepwise" (four times by the same
-            factor), "one_shot" (all at `until`), or "constant", which takes either of the next two;
-            or a function of (progress in [0, 1], initial, final) that returns a density in (0, 1],
-            or its dotted path.
-        initial: density at `begin`, in (0, 1]; 1.0 if not given.
-        final: density from `until` on, in (0, 1]; 0.25 if not given.
-        begin, until: step (int >= 2), fraction of the training (float in (0, 1]) or 0.
+        schedule: "linear", "cosine", "cubic" (Zhu & Gupta 2017), "stepwise" (four reductions by the
+            same factor), "one_shot" (a single reduction, at `until`), or "constant", which takes
+            either `initial` or `final`; or a function of (progress in [0, 1], initial, final) that
+            returns a density in (0, 1], or its dotted path.
+        initial: density at `begin`, in (0, 1]; 1.0 by default.
+        final: density from `until` on, in (0, 1]; 0.25 by default.
+        begin, until: a step (int >= 2), a fraction of the training (float in (0, 1]) or 0.
     """
 
     schedule: str | Schedule = "cubic"
@@ -80,31 +78,31 @@ class DensitySchedule:
 
 @dataclass
 class UpdateSchedule:
-    """When topology updates run, within begin..until.
+    """When topology updates run, between `begin` and `until`.
 
     Attributes:
         every_n_steps: optimizer steps from one update to the next.
-        begin, until: step (int >= 2), fraction of the training (float in (0, 1]) or 0.
-        times: instead of every so many steps, the steps to update after: a list of them, or a
-            function of the number of steps of the training that returns one, or its dotted path.
+        begin, until: a step (int >= 2), a fraction of the training (float in (0, 1]) or 0.
+        times: steps after which updates run, in place of a regular interval: a list of steps, or a
+            function of the training's number of steps that returns one, or its dotted path.
     """
 
     every_n_steps: int = 100
     begin: int | float = 0
     until: int | float = 0.75
-    times: Any = None  # a list, a string or a function, which OmegaConf cannot express as a type
+    times: Any = None  # OmegaConf has no type for a list, a string or a function.
 
 
 @dataclass
 class DropFractionSchedule:
-    """The share of a layer's blocks that an update exchanges, over update.begin..until.
+    """The share of a layer's blocks that an update exchanges, from `update.begin` to `.until`.
 
     Attributes:
-        schedule: "linear", "cosine", or "constant", which takes either of the next two; or a
+        schedule: "linear", "cosine", or "constant", which takes either `initial` or `final`; or a
             function of (progress in [0, 1], initial, final) that returns a share in [0, 1], or its
             dotted path.
-        initial: in [0, 1]; 0.1 if not given.
-        final: in [0, 1]; 0.0 if not given.
+        initial: share at `update.begin`, in [0, 1]; 0.1 by default.
+        final: share at `update.until`, in [0, 1]; 0.0 by default.
     """
 
     schedule: str | Schedule = "cosine"
@@ -118,10 +116,14 @@ class DropFractionSchedule:
 
 @dataclass
 class MonitorOptions:
-    """What is logged: numbers at every update; now and then, masks of the first `images` layers.
+    """What is logged during training.
 
-    With `record`, what becomes of the blocks is kept for `sparse-lightning report`, in a file
-    beside the run's other ones.
+    Attributes:
+        every_n_updates: updates between two logged sets of block masks; scalars are logged at each
+            update.
+        images: number of layers whose block masks are logged, starting from the first.
+        record: whether to write the history of the block masks, which `sparse-lightning report`
+            reads, to a file in the run's folder.
     """
 
     every_n_updates: int = 10
@@ -131,13 +133,16 @@ class MonitorOptions:
 
 @dataclass
 class SparsityConfig:
-    """Everything that `SparsityCallback` can be told; its docstring describes the fields.
+    """The options of `SparsityCallback`, whose docstring describes each field.
 
-    Nested values may be given as dataclasses, as mappings of the same keys, or, for `density` and
-    `drop_fraction`, as a number that is held constant.
+    Nested values may be dataclasses or mappings of the same keys; for `density` and
+    `drop_fraction` also a number, which is held constant. The fields are declared for OmegaConf,
+    which reads types and defaults without running `__post_init__`. A field is `Any` where
+    OmegaConf cannot express its type: a union with a mapping or a function, or a mapping that may
+    gain keys on Hydra's command line.
 
     Raises:
-        ValueError, TypeError: naming the key, the rule and the value that broke it.
+        ValueError, TypeError: naming the key, the rule and the value that breaks it.
 
     >>> SparsityConfig(density={"schedule": "cubic", "fnal": 0.1})
     Traceback (most recent call last):
@@ -147,14 +152,15 @@ class SparsityConfig:
     """
 
     block_size: int = 64
-    include: Any = ("*",)
-    exclude: Any = DEFAULT_EXCLUDE
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     density: Any = 0.25
     distribution: Any = "uniform"
     layer_density: Any = None
-    floor: Any = field(default_factory=Floor)
-    update: Any = field(default_factory=UpdateSchedule)
-    drop_fraction: Any = field(default_factory=DropFractionSchedule)
+    floor: Floor = field(default_factory=Floor)
+    update: UpdateSchedule = field(default_factory=UpdateSchedule)
+    # A mapping, so that a number in a YAML file can replace it.
+    drop_fraction: Any = field(default_factory=lambda: dataclasses.asdict(DropFractionSchedule()))
     drop: Any = "magnitude"
     grow: Any = "gradient"
     regrow: bool = True
@@ -164,7 +170,7 @@ class SparsityConfig:
     shrink: bool = True
     seed: int = 0
     follow: Any = None
-    monitor: Any = field(default_factory=MonitorOptions)
+    monitor: MonitorOptions | None = field(default_factory=MonitorOptions)
 
     def __post_init__(self) -> None:
         self.density = _coerce(DensitySchedule, self.density, "density")
@@ -181,7 +187,7 @@ class SparsityConfig:
         find("distribution", self.distribution, DISTRIBUTIONS)
         find("drop", self.drop, DROP_CRITERIA)
         find("grow", self.grow, GROW_CRITERIA)
-        check_choice("init", self.init, INITS)
+        check_option("init", self.init, INITS)
         for key in ("regrow", "shrink"):
             _check_bool(key, getattr(self, key))
         _check_int("token_stride", self.token_stride, 1)
@@ -212,9 +218,9 @@ class SparsityConfig:
         _check_order("density", self.density.begin, self.density.until)
         if self.distribution == "global" and not self.density.final < self.density.initial:
             raise ValueError(
-                "`distribution` must not be 'global' unless the density falls: layers compete for "
-                "what is left, and none grows; got a density from "
-                f"{self.density.initial} to {self.density.final}. Take a falling schedule, or "
+                "`distribution` must not be 'global' unless the density falls, because layers "
+                "compete for the remaining blocks and none grows; got a density from "
+                f"{self.density.initial} to {self.density.final}. Use a falling schedule, or "
                 "'uniform' or 'erdos_renyi'."
             )
 
@@ -227,7 +233,7 @@ class SparsityConfig:
         if isinstance(times, str) or callable(times):
             find("update.times", times, {})
         elif times is not None:
-            self.update.times = _checked_times(times)
+            self.update.times = _sort_times(times)
         if not self.density_is_constant and _same_kind(self.density.until, self.update.until):
             _check_reaches(self.density.until, self.update.until)
 
@@ -240,61 +246,78 @@ class SparsityConfig:
         if self.rule is not None and ignored != (magnitude, gradient, True):
             raise ValueError(
                 "`rule` must not be given together with `drop`, `grow` or `regrow`, which only the "
-                f"usual rule reads; got rule={self.rule!r}, drop={self.drop!r}, "
-                f"grow={self.grow!r}, regrow={self.regrow!r}. Leave them as they are by default."
+                f"default rule reads; got rule={self.rule!r}, drop={self.drop!r}, "
+                f"grow={self.grow!r}, regrow={self.regrow!r}. Leave the others at their defaults."
             )
         if not callable(self.update_rule):
             raise ValueError(
-                "`rule` must be a class whose objects can be called; got "
+                "`rule` must be a class whose instances can be called; got "
                 f"{type(self.update_rule).__qualname__}."
             )
 
-    def of_training(self) -> dict[str, Any]:
-        """Return what a resumed training has to share, by dotted key: primitives and lists of them.
+    def training_options(self) -> dict[str, Any]:
+        """Return the options that a resumed training must share, by dotted key, as primitives.
 
-        A function is named by its module and name, however the configuration names it, and a rule
-        that is an object by its class. Logging (`monitor`), memory (`shrink`), the first blocks
-        (`init`) and copies (`follow`) are left out: they may change.
+        An option that has a name (`magnitude`) is stored under it, however the configuration gives
+        it; a user's function by its dotted path, and a rule object by that of its class. Logging
+        (`monitor`), memory (`shrink`), the initial blocks (`init`) and copies (`follow`) are left
+        out, since they may change.
         """
         values: dict[str, Any] = {}
-        for key in (each.name for each in dataclasses.fields(self)):
+        for key in (option.name for option in dataclasses.fields(self)):
             if key not in ("monitor", "shrink", "init", "follow"):
                 value = getattr(self, key)
                 values[key] = vars(value) if isinstance(value, _NESTED) else value
-        functions: dict[str, Any] = {
-            "density.schedule": self._density_schedule,
-            "drop_fraction.schedule": self._drop_fraction_schedule,
-            "drop": self.drop_criterion,
-            "grow": self.grow_criterion,
+        names = {
+            "density.schedule": name_of(self._density_schedule, DENSITY_SCHEDULES),
+            "drop_fraction.schedule": name_of(
+                self._drop_fraction_schedule, DROP_FRACTION_SCHEDULES
+            ),
+            "drop": name_of(self.drop_criterion, DROP_CRITERIA),
+            "grow": name_of(self.grow_criterion, GROW_CRITERIA),
         }
-        # "global" begins as another one, and is none of the functions.
+        # "global" and "uniform" share a function, so "global" is recognized by its name only.
         if self.distribution != "global":
-            functions["distribution"] = find("distribution", self.distribution, DISTRIBUTIONS)
+            distribution = find("distribution", self.distribution, DISTRIBUTIONS)
+            names["distribution"] = name_of(distribution, DISTRIBUTIONS)
         if self._times_function is not None:
-            functions["update.times"] = self._times_function
+            names["update.times"] = name_of(self._times_function, {})
         if self.rule is not None:
-            functions["rule"] = self.update_rule
-        return {**_flat(values), **_flat(functions)}
+            names["rule"] = name_of(self.update_rule, {})
+        return {**_flatten(values), **names}
+
+    @property
+    def swap_options(self) -> SwapOptions:
+        """Options of the swap, as `sparsify` takes them."""
+        return SwapOptions(
+            self.block_size,
+            self.include,
+            self.exclude,
+            self.init,
+            self.seed,
+            self.floor,
+            self.follow,
+        )
 
     @property
     def drop_criterion(self) -> Criterion:
-        """The function that scores present blocks."""
+        """Function that scores present blocks."""
         return find("drop", self.drop, DROP_CRITERIA)
 
     @property
     def grow_criterion(self) -> Criterion | None:
-        """The function that scores absent blocks; None for no growth."""
+        """Function that scores absent blocks; None for no growth."""
         return find("grow", self.grow, GROW_CRITERIA)
 
     @functools.cached_property
     def update_rule(self) -> UpdateRule:
-        """What decides an update: `rule`, or what follows `drop`, `grow` and `regrow`."""
+        """Rule that decides updates: `rule`, or `DropAndGrow` by `drop`, `grow` and `regrow`."""
         if self.rule is None:
             return DropAndGrow(self.drop_criterion, self.grow_criterion, self.regrow)
         if isinstance(self.rule, Mapping):
             raise TypeError(
                 "`rule` must be a function, an object or the dotted path of one; got the mapping "
-                f"{self.rule!r}. A `_target_` is for Hydra to build: hydra.utils.instantiate(...)."
+                f"{self.rule!r}. Hydra builds a `_target_`: hydra.utils.instantiate(...)."
             )
         rule: Any = find("rule", self.rule, {})
         if not isinstance(rule, type):
@@ -318,24 +341,24 @@ class SparsityConfig:
 
     @property
     def _times_function(self) -> Times | None:
-        """What makes the steps of updates, where they are not given themselves."""
+        """Function that returns the steps of updates; None without one."""
         times = self.update.times
         return None if times is None or isinstance(times, list) else find("update.times", times, {})
 
     @property
     def density_is_constant(self) -> bool:
-        """Whether the density never moves."""
+        """Whether the density never changes."""
         return self._density_schedule is constant
 
     def density_at(self, progress: float, final: float | None = None) -> float:
         """Return the density at a progress in [0, 1] of the density schedule.
 
         Args:
-            progress: of the schedule.
-            final: of a layer that has its own, instead of the model's.
+            progress: progress of the schedule.
+            final: final density of a layer that has its own; by default the model's.
 
         Raises:
-            ValueError: if a schedule of the user's returns something else.
+            ValueError: if a user's schedule returns an invalid value.
         """
         final = self.density.final if final is None else final
         with calling("density.schedule"):
@@ -347,154 +370,26 @@ class SparsityConfig:
             )
         return float(density)
 
-    def budgets_at(self, progress: float, grids: Mapping[str, Grid]) -> dict[str, int]:
-        """Return the blocks of each layer at a progress in [0, 1] of the density schedule.
-
-        Under the "global" distribution they are a beginning: scores decide once there are some.
-
-        Args:
-            progress: of the schedule.
-            grids: (out_blocks, in_blocks) of each layer, by name.
-
-        Raises:
-            ValueError: if a schedule or distribution of the user's returns no budget.
-        """
-        budgets = self._shares_at(progress, grids)
-        if not self._is_monotonic:
-            # So that capacities hold, whatever is asked for between the points they are made of.
-            points = math.floor(progress * _INTERVALS), math.ceil(progress * _INTERVALS)
-            around = [self._shares_at(k / _INTERVALS, grids) for k in points]
-            for name, blocks in budgets.items():
-                budgets[name] = min(blocks, max(shares[name] for shares in around))
-        return budgets
-
-    def _shares_at(self, progress: float, grids: Mapping[str, Grid]) -> dict[str, int]:
-        """Return what schedule and distribution give each layer at a progress in [0, 1]."""
-        fixed = {
-            name: self.density_at(progress, final)
-            for name, final in layer_densities(self.layer_density, grids).items()
-        }
-        density = self.density_at(progress)
-        return share(self.distribution, density, grids, fixed, self.floor.layer)
-
-    def budgets_by_score(
-        self,
-        progress: float,
-        scores: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        frozen: Collection[str] = (),
-    ) -> dict[str, int]:
-        """Return the blocks of each layer at a progress in [0, 1], under any distribution.
-
-        Under "global", layers without scores keep the blocks that they have for now, and the others
-        compete for what the model's budget leaves beside a share for these by their sizes. Frozen
-        layers are no part of that budget.
-
-        Args:
-            progress: of the density schedule.
-            scores: drop scores `[out_blocks, in_blocks]` of the layers that may change, by name.
-            masks: bool, of the same shapes, the present blocks of all managed layers.
-            frozen: names of layers that will not change.
-
-        Returns:
-            The budget of each layer in `masks`.
-        """
-        grids = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
-        budgets = self.budgets_at(progress, grids)
-        if self.distribution != "global":
-            return budgets
-        present = {name: int(mask.sum()) for name, mask in masks.items()}
-        budgets.update({name: present[name] for name in masks if name not in scores})
-        fixed = layer_densities(self.layer_density, grids)
-        sharing = {n: masks[n].numel() for n in grids if n not in fixed and n not in frozen}
-        rivals = [name for name in sharing if name in scores]
-        if rivals:
-            density = self.density_at(progress)
-            waiting = [name for name in sharing if name not in scores]
-            kept = sum(min(present[n], count_blocks(density, sharing[n])) for n in waiting)
-            total = count_blocks(density, sum(sharing.values()))
-            total = max(
-                total, sum(math.ceil(self.floor.layer * cells) for cells in sharing.values())
-            )
-            shares = by_score(
-                total - kept,
-                [scores[name] for name in rivals],
-                [masks[name] for name in rivals],
-                [self.floor.blocks(grids[name]) for name in rivals],
-            )
-            budgets.update(zip(rivals, shares, strict=True))
-        return budgets
-
-    def final_blocks(self, grids: Mapping[str, Grid]) -> int:
-        """Return the blocks of all layers together when the schedule has arrived.
+    def budgets(self, grids: Mapping[str, Grid]) -> LayerBudgets:
+        """Return the block budgets of layers over the density schedule.
 
         Args:
             grids: (out_blocks, in_blocks) of all managed layers, by name.
         """
-        budgets = self.budgets_at(1.0, grids)
-        if self.distribution != "global":
-            return sum(budgets.values())
-        fixed = layer_densities(self.layer_density, grids)
-        cells = [rows * cols for name, (rows, cols) in grids.items() if name not in fixed]
-        total = count_blocks(self.density_at(1.0), sum(cells)) if cells else 0
-        least: int = sum(math.ceil(self.floor.layer * n) for n in cells)
-        return max(total, least) + sum(budgets[name] for name in fixed)
-
-    def capacities(self, grids: Mapping[str, Grid], progress: float = 0.0) -> dict[str, int]:
-        """Return the most blocks that each layer will hold from a progress in [0, 1] on.
-
-        No budget of the schedules and distributions that are offered moves both ways, so the two
-        ends tell. One of the user's may: it is looked at 65 points, and between two of them no
-        budget passes the larger of theirs.
-
-        Args:
-            grids: (out_blocks, in_blocks) of all managed layers, by name.
-            progress: of the density schedule.
-        """
-        points = [progress, 1.0]
-        if not self._is_monotonic:
-            first = math.floor(progress * _INTERVALS)
-            points = [k / _INTERVALS for k in range(first, _INTERVALS + 1)]
-        budgets = [self._shares_at(point, grids) for point in points]
-        return {name: max(shares[name] for shares in budgets) for name in grids}
-
-    @property
-    def _is_monotonic(self) -> bool:
-        """Whether every layer's budget moves one way only."""
         distribution = find("distribution", self.distribution, DISTRIBUTIONS)
-        return (
-            self._density_schedule in DENSITY_SCHEDULES.values()
-            and distribution in DISTRIBUTIONS.values()
+        return LayerBudgets(
+            grids=grids,
+            density_at=self.density_at,
+            final=self.density.final,
+            own_final=layer_densities(self.layer_density, grids),
+            distribution=self.distribution,
+            floor=self.floor,
+            is_monotonic=self._density_schedule in DENSITY_SCHEDULES.values()
+            and distribution in DISTRIBUTIONS.values(),
         )
 
-    def largest_fall(self, timetable: Timetable, grids: Mapping[str, Grid]) -> tuple[float, int]:
-        """Return how much of the model the steepest update drops for good, and when.
-
-        Args:
-            timetable: of the training.
-            grids: (out_blocks, in_blocks) of all managed layers, by name.
-
-        Returns:
-            The share of the present blocks, in [0, 1), by which the update at which the density
-            falls by the largest factor leaves fewer, and its step; (0.0, 0) if it never falls.
-        """
-        if self.density_is_constant:
-            return 0.0, 0
-        # Densities are quickly compared; budgets are shared for one update only.
-        steps, at = [0], [timetable.density_progress(0)]
-        while at[-1] < 1 and (step := timetable.next_update(steps[-1])) is not None:
-            steps.append(step)
-            at.append(timetable.density_progress(step))
-        densities = [self.density_at(progress) for progress in at]
-        kept = [after / before for before, after in pairwise(densities)]
-        if min(kept, default=1.0) >= 1:
-            return 0.0, 0
-        i = kept.index(min(kept))
-        before, after = (sum(self.budgets_at(p, grids).values()) for p in at[i : i + 2])
-        return max(0.0, 1 - after / max(1, before)), steps[i + 1]
-
     def rising_without_growth(self, grids: Mapping[str, Grid]) -> list[str]:
-        """Return the layers that are to end with more blocks, where the usual rule grows none.
+        """Return the layers whose budget rises although `DropAndGrow` has no grow criterion.
 
         Args:
             grids: (out_blocks, in_blocks) of all managed layers, by name.
@@ -502,14 +397,15 @@ class SparsityConfig:
         rule = self.update_rule
         if not isinstance(rule, DropAndGrow) or rule.grow is not None:
             return []
-        first, last = self.budgets_at(0.0, grids), self.budgets_at(1.0, grids)
-        return [name for name in grids if last[name] > first[name]]
+        budgets = self.budgets(grids)
+        initial, final = budgets.at(0.0), budgets.at(1.0)
+        return [name for name in grids if final[name] > initial[name]]
 
     def drop_fraction_at(self, progress: float) -> float:
-        """Return the drop fraction at a progress in [0, 1] of the updates.
+        """Return the drop fraction at a progress in [0, 1] of the update schedule.
 
         Raises:
-            ValueError: if a schedule of the user's returns something else.
+            ValueError: if a user's schedule returns an invalid value.
         """
         span = self.drop_fraction
         with calling("drop_fraction.schedule"):
@@ -522,19 +418,18 @@ class SparsityConfig:
         return float(fraction)
 
     def timetable(self, total_steps: int | None) -> Timetable:
-        """Resolve times to steps.
+        """Resolve all times to optimizer steps.
 
         Args:
-            total_steps: optimizer steps that the training is planned to have; None if unknown.
+            total_steps: planned number of optimizer steps of the training; None if unknown.
 
         Raises:
-            ValueError: if the resolved steps are out of order, or depend on a length that is not
-                known.
+            ValueError: if the resolved steps are out of order, or depend on an unknown length.
         """
         if total_steps is None and self.has_fractions:
             raise ValueError(
                 "`update` and `density` times given as fractions or by a function need a training "
-                "of known length; got one without an end. Give steps, or total_steps / max_steps."
+                "of known length; got none. Give steps, or total_steps / max_steps."
             )
         update_begin, update_until = _resolve("update", self.update, total_steps)
         times = self._times_between(update_begin, update_until, total_steps)
@@ -546,9 +441,9 @@ class SparsityConfig:
             if times is not None and density_until > times[-1]:
                 raise ValueError(
                     "`density.until` must not be after the last of `update.times`, or the density "
-                    f"would never arrive; got density.until={density_until}, and {times[-1]} as "
-                    f"the last one until {update_until}. Give a later time, or a later "
-                    "`update.until`."
+                    f"would never reach its final value; got density.until={density_until}, and "
+                    f"{times[-1]} as the last time before {update_until}. Give a later time, or a "
+                    "later `update.until`."
                 )
         return Timetable(
             every_n_steps=self.update.every_n_steps,
@@ -563,13 +458,13 @@ class SparsityConfig:
     def _times_between(
         self, begin: int, until: int, total_steps: int | None
     ) -> tuple[int, ...] | None:
-        """Return the steps of `update.times` within begin..until; None without such."""
+        """Return the steps of `update.times` within begin..until; None without `times`."""
         times: list[int] | None = self.update.times
         if self._times_function is not None:
             assert total_steps is not None
             with calling("update.times"):
                 given = self._times_function(total_steps)
-            times = _checked_times(given)
+            times = _sort_times(given)
         if times is None:
             return None
         within = tuple(time for time in times if begin <= time <= until)
@@ -577,13 +472,13 @@ class SparsityConfig:
             raise ValueError(
                 "`update.times` must have a step within update.begin..update.until; got "
                 f"{times[0]}..{times[-1]} for {begin}..{until}. Give `update.until` as a step, "
-                "or other times."
+                "or change the times."
             )
         return within
 
     @property
     def has_fractions(self) -> bool:
-        """Whether a time depends on the length of the training, which must then be known."""
+        """Whether a time depends on the training's length, which must then be known."""
         times = [self.update.begin, self.update.until]
         if not self.density_is_constant:
             times += [self.density.begin, self.density.until]
@@ -592,13 +487,10 @@ class SparsityConfig:
 
 _NESTED = (DensitySchedule, UpdateSchedule, DropFractionSchedule, Floor)
 
-# Between the points at which a schedule or distribution of the user's is looked at.
-_INTERVALS = 64
 
-
-def configured(options: Mapping[str, Any]) -> SparsityConfig:
-    """Return the configuration that keywords give."""
-    accepted = [each.name for each in dataclasses.fields(SparsityConfig)]
+def build_config(**options: Any) -> SparsityConfig:
+    """Build the configuration from the keywords of `Sparsifier` or a callback."""
+    accepted = [option.name for option in dataclasses.fields(SparsityConfig)]
     for key in options:
         if key not in accepted:
             hint = _hint(key, accepted)
@@ -607,34 +499,19 @@ def configured(options: Mapping[str, Any]) -> SparsityConfig:
 
 
 @dataclass
-class SparsityNode:
-    """`SparsityConfig` as a node of Hydra's config store; unknown keys and wrong types raise."""
+class _Target:
+    """The class that Hydra instantiates, as the first key of a node."""
 
     _target_: str = "sparse_lightning.SparsityCallback"
-    block_size: int = 64
-    include: list[str] = field(default_factory=lambda: ["*"])
-    exclude: list[str] = field(default_factory=lambda: list(DEFAULT_EXCLUDE))
-    # A number or a mapping, which OmegaConf cannot express as a type.
-    density: Any = 0.25
-    distribution: str = "uniform"
-    layer_density: Any = None  # not a mapping: that would take no new keys from a command line
-    floor: Floor = field(default_factory=Floor)
-    update: UpdateSchedule = field(default_factory=UpdateSchedule)
-    drop_fraction: Any = field(default_factory=lambda: dataclasses.asdict(DropFractionSchedule()))
-    drop: str = "magnitude"
-    grow: str = "gradient"
-    regrow: bool = True
-    rule: Any = None  # a dotted path, or a mapping with a `_target_`
-    token_stride: int = 1
-    init: str = "random"
-    shrink: bool = True
-    seed: int = 0
-    follow: Any = None  # not a mapping, as `layer_density`
-    monitor: MonitorOptions | None = field(default_factory=MonitorOptions)
+
+
+@dataclass
+class SparsityNode(SparsityConfig, _Target):
+    """`SparsityConfig` as a node of Hydra's config store, which rejects unknown keys and types."""
 
 
 def register() -> None:
-    """Put the schema into Hydra's config store, as `callbacks/sparsity/schema`."""
+    """Add the schema to Hydra's config store as `callbacks/sparsity/schema`."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(
@@ -642,31 +519,28 @@ def register() -> None:
     )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted key, as primitives and lists of them."""
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key, with tuples as lists."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(_flatten(value, f"{prefix}{key}."))
         elif isinstance(value, tuple):
             flat[prefix + key] = list(value)
-        elif callable(value):
-            name = getattr(value, "__qualname__", type(value).__qualname__)
-            flat[prefix + key] = f"{value.__module__}.{name}"
         else:
-            # A float of NumPy's is a float too, but no primitive to `torch.load`.
+            # `torch.load` accepts Python floats, but not NumPy's subclass of them.
             flat[prefix + key] = float(value) if isinstance(value, float) else value
     return flat
 
 
 def _hint(key: object, accepted: Sequence[str]) -> str:
-    """Return the key that was probably meant, for an error; "" if none is near."""
+    """Return a suggestion of the closest accepted key for an error; "" if none is close."""
     close = difflib.get_close_matches(str(key), accepted, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _coerce(cls: type[T], value: Any, argument: str) -> T:
-    """Build one of the nested dataclasses from itself, a mapping or a constant number."""
+    """Build a nested dataclass from an instance, a mapping or a constant number."""
     if isinstance(value, cls):
         return dataclasses.replace(value)  # type: ignore[type-var]
     accepted = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -696,10 +570,10 @@ def _fill_in(
     initial: float,
     final: float,
 ) -> None:
-    """Put in what was not given; a constant schedule has one value, given as either."""
+    """Fill in missing values; a constant schedule takes its one value from either field."""
     if schedule is constant:
         given = [value for value in (span.initial, span.final) if value is not None] or [final]
-        if given[0] not in given[-1:]:  # not `!=`, which holds for a NaN and itself
+        if given[0] not in given[-1:]:  # `!=` is also true for a NaN and itself.
             raise ValueError(
                 f"`{argument}` must have one value under the constant schedule; got "
                 f"initial={span.initial!r}, final={span.final!r}. Give one of them."
@@ -715,9 +589,9 @@ def _check_bool(key: str, value: object) -> None:
         raise TypeError(f"`{key}` must be true or false; got {value!r}.")
 
 
-def _check_int(argument: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{argument}` must be an integer of at least {least}; got {value!r}.")
+def _check_int(argument: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{argument}` must be an integer of at least {minimum}; got {value!r}.")
 
 
 def _check_share(argument: str, value: Any) -> None:
@@ -730,9 +604,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _checked_times(times: Iterable[Any]) -> list[int]:
-    """Return the steps of updates in order, each once."""
-    rule = "`update.times` must be steps, integers of at least 1, or a function that returns some"
+def _sort_times(times: Iterable[Any]) -> list[int]:
+    """Return the steps of updates sorted, without duplicates."""
+    rule = "`update.times` must be steps, integers of at least 1, or a function that returns steps"
     if not isinstance(times, Iterable):
         raise ValueError(f"{rule}; got {times!r}.")
     steps = set()
@@ -762,11 +636,11 @@ def _resolve(
     argument: str, span: UpdateSchedule | DensitySchedule, total_steps: int | None
 ) -> tuple[int, int]:
     """Resolve begin and until to steps, in order."""
-    # Without a known length there are no fractions of it.
+    # `timetable` has rejected fractions of an unknown length.
     length = 0 if total_steps is None else total_steps
     begin, until = resolve_time(span.begin, length), resolve_time(span.until, length)
     if span.begin == 0 or _same_kind(span.begin, span.until):
-        # In order as written; in a very short training they may round to the same step.
+        # The options are in order, but may round to the same step in a very short training.
         until = max(until, begin + 1)
     _check_order(argument, begin, until)
     return begin, until
@@ -775,6 +649,6 @@ def _resolve(
 def _check_reaches(density_until: int | float, update_until: int | float) -> None:
     if density_until > update_until:
         raise ValueError(
-            "`density.until` must not be after `update.until`, or the density would never arrive; "
-            f"got density.until={density_until!r}, update.until={update_until!r}."
+            "`density.until` must not be after `update.until`, or the density would never reach "
+            f"its final value; got density.until={density_until!r}, update.until={update_until!r}."
         )

@@ -1,4 +1,4 @@
-"""Names of layers: the patterns of `include`, `exclude` and `layer_density`."""
+"""Name patterns of layers, as in `include`, `exclude` and `layer_density`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from itertools import takewhile
 
 from sparse_lightning.topology import check_density
 
-# What an output layer is usually called. They hold for `exclude` too if it names others.
+# Usual names of output layers. They stay excluded when `exclude` names other layers.
 DEFAULT_EXCLUDE = ("head", "lm_head", "classifier")
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Tell whether a pattern of `include` or `exclude` matches a module's name.
+    """Return whether a pattern matches a module's name.
+
+    A pattern without a dot matches the last part of the name, and one with a dot the whole name;
+    "re:" introduces a regular expression of the whole name.
 
     >>> matches("fc*", "blocks.0.fc1"), matches("blocks.*.fc1", "blocks.0.fc1")
     (True, True)
@@ -26,56 +29,60 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
 
 
-def is_chosen(name: str, include: Iterable[str], exclude: Sequence[str]) -> bool:
-    """Tell whether the patterns of `include` and `exclude` choose a module's name.
+def is_selected(name: str, include: Iterable[str], exclude: Sequence[str]) -> bool:
+    """Return whether the patterns of `include` and `exclude` select a module's name.
 
-    A name that `include` has in full is not left out by the defaults of `exclude`, which hold
-    wherever it names anything.
+    The default patterns apply whenever `exclude` is not empty, except to a name that `include`
+    lists in full.
 
-    >>> is_chosen("fc", ["*"], ["up"]), is_chosen("up", ["*"], ["up"]), is_chosen("head", ["*"], [])
+    >>> (
+    ...     is_selected("fc", ["*"], ["up"]),
+    ...     is_selected("up", ["*"], ["up"]),
+    ...     is_selected("head", ["*"], []),
+    ... )
     (True, False, True)
-    >>> is_chosen("head", ["*"], ["up"]), is_chosen("head", ["*", "head"], ["up"])
+    >>> is_selected("head", ["*"], ["up"]), is_selected("head", ["*", "head"], ["up"])
     (False, True)
     """
     if not any(matches(pattern, name) for pattern in include):
         return False
-    left_out = [pattern for pattern in exclude if pattern not in DEFAULT_EXCLUDE]
+    excluding = [pattern for pattern in exclude if pattern not in DEFAULT_EXCLUDE]
     if exclude and name not in include:
-        left_out += DEFAULT_EXCLUDE
-    return not any(matches(pattern, name) for pattern in left_out)
+        excluding += DEFAULT_EXCLUDE
+    return not any(matches(pattern, name) for pattern in excluding)
 
 
-def patterns_of(names: Sequence[str]) -> list[str]:
-    """Return patterns that match some names: of what they begin with, if that is the same.
+def common_patterns(names: Sequence[str]) -> list[str]:
+    """Return patterns that match all names: one of their common prefix, else the names.
 
-    >>> patterns_of(["target.0.fc", "target.2.fc"]), patterns_of(["up", "down"])
+    >>> common_patterns(["target.0.fc", "target.2.fc"]), common_patterns(["up", "down"])
     (['target.*'], ['up', 'down'])
     """
     parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    first = ".".join(same[0] for same in takewhile(lambda same: len({*same}) == 1, parts))
-    return [f"{first}.*"] if first and len(names) > 1 else list(names)
+    prefix = ".".join(part[0] for part in takewhile(lambda part: len({*part}) == 1, parts))
+    return [f"{prefix}.*"] if prefix and len(names) > 1 else list(names)
 
 
 def is_exact(pattern: str) -> bool:
-    """Tell whether a pattern is a name, without wildcards."""
+    """Return whether a pattern is a plain name, without wildcards."""
     return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
 
 
 def layer_densities(layer_density: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Return the density of each layer that has its own; the first pattern that matches counts.
+    """Return the density of each layer that has its own, by the first pattern that matches it.
 
     >>> layer_densities({"up": 0.5, "*.1.*": 0.1}, ["mlp.0.up", "mlp.1.up", "mlp.1.down"])
     {'mlp.0.up': 0.5, 'mlp.1.up': 0.5, 'mlp.1.down': 0.1}
     """
-    found = {}
+    densities = {}
     for name in names:
         own = [density for pattern, density in layer_density.items() if matches(pattern, name)]
-        found.update({name: own[0]} if own else {})
-    return found
+        densities.update({name: own[0]} if own else {})
+    return densities
 
 
 def check_layer_density(layer_density: Mapping[str, float]) -> None:
-    """Raise unless patterns are valid and each density is in (0, 1]."""
+    """Raise unless the patterns are valid and each density is in (0, 1]."""
     if not isinstance(layer_density, Mapping):
         raise TypeError(
             f"`layer_density` must map patterns of layers to densities; got {layer_density!r}."
@@ -86,23 +93,23 @@ def check_layer_density(layer_density: Mapping[str, float]) -> None:
 
 
 def check_follow(follow: Mapping[str, str]) -> None:
-    """Raise unless it maps names to names, none of which is in turn followed by another."""
+    """Raise unless `follow` maps copies to sources, none of which is a copy itself."""
     is_mapping = isinstance(follow, Mapping)
     if not is_mapping or not all(isinstance(n, str) for n in (*follow, *follow.values())):
         raise TypeError(
-            "`follow` must map names of modules to those that they follow, as "
+            "`follow` must map names of modules to the names that they follow, as in "
             f"{{'target': 'net'}}; got {follow!r}."
         )
-    for copy, original in follow.items():
-        if original in follow:
+    for copy, source in follow.items():
+        if source in follow:
             raise ValueError(
-                f"`follow` must map each copy to an original; got {copy!r} for {original!r}, which "
-                f"is a copy itself. Write {copy!r}: {follow[original]!r}."
+                f"`follow` must map each copy to its source; got {copy!r}: {source!r}, which "
+                f"is a copy itself. Write {copy!r}: {follow[source]!r}."
             )
 
 
-def check_layers_found(layer_density: Mapping[str, float], names: Iterable[str]) -> None:
-    """Raise unless every pattern of `layer_density` matches one of the layers."""
+def check_layer_density_matches(layer_density: Mapping[str, float], names: Iterable[str]) -> None:
+    """Raise unless every pattern of `layer_density` matches at least one layer."""
     names = list(names)
     for pattern in layer_density:
         if not any(matches(pattern, name) for name in names):
@@ -113,7 +120,7 @@ def check_layers_found(layer_density: Mapping[str, float], names: Iterable[str])
 
 
 def check_patterns(argument: str, patterns: Sequence[str]) -> None:
-    """Raise unless every pattern is a string, and a valid regular expression after "re:"."""
+    """Raise unless all patterns are strings, with valid regular expressions after "re:"."""
     is_list = isinstance(patterns, Sequence) and not isinstance(patterns, str)
     if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
         remedy = f" Write [{patterns!r}]." if isinstance(patterns, str) else ""
@@ -129,8 +136,8 @@ def check_patterns(argument: str, patterns: Sequence[str]) -> None:
                 ) from None
 
 
-def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
-    """Raise ValueError unless a value is one of the names offered."""
-    if value not in list(choices):
-        offered = ", ".join(repr(name) for name in choices)
+def check_option(argument: str, value: object, options: Iterable[str]) -> None:
+    """Raise ValueError unless a value is one of the offered options."""
+    if value not in list(options):
+        offered = ", ".join(repr(name) for name in options)
         raise ValueError(f"`{argument}` must be one of {offered}; got {value!r}.")

@@ -1,4 +1,4 @@
-"""Whatever a configuration or a saved topology holds: it works, or an error says what does not."""
+"""Any configuration or saved topology either works or raises an error that names the problem."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 
 
 def train(callback: SparsityCallback) -> None:
-    """Five steps of training, after each of which every layer is valid."""
+    """Train five steps, after which every layer is valid."""
     model = Classifier()
     fitting = trainer(callback, max_steps=5)
     fitting.fit(model, loader())
@@ -119,7 +119,7 @@ def test_every_field_is_fuzzed() -> None:
 
 @pytest.mark.parametrize("key", FIELDS)
 def test_one_field(key: str) -> None:
-    """Beside what lets updates happen within a few steps."""
+    """The other options let updates happen within a few steps."""
     seen = {"works": 0}
 
     @settings(deadline=None, derandomize=True, max_examples=30)
@@ -150,9 +150,9 @@ def test_many_fields_together(arguments: dict[str, Any]) -> None:
 
 
 def spelled(value: Any) -> str:
-    """Write a value as Hydra's command line does."""
+    """Write a value in the syntax of Hydra's command line."""
     if isinstance(value, dict):
-        # Keys cannot be quoted.
+        # Hydra's syntax has no quoted keys.
         known = {k: v for k, v in value.items() if re.fullmatch(r"[\w.]+", k)}
         return "{" + ",".join(f"{k}:{spelled(v)}" for k, v in known.items()) + "}"
     if isinstance(value, list):
@@ -184,7 +184,7 @@ def test_overrides(override: tuple[str, Any]) -> None:
 INT32 = st.integers(-(2**31), 2**31 - 1)
 VECTORS = st.one_of(
     st.lists(INT32, max_size=20),
-    # A header that is nearly right, and coordinates that may be.
+    # A nearly valid header, followed by coordinates that may be valid.
     st.tuples(
         st.sampled_from([1, 1, 1, 0, 2]),
         st.sampled_from([16, 16, 32, 17, -16]),

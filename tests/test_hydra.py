@@ -1,4 +1,4 @@
-"""The ready-made choices and their overrides, as Hydra composes them."""
+"""The presets and their overrides, as Hydra composes them."""
 
 import dataclasses
 import json
@@ -20,9 +20,9 @@ from sparse_lightning.policy.criteria import momentum, saliency
 from sparse_lightning.policy.distributions import Floor
 from tests import extensions
 
-CHOICES = ("rigl", "set", "snfs", "cubic", "granet", "movement", "static")
+PRESETS = ("rigl", "set", "snfs", "cubic", "granet", "movement", "static")
 
-# A user's application: it finds the choices by the search path alone.
+# A user's application: it finds the presets by the search path alone.
 USERS_CONFIG = """
 defaults:
   - callbacks: sparsity
@@ -61,12 +61,12 @@ def config_of(*overrides: str, **options: Any) -> SparsityConfig:
 
 
 def messages(error: BaseException | None) -> str:
-    """What Hydra prints: the error and those that caused it."""
+    """The messages that Hydra prints: those of the error and its causes."""
     return "" if error is None else f"{error}\n{messages(error.__cause__)}"
 
 
 def changed(config: SparsityConfig) -> dict[str, Any]:
-    """What differs from the default choice."""
+    """Return the options that differ from the default preset."""
     default = dataclasses.asdict(config_of())
     return {k: v for k, v in dataclasses.asdict(config).items() if v != default[k]}
 
@@ -77,15 +77,15 @@ LATE = DensitySchedule("cubic", 1.0, 0.25, 0.1, 0.7)
 QUARTER = DensitySchedule("constant", 0.25, 0.25)
 
 
-def test_every_choice_is_tested() -> None:
+def test_every_preset_is_tested() -> None:
     import sparse_lightning.configs as configs
 
     folder = Path(configs.__file__).parent / "callbacks" / "sparsity"
-    assert {path.stem for path in folder.glob("*.yaml")} == set(CHOICES)
+    assert {path.stem for path in folder.glob("*.yaml")} == set(PRESETS)
 
 
 @pytest.mark.parametrize(
-    ("choice", "density", "distribution", "drop", "grow"),
+    ("preset", "density", "distribution", "drop", "grow"),
     [
         ("rigl", QUARTER, "erdos_renyi", "magnitude", "gradient"),
         ("set", QUARTER, "erdos_renyi", "magnitude", "random"),
@@ -96,35 +96,35 @@ def test_every_choice_is_tested() -> None:
         ("static", QUARTER, "uniform", "magnitude", "none"),
     ],
 )
-def test_choices(
-    choice: str, density: DensitySchedule, distribution: str, drop: str, grow: str
+def test_presets(
+    preset: str, density: DensitySchedule, distribution: str, drop: str, grow: str
 ) -> None:
-    config = config_of(f"callbacks/sparsity={choice}")
+    config = config_of(f"callbacks/sparsity={preset}")
     assert config.density == density
     assert (config.distribution, config.drop, config.grow) == (distribution, drop, grow)
     assert (config.block_size, config.update) == (64, UpdateSchedule())
     assert config.monitor == MonitorOptions()
-    if choice == "set":
+    if preset == "set":
         assert config.drop_fraction_at(0.0) == config.drop_fraction_at(0.9) == 0.3
     else:
         assert config.drop_fraction == DropFractionSchedule()
 
 
-def test_without_a_choice_it_is_cubic() -> None:
+def test_the_default_preset_is_cubic() -> None:
     assert config_of() == config_of("callbacks/sparsity=cubic")
 
 
 def test_containers_may_be_converted() -> None:
-    """As in `instantiate(config.callbacks, _convert_="all")`."""
+    """Users may call `instantiate(config.callbacks, _convert_="all")`."""
     assert config_of(_convert_="all") == config_of()
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_takes_a_number_over_its_density(choice: str) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_number_overrides_the_density_of_every_preset(preset: str) -> None:
     config = config_of(
-        f"callbacks/sparsity={choice}",
+        f"callbacks/sparsity={preset}",
         "callbacks.sparsity.density=0.1",
-        "callbacks.sparsity.distribution=uniform",  # "global" wants a density that falls
+        "callbacks.sparsity.distribution=uniform",  # "global" needs a falling density
         "callbacks.sparsity.drop_fraction=0.2",
         "callbacks.sparsity.monitor=null",
     )
@@ -170,7 +170,7 @@ def test_overrides() -> None:
         "exclude": (),
         "monitor": {"every_n_updates": 10, "images": 0, "record": True},
     }
-    # Steps stay steps and fractions fractions on the way.
+    # Hydra keeps steps as ints and fractions as floats.
     assert type(config.update.until) is int and type(config.update.begin) is float
 
 
@@ -195,11 +195,11 @@ def test_overrides_of_times(override: str, update: UpdateSchedule) -> None:
     assert type(config.update.until) is type(update.until)
 
 
-@pytest.mark.parametrize("choice", ["rigl", "cubic"])
-def test_functions_of_ones_own(choice: str) -> None:
+@pytest.mark.parametrize("preset", ["rigl", "cubic"])
+def test_user_defined_functions(preset: str) -> None:
     own = "tests.extensions"
     config = config_of(
-        f"callbacks/sparsity={choice}",
+        f"callbacks/sparsity={preset}",
         f"callbacks.sparsity.density={{schedule: {own}.quadratic, final: 0.2}}",
         f"callbacks.sparsity.drop_fraction.schedule={own}.quadratic",
         f"callbacks.sparsity.distribution={own}.first_full",
@@ -207,7 +207,7 @@ def test_functions_of_ones_own(choice: str) -> None:
     )
     assert config.density_at(0.5) == pytest.approx(0.4)
     assert config.drop_fraction_at(0.5) == pytest.approx(0.025)
-    assert config.budgets_at(1.0, {"a": (4, 4), "b": (10, 10)}) == {"a": 16, "b": 20}
+    assert config.budgets({"a": (4, 4), "b": (10, 10)}).at(1.0) == {"a": 16, "b": 20}
     assert config.timetable(1000).updates() == [100, 200, 300, 400, 500, 600, 700]
 
 
@@ -220,14 +220,14 @@ def test_functions_of_ones_own(choice: str) -> None:
         ("rule={_target_: tests.extensions.Demanding, patience: 4}", 4),
     ],
 )
-def test_a_rule_of_ones_own(override: str, patience: int) -> None:
+def test_a_user_defined_rule(override: str, patience: int) -> None:
     config = config_of("callbacks/sparsity=cubic", f"callbacks.sparsity.{override}")
     assert isinstance(config.update_rule, extensions.Still)
     assert config.update_rule.patience == patience
-    assert config.of_training()["rule"].startswith("tests.extensions.")
+    assert config.training_options()["rule"].startswith("tests.extensions.")
 
 
-def test_a_mapping_over_a_number() -> None:
+def test_a_mapping_overrides_a_number() -> None:
     config = config_of(
         "callbacks/sparsity=rigl", "callbacks.sparsity.density={schedule:cubic,final:0.1}"
     )
@@ -249,10 +249,10 @@ def test_a_mapping_over_a_number() -> None:
         ("callbacks.sparsity.update.every_n_steps=1.5", ["update.every_n_steps", "1.5"]),
         ("callbacks.sparsity.update.begin=soon", ["update.begin", "soon"]),
         ("callbacks.sparsity.include=fc1", ["callbacks.sparsity.include", "fc1"]),
-        ("callbacks/sparsity=rigle", ["rigle", *CHOICES]),
+        ("callbacks/sparsity=rigle", ["rigle", *PRESETS]),
     ],
 )
-def test_what_composing_refuses(override: str, says: list[str]) -> None:
+def test_errors_while_composing(override: str, says: list[str]) -> None:
     with pytest.raises(HydraException) as error:
         composed(override)
     text = messages(error.value)
@@ -294,7 +294,7 @@ def test_what_composing_refuses(override: str, says: list[str]) -> None:
         ),
     ],
 )
-def test_what_the_callback_refuses(override: str, says: list[str]) -> None:
+def test_errors_of_the_callback(override: str, says: list[str]) -> None:
     node = composed(override)
     with pytest.raises(HydraException) as error:
         instantiate(node)
@@ -302,7 +302,7 @@ def test_what_the_callback_refuses(override: str, says: list[str]) -> None:
     assert all(part in text for part in says), text
 
 
-def test_a_rule_leaves_no_room_for_criteria() -> None:
+def test_a_rule_excludes_criteria() -> None:
     node = composed("callbacks/sparsity=set", "callbacks.sparsity.rule=tests.extensions.Still")
     with pytest.raises(HydraException) as error:
         instantiate(node)
@@ -318,7 +318,7 @@ def users_app(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("choice", "text", "density"),
+    ("preset", "text", "density"),
     [
         ("cubic", "{final: 0.1}", DensitySchedule("cubic", 1.0, 0.1, 0, 0.5)),
         ("cubic", "0.1", DensitySchedule("constant", 0.1, 0.1)),
@@ -326,15 +326,15 @@ def users_app(tmp_path: Path) -> Path:
         ("rigl", "{schedule: cubic, final: 0.1}", DensitySchedule("cubic", 1.0, 0.1, 0, 0.5)),
     ],
 )
-def test_a_users_file_may_change_the_choice(
-    users_app: Path, choice: str, text: str, density: DensitySchedule
+def test_a_users_file_can_override_the_preset(
+    users_app: Path, preset: str, text: str, density: DensitySchedule
 ) -> None:
     file = users_app / "conf" / "config.yaml"
     other = "{_target_: collections.OrderedDict}"
     own = f"callbacks: {{sparsity: {{density: {text}}}, other: {other}}}"
     file.write_text(f"{USERS_CONFIG}\n{own}\n")
     with initialize_config_dir(str(file.parent), version_base="1.3"):
-        cfg = compose("config", overrides=[f"callbacks/sparsity={choice}"])
+        cfg = compose("config", overrides=[f"callbacks/sparsity={preset}"])
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     assert callbacks[0].config.density == density
     assert callbacks[1] == {}
@@ -384,7 +384,7 @@ def test_a_users_app_names_a_mistyped_key(users_app: Path) -> None:
 
 
 def test_the_composed_config_can_be_saved_and_read_again() -> None:
-    """As Hydra does in `.hydra/config.yaml`."""
+    """Hydra saves it as `.hydra/config.yaml`."""
     node = composed("callbacks/sparsity=rigl", "callbacks.sparsity.update.begin=0.1")
     again = OmegaConf.create(OmegaConf.to_yaml(node))
     assert instantiate(again).config == instantiate(node).config

@@ -1,1 +1,1 @@
-"""Policy: which blocks a layer has, and when that changes; pure functions on scores and masks."""
+"""Policy: which blocks a layer has and when they change; pure functions of scores and masks."""

@@ -1,8 +1,9 @@
-"""The usefulness of blocks: from what is known about a layer's blocks to one score a block.
+"""Criteria that score a layer's blocks by their usefulness.
 
 A criterion is a function of `BlockScores` that returns `[out_blocks, in_blocks]`, higher for a
-more useful block. Drop criteria are read at present blocks, grow criteria at absent ones. Users
-write their own, and say by `needs` what must be gathered for them during training.
+more useful block. The scores of a drop criterion are read at present blocks, those of a grow
+criterion at absent ones. A user-defined criterion declares with `needs` what must be gathered for
+it during training.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# What costs time or memory between updates, and is gathered only for a criterion that needs it.
+# Statistics that cost time or memory between updates; gathered only for criteria that need them.
 GATHERED = ("gradient", "momentum", "saliency", "movement")
 
 
 def _no_values() -> Tensor:
-    raise ValueError("`scores.values` must be given, to be read; got scores without them.")
+    raise ValueError("`scores.values` must be given to be read; got scores without them.")
 
 
 @dataclass(frozen=True)
 class BlockScores:
-    """What a criterion may look at: one layer at an update.
+    """The input of a criterion: the blocks of one layer at an update.
 
-    Tensors of one number a block are `[out_blocks, in_blocks]` on one device.
+    Tensors with one number per block are `[out_blocks, in_blocks]` and share a device.
 
     Attributes:
         mask: bool, the present blocks.
         magnitude: fp32, Frobenius norm of each present block of the weight; 0 where absent.
-        generator: a CPU generator that is the same on every rank.
-        gathered: what the criteria of this training need, by its name in `GATHERED`.
+        generator: CPU generator in the same state on every rank.
+        gathered: the statistics that this training's criteria need, by their names in `GATHERED`.
         layer: name of the layer.
-        step: steps of its optimizer so far.
+        step: number of steps that the layer's optimizer has taken.
         age: int32, steps since each present block was grown, or since the training began; 0 where
             absent.
-        read_values: reads `values`.
+        read_values: function that returns `values`.
     """
 
     mask: Tensor
@@ -54,8 +55,8 @@ class BlockScores:
     def values(self) -> Tensor:
         """The weights of the present blocks, `[n, block_size, block_size]` on the layer's device.
 
-        In the order of `mask`'s places, row by row, so that `scores_of_blocks[scores.mask] = ...`
-        takes one number for each. Of sharded weights every rank gets all.
+        The order is that of `mask` in row-major order, so that `block_scores[scores.mask] = ...`
+        takes one number per block. With sharded weights every rank gets all blocks.
         """
         return self.read_values()
 
@@ -63,36 +64,36 @@ class BlockScores:
     def gradient(self) -> Tensor:
         """fp32, norm of each block of the dense weight gradient at the update's step.
 
-        Of what backward has accumulated for this step, before clipping. Over micro-batches and
-        ranks it is the root of the summed squared norms.
+        The gradient is the one that backward has accumulated for this step, before clipping. Over
+        micro-batches and ranks the value is the root of the summed squared norms.
         """
         return self._gathered("gradient")
 
     @property
     def momentum(self) -> Tensor:
-        """fp32, as `gradient`, but smoothed over the steps before the update."""
+        """fp32, `gradient` smoothed over the steps before the update."""
         return self._gathered("momentum")
 
     @property
     def saliency(self) -> Tensor:
         """fp32, mean of |sum of w * g| of each present block since the last update; 0 if absent.
 
-        g is the gradient that the optimizer applied: clipped and unscaled.
+        g is the gradient that the optimizer applies: clipped and unscaled.
         """
         return self._gathered("saliency")
 
     @property
     def movement(self) -> Tensor:
-        """fp32, -sum of w * g of each block over its time as a present one; 0 where absent.
+        """fp32, -sum of w * g of each block over the steps since it was grown; 0 where absent.
 
-        g is as for `saliency`.
+        g is the same as for `saliency`.
         """
         return self._gathered("movement")
 
     def _gathered(self, name: str) -> Tensor:
         if name not in self.gathered:
             raise ValueError(
-                f"`scores.{name}` must be asked for before training, so that it is gathered. "
+                f"`scores.{name}` must be declared before training, so that it is gathered. "
                 f"Decorate your criterion with @needs({name!r})."
             )
         return self.gathered[name]
@@ -103,15 +104,15 @@ C = TypeVar("C", bound=Callable[..., object])
 
 
 def needs(*names: str) -> Callable[[C], C]:
-    """Declare what a criterion reads of `BlockScores` beyond mask and magnitude.
+    """Declare which gathered statistics of `BlockScores` a criterion or rule reads.
 
     Args:
-        names: of `GATHERED`.
+        names: names in `GATHERED`.
 
     >>> @needs("gradient")
     ... def steepest(scores: BlockScores) -> Tensor:
     ...     return scores.gradient / scores.magnitude.clamp(min=1e-6)
-    >>> sorted(needed_by([steepest]))
+    >>> sorted(collect_needs([steepest]))
     ['gradient']
     """
     for name in names:
@@ -126,17 +127,17 @@ def needs(*names: str) -> Callable[[C], C]:
     return declare
 
 
-def needed_by(functions: Iterable[Callable[..., object] | None]) -> frozenset[str]:
-    """Return what must be gathered for these criteria or rules.
+def collect_needs(functions: Iterable[Callable[..., object] | None]) -> frozenset[str]:
+    """Return the names of the statistics that must be gathered for these criteria or rules.
 
     Raises:
-        ValueError: if one of them declares something else than names in `GATHERED`.
+        ValueError: if one of them declares a name that is not in `GATHERED`.
     """
     needed: set[str] = set()
     for function in functions:
         declared: Any = getattr(function, "needs", frozenset())
-        is_several = isinstance(declared, (frozenset, set, tuple, list))
-        if not is_several or not all(name in GATHERED for name in declared):
+        is_collection = isinstance(declared, (frozenset, set, tuple, list))
+        if not is_collection or not all(name in GATHERED for name in declared):
             offered = ", ".join(map(repr, GATHERED))
             raise ValueError(
                 f"`needs` must name what can be gathered, {offered}; got {declared!r}. "
@@ -161,16 +162,16 @@ def gradient(scores: BlockScores) -> Tensor:
 def momentum(scores: BlockScores) -> Tensor:
     """Score a block by its smoothed dense gradient (SNFS: Dettmers & Zettlemoyer 2019, sec. 3).
 
-    SNFS smooths the dense gradient over the whole training. Here it is gathered in the
-    `MOMENTUM_STEPS` steps before an update only, as each costs a dense product; and it is the
-    squared norms of blocks that are smoothed.
+    SNFS smooths the dense gradient over the whole training. This criterion uses only the
+    `MOMENTUM_STEPS` steps before an update, since each costs a dense product, and smooths the
+    squared norms of the blocks.
     """
     return scores.momentum
 
 
 @needs("saliency")
 def saliency(scores: BlockScores) -> Tensor:
-    """Score a block by what the loss would change without it, to first order: |sum of w * g|.
+    """Score a block by the first-order change in the loss if it were removed: |sum of w * g|.
 
     Source: Molchanov et al. 2019, "Importance estimation for neural network pruning", eq. 8.
     """
@@ -179,9 +180,9 @@ def saliency(scores: BlockScores) -> Tensor:
 
 @needs("movement")
 def movement(scores: BlockScores) -> Tensor:
-    """Score a block by how much training grows its weights: -sum of w * g.
+    """Score a block by how far training moves its weights away from zero: -sum of w * g.
 
-    Source: Sanh et al. 2020, "Movement pruning", eq. 3; a block of it as in Lagunas et al. 2021.
+    Source: Sanh et al. 2020, "Movement pruning", eq. 3; summed by block as in Lagunas et al. 2021.
     """
     return scores.movement
 
@@ -209,22 +210,22 @@ GROW_CRITERIA: dict[str, Criterion | None] = {
 }
 
 
-def score(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
-    """Return what a criterion says of a layer's blocks, on the CPU, in fp32 or fp64.
+def evaluate(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
+    """Return a criterion's scores of a layer's blocks, on the CPU, in fp32 or fp64.
 
     Args:
-        argument: for errors.
-        criterion: to ask.
-        scores: of the layer.
+        argument: name of the option that gives the criterion, for errors.
+        criterion: function to evaluate.
+        scores: input of the criterion for the layer.
 
     Raises:
-        ValueError: unless it is one number a block.
+        ValueError: if the result is not one real number per block.
     """
     result = criterion(scores)
     grid = scores.mask.shape
     if not isinstance(result, Tensor) or result.shape != grid:
         got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"`{argument}` must return one score a block, {list(grid)}; got {got}.")
+        raise ValueError(f"`{argument}` must return one score per block, {list(grid)}; got {got}.")
     if result.is_complex() or result.layout != torch.strided or result.is_meta:
         raise ValueError(
             f"`{argument}` must return real numbers in a dense tensor; got {result.dtype}, "
@@ -238,7 +239,7 @@ MOMENTUM_DECAY = 0.9
 
 
 def block_magnitudes(values: Tensor) -> Tensor:
-    """Return the Frobenius norm of each slot, in fp32 whatever the dtype of the values.
+    """Return the Frobenius norm of each slot, computed in at least fp32 and returned in fp32.
 
     Args:
         values: `[capacity, block_size, block_size]`.
@@ -255,7 +256,7 @@ def block_magnitudes(values: Tensor) -> Tensor:
 
 
 def dense_block_norms(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the Frobenius norm of each block of a dense matrix, in fp32 whatever its dtype.
+    """Return the Frobenius norm of each block of a dense matrix, in fp32 for every dtype.
 
     Args:
         matrix: `[out_features, in_features]`.
@@ -274,6 +275,6 @@ def dense_block_norms(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def seeded_generator(seed: int, step: int, layer: str) -> torch.Generator:
-    """Return a CPU generator that depends only on its arguments, so that ranks draw alike."""
+    """Return a CPU generator that depends only on its arguments, so that ranks draw the same."""
     digest = hashlib.sha256(f"{seed}/{step}/{layer}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,4 +1,4 @@
-"""How a model's budget of blocks is shared among its layers."""
+"""Distributions, which share a model's budget of blocks among its layers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Grid = tuple[int, int]
 
 @dataclass
 class Floor:
-    """What every layer keeps, as far as its budget allows.
+    """The minimum that every layer keeps, as far as its budget allows.
 
     Attributes:
-        layer: density that no layer falls below, in [0, 1].
-        row: blocks that each block row holds, so that no output is dead; 0 to allow that.
-        column: blocks that each block column holds, so that every input is read.
+        layer: minimum density of a layer, in [0, 1].
+        row: minimum number of blocks per block row; 0 allows dead outputs.
+        column: minimum number of blocks per block column; 0 allows unread inputs.
     """
 
     layer: float = 0.0
@@ -31,7 +31,7 @@ class Floor:
     column: int = 1
 
     def blocks(self, grid: Grid) -> int:
-        """Return the fewest blocks of a layer that can hold all of this; at least one.
+        """Return the minimum number of blocks of a layer under this floor; at least one.
 
         >>> Floor(layer=0.1).blocks((4, 8)), Floor(row=2).blocks((8, 8)), Floor(0.5).blocks((4, 4))
         (8, 16, 8)
@@ -41,13 +41,13 @@ class Floor:
         return min(floor, rows * cols)
 
 
-def uniform(density: float, grids: Sequence[Grid], least: float = 0.0) -> list[int]:
-    """Give every layer the same density, each rounded to its own nearest number of blocks.
+def uniform(density: float, grids: Sequence[Grid], min_density: float = 0.0) -> list[int]:
+    """Give every layer the same density, rounded to a whole number of its blocks.
 
     Args:
-        density: in (0, 1].
+        density: density of every layer, in (0, 1].
         grids: (out_blocks, in_blocks) of each layer.
-        least: density that no layer falls below, in [0, 1].
+        min_density: minimum density of a layer, in [0, 1].
 
     Returns:
         The budget of each layer, in blocks; at least one.
@@ -57,22 +57,22 @@ def uniform(density: float, grids: Sequence[Grid], least: float = 0.0) -> list[i
     """
     return [
         max(count_blocks(density, rows * cols), floor)
-        for (rows, cols), floor in zip(grids, _floors(grids, least), strict=True)
+        for (rows, cols), floor in zip(grids, _floors(grids, min_density), strict=True)
     ]
 
 
-def erdos_renyi(density: float, grids: Sequence[Grid], least: float = 0.0) -> list[int]:
+def erdos_renyi(density: float, grids: Sequence[Grid], min_density: float = 0.0) -> list[int]:
     """Give a layer a density proportional to (rows + cols) / (rows * cols), never above 1.
 
-    The budgets sum exactly to the model's, `round(density * all blocks)`. Layers that would pass
-    density 1 are full, and the rest share what is left. As the density falls no layer's budget
-    rises (the shares are rounded by Webster's divisor method, which is house-monotone), so a
+    The budgets sum exactly to the model's, `round(density * all blocks)`. Layers that would exceed
+    density 1 are full, and the others share the remaining blocks. As the density falls no layer's
+    budget rises (Webster's divisor method, which rounds the shares, is house-monotone), so a
     layer's capacity at the highest density always suffices.
 
     Args:
-        density: in (0, 1], of all layers together.
+        density: density of all layers together, in (0, 1].
         grids: (out_blocks, in_blocks) of each layer.
-        least: density that no layer falls below, in [0, 1].
+        min_density: minimum density of a layer, in [0, 1].
 
     Returns:
         The budget of each layer, in blocks; at least one.
@@ -87,11 +87,11 @@ def erdos_renyi(density: float, grids: Sequence[Grid], least: float = 0.0) -> li
         return []
     weights = [rows + cols for rows, cols in grids]
     caps = [rows * cols for rows, cols in grids]
-    floors = _floors(grids, least)
+    floors = _floors(grids, min_density)
     total = max(count_blocks(density, sum(caps)), sum(floors))
 
     def budgets(divisor: float) -> list[int]:
-        # Webster: half a block rounds up. The floor of one block keeps every layer alive.
+        # Webster's method rounds half a block up. The floor of one block keeps every layer alive.
         return [
             max(floor, min(cap, int(w * divisor + 0.5)))
             for w, cap, floor in zip(weights, caps, floors, strict=True)
@@ -105,7 +105,7 @@ def erdos_renyi(density: float, grids: Sequence[Grid], least: float = 0.0) -> li
         else:
             high = middle
     shares, upper = budgets(low), budgets(high)
-    # Layers that step up at the same divisor are tied: lower index first.
+    # Layers whose budgets step up at the same divisor are tied; the lower index comes first.
     missing = total - sum(shares)
     for i in range(len(shares)):
         if missing and upper[i] > shares[i]:
@@ -117,18 +117,19 @@ def erdos_renyi(density: float, grids: Sequence[Grid], least: float = 0.0) -> li
 def by_score(
     total: int, scores: Sequence[Tensor], masks: Sequence[Tensor], floors: Sequence[int]
 ) -> list[int]:
-    """Give every layer as many blocks as it has among the most useful ones of the whole model.
+    """Give every layer the number of its blocks that are among the model's most useful ones.
 
     Args:
-        total: blocks of all layers together; at most the present ones are given out.
+        total: blocks of all layers together, capped at the number of present blocks.
         scores: `[out_blocks, in_blocks]` of each layer, read at present blocks.
         masks: bool, of the same shapes, the present blocks.
-        floors: blocks that each layer shall keep, at least one; they shrink alike where they sum
-            to more than `total`.
+        floors: minimum number of blocks of each layer, at least one; scaled down proportionally
+            if they sum to more than `total`.
 
     Returns:
-        The budget of each layer, in blocks; at least one, never more than are present. Ties go to
-        the layer, and in it the block, of lower index. A NaN or infinite score counts as lowest.
+        The budget of each layer, in blocks; at least one, at most its present blocks. Ties go to
+        the layer, and within it the block, with the lower index. A NaN or infinite score ranks
+        lowest.
 
     >>> scores = [torch.tensor([[5.0, 4.0]]), torch.tensor([[9.0, 1.0]])]
     >>> masks = [torch.ones(1, 2, dtype=torch.bool)] * 2
@@ -141,28 +142,28 @@ def by_score(
     floors = [min(*pair) for pair in zip(floors, present, strict=True)]
     if sum(floors) > total:
         floors = [min(floor, max(1, floor * total // sum(floors))) for floor in floors]
-    # Each layer's best blocks are its floor; what is left goes to the best of the others.
+    # Each layer's best blocks fill its floor; the remaining budget goes to the best other blocks.
     contenders, layers = [], []
     for i, (score, mask, floor) in enumerate(zip(scores, masks, floors, strict=True)):
-        mine = score[mask].cpu().float().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-        contenders.append(mine.sort(descending=True).values[floor:])
+        present_scores = score[mask].cpu().float().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        contenders.append(present_scores.sort(descending=True).values[floor:])
         layers.append(torch.full((present[i] - floor,), i))
     order = torch.cat(contenders).argsort(descending=True, stable=True)
     winners = torch.cat(layers)[order[: max(0, total - sum(floors))]]
     won = torch.bincount(winners, minlength=len(masks)).tolist()
-    return [floor + more for floor, more in zip(floors, won, strict=True)]
+    return [floor + extra for floor, extra in zip(floors, won, strict=True)]
 
 
-def _floors(grids: Sequence[Grid], least: float) -> list[int]:
-    """Return the fewest blocks of each layer: at least one."""
-    return [max(1, math.ceil(least * rows * cols)) for rows, cols in grids]
+def _floors(grids: Sequence[Grid], min_density: float) -> list[int]:
+    """Return the minimum number of blocks of each layer, at least one."""
+    return [max(1, math.ceil(min_density * rows * cols)) for rows, cols in grids]
 
 
-# (density in (0, 1], (out_blocks, in_blocks) of each layer, least density of a layer) -> blocks of
-# each layer.
+# (density in (0, 1], (out_blocks, in_blocks) of each layer, minimum density of a layer) -> blocks
+# of each layer.
 Distribution = Callable[[float, Sequence[Grid], float], list[int]]
 
-# "global" begins as "uniform"; once there are scores, updates share by them (`by_score`).
+# "global" starts as "uniform"; updates then share the budget by scores (`by_score`).
 DISTRIBUTIONS: dict[str, Distribution] = {
     "uniform": uniform,
     "erdos_renyi": erdos_renyi,
@@ -175,19 +176,19 @@ def share(
     density: float,
     grids: Mapping[str, Grid],
     fixed: Mapping[str, float],
-    least: float = 0.0,
+    min_density: float = 0.0,
 ) -> dict[str, int]:
     """Return the budget of each layer of a model, in blocks.
 
     Args:
-        distribution: a name in `DISTRIBUTIONS`, a function like those there, or its dotted path.
-        density: in (0, 1], of all layers together that are not fixed.
-        grids: (out_blocks, in_blocks) of each layer.
-        fixed: density of the layers that have one of their own.
-        least: density that no other layer falls below, in [0, 1].
+        distribution: a name in `DISTRIBUTIONS`, a `Distribution`, or its dotted path.
+        density: density of all layers without a fixed one together, in (0, 1].
+        grids: (out_blocks, in_blocks) of each layer, by name.
+        fixed: density of each layer that has its own, by name.
+        min_density: minimum density of the other layers, in [0, 1].
 
     Raises:
-        ValueError: if the distribution returns anything but the blocks of each layer.
+        ValueError: if the distribution does not return a valid number of blocks for each layer.
 
     >>> share("uniform", 0.5, {"a": (4, 4), "b": (4, 4)}, {"b": 1.0})
     {'a': 8, 'b': 16}
@@ -197,15 +198,15 @@ def share(
     if others:
         shares = find("distribution", distribution, DISTRIBUTIONS)
         with calling("distribution"):
-            given = shares(density, list(others.values()), least)
-        budgets = _checked(given, others)
-    for name, own in fixed.items():
-        budgets[name] = count_blocks(own, grids[name][0] * grids[name][1])
+            given = shares(density, list(others.values()), min_density)
+        budgets = _check_shares(given, others)
+    for name, own_density in fixed.items():
+        budgets[name] = count_blocks(own_density, grids[name][0] * grids[name][1])
     return {name: budgets[name] for name in grids}
 
 
-def _checked(shares: object, grids: Mapping[str, Grid]) -> dict[str, int]:
-    """Return the budgets of layers by name, once it is sure that they are some."""
+def _check_shares(shares: object, grids: Mapping[str, Grid]) -> dict[str, int]:
+    """Return a distribution's result by layer name, or raise if it is invalid."""
     rule = "`distribution` must return one integer for each layer, from 1 to all its blocks"
     if not isinstance(shares, Sequence) or len(shares) != len(grids):
         raise ValueError(f"{rule}; got {shares!r} for {len(grids)} layers.")

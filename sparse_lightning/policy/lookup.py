@@ -1,4 +1,4 @@
-"""What a configuration may name: one of several choices, or a function of the user's own."""
+"""Options that a configuration gives by name, and functions that it gives by dotted path."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ T = TypeVar("T")
 
 
 def find(argument: str, value: object, offered: Mapping[str, T]) -> T:
-    """Return what a configuration names.
+    """Return the option or function that a value of the configuration refers to.
 
     Args:
-        argument: for errors.
-        value: a name in `offered`, the dotted path of something that can be called, or it itself.
-        offered: choices by name; there may be none, and None may be among them.
+        argument: name of the argument, for errors.
+        value: a name in `offered`, a callable, or the dotted path of a callable.
+        offered: options by name, possibly none; an option may be None.
 
     Raises:
-        ValueError: if there is nothing of this name, or it cannot be called.
+        ValueError: if the name or path does not exist, or does not refer to a callable.
 
     >>> find("base", "two", {"two": 2, "none": None})
     2
@@ -50,14 +50,30 @@ def find(argument: str, value: object, offered: Mapping[str, T]) -> T:
     return cast(T, found)
 
 
+def name_of(function: object, offered: Mapping[str, object]) -> str:
+    """Return the name under which an option is offered, or the dotted path of another function.
+
+    An object that has no name of its own is given the dotted path of its class.
+
+    >>> import math
+    >>> name_of(math.hypot, {"norm": math.hypot}), name_of(math.hypot, {})
+    ('norm', 'math.hypot')
+    """
+    for name, option in offered.items():
+        if option is function:
+            return name
+    qualified = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{function.__module__}.{qualified}"
+
+
 @contextmanager
 def calling(argument: str) -> Iterator[None]:
-    """Name the argument in what goes wrong within a function that the user gave for it.
+    """Name the argument in errors raised by the user's function that was given for it.
 
-    A ValueError is passed on as it is, since it says itself what was wrong.
+    A ValueError propagates unchanged, since its message already explains the problem.
 
     Raises:
-        RuntimeError: in place of a mistake in the function.
+        RuntimeError: in place of the error of a faulty function.
 
     >>> with calling("density.schedule"):
     ...     1 / 0

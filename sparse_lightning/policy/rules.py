@@ -1,9 +1,9 @@
-"""Update rules: which blocks are present after a topology update.
+"""Update rules, which decide the blocks that are present after a topology update.
 
-A rule owns the whole decision. `DropAndGrow` is the one that a training has unless it is given
-another; it asks two criteria for scores. A rule of one's own is any function of an `UpdateRequest`
-that returns a `Decision`; `criteria.needs` says what has to be gathered for it. If it has
-`state_dict` and `load_state_dict`, what they return (tensors and primitives) is in the checkpoint.
+The default rule, `DropAndGrow`, uses one criterion to drop blocks and one to grow them. A
+user-defined rule is any function of an `UpdateRequest` that returns a `Decision`; it declares with
+`criteria.needs` what must be gathered for it. If a rule has `state_dict` and `load_state_dict`, its
+state (tensors and primitives) is saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_lightning.policy.criteria import BlockScores, Criterion, needed_by, score
-from sparse_lightning.policy.evolution import exchange_blocks
+from sparse_lightning.policy.criteria import BlockScores, Criterion, collect_needs, evaluate
 from sparse_lightning.policy.lookup import calling
+from sparse_lightning.policy.updates import exchange_blocks
 
 
 @dataclass(frozen=True)
 class UpdateRequest:
-    """What a rule decides on.
+    """The input of an update rule.
 
     Attributes:
-        step: steps of the layers' optimizer so far.
-        number: updates so far, this one included.
+        step: number of steps that the layers' optimizer has taken.
+        number: number of updates, including this one.
         density: scheduled density of the model, in (0, 1].
         fraction: share of the blocks to exchange, in [0, 1].
-        floor: blocks that each block row and each block column shall hold.
-        layers: what is known of the blocks of each layer that may change, by name.
-        capacities: the most blocks that each of these layers can hold.
-        budgets: from drop scores of these layers (read only where layers compete, under the
-            "global" distribution) to the number of blocks that each shall have.
+        floor: minimum number of blocks of each block row and of each block column.
+        layers: scores and statistics of each layer that may change, by name.
+        capacities: number of slots of each of these layers.
+        budgets: function that returns the number of blocks that each of these layers is to have,
+            given their drop scores, which only the "global" distribution reads.
     """
 
     step: int
@@ -48,12 +48,13 @@ class UpdateRequest:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rule has decided.
+    """The output of an update rule.
 
     Attributes:
-        masks: bool `[out_blocks, in_blocks]`, the blocks that shall be present, by layer. A layer
-            that is left out stays as it is.
-        drop_scores: of the same shapes, what blocks were kept for; for those who look on.
+        masks: bool `[out_blocks, in_blocks]`, the new block masks, by layer. A layer that is left
+            out keeps its blocks.
+        drop_scores: `[out_blocks, in_blocks]`, the scores by which blocks were kept, by layer; for
+            logging only.
     """
 
     masks: Mapping[str, Tensor]
@@ -64,12 +65,12 @@ UpdateRule = Callable[[UpdateRequest], Decision]
 
 
 class DropAndGrow:
-    """Keep the blocks of highest drop score, and grow those of highest grow score for the others.
+    """Keep the blocks with the highest drop scores and grow those with the highest grow scores.
 
     Args:
-        drop: scores present blocks.
-        grow: scores the others; None for no growth.
-        regrow: whether a block that was just dropped may be grown again.
+        drop: criterion that scores present blocks.
+        grow: criterion that scores absent blocks; None for no growth.
+        regrow: whether an update may grow a block that it has just dropped.
 
     Source: Evci et al. 2020, "Rigging the Lottery", algorithm 1; Mocanu et al. 2018 (SET) with
     random growth.
@@ -77,14 +78,14 @@ class DropAndGrow:
 
     def __init__(self, drop: Criterion, grow: Criterion | None, regrow: bool = True) -> None:
         self.drop, self.grow, self.regrow = drop, grow, regrow
-        self.needs = needed_by([drop, grow])
-        # Of layers that are to have fewer blocks, and none in place of others.
-        self.needs_to_drop = needed_by([drop])
+        self.needs = collect_needs([drop, grow])
+        # Needs of an update that only drops blocks.
+        self.needs_to_drop = collect_needs([drop])
 
     def __call__(self, request: UpdateRequest) -> Decision:
-        """Decide an update of every layer."""
+        """Decide the update of all requested layers."""
         layers = request.layers
-        drop = {name: _asked("drop", self.drop, scores) for name, scores in layers.items()}
+        drop = {name: _evaluate("drop", self.drop, scores) for name, scores in layers.items()}
         budgets = request.budgets(drop)
         masks = {}
         for name, scores in layers.items():
@@ -93,7 +94,7 @@ class DropAndGrow:
             masks[name] = exchange_blocks(
                 scores.mask,
                 drop[name],
-                None if grow is None else _asked("grow", grow, scores),
+                None if grow is None else _evaluate("grow", grow, scores),
                 budgets[name],
                 request.fraction,
                 floor=request.floor,
@@ -102,41 +103,41 @@ class DropAndGrow:
         return Decision(masks, drop)
 
 
-def _asked(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
-    """Return what a criterion says of a layer, which is named in what goes wrong."""
+def _evaluate(argument: str, criterion: Criterion, scores: BlockScores) -> Tensor:
+    """Return a criterion's scores of a layer; errors name the layer."""
     try:
         with calling(argument):
-            return score(argument, criterion, scores)
+            return evaluate(argument, criterion, scores)
     except ValueError as error:
         raise ValueError(f"{error} (layer '{scores.layer}')") from error
     except RuntimeError as error:
-        if error.__cause__ is None:  # it is none of the function's own mistakes
+        if error.__cause__ is None:  # `calling` did not raise it; for example, out of memory.
             raise
         raise RuntimeError(f"{error} (layer '{scores.layer}')") from error
 
 
 def check_decision(decision: Any, scores: Mapping[str, BlockScores]) -> None:
-    """Raise unless a rule has decided on layers that it was asked about."""
-    wrong = decision if not isinstance(decision, Decision) else decision.masks
-    if wrong is decision or not isinstance(wrong, Mapping):
-        what = "" if wrong is decision else ", whose masks are by layer"
+    """Raise unless a rule returned a block mask for layers of the request only."""
+    result = decision.masks if isinstance(decision, Decision) else decision
+    if result is decision or not isinstance(result, Mapping):
+        detail = "" if result is decision else " whose masks are a mapping by layer"
         raise TypeError(
-            f"`rule` must return a Decision{what}; got {type(wrong).__name__}. "
+            f"`rule` must return a Decision{detail}; got {type(result).__name__}. "
             "Return sparse_lightning.policy.rules.Decision(masks)."
         )
     for name, mask in decision.masks.items():
         if name not in scores:
             raise ValueError(
-                f"`rule` must decide on layers of the request; got '{name}', which is none of them."
+                f"`rule` must decide only on layers of the request; got '{name}', which is not one."
             )
         if not isinstance(mask, Tensor) or mask.is_meta or not mask.any():
             raise ValueError(
-                f"`rule` must leave every layer a block, by a mask; got none (layer '{name}')."
+                f"`rule` must leave every layer at least one block; got none (layer '{name}')."
             )
 
 
 def check_rule(rule: object) -> None:
-    """Raise unless a rule that has a state can also take it back."""
+    """Raise unless a rule has both `state_dict` and `load_state_dict`, or neither."""
     if hasattr(rule, "state_dict") == hasattr(rule, "load_state_dict"):
         if hasattr(rule, "state_dict"):
             check_is_data(rule.state_dict())
@@ -148,7 +149,7 @@ def check_rule(rule: object) -> None:
 
 
 def check_is_data(state: object) -> None:
-    """Raise TypeError unless it is of tensors and primitives, which `torch.load` takes as data."""
+    """Raise TypeError unless `torch.load(weights_only=True)` accepts a rule's state."""
     if isinstance(state, Mapping) and type(state) in (dict, OrderedDict):
         for key, value in state.items():
             check_is_data(key)
@@ -159,5 +160,5 @@ def check_is_data(state: object) -> None:
     elif not (state is None or isinstance(state, (bool, int, float, str, Tensor))):
         raise TypeError(
             "`rule.state_dict()` must return tensors and primitives, in dicts, lists and tuples; "
-            f"got {type(state).__name__}. Convert it, and back in `load_state_dict`."
+            f"got {type(state).__name__}. Convert it, and convert it back in `load_state_dict`."
         )

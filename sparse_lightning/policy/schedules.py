@@ -1,4 +1,4 @@
-"""Values over steps: density and drop fraction as functions of progress, and times as steps."""
+"""Schedules of density and drop fraction over progress, and the steps at which updates run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 
 # (progress in [0, 1], initial, final) -> value.
 Schedule = Callable[[float, float, float], float]
-# total steps of the training -> steps to update after.
+# total steps of the training -> steps after which updates run.
 Times = Callable[[int], Sequence[int]]
 
 
 def constant(progress: float, initial: float, final: float) -> float:
-    """Return `final` throughout: the value that every schedule ends at.
+    """Return `final` at every progress.
 
     >>> constant(0.0, 1.0, 0.25)
     0.25
@@ -23,7 +23,7 @@ def constant(progress: float, initial: float, final: float) -> float:
 
 
 def linear(progress: float, initial: float, final: float) -> float:
-    """Move from `initial` to `final` evenly.
+    """Move from `initial` to `final` linearly.
 
     >>> linear(0.25, 1.0, 0.2)
     0.8
@@ -32,7 +32,7 @@ def linear(progress: float, initial: float, final: float) -> float:
 
 
 def cubic(progress: float, initial: float, final: float) -> float:
-    """Move from `initial` to `final`, fast at first: final + (initial - final) (1 - progress)^3.
+    """Move from `initial` to `final` along a cubic: final + (initial - final) (1 - progress)^3.
 
     Source: Zhu & Gupta 2017, "To prune, or not to prune", eq. 1.
 
@@ -57,10 +57,10 @@ STAGES = 4
 
 
 def stepwise(progress: float, initial: float, final: float) -> float:
-    """Move from `initial` to `final` in `STAGES` stages, each by the same factor, the last at 1.
+    """Move from `initial` to `final` in `STAGES` steps of the same factor, the last at progress 1.
 
-    Source: Han et al. 2015, iterative pruning, with a constant share in each round as in Frankle
-    & Carbin 2019.
+    Source: Han et al. 2015, iterative pruning, with a constant share per round as in Frankle &
+    Carbin 2019.
 
     >>> [round(stepwise(p, 1.0, 0.0625), 4) for p in (0.0, 0.24, 0.25, 0.5, 0.75, 1.0)]
     [1.0, 1.0, 0.5, 0.25, 0.125, 0.0625]
@@ -72,7 +72,7 @@ def stepwise(progress: float, initial: float, final: float) -> float:
 
 
 def one_shot(progress: float, initial: float, final: float) -> float:
-    """Stay at `initial` and take the whole way to `final` at the end.
+    """Stay at `initial` and jump to `final` at progress 1.
 
     >>> one_shot(0.0, 1.0, 0.25), one_shot(0.99, 1.0, 0.25), one_shot(1.0, 1.0, 0.25)
     (1.0, 1.0, 0.25)
@@ -95,19 +95,19 @@ DROP_FRACTION_SCHEDULES: dict[str, Schedule] = {
 }
 
 
-MOST_SHRINKS = 5
+MAX_SHRINKS = 5
 
 
 def should_shrink(
     capacity: int, needed: int, initial: float, final: float, progress: float
 ) -> bool:
-    """Decide whether memory follows a density that has fallen: at most `MOST_SHRINKS` times.
+    """Return whether to free slots after the density has fallen, at most `MAX_SHRINKS` times.
 
     Args:
-        capacity: slots of all layers.
-        needed: the most blocks they will hold from now on.
-        initial, final: of the density schedule.
-        progress: of the schedule, in [0, 1].
+        capacity: number of slots of all layers.
+        needed: the most blocks that all layers will hold from now on.
+        initial, final: initial and final density of the schedule.
+        progress: progress of the schedule, in [0, 1].
 
     >>> [should_shrink(100, needed, 1.0, 0.1, 0.5) for needed in (60, 50)]
     [False, True]
@@ -116,12 +116,12 @@ def should_shrink(
     """
     if progress >= 1:
         return needed < capacity
-    ratio: float = min(0.5, (final / initial) ** (1 / MOST_SHRINKS))
+    ratio: float = min(0.5, (final / initial) ** (1 / MAX_SHRINKS))
     return needed <= ratio * capacity
 
 
 def progress(step: int, begin: int, until: int) -> float:
-    """Return how far `step` lies between `begin` and `until`, within [0, 1].
+    """Return the position of `step` between `begin` and `until`, clamped to [0, 1].
 
     >>> progress(5, 10, 20), progress(15, 10, 20), progress(30, 10, 20)
     (0.0, 0.5, 1.0)
@@ -135,7 +135,7 @@ def check_time(time: int | float, argument: str) -> None:
     """Raise ValueError unless `time` is a step or a fraction of the training.
 
     An int >= 2, or an integral float above 1 (YAML's 1e3), is a step; a float in (0, 1] is a
-    fraction; 0 is both. The int 1 could be meant as either and raises.
+    fraction; 0 is both. The int 1 is ambiguous and raises.
     """
     if isinstance(time, bool) or not isinstance(time, (int, float)):
         raise TypeError(
@@ -143,7 +143,7 @@ def check_time(time: int | float, argument: str) -> None:
         )
     if isinstance(time, int) and time == 1:
         raise ValueError(
-            f"`{argument}` must not be the int 1, which could be the first step or the whole "
+            f"`{argument}` must not be the int 1, which could mean the first step or the whole "
             "training; got 1. Write 1.0 or a step >= 2."
         )
     if not math.isfinite(time) or time < 0 or (time > 1 and time != int(time)):
@@ -154,7 +154,7 @@ def check_time(time: int | float, argument: str) -> None:
 
 
 def is_fraction(time: int | float) -> bool:
-    """Tell whether a checked time is a fraction of the training.
+    """Return whether a checked time is a fraction of the training.
 
     >>> is_fraction(0.5), is_fraction(1.0), is_fraction(1e3), is_fraction(0)
     (True, True, False, False)
@@ -163,7 +163,7 @@ def is_fraction(time: int | float) -> bool:
 
 
 def resolve_time(time: int | float, total_steps: int) -> int:
-    """Turn a checked time into a step.
+    """Convert a checked time to a step.
 
     >>> resolve_time(0.75, 1000), resolve_time(200, 1000), resolve_time(1e3, 50)
     (750, 200, 1000)
@@ -173,20 +173,19 @@ def resolve_time(time: int | float, total_steps: int) -> int:
 
 @dataclass(frozen=True)
 class Timetable:
-    """The resolved steps of a training: when density moves and when updates run.
+    """The resolved optimizer steps at which the density changes and updates run.
 
-    All are optimizer steps. Updates run after `update_begin` + k * `every_n_steps` steps, never
-    before the first step, and at last after `update_until` steps, so that a density schedule
-    always arrives at its final value; or after the steps in `times`. Where the training is planned
-    to end before the last of them, that one runs after the last planned step, so that the schedule
-    comes as far as it can.
+    Updates run after `update_begin` + k * `every_n_steps` steps, never before the first step, and
+    finally after `update_until` steps, so that a density schedule always reaches its final value;
+    or after the steps in `times`. If the training is planned to end earlier, the last update runs
+    after the last planned step, so that the schedule gets as far as possible.
 
     Attributes:
-        every_n_steps: from one update to the next; not used with `times`.
-        update_begin, update_until: the first and the last step that an update may run after.
-        density_begin, density_until: where the density schedule begins and ends.
-        total_steps: how many are planned; None if that is not known.
-        times: the steps to update after, ascending; None for every so many steps.
+        every_n_steps: interval between updates; not used with `times`.
+        update_begin, update_until: first and last step after which an update may run.
+        density_begin, density_until: steps at which the density schedule begins and ends.
+        total_steps: planned number of steps; None if unknown.
+        times: steps after which updates run, ascending; None for a regular interval.
     """
 
     every_n_steps: int
@@ -198,12 +197,12 @@ class Timetable:
     times: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        # What `as_dict` returns has a list.
+        # `as_dict` returns a list.
         if self.times is not None:
             object.__setattr__(self, "times", tuple(self.times))
 
     def next_update(self, step: int) -> int | None:
-        """Return the first update after `step` steps; None if there is no further one.
+        """Return the step of the first update after `step` steps; None if no update remains.
 
         >>> table = Timetable(100, 0, 250, 0, 200)
         >>> table.next_update(0), table.next_update(100), table.next_update(200)
@@ -211,25 +210,25 @@ class Timetable:
         >>> table.next_update(250) is None
         True
         """
-        following = self._next_scheduled(step)
-        if following is None or self.total_steps is None:
-            return following
+        update = self._next_scheduled(step)
+        if update is None or self.total_steps is None:
+            return update
         if self.total_steps < self.update_begin:
             return None
-        following = min(following, self.total_steps)
-        return following if following > step else None
+        update = min(update, self.total_steps)
+        return update if update > step else None
 
     def _next_scheduled(self, step: int) -> int | None:
-        """Return what `next_update` does of a training without an end."""
+        """Return the next update of a training of unlimited length."""
         if self.times is not None:
-            at = bisect.bisect_right(self.times, step)
-            return self.times[at] if at < len(self.times) else None
+            i = bisect.bisect_right(self.times, step)
+            return self.times[i] if i < len(self.times) else None
         k = max(0, (step - self.update_begin) // self.every_n_steps + 1)
-        following = self.update_begin + k * self.every_n_steps
-        if following == 0:
-            following = self.every_n_steps
-        following = min(following, self.update_until)
-        return following if following > step else None
+        update = self.update_begin + k * self.every_n_steps
+        if update == 0:
+            update = self.every_n_steps
+        update = min(update, self.update_until)
+        return update if update > step else None
 
     def updates(self) -> list[int]:
         """Return the steps of all updates of the training.
@@ -241,18 +240,18 @@ class Timetable:
         >>> Timetable(100, 0, 250, 0, 200, times=(7, 90)).updates()
         [7, 90]
         """
-        found, step = [], self.next_update(0)
+        steps, step = [], self.next_update(0)
         while step is not None:
-            found.append(step)
+            steps.append(step)
             step = self.next_update(step)
-        return found
+        return steps
 
     def density_progress(self, step: int) -> float:
-        """Return the progress of the density schedule after `step` steps, within [0, 1]."""
+        """Return the progress of the density schedule after `step` steps, in [0, 1]."""
         return progress(step, self.density_begin, self.density_until)
 
     def update_progress(self, step: int) -> float:
-        """Return the progress of the drop fraction after `step` steps, within [0, 1]."""
+        """Return the progress of the drop fraction after `step` steps, in [0, 1]."""
         return progress(step, self.update_begin, self.update_until)
 
     def __str__(self) -> str:
@@ -271,7 +270,7 @@ class Timetable:
         return text
 
     def as_dict(self) -> dict[str, int | list[int] | None]:
-        """Return the fields as primitives and a list of them, for a checkpoint."""
+        """Return the fields as primitives and lists, for a checkpoint."""
         return {**asdict(self), "times": None if self.times is None else list(self.times)}
 
 

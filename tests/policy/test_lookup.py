@@ -1,4 +1,4 @@
-"""What a configuration may name, and what is said of what it may not."""
+"""Names and dotted paths in a configuration, and the errors for invalid ones."""
 
 import functools
 import math
@@ -26,9 +26,9 @@ class Callable:
 
 
 @pytest.mark.parametrize("offered", OFFERED, ids=["drop", "grow", "shares", "schedules", "none"])
-def test_names_paths_and_what_is_called_itself(offered: dict) -> None:
-    for name, choice in offered.items():
-        assert find("key", name, offered) is choice
+def test_names_paths_and_callables(offered: dict) -> None:
+    for name, option in offered.items():
+        assert find("key", name, offered) is option
     for own in (math.hypot, lambda: None, Callable(), Callable, functools.partial(max, 1)):
         assert find("key", own, offered) is own
     assert find("key", "tests.extensions.quadratic", offered) is extensions.quadratic
@@ -62,7 +62,7 @@ def test_by_hand() -> None:
         ({"magnitude": 1}, r"got \{'magnitude': 1\}\.$"),
     ],
 )
-def test_what_is_neither_is_refused(value: object, says: str) -> None:
+def test_invalid_references_are_refused(value: object, says: str) -> None:
     rule = "^`drop` must be one of 'magnitude', .* or the dotted path of a function; "
     with pytest.raises(ValueError, match=rule) as error:
         find("drop", value, DROP_CRITERIA)

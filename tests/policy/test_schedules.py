@@ -14,7 +14,7 @@ from sparse_lightning.config import SparsityConfig
 from sparse_lightning.policy.schedules import (
     DENSITY_SCHEDULES,
     DROP_FRACTION_SCHEDULES,
-    MOST_SHRINKS,
+    MAX_SHRINKS,
     Timetable,
     check_time,
     constant,
@@ -49,7 +49,7 @@ quick = settings(deadline=None, max_examples=150, derandomize=True)
         (1e-9, True, 0),
     ],
 )
-def test_times_on_offer(time: int | float, fraction: bool, step_of_1000: int) -> None:
+def test_valid_times(time: int | float, fraction: bool, step_of_1000: int) -> None:
     check_time(time, "update.begin")
     assert is_fraction(time) is fraction
     step = resolve_time(time, 1000)
@@ -65,12 +65,12 @@ def test_times_out_of_range_are_refused(time: float) -> None:
 
 
 @pytest.mark.parametrize("time", [True, False, "0.5", "100", None, [2], 2 + 0j])
-def test_times_that_are_no_numbers_are_refused(time: object) -> None:
+def test_times_that_are_not_numbers_are_refused(time: object) -> None:
     with pytest.raises(TypeError, match=rf"`update.until` must .*got {re.escape(repr(time))}\."):
         check_time(time, "update.until")
 
 
-def test_the_int_1_could_mean_either() -> None:
+def test_the_int_1_is_ambiguous() -> None:
     with pytest.raises(
         ValueError, match=r"`density.until` must not .*got 1\. Write 1\.0 or a step"
     ):
@@ -87,7 +87,7 @@ def test_the_int_1_could_mean_either() -> None:
         (cosine, [(0.0, 1.0), (1 / 3, 0.8), (0.5, 0.6), (2 / 3, 0.4), (1.0, 0.2)]),
         (linear, [(0.0, 1.0), (0.25, 0.8), (0.5, 0.6), (0.75, 0.4), (1.0, 0.2)]),
         (one_shot, [(0.0, 1.0), (0.5, 1.0), (0.999, 1.0), (1.0, 0.2)]),
-        # 0.2^(1/4) a stage
+        # Each stage multiplies by 0.2^(1/4).
         (
             stepwise,
             [
@@ -112,14 +112,14 @@ MOVING = [linear, cosine, cubic, stepwise, one_shot]
 
 @pytest.mark.parametrize("schedule", MOVING)
 @pytest.mark.parametrize(("initial", "final"), [(1.0, 0.25), (0.3, 0.1), (0.3, 0.0), (0.1, 0.7)])
-def test_schedules_end_exactly_and_never_turn_back(schedule, initial: float, final: float) -> None:
+def test_schedules_end_exactly_and_are_monotonic(schedule, initial: float, final: float) -> None:
     assert schedule(0.0, initial, final) == pytest.approx(initial)
     assert schedule(1.0, initial, final) == final
     values = [schedule(k / 50, initial, final) for k in range(51)]
     assert values == sorted(values, reverse=initial > final)
 
 
-def test_schedules_on_offer() -> None:
+def test_offered_schedules() -> None:
     assert set(DENSITY_SCHEDULES.values()) == {constant, *MOVING}
     assert set(DROP_FRACTION_SCHEDULES.values()) == {constant, linear, cosine}
 
@@ -127,8 +127,8 @@ def test_schedules_on_offer() -> None:
 @pytest.mark.parametrize("schedule", MOVING)
 @pytest.mark.parametrize("final", [0.5, 0.25, 0.1, 0.031, 0.01, 0.001])
 @pytest.mark.parametrize("updates", [1, 3, 40, 1000])
-def test_memory_follows_in_few_steps(schedule, final: float, updates: int) -> None:
-    """However the density falls, at most five shrinks leave no slot empty."""
+def test_memory_shrinks_at_most_five_times(schedule, final: float, updates: int) -> None:
+    """At most five shrinks leave no slot empty at the end, for every falling schedule."""
     capacity, shrinks = 100_000, 0
     for k in range(1, updates + 1):
         needed = round(100_000 * schedule(k / updates, 1.0, final))
@@ -136,7 +136,7 @@ def test_memory_follows_in_few_steps(schedule, final: float, updates: int) -> No
             assert needed < capacity
             capacity, shrinks = needed, shrinks + 1
     assert capacity == round(100_000 * final)
-    assert shrinks <= MOST_SHRINKS
+    assert shrinks <= MAX_SHRINKS
 
 
 def test_a_density_that_does_not_fall_keeps_its_memory() -> None:
@@ -180,7 +180,7 @@ def test_updates_by_hand(every: int, begin: int, until: int, updates: list[int])
 
 
 def walk(table: Timetable) -> list[int]:
-    """The updates of a training, as the callback finds them: from each to the next."""
+    """Return the updates of a training as the callback finds them, each from the previous one."""
     updates, step = [], 0
     while (step := table.next_update(step)) is not None:
         updates.append(step)
@@ -207,7 +207,7 @@ def test_updates_equal_a_simulation(table: Timetable) -> None:
         or (step >= table.update_begin and (step - table.update_begin) % table.every_n_steps == 0)
     ]
     assert walk(table) == due
-    # From any step, also one that a resumed run begins at.
+    # A resumed run may start from any step.
     for step in range(table.update_until + 50):
         assert table.next_update(step) == next((s for s in due if s > step), None)
 
@@ -215,7 +215,7 @@ def test_updates_equal_a_simulation(table: Timetable) -> None:
 @quick
 @given(timetables, st.integers(0, 300))
 def test_the_last_update_is_at_the_last_planned_step(table: Timetable, total: int) -> None:
-    """Where the training ends before `update_until`; never before `update_begin`."""
+    """This holds if the training ends before `update_until`, but not before `update_begin`."""
     unbounded, bounded = walk(table), walk(dataclasses.replace(table, total_steps=total))
     if total >= table.update_until:
         assert bounded == unbounded
@@ -258,7 +258,7 @@ def test_given_times_equal_a_simulation(times: list[int], total: int | None, ste
         (0, None, []),
     ],
 )
-def test_where_the_training_ends(total: int | None, times, updates: list[int]) -> None:
+def test_updates_until_the_training_ends(total: int | None, times, updates: list[int]) -> None:
     assert walk(Timetable(100, 0, 250, 0, 250, total, times)) == updates
 
 
@@ -303,7 +303,7 @@ def test_a_timetable_is_read_again_from_what_a_checkpoint_holds(table, total, ti
 
 @pytest.mark.parametrize("until", [200, 199, 201, 250, 7, 0.5, 0.333])
 def test_the_density_arrives_at_its_final_value(until: int | float) -> None:
-    """Also where `density.until` is no multiple of `every_n_steps`, or before the first."""
+    """`density.until` need not be a multiple of `every_n_steps` or reach the first update."""
     density = {"schedule": "cubic", "initial": 1.0, "final": 0.1, "begin": 0, "until": until}
     config = SparsityConfig(density=density, update={"every_n_steps": 50, "until": 0.75})
     table = config.timetable(400)
@@ -376,7 +376,7 @@ def test_steps_need_no_known_length() -> None:
     ],
     ids=extensions.name_of,
 )
-def test_what_depends_on_the_length_needs_one(arguments: dict) -> None:
+def test_times_that_depend_on_the_length_need_a_known_length(arguments: dict) -> None:
     config = SparsityConfig(**arguments)
     assert config.has_fractions
     says = (
@@ -387,7 +387,7 @@ def test_what_depends_on_the_length_needs_one(arguments: dict) -> None:
         config.timetable(None)
 
 
-def test_a_schedule_beyond_the_end_comes_as_far_as_it_can() -> None:
+def test_a_schedule_beyond_the_end_gets_as_far_as_possible() -> None:
     density = {"schedule": "linear", "initial": 1.0, "final": 0.2, "until": 800}
     config = SparsityConfig(density=density, update={"every_n_steps": 150, "until": 1000})
     table = config.timetable(400)
@@ -414,13 +414,13 @@ def test_a_schedule_beyond_the_end_comes_as_far_as_it_can() -> None:
     ],
 )
 def test_updates_run_at_given_times(times, steps: tuple[int, ...]) -> None:
-    """Those within begin..until, in order, each once."""
+    """Times within begin..until count, sorted and without duplicates."""
     table = SparsityConfig(update={"times": times, "until": 650}).timetable(1000)
     assert table.times == steps and all(type(step) is int for step in table.times)
     assert walk(table) == [*steps]
 
 
-def test_given_times_keep_to_begin_and_until() -> None:
+def test_given_times_are_limited_to_begin_and_until() -> None:
     update = {"times": [10, 20, 30, 40, 50], "begin": 20, "until": 0.4}
     config = SparsityConfig(update=update)
     assert config.timetable(100).times == (20, 30, 40)
@@ -429,7 +429,7 @@ def test_given_times_keep_to_begin_and_until() -> None:
         SparsityConfig(update={**update, "begin": 51, "until": 60}).timetable(100)
 
 
-def test_given_times_leave_the_length_open() -> None:
+def test_given_times_need_no_known_length() -> None:
     config = SparsityConfig(update={"times": [30, 10], "until": 100})
     assert not config.has_fractions
     assert walk(config.timetable(None)) == [10, 30]
@@ -448,23 +448,23 @@ def test_given_times_leave_the_length_open() -> None:
         ("soon", "got 's'"),
     ],
 )
-def test_what_a_function_of_times_may_not_return(returned: object, says: str) -> None:
+def test_invalid_results_of_a_times_function(returned: object, says: str) -> None:
     config = SparsityConfig(update={"times": lambda total_steps: returned})
     with pytest.raises(ValueError, match=rf"`update.times` must be steps, .*{says}\."):
         config.timetable(100)
 
 
 @pytest.mark.parametrize(("times", "until"), [([10, 40], 41), ([10, 40, 90], 60), ([10], 0.5)])
-def test_the_density_must_arrive_at_the_last_of_given_times(times, until) -> None:
+def test_the_density_must_be_final_by_the_last_given_time(times, until) -> None:
     density = {"schedule": "cubic", "until": until}
     config = SparsityConfig(density=density, update={"times": times, "until": 80})
     with pytest.raises(ValueError, match=r"`density.until` must not be after the last of `update"):
         config.timetable(100)
-    # A density that does not move need not arrive.
+    # A constant density is always final.
     SparsityConfig(density=0.5, update={"times": times, "until": 80}).timetable(100)
 
 
-def test_the_density_arrives_at_the_last_of_given_times() -> None:
+def test_the_density_is_final_at_the_last_given_time() -> None:
     density = {"schedule": "cubic", "final": 0.1, "until": 40}
     config = SparsityConfig(density=density, update={"times": [10, 40], "until": 80})
     table = config.timetable(100)
@@ -473,7 +473,7 @@ def test_the_density_arrives_at_the_last_of_given_times() -> None:
 
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_the_shortest_trainings_resolve(total: int) -> None:
-    """As `Trainer(fast_dev_run=True)` runs them: a single step."""
+    """`Trainer(fast_dev_run=True)` runs a single step."""
     for density in (0.25, {"schedule": "cubic", "initial": 1.0, "final": 0.25, "until": 0.5}):
         config = SparsityConfig(density=density)
         table = config.timetable(total)

@@ -1,4 +1,4 @@
-"""Scores of blocks, and the generator behind random ones."""
+"""Criteria and the generator of random scores."""
 
 import math
 
@@ -11,12 +11,12 @@ from sparse_lightning.policy.criteria import (
     GROW_CRITERIA,
     BlockScores,
     block_magnitudes,
+    collect_needs,
     dense_block_norms,
     gradient,
     magnitude,
     momentum,
     movement,
-    needed_by,
     needs,
     random,
     saliency,
@@ -34,7 +34,7 @@ def scores(seed: int = 0, shape: tuple[int, int] = (2, 3)) -> BlockScores:
     )
 
 
-def test_what_is_on_offer() -> None:
+def test_offered_criteria() -> None:
     assert {
         "magnitude": magnitude,
         "gradient": gradient,
@@ -54,20 +54,20 @@ def test_what_is_on_offer() -> None:
     ("criterion", "first"),
     [(magnitude, 0), (gradient, 10), (momentum, 20), (saliency, 30), (movement, 40)],
 )
-def test_gathered_scores_are_read_as_they_are(criterion, first: int) -> None:
+def test_gathered_scores_are_returned_unchanged(criterion, first: int) -> None:
     assert criterion(scores()).flatten().tolist() == list(range(first, first + 6))
 
 
-def test_criteria_say_what_they_need() -> None:
-    assert needed_by([magnitude, random, None]) == frozenset()
-    assert needed_by([saliency, momentum]) == {"saliency", "momentum"}
-    assert needed_by([movement, gradient]) == {"movement", "gradient"}
-    assert needed_by([lambda scores: scores.magnitude]) == frozenset()
+def test_criteria_declare_their_needs() -> None:
+    assert collect_needs([magnitude, random, None]) == frozenset()
+    assert collect_needs([saliency, momentum]) == {"saliency", "momentum"}
+    assert collect_needs([movement, gradient]) == {"movement", "gradient"}
+    assert collect_needs([lambda scores: scores.magnitude]) == frozenset()
     with pytest.raises(ValueError, match=r"'gradient', .*; got 'gradeint'\."):
         needs("gradeint")
 
 
-def test_what_was_not_asked_for_is_answered_with_the_way_to_ask() -> None:
+def test_an_undeclared_statistic_raises_with_a_remedy() -> None:
     bare = BlockScores(torch.ones(1, 1) > 0, torch.ones(1, 1), seeded_generator(0, 0, ""))
     with pytest.raises(ValueError, match=r"`scores.momentum` must .*@needs\('momentum'\)"):
         momentum(bare)
@@ -105,9 +105,9 @@ def test_block_magnitudes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_block_magnitudes_are_taken_in_fp32(dtype: torch.dtype) -> None:
-    # The squares sum to 2^22 * 16 * 16 = 2^30, past fp16's 65504; 1 beside 2^11 is below bf16's
-    # and fp16's spacing there, but not below fp32's.
+def test_block_magnitudes_are_computed_in_fp32(dtype: torch.dtype) -> None:
+    # The squares sum to 2^22 * 16 * 16 = 2^30, which exceeds fp16's 65504. Adding 1 to 2^11 is
+    # below the spacing of bf16 and fp16 there, but not below that of fp32.
     values = torch.full((2, 16, 16), 2048.0, dtype=dtype)
     values[1] = 1.0
     values[1, 0, 0] = 32.0
@@ -117,7 +117,7 @@ def test_block_magnitudes_are_taken_in_fp32(dtype: torch.dtype) -> None:
     assert float(norms[1]) == pytest.approx(math.sqrt(1024 + 255), rel=1e-6)
 
 
-def test_block_magnitudes_are_no_part_of_the_graph() -> None:
+def test_block_magnitudes_are_detached() -> None:
     values = torch.ones(1, 2, 2, requires_grad=True)
     assert not block_magnitudes(values).requires_grad
 
@@ -142,7 +142,7 @@ def test_a_seeded_generator_depends_on_each_argument() -> None:
         (1, 100, "fc1"),
         (0, 101, "fc1"),
         (0, 100, "fc2"),
-        # No two may run together into one text.
+        # The arguments must not be ambiguous when they are joined.
         (1, 11, "fc1"),
         (11, 1, "fc1"),
         (1, 1, "1/fc1"),
@@ -153,13 +153,13 @@ def test_a_seeded_generator_depends_on_each_argument() -> None:
 
 
 def test_a_seeded_generator_is_the_same_on_every_machine_and_version() -> None:
-    """A resumed run draws what the first one would have drawn."""
+    """A resumed run draws the same numbers as an uninterrupted one."""
     assert seeded_generator(0, 0, "fc1").initial_seed() == 5929516608418291844
     assert seeded_generator(0, 0, "fc1").device == torch.device("cpu")
 
 
 def test_random_scores_ignore_the_default_device() -> None:
-    """The generator is on the CPU, so the draw must be, whatever device is the default."""
+    """The generator is on the CPU, so the draw must be, whatever the default device is."""
     nothing = torch.zeros(2, 3)
     scores = BlockScores(nothing.bool(), nothing, seeded_generator(0, 1, "layer"))
     with torch.device("meta"):

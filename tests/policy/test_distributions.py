@@ -1,4 +1,4 @@
-"""Budgets: hand-worked, then the laws that Webster's divisor method promises."""
+"""Distributions: hand-worked budgets, then the properties of Webster's divisor method."""
 
 import math
 from fractions import Fraction
@@ -36,19 +36,19 @@ def blocks(grids: list[Grid]) -> list[int]:
     [
         # 68 of 272 blocks, shared as 8 : 32.
         (0.25, [(4, 4), (16, 16)], [14, 54]),
-        # 32 of 65, shared as 2 : 16 would be 3.6 : 28.4; the single block is full with one.
+        # 32 of 65, shared as 2 : 16, would be 3.6 : 28.4, but the first layer has only one block.
         (0.5, [(1, 1), (8, 8)], [1, 31]),
         # 40 of 80, shared as 8 : 16 gives 13.3 : 26.7.
         (0.5, [(4, 4), (8, 8)], [13, 27]),
         # The floor of one block: 5 of 257 would be 0.3 : 4.7.
         (0.02, [(1, 1), (16, 16)], [1, 4]),
-        # A floor for everyone: never fewer blocks than layers.
+        # Every layer has the floor, so there are never fewer blocks than layers.
         (0.01, [(2, 2)] * 4, [1, 1, 1, 1]),
         # Ties go to the lower index.
         (1 / 3, [(2, 2)] * 3, [2, 1, 1]),
         (0.5, [(3, 3)] * 2, [5, 4]),
         (1.0, [(2, 3), (1, 5)], [6, 5]),
-        # 16 of 20, shared as 4 : 10 would be 4.6 : 11.4; the first is full with four.
+        # 16 of 20, shared as 4 : 10, would be 4.6 : 11.4, but the first layer has only four blocks.
         (16 / 20, [(2, 2), (2, 8)], [4, 12]),
         (0.3, [(10, 10)], [30]),
         (0.25, [], []),
@@ -119,7 +119,7 @@ def test_no_budget_rises_block_by_block() -> None:
 @quick
 @given(DENSITY, GRIDS)
 def test_erdos_renyi_is_websters_apportionment(density: float, grids: list[Grid]) -> None:
-    """No layer has a block that another has a better claim to: weight / (blocks + 1/2)."""
+    """No other layer has a larger quotient, weight / (blocks + 1/2), for a layer's last block."""
     budgets = erdos_renyi(density, grids)
     weights = [rows + cols for rows, cols in grids]
     rows = list(zip(weights, budgets, blocks(grids), strict=True))
@@ -139,7 +139,7 @@ def test_the_order_of_layers_decides_only_ties(density, grids, random) -> None:
     weights = [rows + cols for rows, cols in grids]
     moved = {i: n - budgets[i] for i, n in zip(order, shuffled, strict=True) if n != budgets[i]}
     assert set(moved.values()) <= {-1, 1} and sum(moved.values()) == 0
-    # The blocks that changed hands were worth the same: weight / (blocks without it + 1/2).
+    # Blocks that moved between layers had equal quotients, weight / (other blocks + 1/2).
     worth = {
         Fraction(2 * weights[i], 2 * budgets[i] + (1 if step > 0 else -1))
         for i, step in moved.items()
@@ -152,7 +152,7 @@ def test_wide_layers_keep_more_of_a_small_budget_than_square_ones() -> None:
     assert wide > square and wide + square == round(0.1 * 128)
 
 
-# -- floors of layers, and layers with a density of their own -----------------------------------
+# -- floors of layers, and layers with their own density -----------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_the_floor_of_a_layer_by_hand(floor: Floor, grid: Grid, blocks: int) -> 
 
 
 def test_no_layer_falls_below_its_floor() -> None:
-    # Without: 5 of 257 as 0.3 : 4.7, so [1, 4].
+    # Without a floor, 5 of 257 would be 0.3 : 4.7, so [1, 4].
     assert erdos_renyi(0.1, [(4, 4), (16, 16)]) == [5, 22]
     assert erdos_renyi(0.1, [(4, 4), (16, 16)], 0.5) == [8, 128]
     assert erdos_renyi(0.25, [(4, 4), (16, 16)], 0.2) == [14, 54]
@@ -189,7 +189,7 @@ def test_floors_hold_and_the_rest_is_shared(density: float, grids: list[Grid], l
     assert sum(budgets) == max(count_blocks(density, sum(blocks(grids))), sum(floors))
 
 
-def test_layers_with_a_density_of_their_own_take_no_part() -> None:
+def test_layers_with_their_own_density_do_not_share_the_budget() -> None:
     grids = {"a": (4, 4), "b": (8, 8), "c": (16, 16)}
     budgets = share("erdos_renyi", 0.25, grids, {"b": 0.5})
     assert budgets == {"a": 14, "b": 32, "c": 54}
@@ -202,7 +202,7 @@ def test_layers_with_a_density_of_their_own_take_no_part() -> None:
     assert share("erdos_renyi", 0.25, {}, {}) == {}
 
 
-# -- of one's own ---------------------------------------------------------------------------------
+# -- user-defined ---------------------------------------------------------------------------------
 
 LAYERS = {"a": (4, 4), "b": (8, 8), "c": (16, 16)}
 
@@ -215,22 +215,22 @@ LAYERS = {"a": (4, 4), "b": (8, 8), "c": (16, 16)}
         lambda density, grids, least: tuple(np.int64(n) for n in (16, 16, 64)),
     ],
 )
-def test_a_distribution_of_ones_own(distribution) -> None:
+def test_a_user_defined_distribution(distribution) -> None:
     budgets = share(distribution, 0.25, LAYERS, {})
     assert budgets == {"a": 16, "b": 16, "c": 64}
     assert all(type(blocks) is int for blocks in budgets.values())
 
 
-def test_a_distribution_is_asked_about_the_layers_that_share() -> None:
-    asked = []
+def test_a_distribution_receives_only_the_layers_that_share() -> None:
+    calls = []
 
     def note(density: float, grids: list[Grid], least: float) -> list[int]:
-        asked.append((density, list(grids), least))
+        calls.append((density, list(grids), least))
         return [3 for _ in grids]
 
     assert share(note, 0.25, LAYERS, {"b": 0.5}, 0.1) == {"a": 3, "b": 32, "c": 3}
     assert share(note, 0.25, LAYERS, dict.fromkeys(LAYERS, 0.5)) == {"a": 8, "b": 32, "c": 128}
-    assert asked == [(0.25, [(4, 4), (16, 16)], 0.1)], "not where all are fixed"
+    assert calls == [(0.25, [(4, 4), (16, 16)], 0.1)], "no call if every layer is fixed"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_distribution_is_asked_about_the_layers_that_share() -> None:
         ("abc", r"got 'a' of 16 \(layer 'a'\)\."),
     ],
 )
-def test_what_a_distribution_may_not_return(returned: object, says: str) -> None:
+def test_invalid_results_of_a_distribution(returned: object, says: str) -> None:
     with pytest.raises(ValueError, match=rf"^`distribution` must return one integer .*{says}$"):
         share(lambda density, grids, least: returned, 0.25, LAYERS, {})
 
@@ -273,14 +273,14 @@ ONE_ROW = [torch.tensor([[9.0, 5.0, 3.0]]), torch.tensor([[8.0, 7.0, 1.0]])]
         (4, [1, 1], [2, 2]),
         (3, [1, 1], [1, 2]),
         (2, [1, 1], [1, 1]),
-        # A floor keeps the best of a layer, whatever the others have.
+        # A floor keeps the best blocks of a layer, however high the scores of other layers are.
         (4, [3, 1], [3, 1]),
-        # Floors that do not fit shrink alike; one block each is the least.
+        # Floors that exceed the budget are scaled down, to one block per layer at least.
         (3, [3, 3], [1, 2]),
         (1, [1, 1], [1, 1]),
         (0, [3, 3], [1, 1]),
         (-5, [3, 1], [1, 1]),
-        # More than there are.
+        # The budget exceeds the number of present blocks.
         (9, [1, 1], [3, 3]),
     ],
 )
@@ -289,7 +289,7 @@ def test_by_score_by_hand(total: int, floors: list[int], budgets: list[int]) -> 
     assert by_score(total, ONE_ROW, masks, floors) == budgets
 
 
-def test_absent_blocks_do_not_count_and_unscorable_ones_come_last() -> None:
+def test_absent_blocks_do_not_count_and_non_finite_scores_rank_last() -> None:
     masks = [torch.tensor([[False, True, True]]), torch.ones(1, 3, dtype=torch.bool)]
     assert by_score(3, ONE_ROW, masks, [1, 1]) == [1, 2]
     assert by_score(5, ONE_ROW, masks, [3, 1]) == [2, 3]

@@ -1,4 +1,4 @@
-"""One topology update: which blocks are dropped, which are grown, and into which slots."""
+"""Topology updates: which blocks are dropped, which are grown, and into which slots."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparse_lightning.topology import BlockTopology
 
 @dataclass(frozen=True, repr=False)
 class TopologyUpdate:
-    """The outcome of an update of one layer, on the CPU.
+    """The result of an update of one layer, on the CPU.
 
     Attributes:
         coords: int32 `[capacity, 2]`, the new coordinates of every slot.
-        dropped: int64 `[n_dropped]`, slots whose block was dropped (some are given to grown ones).
+        dropped: int64 `[n_dropped]`, slots whose block was dropped; grown blocks may reuse them.
         grown: int64 `[n_grown]`, slots that hold a grown block.
-        n_before: present blocks before.
+        n_before: number of present blocks before the update.
     """
 
     coords: Tensor
@@ -34,17 +34,17 @@ class TopologyUpdate:
 
     @property
     def n_after(self) -> int:
-        """Present blocks after."""
+        """Number of present blocks after the update."""
         return self.n_before - len(self.dropped) + len(self.grown)
 
     @property
     def survival(self) -> float:
-        """Share of the earlier blocks that are still present."""
+        """Share of the previously present blocks that are still present."""
         return 1 - len(self.dropped) / self.n_before if self.n_before else 1.0
 
     @property
     def churn(self) -> float:
-        """Share of the present blocks that have just been grown."""
+        """Share of the present blocks that the update has grown."""
         return len(self.grown) / self.n_after if self.n_after else 0.0
 
     @property
@@ -56,23 +56,24 @@ class TopologyUpdate:
 
     @functools.cached_property
     def changed(self) -> Tensor:
-        """Int64, ascending: the slots that were dropped, grown or both; their state starts anew."""
+        """Int64, ascending: slots that were dropped, grown or both, whose state is reset."""
         slots: Tensor = torch.cat([self.dropped, self.grown]).unique()
         return slots
 
 
 @dataclass(frozen=True, repr=False)
 class ModelUpdate:
-    """The outcome of an update of every layer: at which step, as which one, and what it did.
+    """The result of an update of the model.
 
     Attributes:
-        step: optimizer steps so far.
-        number: updates so far, this one included.
-        layers: what it did, by layer.
-        drop_scores: `[out_blocks, in_blocks]` on the CPU, what blocks were kept for, by layer; read
-            at blocks that were present.
-        magnitudes: fp32 of the same shape, their Frobenius norms before the update; 0 if absent.
-        density_target: the scheduled density of all these layers together, if there is one.
+        step: number of optimizer steps so far.
+        number: number of updates, including this one.
+        layers: result for each layer, by name.
+        drop_scores: `[out_blocks, in_blocks]` on the CPU, the scores by which blocks were kept, by
+            layer; valid at blocks that were present.
+        magnitudes: fp32 of the same shape, Frobenius norm of each block before the update; 0 where
+            absent.
+        density_target: scheduled density of all these layers together; None without a schedule.
     """
 
     step: int
@@ -96,35 +97,35 @@ def exchange_blocks(
     floor: tuple[int, int] = (0, 0),
     regrow: bool = True,
 ) -> Tensor:
-    """Decide an exchange: keep the most useful blocks, drop the rest, grow the most promising.
+    """Keep the most useful blocks, drop the others, and grow the most promising ones.
 
-    `k = round(fraction * n_target)` blocks are exchanged, at most as many as are absent: the
-    `n_target - k` present blocks of highest drop score stay, then the `k` others of highest grow
-    score become present. A block that was just dropped may be chosen again and then stays as it
-    was (as in RigL). Ties go to the lower index (row-major). A NaN or infinite score is never
-    chosen: a place that growth cannot fill goes to the best of the blocks it would have replaced.
-    The choice is made on the CPU, whatever device the arguments are on: so many small steps would
-    each cost a launch there.
+    `k = round(fraction * n_target)` blocks are exchanged, but no more than are absent: the
+    `n_target - k` present blocks with the highest drop scores stay, then the `k` other blocks with
+    the highest grow scores become present. A block that was just dropped may be chosen again and
+    then keeps its weights (as in RigL). Ties go to the lower index (row-major). A block with a NaN
+    or infinite score is never chosen; if growth cannot fill its budget, the best dropped blocks
+    stay. Blocks are chosen on the CPU, since each of the many small operations would cost a kernel
+    launch on a GPU.
 
     Args:
         mask: bool `[out_blocks, in_blocks]`, the present blocks.
-        drop_scores: of the same shape, read at present blocks.
-        grow_scores: of the same shape, read at the others; None for no growth.
-        n_target: present blocks afterwards. Without enough blocks that may be chosen, fewer.
-        fraction: of `n_target` to exchange, in [0, 1].
-        floor: blocks that each block row and each block column shall hold, if there are enough
-            for all (`choose_blocks`): both when blocks stay and when they are grown.
+        drop_scores: scores of the same shape, read at present blocks.
+        grow_scores: scores of the same shape, read at the other blocks; None for no growth.
+        n_target: number of present blocks afterwards; fewer if too few blocks can be chosen.
+        fraction: share of `n_target` to exchange, in [0, 1].
+        floor: minimum number of blocks of each block row and of each block column, both among the
+            blocks that stay and after growth; ignored if `n_target` is too small for it.
         regrow: whether a block that was just dropped may be chosen again.
 
     Returns:
         bool `[out_blocks, in_blocks]` on the CPU, the blocks that are present afterwards.
 
     Raises:
-        ValueError: if `n_target` is below 1, the fraction is outside [0, 1], or scores have
-            another shape than the mask.
+        ValueError: if `n_target` is below 1, the fraction is outside [0, 1], or the shape of the
+            scores differs from that of the mask.
 
     Source: Evci et al. 2020, "Rigging the Lottery", algorithm 1; Liu et al. 2021 (GraNet) for a
-    density that falls meanwhile.
+    falling density.
 
     >>> mask = torch.tensor([[True, True], [False, False]])
     >>> drop, grow = torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
@@ -134,7 +135,7 @@ def exchange_blocks(
     for name, scores in (("drop_scores", drop_scores), ("grow_scores", grow_scores)):
         if scores is not None and scores.shape != mask.shape:
             raise ValueError(
-                f"`{name}` must have one score a block, {list(mask.shape)}; "
+                f"`{name}` must have one score per block, {list(mask.shape)}; "
                 f"got {list(scores.shape)}."
             )
     if n_target < 1:
@@ -142,31 +143,31 @@ def exchange_blocks(
     if not 0 <= fraction <= 1:
         raise ValueError(f"`fraction` must be in [0, 1]; got {fraction}.")
     mask = mask.cpu()
-    floor = within_reach(floor, (mask.shape[0], mask.shape[1]), n_target)
+    floor = feasible_floor(floor, (mask.shape[0], mask.shape[1]), n_target)
     n_exchanged = 0 if grow_scores is None else round(fraction * n_target)
     n_exchanged = min(n_exchanged, max(0, mask.numel() - n_target))
 
-    usefulness = drop_scores.cpu()
-    keep = choose_blocks(usefulness, mask, n_target - n_exchanged, floor=floor)
+    drop_scores = drop_scores.cpu()
+    keep = choose_blocks(drop_scores, mask, n_target - n_exchanged, floor=floor)
     if grow_scores is not None:
         candidates = ~keep if regrow else ~mask
         keep = choose_blocks(grow_scores.cpu(), candidates, n_target, floor=floor, chosen=keep)
-    # What growth could not fill falls back to present blocks, and the unscorable come last.
-    for scores in (usefulness, torch.zeros_like(usefulness)):
+    # Present blocks fill what growth could not, those without a finite score last.
+    for scores in (drop_scores, torch.zeros_like(drop_scores)):
         if int(keep.sum()) < n_target:
             keep = choose_blocks(scores, mask, n_target, floor=floor, chosen=keep)
     return keep
 
 
 def place_blocks(topology: BlockTopology, mask: Tensor) -> TopologyUpdate:
-    """Find slots for the blocks that shall be present: those that stay keep theirs.
+    """Assign slots to the blocks of a new mask; blocks that stay keep their slots.
 
     Args:
-        topology: the present blocks; not changed.
-        mask: bool `[out_blocks, in_blocks]`, the blocks that shall be present.
+        topology: current topology; it is not modified.
+        mask: bool `[out_blocks, in_blocks]`, the new block mask.
 
     Raises:
-        ValueError: if the mask has another shape or dtype, or more blocks than there are slots.
+        ValueError: if the mask has the wrong shape or dtype, or more blocks than there are slots.
 
     >>> topology = BlockTopology.from_mask(torch.tensor([[True, True], [False, False]]), 16)
     >>> update = place_blocks(topology, torch.tensor([[True, False], [False, True]]))
@@ -175,14 +176,14 @@ def place_blocks(topology: BlockTopology, mask: Tensor) -> TopologyUpdate:
     """
     if mask.shape != topology.grid or mask.dtype != torch.bool:
         raise ValueError(
-            f"`mask` must be bool {list(topology.grid)}, one place a block; "
+            f"`mask` must be bool {list(topology.grid)}, one element per block; "
             f"got {mask.dtype} {list(mask.shape)}."
         )
     keep = mask.cpu()
     if int(keep.sum()) > topology.capacity:
         raise ValueError(
             f"`mask` must have at most {topology.capacity} blocks, the capacity of the layer; got "
-            f"{int(keep.sum())}. Build the layer at the highest density it shall reach."
+            f"{int(keep.sum())}. Build the layer at the highest density that it is to reach."
         )
     coords = topology.coords.cpu().clone()
     rows, cols = coords.long().unbind(1)
@@ -192,7 +193,7 @@ def place_blocks(topology: BlockTopology, mask: Tensor) -> TopologyUpdate:
     held = torch.zeros_like(keep)
     held[rows[kept], cols[kept]] = True
     new_blocks = (keep & ~held).nonzero()
-    # Slots of dropped blocks are recycled before slots that were empty already.
+    # Slots of dropped blocks are reused before slots that were already empty.
     free = torch.cat([dropped, (~present).nonzero().squeeze(1)])
     grown = free[: len(new_blocks)]
     coords[dropped] = -1
@@ -211,7 +212,7 @@ def update_topology(
     floor: tuple[int, int] = (0, 0),
     regrow: bool = True,
 ) -> TopologyUpdate:
-    """Decide an update of one layer: `exchange_blocks` of its blocks, then `place_blocks`."""
+    """Exchange blocks of one layer (`exchange_blocks`) and assign their slots (`place_blocks`)."""
     keep = exchange_blocks(
         topology.mask,
         drop_scores,
@@ -224,12 +225,12 @@ def update_topology(
     return place_blocks(topology, keep)
 
 
-def within_reach(floor: tuple[int, int], grid: tuple[int, int], n: int) -> tuple[int, int]:
-    """Return a floor of rows and columns; none if `n` blocks are too few for it.
+def feasible_floor(floor: tuple[int, int], grid: tuple[int, int], n: int) -> tuple[int, int]:
+    """Return a floor of rows and columns, or (0, 0) if `n` blocks are too few for it.
 
-    Every block would go into trying, wherever the useful ones are.
+    An infeasible floor would take up every block, however useful the others are.
 
-    >>> within_reach((1, 1), (2, 4), 4), within_reach((1, 1), (2, 4), 3)
+    >>> feasible_floor((1, 1), (2, 4), 4), feasible_floor((1, 1), (2, 4), 3)
     ((1, 1), (0, 0))
     """
     return floor if n >= max(floor[0] * grid[0], floor[1] * grid[1]) else (0, 0)
@@ -243,22 +244,22 @@ def choose_blocks(
     floor: tuple[int, int] = (0, 0),
     chosen: Tensor | None = None,
 ) -> Tensor:
-    """Choose the blocks of highest score, but so that no block row or column stays empty.
+    """Choose the blocks with the highest scores such that rows and columns reach their floor.
 
-    The best blocks are chosen. Where they leave a row or column below its floor, blocks there
-    take the places of the least useful others, best first, and those in both such a row and such a
-    column before all. With candidates everywhere and a floor of 1 that always succeeds if `n` is
-    at least the number of rows and of columns; otherwise as far as it goes.
+    If the best blocks leave a row or column below its floor, its best blocks replace the least
+    useful chosen ones, beginning with blocks that lie in both such a row and such a column. If
+    every block is a candidate and the floor is 1, this succeeds whenever `n` is at least the
+    numbers of rows and of columns; otherwise it is best effort.
 
     Args:
-        scores: `[rows, cols]`, on the CPU; a NaN or infinite one is never chosen.
-        candidates: bool `[rows, cols]`, what may be chosen.
-        n: blocks to have, with those in `chosen`; fewer if there are not as many candidates.
-        floor: (of each row, of each column) in blocks, counting those in `chosen`.
-        chosen: bool `[rows, cols]`, blocks that are chosen already, and stay.
+        scores: `[rows, cols]`, on the CPU; a block with a NaN or infinite score is never chosen.
+        candidates: bool `[rows, cols]`, the blocks that may be chosen.
+        n: number of blocks including those in `chosen`; fewer if there are too few candidates.
+        floor: minimum number of blocks of (each row, each column), including those in `chosen`.
+        chosen: bool `[rows, cols]`, blocks that are chosen already and stay.
 
     Returns:
-        bool `[rows, cols]`, the chosen blocks, `chosen` among them.
+        bool `[rows, cols]`, the chosen blocks, including `chosen`.
 
     >>> scores = torch.tensor([[9.0, 8.0], [1.0, 2.0]])
     >>> choose_blocks(scores, torch.ones(2, 2, dtype=torch.bool), 2).int().tolist()
@@ -278,9 +279,9 @@ def choose_blocks(
         if not missing.any():
             break
         cover |= missing
-    if n_cover == n and not _reaches(chosen | best, floor):
-        # All places went to rows and columns that were empty while others, later given up, were
-        # not: cover from the start.
+    if n_cover == n and not _has_floor(chosen | best, floor):
+        # The cover has used all `n` blocks, but relied on best blocks that it then replaced. Cover
+        # every row and column from the start.
         cover = _cover(scores, candidates, n, floor, chosen)
         best = cover | _best(scores, candidates & ~cover, n - int(cover.sum()))
     return chosen | best
@@ -292,40 +293,39 @@ def _cover(
     """Return up to `n` candidates that bring rows and columns up to their floor, greedily."""
     picked = torch.zeros_like(candidates)
     while n > 0:
-        together = present | picked
-        rows = (together.sum(1) < floor[0]).unsqueeze(1)
-        cols = (together.sum(0) < floor[1]).unsqueeze(0)
+        covered = present | picked
+        rows = (covered.sum(1) < floor[0]).unsqueeze(1)
+        cols = (covered.sum(0) < floor[1]).unsqueeze(0)
         if not (rows.any() or cols.any()):
             break
-        useful = rows.int() + cols.int()
-        useful = torch.where(candidates & ~picked, useful, 0)
-        gain = int(useful.max())
+        gains = torch.where(candidates & ~picked, rows.int() + cols.int(), 0)
+        gain = int(gains.max())
         if gain == 0:
             break
-        # The best of its row and column can be taken at once with all others that are.
-        here = torch.where(useful == gain, scores, -torch.inf)
-        of_row = torch.zeros_like(picked).scatter(1, here.argmax(1, keepdim=True), True)
-        of_col = torch.zeros_like(picked).scatter(0, here.argmax(0, keepdim=True), True)
-        pick = (of_row & of_col) if gain == 2 else (of_row & rows) | (of_col & cols)
-        picked |= _best(scores, pick & (useful == gain), n)
-        n -= int((picked & ~together).sum())
+        # Blocks that are the best of their row and column can be picked together.
+        eligible = torch.where(gains == gain, scores, -torch.inf)
+        best_of_row = torch.zeros_like(picked).scatter(1, eligible.argmax(1, keepdim=True), True)
+        best_of_col = torch.zeros_like(picked).scatter(0, eligible.argmax(0, keepdim=True), True)
+        best = best_of_row & best_of_col if gain == 2 else best_of_row & rows | best_of_col & cols
+        picked |= _best(scores, best & (gains == gain), n)
+        n -= int((picked & ~covered).sum())
     return picked
 
 
-def _reaches(mask: Tensor, floor: tuple[int, int]) -> bool:
+def _has_floor(mask: Tensor, floor: tuple[int, int]) -> bool:
     return bool((mask.sum(1) >= floor[0]).all() and (mask.sum(0) >= floor[1]).all())
 
 
 def _best(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
-    """Return the `n` candidates of highest score, ties by lower index (row-major)."""
+    """Return the `n` candidates with the highest scores; ties go to the lower index (row-major)."""
     n_candidates = int(candidates.sum())
     n = min(n, n_candidates)
     if n <= 0:
         return torch.zeros_like(candidates)
-    # By the n-th highest score: a selection takes linear time, where sorting does not.
-    of_candidates = torch.where(candidates, scores, -torch.inf).flatten()
-    least = of_candidates.kthvalue(len(of_candidates) - n + 1).values
-    above = candidates & (scores > least)
-    ties = candidates & (scores == least)
+    # Selecting the n-th highest score takes linear time, unlike sorting.
+    flat_scores = torch.where(candidates, scores, -torch.inf).flatten()
+    threshold = flat_scores.kthvalue(len(flat_scores) - n + 1).values
+    above = candidates & (scores > threshold)
+    ties = candidates & (scores == threshold)
     first = ties.flatten().cumsum(0).view_as(ties) <= n - int(above.sum())
     return above | (ties & first)

@@ -1,4 +1,4 @@
-"""One topology update: hand-worked tables, then properties against a slow, independent choice."""
+"""Topology updates: hand-worked tables, then properties against a slow, independent reference."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_lightning.policy.evolution import (
+from sparse_lightning.policy.updates import (
     ModelUpdate,
     TopologyUpdate,
     choose_blocks,
@@ -47,13 +47,13 @@ GROW = table([0, 0, 5], [7, 6, 0])
     [
         # Nothing is exchanged.
         (3, 0.0, [(0, 0), (0, 1), (1, 2)], [], []),
-        # The weakest, (0, 1), makes place for (1, 0).
+        # The weakest block, (0, 1), is replaced by (1, 0).
         (3, 1 / 3, [(0, 0), (1, 0), (1, 2)], [1], [1]),
-        # The two weakest: grown blocks in row-major order take their slots in slot order.
+        # The two weakest are replaced: grown blocks in row-major order take slots in slot order.
         (3, 2 / 3, [(0, 0), (1, 0), (1, 1)], [1, 2], [1, 2]),
-        # All of them: (0, 2) is third among the absent.
+        # All are replaced: (0, 2) is third among the absent blocks.
         (3, 1.0, [(0, 2), (1, 0), (1, 1)], [0, 1, 2], [0, 1, 2]),
-        # The target falls while one block is exchanged: (0, 0) stays, (1, 0) comes.
+        # The target falls while one block is exchanged: (0, 0) stays and (1, 0) is grown.
         (2, 0.5, [(0, 0), (1, 0), EMPTY], [1, 2], [1]),
         # The target falls and nothing is exchanged.
         (1, 0.0, [(0, 0), EMPTY, EMPTY], [1, 2], []),
@@ -74,27 +74,27 @@ def test_drop_by_magnitude_and_grow_by_gradient(
 def test_ties_go_to_the_lower_index() -> None:
     topology = topology_of([(1, 1), (0, 0), (0, 1)], (2, 4))
     same = torch.ones(2, 4)
-    # Of the present (0, 0), (0, 1), (1, 1) the last goes; of all others (0, 2) is the first.
+    # (1, 1), the last of the present blocks, is dropped; (0, 2), the first absent one, is grown.
     expected = ([(0, 2), (0, 0), (0, 1)], [0], [0])
     assert outcome(update_topology(topology, same, same, 3, 1 / 3)) == expected
-    # The dropped block competes by its index, too: (1, 1) comes before (1, 2).
+    # The dropped block also competes by its index: (1, 1) comes before (1, 2).
     growth = table([1, 1, 1, 1], [1, 2, 2, 2])
     expected = ([(1, 1), (0, 0), (0, 1)], [], [])
     assert outcome(update_topology(topology, same, growth, 3, 1 / 3)) == expected
 
 
-def test_a_block_just_dropped_may_come_back_and_keeps_its_slot() -> None:
+def test_a_regrown_block_keeps_its_slot() -> None:
     grow = table([0, 9, 5], [7, 6, 0])
-    # (0, 1) is the weakest and has the largest gradient: it stays where it was.
+    # (0, 1) is the weakest, but has the largest gradient, so it keeps its slot.
     update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1 / 3)
     assert outcome(update) == (SLOTS, [], [])
     assert (update.survival, update.changed.tolist()) == (1.0, [])
-    # With two places the other goes to (1, 0), in the slot of (1, 2).
+    # If two blocks are exchanged, the second, (1, 0), takes the slot of (1, 2).
     update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 2 / 3)
     assert outcome(update) == ([(0, 0), (0, 1), (1, 0)], [2], [2])
 
 
-def test_without_growth_blocks_only_go() -> None:
+def test_without_growth_blocks_are_only_dropped() -> None:
     topology = topology_of([*SLOTS, EMPTY], GRID)
     assert outcome(update_topology(topology, DROP, None, 3, 1.0))[1:] == ([], [])
     assert outcome(update_topology(topology, DROP, None, 2, 1.0)) == (
@@ -108,13 +108,13 @@ def test_without_growth_blocks_only_go() -> None:
 
 def test_slots_are_recycled_before_empty_ones_are_filled() -> None:
     topology = topology_of([EMPTY, (0, 0), (0, 1), EMPTY, (1, 2)], GRID)
-    # Three stay of which one is exchanged: the slot of (0, 1), though slot 0 is empty.
+    # One of three blocks is exchanged and takes the slot of (0, 1), although slot 0 is empty.
     update = update_topology(topology, DROP, GROW, 3, 1 / 3)
     assert outcome(update) == ([EMPTY, (0, 0), (1, 0), EMPTY, (1, 2)], [2], [2])
-    # Four, one exchanged: nothing goes, and (1, 0) takes the first empty slot.
+    # Four blocks, one exchanged: nothing is dropped, and (1, 0) takes the first empty slot.
     update = update_topology(topology, DROP, GROW, 4, 1 / 4)
     assert outcome(update) == ([(1, 0), (0, 0), (0, 1), EMPTY, (1, 2)], [], [0])
-    # Four, two exchanged: (0, 1) goes, and of (1, 0), (1, 1) the first takes its slot.
+    # Four blocks, two exchanged: (0, 1) is dropped, and (1, 0), the first grown, takes its slot.
     update = update_topology(topology, DROP, GROW, 4, 2 / 4)
     assert outcome(update) == ([(1, 1), (0, 0), (1, 0), EMPTY, (1, 2)], [2], [2, 0])
     assert update.changed.tolist() == [0, 2]
@@ -124,14 +124,14 @@ def test_when_all_blocks_are_present_nothing_can_be_exchanged() -> None:
     topology = BlockTopology.from_mask(torch.ones(2, 2, dtype=torch.bool), 16)
     scores = table([4, 1], [2, 3])
     assert outcome(update_topology(topology, scores, scores, 4, 1.0))[1:] == ([], [])
-    # Down to three with one place for exchange: what was dropped competes for it.
+    # Three blocks remain, one of them exchanged, for which the dropped blocks compete.
     update = update_topology(topology, scores, table([0, 9], [0, 0]), 3, 1 / 3)
     assert outcome(update) == ([(0, 0), (0, 1), EMPTY, (1, 1)], [2], [])
 
 
 def test_the_exchange_is_bounded_by_the_absent_blocks() -> None:
     topology = topology_of([(0, 0), (0, 1), (1, 0)], (2, 2))
-    # One of four blocks is absent, so two stay by their weights, however small their gradients.
+    # One of four blocks is absent, so two stay by magnitude, however small their gradients are.
     drop, grow = table([3, 2], [1, 0]), table([0, 0], [5, 9])
     update = update_topology(topology, drop, grow, 3, 1.0)
     assert outcome(update) == ([(0, 0), (0, 1), (1, 1)], [2], [2])
@@ -145,12 +145,12 @@ def test_the_exchange_is_a_share_of_the_target_rounded() -> None:
     def n_grown(n_target: int, fraction: float) -> int:
         return len(update_topology(topology, drop, grow, n_target, fraction).grown)
 
-    # 0.3 of 8 is 2.4 and of 5 is 1.5, which rounds to the even 2; 0.35 of 8 is 2.8.
+    # 0.3 of 8 is 2.4; 0.3 of 5 is 1.5, which rounds to the even 2; 0.35 of 8 is 2.8.
     assert [n_grown(8, 0.3), n_grown(5, 0.3), n_grown(8, 0.35), n_grown(4, 0.25)] == [2, 2, 3, 1]
 
 
 def test_many_ties_go_to_the_lower_indices() -> None:
-    """More than a sort keeps in order by chance."""
+    """An unstable sort would not keep this many equal elements in order."""
     topology = BlockTopology.random(640, 640, 16, n_blocks=800)
     same = torch.ones(40, 40)
     update = update_topology(topology, same, None, 500, 0.0)
@@ -162,29 +162,29 @@ def test_many_ties_go_to_the_lower_indices() -> None:
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_score_that_is_not_finite_is_never_chosen(bad: float) -> None:
-    # Growth: (1, 0) would have been first.
+    # (1, 0) would otherwise be grown first.
     grow = table([0, 0, 5], [bad, 6, 0])
     update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1 / 3)
     assert outcome(update) == ([(0, 0), (1, 1), (1, 2)], [1], [1])
-    # Drop: (0, 0) would have been kept first of all; it goes, and does not come back.
+    # (0, 0) would otherwise be kept first; it is dropped and not grown again.
     drop = table([bad, 1, 0], [0, 0, 2])
     update = update_topology(topology_of(SLOTS, GRID), drop, GROW, 3, 1 / 3)
     assert outcome(update) == ([(1, 0), (0, 1), (1, 2)], [0], [0])
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_what_growth_cannot_fill_goes_to_present_blocks(bad: float) -> None:
+def test_present_blocks_fill_what_growth_cannot(bad: float) -> None:
     no_growth = torch.full(GRID, bad)
     update = update_topology(topology_of(SLOTS, GRID), DROP, no_growth, 3, 1.0)
     assert outcome(update) == (SLOTS, [], [])
-    # Only one block can be grown: of the three others the two strongest stay.
+    # Only one block can be grown, so the two strongest of the other three stay.
     grow = table([bad, bad, bad], [bad, 1, bad])
     update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1.0)
     assert outcome(update) == ([(0, 0), (1, 1), (1, 2)], [1], [1])
-    # No score at all: the budget is still met, by index.
+    # Without any finite score the budget is still met, by index.
     update = update_topology(topology_of(SLOTS, GRID), no_growth, no_growth, 2, 0.5)
     assert outcome(update) == ([(0, 0), (0, 1), EMPTY], [2], [])
-    # Unscorable blocks come after those with a score.
+    # Blocks without a finite score come after those with one.
     drop = table([bad, 1, 0], [0, 0, 2])
     update = update_topology(topology_of(SLOTS, GRID), drop, None, 2, 0.0)
     assert outcome(update) == ([EMPTY, (0, 1), (1, 2)], [0], [])
@@ -255,8 +255,8 @@ def best(scores: Tensor, candidates: set[int], n: int) -> set[int]:
     return set(sorted(finite, key=lambda i: (-flat[i], i))[: max(n, 0)])
 
 
-def slow_choice(case: dict) -> set[int]:
-    """The blocks present afterwards, from sets and sorting instead of tensors."""
+def slow_exchange(case: dict) -> set[int]:
+    """Return the blocks present afterwards, computed with sets and sorting instead of tensors."""
     present = set(case["topology"].mask.flatten().nonzero().flatten().tolist())
     total, n_target = case["topology"].mask.numel(), case["n_target"]
     drop, grow = case["drop_scores"], case["grow_scores"]
@@ -274,11 +274,11 @@ def block_indices(coords: Tensor, grid: tuple[int, int]) -> list[int]:
 
 @quick
 @given(cases())
-def test_the_choice_is_that_of_the_slow_one(case: dict) -> None:
+def test_the_result_equals_the_slow_reference(case: dict) -> None:
     update = update_topology(**case)
     chosen = block_indices(update.coords, case["topology"].grid)
     assert len(chosen) == len(set(chosen))
-    assert set(chosen) == slow_choice(case)
+    assert set(chosen) == slow_exchange(case)
 
 
 @quick
@@ -343,7 +343,7 @@ def test_only_the_scores_matter_not_the_slots(case: dict, random) -> None:
 # -- blocks that were just dropped ---------------------------------------------------------------
 
 
-def test_a_block_just_dropped_may_be_kept_from_coming_back() -> None:
+def test_regrowth_can_be_disabled() -> None:
     # (0, 1) is dropped; its gradient is the largest of all, then (1, 0)'s.
     grow = table([0, 9, 5], [7, 6, 0])
     again = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1 / 3)
@@ -352,7 +352,7 @@ def test_a_block_just_dropped_may_be_kept_from_coming_back() -> None:
     assert outcome(never) == ([(0, 0), (1, 0), (1, 2)], [1], [1])
 
 
-def test_without_other_blocks_the_dropped_ones_stay_after_all() -> None:
+def test_dropped_blocks_stay_if_no_others_can_grow() -> None:
     grow = table([0, 0, NAN], [NAN, NAN, 0])
     update = update_topology(topology_of(SLOTS, GRID), DROP, grow, 3, 1.0, regrow=False)
     assert outcome(update) == (SLOTS, [], [])
@@ -366,16 +366,16 @@ EVERYWHERE = torch.ones(3, 3, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("n", "floor", "chosen"),
     [
-        # The three best are a row.
+        # The three best blocks form a row.
         (3, (0, 0), [[1, 1, 1], [0, 0, 0], [0, 0, 0]]),
-        # One in each row: the best of rows 1 and 2, and the best of all.
+        # One block per row: the best of rows 1 and 2, and the best overall.
         (3, (1, 0), [[1, 0, 0], [0, 0, 1], [1, 0, 0]]),
-        # In each column there is one already.
+        # Each column already has a block.
         (3, (0, 1), [[1, 1, 1], [0, 0, 0], [0, 0, 0]]),
-        # Both: what covers a row and a column comes first, so 6 before 5.
+        # Both floors: a block that covers a row and a column comes first, so 6 before 5.
         (3, (1, 1), [[0, 1, 0], [0, 0, 1], [1, 0, 0]]),
         (4, (1, 1), [[1, 1, 0], [0, 0, 1], [1, 0, 0]]),
-        # Too few for all: as many rows and columns as go.
+        # Too few blocks for all: they cover as many rows and columns as possible.
         (2, (1, 1), [[1, 0, 0], [0, 0, 1], [0, 0, 0]]),
         (1, (1, 1), [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
         (0, (1, 1), [[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
@@ -395,8 +395,8 @@ def test_the_last_block_of_a_row_and_of_a_column_stays() -> None:
     assert outcome(kept)[0] == [(0, 0), EMPTY, (1, 2)]
 
 
-def test_a_floor_out_of_reach_does_not_count() -> None:
-    """Two blocks cannot be in three columns: they stay where they are most useful."""
+def test_an_infeasible_floor_is_ignored() -> None:
+    """Two blocks cannot cover three columns, so the most useful blocks stay."""
     slots = [(0, 0), (0, 1), (1, 2)]
     drop = table([3, 2, 0], [0, 0, 1])
     update = update_topology(topology_of(slots, GRID), drop, None, 2, 0.0, floor=(1, 1))
@@ -418,16 +418,16 @@ SCORES = st.integers(0, 6).map(float) | st.floats(0, 1, width=32)
 
 
 @st.composite
-def choices(draw: st.DrawFn) -> tuple[Tensor, int]:
+def scored_grids(draw: st.DrawFn) -> tuple[Tensor, int]:
     rows, cols = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     flat = draw(st.lists(SCORES, min_size=rows * cols, max_size=rows * cols))
     return torch.tensor(flat).view(rows, cols), draw(st.integers(0, rows * cols))
 
 
 @quick
-@given(choices())
-def test_rows_and_columns_are_covered_whenever_the_budget_allows(choice) -> None:
-    scores, n = choice
+@given(scored_grids())
+def test_rows_and_columns_are_covered_whenever_the_budget_allows(case) -> None:
+    scores, n = case
     everywhere = torch.ones_like(scores, dtype=torch.bool)
     chosen = choose_blocks(scores, everywhere, n, floor=(1, 1))
     assert int(chosen.sum()) == n
@@ -453,8 +453,8 @@ def test_floors_and_regrowth_leave_the_budget_exact(case: dict, floor, regrow: b
 
 @quick
 @given(cases(), st.tuples(st.integers(0, 1), st.integers(0, 1)))
-def test_no_row_or_column_dies_of_an_update(case: dict, floor) -> None:
-    """With growth everywhere and budget enough, whatever was dead or alive before."""
+def test_no_row_or_column_dies_in_an_update(case: dict, floor) -> None:
+    """This holds if every block may be grown and the budget suffices, whatever the old mask."""
     grid = case["topology"].grid
     case = case | {"grow_scores": torch.rand(grid), "drop_scores": torch.rand(grid)}
     case["n_target"] = min(max(case["n_target"], *grid), case["topology"].capacity)
