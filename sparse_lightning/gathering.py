@@ -1,7 +1,7 @@
-"""What is gathered about a model's blocks while it trains, so that they can be scored.
+"""Gathering of the statistics by which criteria score blocks, while a model trains.
 
-Only what the criteria of the training need: norms of the dense gradient in the steps at an update,
-the work of present blocks at every step.
+Only what the update rule needs is gathered: norms of the dense gradient in the steps that lead up
+to an update, and the work (w * g) of the present blocks in every step.
 """
 
 from __future__ import annotations
@@ -18,33 +18,32 @@ from sparse_lightning import ranks
 from sparse_lightning.kernels.block_work import BlockWork, WorkSums
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.policy.criteria import MOMENTUM_DECAY, MOMENTUM_STEPS, BlockScores
-from sparse_lightning.policy.evolution import TopologyUpdate
+from sparse_lightning.policy.updates import TopologyUpdate
 from sparse_lightning.sharding import (
-    all_slots,
-    at_local_slots,
+    gather_slots,
+    gather_whole,
     is_sharded,
     local_part,
     local_slots,
-    whole,
+    to_local_slots,
 )
 
-# What is summed over steps, by slot.
-_OF_SLOTS = ("saliency", "movement")
+# Statistics that are summed over steps, per slot.
+_PER_SLOT = ("saliency", "movement")
 
 
-class Evidence:
-    """The squared block norms that backwards have accumulated for a layer's next step.
+class NormAccumulator:
+    """Accumulates a layer's squared block norms over the backward passes of one step.
 
-    While armed, the layer's backward gives them as the gradient of `layer.block_norms`, so whatever
-    is accumulated into `values.grad` is accumulated there too, and what only differentiates
-    something else is not. Gradients that are thrown away before the step must not count either, as
-    those that a critic collects while its generator is trained. So before anything is accumulated
-    in a backward, and at the step, `values.grad` is looked at: if it is None or all zero, by
-    whatever means, then what had been accumulated beside it is dropped.
+    While armed, the layer's backward returns them as the gradient of `layer.block_norms`. So they
+    accumulate exactly where gradients accumulate into `values.grad`. Gradients that are cleared
+    before the step, such as those that a critic receives while its generator is trained, must not
+    count either. So `values.grad` is checked at the step, and in each backward before anything is
+    accumulated: if it is None or all zero, the norms accumulated so far are discarded.
 
     Args:
-        layer: whose backward is watched.
-        values: its parameter, as the optimizer holds it: sharded, under `fully_shard`.
+        layer: layer whose backward computes the norms.
+        values: parameter of the layer as the optimizer holds it: sharded under `fully_shard`.
     """
 
     def __init__(self, layer: BlockSparseLinear, values: nn.Parameter) -> None:
@@ -53,62 +52,63 @@ class Evidence:
         self._handles: list[RemovableHandle] = []
         self._backward = -1
 
-    def arm(self, on: bool) -> None:
-        """Have the layer's backward compute block norms from now on, or no longer."""
-        if on == self.armed:
+    def arm(self, is_armed: bool) -> None:
+        """Make the layer's backward compute block norms from now on, or stop it."""
+        if is_armed == self.armed:
             return
-        self.armed = on
-        self.layer.arm(on)
+        self.armed = is_armed
+        self.layer.arm(is_armed)
         self.layer.block_norms.grad = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if on:
-            # Both are asked before they are accumulated; which of them is first is not defined, and
-            # under fully_shard it is another tensor than `values` that backward sees.
+        if is_armed:
+            # These hooks run before the accumulation. Both leaves need one: autograd may reach
+            # either first, and under fully_shard backward does not see `values` itself.
             for leaf in (self.values, self.layer.block_norms):
-                self._handles.append(leaf.register_hook(self._at_first))
+                self._handles.append(leaf.register_hook(self._on_gradient))
 
-    def take(self) -> Tensor | None:
-        """Return the squared norms for the step that was just taken, and begin anew.
+    def collect(self) -> Tensor | None:
+        """Return the squared norms for the step that was just taken, and clear them.
 
         Returns:
             fp32 `[out_blocks, in_blocks]`; None if there are none, or the step had no gradient.
         """
-        self._drop_if_thrown_away()
+        self._discard_if_cleared()
         norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
         return norms
 
     @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
-    def _at_first(self, gradient: Tensor) -> None:
+    def _on_gradient(self, gradient: Tensor) -> None:
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
-            self._drop_if_thrown_away()
+            self._discard_if_cleared()
 
     @torch.no_grad()
-    def _drop_if_thrown_away(self) -> None:
+    def _discard_if_cleared(self) -> None:
+        """Discard the norms if the gradients that they belong to were cleared."""
         gradient, norms = self.values.grad, self.layer.block_norms.grad
         if norms is None:
             return
         if gradient is None:
             self.layer.block_norms.grad = None
-        elif not is_sharded(gradient):  # of which a rank's part may be zero, and the whole not
-            # The device decides, so that the host need not wait for it.
+        elif not is_sharded(gradient):  # a shard may be zero while the whole gradient is not
+            # `where` evaluates the condition on the device, without a synchronisation.
             self.layer.block_norms.grad = torch.where(gradient.any(), norms, 0.0)
 
 
 class Gatherer:
-    """Gathers over training steps what an update rule needs of some layers' blocks.
+    """Gathers the statistics that an update rule needs about the blocks of some layers.
 
-    Before an optimizer steps, and once the gradients are final, a training calls `read`; after the
-    step `confirm`, and `take` for the layers that are armed. At an update it reads `scores_of` some
-    layers, and then tells `prepare_anew` what the update did.
+    Call `read_gradients` when gradients are final, right before an optimizer steps. After the step,
+    call `confirm_step`, and `collect_norms` for the armed layers. At an update, `scores_of` returns
+    what was gathered, and `prepare_clear` prepares the next interval.
 
     Args:
-        layers: by name.
-        needs: names in `criteria.GATHERED`.
-        token_stride: dense gradients are of every so many-th token only.
+        layers: layers by name; the dictionary may change later.
+        needs: names of the statistics to gather, from `criteria.GATHERED`.
+        token_stride: dense gradients are computed from every `token_stride`-th token.
     """
 
     def __init__(
@@ -117,74 +117,75 @@ class Gatherer:
         self.layers, self.needs = layers, needs
         for layer in layers.values():
             layer.token_stride = token_stride
-        # The dense gradient is gathered in this many steps before and at an update.
+        # Number of steps, ending with the update, in which the dense gradient is gathered.
         self.window = MOMENTUM_STEPS if "momentum" in needs else int("gradient" in needs)
-        # Whether `read` has something to do.
-        self.reads_gradients = not needs.isdisjoint(_OF_SLOTS)
-        self._evidence: dict[str, Evidence] = {}
+        # Whether `read_gradients` has to be called.
+        self.reads_gradients = not needs.isdisjoint(_PER_SLOT)
+        self._accumulators: dict[str, NormAccumulator] = {}
         self._norms: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._sums: dict[str, WorkSums] = {}
-        # Steps since the last update that each layer's sums are of.
+        # Number of steps in each layer's sums, since the last update.
         self._n_steps: dict[str, int] = {}
-        # Which layers' sums hold the work of a step that is not over.
-        self._fresh: set[str] = set()
+        # Layers whose sums hold the work of a step that is not confirmed yet.
+        self._unconfirmed: set[str] = set()
 
     # Norms of the dense gradient.
 
     def arm(self, names: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Gather dense gradients in some layers, and no longer in the others of an optimizer.
+        """Gather dense gradients in some layers of an optimizer, and in no others of it.
 
         Args:
-            names: of the layers, among `parameters`.
-            parameters: the optimizer's, by layer.
+            names: names of the layers to arm, among `parameters`.
+            parameters: parameters of the optimizer, by layer.
         """
         for name, values in parameters.items():
-            evidence = self._evidence.get(name)
-            if evidence is None or evidence.values is not values:
-                if evidence is not None:
-                    evidence.arm(False)
+            accumulator = self._accumulators.get(name)
+            if accumulator is None or accumulator.values is not values:
+                if accumulator is not None:
+                    accumulator.arm(False)
                 if name not in names:
                     continue
-                evidence = self._evidence[name] = Evidence(self.layers[name], values)
-            evidence.arm(name in names)
+                accumulator = NormAccumulator(self.layers[name], values)
+                self._accumulators[name] = accumulator
+            accumulator.arm(name in names)
 
     def disarm(self) -> None:
-        """Gather in no layer."""
-        for evidence in self._evidence.values():
-            evidence.arm(False)
+        """Stop gathering dense gradients in all layers."""
+        for accumulator in self._accumulators.values():
+            accumulator.arm(False)
 
-    def drop_evidence(self, names: Iterable[str]) -> None:
-        """Forget what backwards have accumulated for a step that was skipped."""
+    def discard_norms(self, names: Iterable[str]) -> None:
+        """Discard the norms that were accumulated for a step that was skipped."""
         for name in names:
-            if name in self._evidence:
-                self._evidence[name].take()
+            if name in self._accumulators:
+                self._accumulators[name].collect()
 
     @torch.no_grad()
-    def take(self, names: Sequence[str]) -> None:
-        """Take in what the step that is ending has shown of the dense gradient.
+    def collect_norms(self, names: Sequence[str]) -> None:
+        """Collect the norms of the dense gradient from the step that was just taken.
 
         Args:
-            names: of the layers that are armed; the same on every rank, all of which must call.
+            names: names of the armed layers; equal on every rank, and every rank must call this.
         """
-        found = {name: self._evidence[name].take() for name in names}
+        found = {name: self._accumulators[name].collect() for name in names}
         if ranks.world_size() > 1:
-            found = self._summed(found)
+            found = self._sum_norms_over_ranks(found)
         self._norms.update({name: norms for name, norms in found.items() if norms is not None})
         for name, norms in found.items():
             if norms is None:
                 self._norms.pop(name, None)
             elif "momentum" in self.needs:
-                known = self._momentum.get(name)
-                if known is None:  # NaN until something is known: so long the layer is not scored
-                    known = torch.full_like(norms, torch.nan)
-                known = known.to(norms.device)
-                # A step whose gradient is not finite shows nothing.
-                new = known.nan_to_num() * MOMENTUM_DECAY + norms
-                self._momentum[name] = torch.where(norms.isfinite().all(), new, known)
+                before = self._momentum.get(name)
+                if before is None:  # NaN keeps the layer from being scored until there is a value
+                    before = torch.full_like(norms, torch.nan)
+                before = before.to(norms.device)
+                # A step with a non-finite gradient leaves the momentum as it is.
+                new = before.nan_to_num() * MOMENTUM_DECAY + norms
+                self._momentum[name] = torch.where(norms.isfinite().all(), new, before)
 
-    def _summed(self, found: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """Return the sums over ranks; None for what no rank has found."""
+    def _sum_norms_over_ranks(self, found: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return the sum of each layer's norms over ranks; None if no rank has any."""
         by_device: dict[torch.device, list[str]] = {}
         for name in found:
             by_device.setdefault(self.layers[name].values.device, []).append(name)
@@ -206,54 +207,54 @@ class Gatherer:
 
     # The work of present blocks.
 
-    def work_of(self, parameters: Mapping[str, nn.Parameter]) -> BlockWork:
-        """Return what adds up the work of an optimizer's layers.
+    def make_block_work(self, parameters: Mapping[str, nn.Parameter]) -> BlockWork:
+        """Return the object that computes the work of an optimizer's blocks.
 
-        It is to be made anew once a layer has given up slots, or was moved.
+        Make a new one when a layer has another number of slots or another device.
 
         Args:
-            parameters: the optimizer's, by layer.
+            parameters: parameters of the optimizer, by layer.
         """
         return BlockWork((values, self._sums_of(name)) for name, values in parameters.items())
 
     @torch.no_grad()
-    def read(
+    def read_gradients(
         self, work: BlockWork, parameters: Mapping[str, nn.Parameter], grad_scale: float
     ) -> None:
         """Read the gradients that an optimizer is about to apply.
 
-        Of several calls before `confirm`, as by an optimizer that evaluates its closure more than
-        once, the last counts.
+        The last call before `confirm_step` counts: an optimizer may evaluate its closure, and so
+        compute gradients, several times.
 
         Args:
-            work: `work_of` these parameters.
-            parameters: the optimizer's, by layer.
-            grad_scale: what the gradients are still multiplied by.
+            work: result of `make_block_work` for these parameters.
+            parameters: parameters of the optimizer, by layer.
+            grad_scale: scale that the gradients still carry.
         """
-        for name in self._fresh & parameters.keys():
+        for name in self._unconfirmed & parameters.keys():
             self._sums[name].work.zero_()
         work.add(grad_scale)
-        self._fresh -= parameters.keys()
-        self._fresh |= {name for name, values in parameters.items() if values.grad is not None}
+        self._unconfirmed -= parameters.keys()
+        self._unconfirmed |= {n for n, values in parameters.items() if values.grad is not None}
 
-    def confirm(self, names: Collection[str]) -> None:
-        """Count what was read for these layers: their optimizer has taken its step."""
-        for name in self._fresh & set(names):
+    def confirm_step(self, names: Collection[str]) -> None:
+        """Count the gradients read for these layers, as their optimizer has taken its step."""
+        for name in self._unconfirmed & set(names):
             self._n_steps[name] = self._n_steps.get(name, 0) + 1
-        self._fresh -= set(names)
+        self._unconfirmed -= set(names)
 
-    def _take_in(self, name: str) -> None:
-        """Add the work of the latest step to a layer's sums, unless that step is not over."""
-        if name not in self._fresh:
-            self._sums[name].take_in()
+    def _accumulate_work(self, name: str) -> None:
+        """Add the work of the latest step to a layer's sums, if that step is confirmed."""
+        if name not in self._unconfirmed:
+            self._sums[name].accumulate()
 
     def _sums_of(self, name: str) -> WorkSums:
-        """Return the sums of a layer, on its device, which may have been another before."""
+        """Return the sums of a layer, moved to its current device."""
         values, sums = local_part(self.layers[name].values), self._sums.get(name)
         if sums is None:
             sums = WorkSums.zeros(len(values), values.device, self.needs)
         elif sums.work.device != values.device:
-            sums = sums.each(lambda tensor: tensor.to(values.device))
+            sums = sums.map(lambda tensor: tensor.to(values.device))
         self._sums[name] = sums
         return sums
 
@@ -268,30 +269,30 @@ class Gatherer:
         generator: Callable[[str], torch.Generator],
         ages: Mapping[str, Tensor],
     ) -> dict[str, BlockScores]:
-        """Return what is known of the blocks of those layers that were scored, on the CPU.
+        """Return the statistics of the layers that can be scored, on the CPU.
 
-        A layer was not scored if what is needed of it is missing or not finite: it had no gradient
-        in the step, or one that was thrown away.
+        A layer cannot be scored if a needed statistic is missing or not finite, as when it had no
+        gradient in the step.
 
         Args:
-            names: of layers; the same on every rank, all of which must call.
-            needs: what is needed, of what is gathered.
-            step: of their optimizer.
-            generator: of a layer, for criteria that draw.
-            ages: int32 `[capacity]`, steps since the block of each slot was grown, by layer.
+            names: names of the layers; equal on every rank, and every rank must call this.
+            needs: names of the needed statistics, among those that are gathered.
+            step: step of their optimizer.
+            generator: maps the name of a layer to the generator for criteria that draw numbers.
+            ages: int32 `[capacity]` per layer, steps since the block of each slot was grown.
         """
-        known: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for name in names:
-            tensors = self._known_of(name, needs)
+            tensors = self._statistics_of(name, needs)
             if tensors is not None:
-                known[name] = {**tensors, "magnitude": self.layers[name].magnitudes()}
-        copies = iter(on_cpu([t for tensors in known.values() for t in tensors.values()]))
-        masks = on_cpu([self.layers[name].topology.slots for name in known])
+                found[name] = {**tensors, "magnitude": self.layers[name].magnitudes()}
+        copies = iter(copy_to_cpu([t for tensors in found.values() for t in tensors.values()]))
+        slot_grids = copy_to_cpu([self.layers[name].topology.slots for name in found])
         scores = {}
-        for (name, tensors), slots in zip(known.items(), masks, strict=True):
+        for (name, tensors), slots in zip(found.items(), slot_grids, strict=True):
             gathered = {need: next(copies) for need in tensors}
             magnitude = gathered.pop("magnitude")
-            if not all(_is_evidence(need, tensor) for need, tensor in gathered.items()):
+            if not all(_is_usable(need, tensor) for need, tensor in gathered.items()):
                 continue
             layer = self.layers[name]
             scores[name] = BlockScores(
@@ -302,38 +303,39 @@ class Gatherer:
                 layer=name,
                 step=step,
                 age=layer.topology.scatter(ages[name], fill=0),
-                read_values=functools.partial(_values_by_place, layer),
+                read_values=functools.partial(_values_in_grid_order, layer),
             )
         return scores
 
-    def _known_of(self, name: str, needs: Collection[str]) -> dict[str, Tensor] | None:
-        """Return what is needed of a layer, `[out_blocks, in_blocks]`; None without it."""
-        layer, known = self.layers[name], {}
+    def _statistics_of(self, name: str, needs: Collection[str]) -> dict[str, Tensor] | None:
+        """Return a layer's statistics, each `[out_blocks, in_blocks]`; None if one is missing."""
+        layer, statistics = self.layers[name], {}
         for need in sorted(needs):
-            if need in _OF_SLOTS:
+            if need in _PER_SLOT:
                 n_steps, sums = self._n_steps.get(name, 0), self._sums_of(name)
                 if not n_steps:
                     return None
-                self._take_in(name)
-                of_slots = all_slots(getattr(sums, need), layer.values)
-                of_slots = of_slots / (n_steps if need == "saliency" else 1)
-                known[need] = layer.topology.scatter(of_slots, fill=0.0)
+                self._accumulate_work(name)
+                per_slot = gather_slots(getattr(sums, need), layer.values)
+                per_slot = per_slot / (n_steps if need == "saliency" else 1)
+                statistics[need] = layer.topology.scatter(per_slot, fill=0.0)
             else:
                 squares = (self._momentum if need == "momentum" else self._norms).get(name)
                 if squares is None:
                     return None
-                known[need] = squares.sqrt()
-        return known
+                statistics[need] = squares.sqrt()
+        return statistics
 
-    def prepare_anew(self, updates: Mapping[str, TopologyUpdate]) -> Callable[[], None]:
-        """Return what forgets what an update has used, and what was known of blocks it changed.
+    def prepare_clear(self, updates: Mapping[str, TopologyUpdate]) -> Callable[[], None]:
+        """Return a function that clears the statistics after an update.
 
-        The function that is returned only writes in place.
+        It clears what the update has used, and the movement of the changed slots. It only writes in
+        place.
         """
         changed = {}
         for name in updates.keys() & self._sums.keys():
-            self._take_in(name)
-            changed[name] = at_local_slots(updates[name].changed, self.layers[name].values)
+            self._accumulate_work(name)
+            changed[name] = to_local_slots(updates[name].changed, self.layers[name].values)
 
         def write() -> None:
             for name in updates:
@@ -349,81 +351,84 @@ class Gatherer:
 
         return write
 
-    def prepare_keep(self, name: str, kept: Tensor) -> Callable[[], None]:
-        """Return what follows a layer that has given up slots, right after an update.
+    def prepare_slot_removal(self, name: str, kept: Tensor) -> Callable[[], None]:
+        """Return a function that removes a layer's slots from the sums, right after an update.
 
-        The function that is returned takes no memory and cannot fail.
+        The returned function allocates no memory and cannot fail.
 
         Args:
-            name: of the layer.
-            kept: int64 `[capacity]`, what `BlockSparseLinear.shrink` returned.
+            name: name of the layer.
+            kept: int64 `[new capacity]`, the slots that remain.
         """
         sums = self._sums.get(name)
-        left = None if sums is None else sums.each(lambda tensor: tensor[kept.to(tensor.device)])
+        kept_sums = None if sums is None else sums.map(lambda t: t[kept.to(t.device)])
 
         def write() -> None:
-            if left is not None:
-                self._sums[name] = left
+            if kept_sums is not None:
+                self._sums[name] = kept_sums
 
         return write
 
-    def forget(self) -> None:
-        """Forget everything, also how many slots the layers had."""
+    def reset(self) -> None:
+        """Disarm all layers and discard everything, including the number of slots per layer."""
         self.disarm()
-        for known in (self._evidence, self._norms, self._momentum, self._sums, self._n_steps):
-            known.clear()
-        self._fresh.clear()
+        for state in (self._accumulators, self._norms, self._momentum, self._sums, self._n_steps):
+            state.clear()
+        self._unconfirmed.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been gathered, as tensors on the CPU and primitives."""
+        """Return the gathered statistics as CPU tensors and primitives."""
         for name in self._sums:
-            self._take_in(name)
+            self._accumulate_work(name)
         state: dict[str, Any] = {
             "n_steps": dict(self._n_steps),
             "momentum": {n: sums.to("cpu", copy=True) for n, sums in self._momentum.items()},
         }
-        for need in _OF_SLOTS:
-            of_layers = self._sums.items() if need in self.needs else ()
+        for need in _PER_SLOT:
+            layer_sums = self._sums.items() if need in self.needs else ()
             state[need] = {
-                name: all_slots(getattr(sums, need), self.layers[name].values).to("cpu", copy=True)
-                for name, sums in of_layers
+                name: gather_slots(getattr(sums, need), self.layers[name].values).to(
+                    "cpu", copy=True
+                )
+                for name, sums in layer_sums
             }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, of layers that have that many slots now."""
-        self.forget()
+        """Restore the result of `state_dict`; the layers must have the saved number of slots."""
+        self.reset()
         self._n_steps = {n: count for n, count in state["n_steps"].items() if n in self.layers}
         self._momentum = {n: s.clone() for n, s in state["momentum"].items() if n in self.layers}
-        for need in _OF_SLOTS:
+        for need in _PER_SLOT:
             for name in state[need]:
                 if name in self.layers and need in self.needs:
-                    mine = local_slots(self.layers[name].values)
-                    getattr(self._sums_of(name), need).copy_(state[need][name][mine])
+                    slots = local_slots(self.layers[name].values)
+                    getattr(self._sums_of(name), need).copy_(state[need][name][slots])
 
 
-def _is_evidence(need: str, known: Tensor) -> bool:
-    """Tell whether it says something of a layer's blocks; zero norms of gradients say nothing."""
-    return bool(known.isfinite().all()) and (need in _OF_SLOTS or bool(known.any()))
+def _is_usable(need: str, statistic: Tensor) -> bool:
+    """Return whether a statistic can score blocks: finite and, for gradient norms, not all zero."""
+    return bool(statistic.isfinite().all()) and (need in _PER_SLOT or bool(statistic.any()))
 
 
-def on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one dtype on the CPU, in one transfer a device.
+def copy_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of one dtype to the CPU, with one transfer per device.
 
-    >>> [tensor.tolist() for tensor in on_cpu([torch.tensor([[1], [2]]), torch.tensor(3)])]
+    >>> [tensor.tolist() for tensor in copy_to_cpu([torch.tensor([[1], [2]]), torch.tensor(3)])]
     [[[1], [2]], 3]
     """
     copies: dict[int, Tensor] = {}
     for device in {tensor.device for tensor in tensors}:
-        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        flat = torch.cat([tensors[i].flatten() for i in here]).cpu()
-        parts = flat.split([tensors[i].numel() for i in here])
-        copies.update((i, part.view(tensors[i].shape)) for i, part in zip(here, parts, strict=True))
+        indices = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[i].flatten() for i in indices]).cpu()
+        parts = flat.split([tensors[i].numel() for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            copies[i] = part.view(tensors[i].shape)
     return [copies[i] for i in range(len(tensors))]
 
 
 @torch.no_grad()
-def _values_by_place(layer: BlockSparseLinear) -> Tensor:
-    """Return the weights of the present blocks, in the order of their places, row by row."""
+def _values_in_grid_order(layer: BlockSparseLinear) -> Tensor:
+    """Return the weights of the present blocks, in row-major order of the grid."""
     slots = layer.topology.slots.flatten()
-    return whole(layer.values.detach())[slots[slots >= 0].long()]
+    return gather_whole(layer.values.detach())[slots[slots >= 0].long()]

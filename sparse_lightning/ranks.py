@@ -1,6 +1,6 @@
-"""What the ranks of a training tell each other, by `torch.distributed` where it is initialised.
+"""Communication between the ranks of a training, through `torch.distributed`.
 
-Without a process group there is one rank, and everything here leaves its arguments as they are.
+Without an initialised process group there is one rank, and each function returns its argument.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Whether this is rank 0, which is the one that speaks to people."""
+def is_rank_zero() -> bool:
+    """Return whether this is rank 0, the only rank that warns."""
     return world_size() == 1 or dist.get_rank() == 0
 
 
-def of_rank_zero(own: T) -> T:
-    """Return what rank 0 passed; every rank must call this.
+def broadcast_from_rank_zero(value: T) -> T:
+    """Return the value that rank 0 passed; every rank must call this.
 
     Args:
-        own: anything that can be pickled.
+        value: any object that can be pickled.
     """
     if world_size() == 1:
-        return own
-    holder = [own]
+        return value
+    holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
@@ -48,12 +48,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Return which flags one of the ranks has set; every rank must call this.
+def any_over_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Return which flags are set on at least one rank; every rank must call this.
 
     Args:
-        flags: as many on every rank.
-        device: where the process group can reduce.
+        flags: flags of this rank; their number is the same on every rank.
+        device: a device on which the process group can reduce.
     """
     if world_size() == 1:
         return list(flags)
@@ -61,13 +61,13 @@ def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [count > 0 for count in sum_over_ranks(counts).tolist()]
 
 
-def check_alike(tensors: Iterable[Tensor], step: int, device: torch.device) -> None:
-    """Raise RuntimeError on every rank unless all pass the same; every rank must call this.
+def check_identical(tensors: Iterable[Tensor], step: int, device: torch.device) -> None:
+    """Raise RuntimeError on every rank unless all ranks pass equal tensors; all must call this.
 
     Args:
-        tensors: what has to be the same.
-        step: for the error.
-        device: where the process group can reduce.
+        tensors: tensors that must be equal bit for bit on all ranks.
+        step: step to name in the error.
+        device: a device on which the process group can reduce.
     """
     if world_size() == 1:
         return
@@ -75,15 +75,15 @@ def check_alike(tensors: Iterable[Tensor], step: int, device: torch.device) -> N
     for tensor in tensors:
         digest.update(tensor.detach().cpu().numpy().tobytes())
     own = int.from_bytes(digest.digest()[:8], "little") >> 1
-    # The largest, and the smallest by its negative, in one go: every rank knows, and none waits for
-    # one that has stopped.
+    # One reduction yields the largest digest and, by its negative, the smallest. So every rank
+    # raises, and none is left waiting for a rank that has stopped.
     both = torch.tensor([own, -own], device=device)
     dist.all_reduce(both, dist.ReduceOp.MAX)
     largest, smallest = both.tolist()
     if largest != -smallest:
         raise RuntimeError(
-            "All ranks must hold the same blocks, and score them alike; they differ at step "
-            f"{step} (seen on rank {dist.get_rank()}). Look for what differs between ranks: "
-            "weights changed outside of the optimizer, or a criterion that draws numbers without "
-            "`scores.generator`. Resume from the last checkpoint."
+            "All ranks must hold the same blocks and compute the same scores; they differ at step "
+            f"{step} (detected on rank {dist.get_rank()}). Look for what differs between ranks: "
+            "weights changed outside of the optimizer, or a criterion that draws random numbers "
+            "without `scores.generator`. Resume from the last checkpoint."
         )

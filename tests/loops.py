@@ -1,4 +1,4 @@
-"""A small model and the plainest loop; its batches depend on their number alone."""
+"""A small model and a plain training loop with batches that depend only on their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FALLING = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
 
 
 class Net(nn.Module):
-    """Two layers of 32 blocks of 16 x 16 each, and a head that stays dense."""
+    """Two layers of 32 blocks of 16 x 16 each, and a dense head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,11 +41,11 @@ def loss_of(model: nn.Module, number: int) -> Tensor:
 
 
 def make(
-    total_steps: int | None = 24, of: type[Sparsifier] = Sparsifier, **options: Any
+    total_steps: int | None = 24, cls: type[Sparsifier] = Sparsifier, **options: Any
 ) -> tuple[Net, Sparsifier]:
-    """A model and its engine, which is not attached yet."""
+    """Return a model and its engine, which is not attached yet."""
     model = Net()
-    return model, of(model, total_steps, **{"block_size": 16, "exclude": ["head"], **options})
+    return model, cls(model, total_steps, **{"block_size": 16, "exclude": ["head"], **options})
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -88,7 +88,7 @@ def everything(
     sparsifier: Sparsifier,
     **more: Any,
 ) -> dict[str, Any]:
-    """A copy of all that an update may change, indices that no state dict holds included."""
+    """Return a copy of all that an update may change, including indices outside state dicts."""
     state = {
         "model": dict(model.state_dict()),
         "gradients": {n: p.grad for n, p in model.named_parameters()},

@@ -1,4 +1,4 @@
-"""Targets, teachers and averages inside a model have the blocks of what they are copies of."""
+"""Targets, teachers and averages inside a model keep the blocks of their sources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DENSITIES = {"constant": 0.25, "falling": FALLING}
 
 
 class WithTarget(Net):
-    """Holds a copy of its network, which it computes with as well."""
+    """Holds a copy of its network, and computes with both."""
 
     def __init__(self, make: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def average(model: WithTarget) -> None:
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("maker", MAKERS)
 def test_an_average_is_that_of_the_weights(maker: str, density: str) -> None:
-    """To the last digits, wherever a block has been there all the time, and zero where none is."""
+    """It is accurate where a block was always present, and zero where no block is."""
     model = WithTarget(MAKERS[maker])
     sparsifier = Sparsifier(model, 32, density=DENSITIES[density], **OPTIONS)
     sparsifier.attach(adamw([*model.net.parameters(), *model.head.parameters()]))
@@ -79,7 +79,7 @@ def test_an_average_is_that_of_the_weights(maker: str, density: str) -> None:
         average(model)
         for i in (0, 2):
             now = model.net[i].dense_weight()
-            # PyTorch's average takes over the weights when it is first updated.
+            # PyTorch's average copies the weights when it is first updated.
             at_once = first and maker == "AveragedModel"
             truth[i] = now.clone() if at_once else truth[i].lerp(now, 0.1)
             stayed[i] &= now != 0
@@ -117,8 +117,8 @@ def test_weights_are_loaded_both_ways_at_any_time() -> None:
     assert sparsifier.density == 0.25
 
 
-def test_a_copy_that_was_given_other_blocks_comes_back() -> None:
-    """As by loading what the network was some updates ago, for one that is to stand still."""
+def test_a_copy_with_other_blocks_adopts_those_of_its_source() -> None:
+    """For example, an earlier state of the network is loaded into a target that stays constant."""
     model = WithTarget(frozen)
     sparsifier = Sparsifier(model, 32, density=0.25, **OPTIONS)
     optimizer = adamw(model.parameters())
@@ -156,7 +156,7 @@ def encoder() -> nn.Module:
 
 @pytest.mark.parametrize("make", [frozen, copy.deepcopy])
 def test_clones_are_told_apart_by_their_names(make: Callable[[nn.Module], nn.Module]) -> None:
-    """The layers of an encoder are equal at first, and each teacher follows its own student."""
+    """The layers of an encoder are initially equal; each teacher follows its own student."""
     model = nn.ModuleDict({"student": encoder()})
     model["teacher"] = make(model["student"])
     sparsifier = Sparsifier(model, 20, block_size=16, update={"every_n_steps": 4})
@@ -181,7 +181,7 @@ def test_clones_are_told_apart_by_their_names(make: Callable[[nn.Module], nn.Mod
 
 
 def test_two_networks_that_begin_alike_and_both_train_do_not_follow() -> None:
-    """Also where the second's optimizer is attached by a call of its own."""
+    """A separate call of `attach` for the second optimizer gives the same result."""
     model = nn.ModuleDict({"one": Net()})
     model["two"] = copy.deepcopy(model["one"])
     sparsifier = Sparsifier(model, 16, **OPTIONS)
@@ -194,11 +194,11 @@ def test_two_networks_that_begin_alike_and_both_train_do_not_follow() -> None:
     assert {*sparsifier.last_update.layers} == {"two.net.0", "two.net.2"}
 
 
-# -- said by hand ---------------------------------------------------------------------------------
+# -- declared by `follow` -------------------------------------------------------------------------
 
 
 class Pretrained(Net):
-    """Its target was trained before, and equals nothing."""
+    """Its target was trained before, and equals no other network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Pretrained(Net):
 
 
 @pytest.mark.parametrize("follow", [{"target": "net"}, {"target.0": "net.0", "target.2": "net.2"}])
-def test_follow_says_what_weights_do_not_tell(follow: dict[str, str]) -> None:
+def test_follow_declares_copies_that_weights_do_not_reveal(follow: dict[str, str]) -> None:
     model = Pretrained()
     weight = model.target[0].weight.detach().clone()
     sparsifier = Sparsifier(model, 16, density=0.25, follow=follow, **OPTIONS)
@@ -226,10 +226,10 @@ def test_follow_says_what_weights_do_not_tell(follow: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("follow", "error", "said"),
+    ("follow", "error", "message"),
     [
-        ({"taget": "net"}, ValueError, "'taget', which is none"),
-        ({"target": "ne"}, ValueError, "'ne', which is none"),
+        ({"taget": "net"}, ValueError, "'taget', which the model does not"),
+        ({"target": "ne"}, ValueError, "'ne', which the model does not"),
         ({"target.1": "net.1"}, ValueError, "'target.1', which has none"),
         ({"target.0": "net.2"}, ValueError, r"same shape at 'net\.2' \(layer 'target\.0'\)"),
         ({"target": "net", "net": "head"}, ValueError, "'net', which is a copy itself"),
@@ -237,14 +237,14 @@ def test_follow_says_what_weights_do_not_tell(follow: dict[str, str]) -> None:
         ({"target": 1}, TypeError, "map names of modules"),
     ],
 )
-def test_a_wrong_follow_is_refused(follow: Any, error: type[Exception], said: str) -> None:
+def test_a_wrong_follow_is_refused(follow: Any, error: type[Exception], message: str) -> None:
     model = Pretrained()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         Sparsifier(model, 16, follow=follow, **OPTIONS)
     assert not sparse(model)
 
 
-# -- frozen, and no copy --------------------------------------------------------------------------
+# -- frozen layers that are no copies -------------------------------------------------------------
 
 
 def test_other_frozen_layers_stay_dense_unless_named_in_full() -> None:
@@ -258,13 +258,13 @@ def test_other_frozen_layers_stay_dense_unless_named_in_full() -> None:
         assert expected or torch.equal(model.target(torch.ones(2, 64)), before)
 
 
-def test_layers_of_a_frozen_model_are_not_taken_for_want_of_others() -> None:
-    """As where only a head is trained, or biases."""
+def test_layers_of_a_frozen_model_stay_dense() -> None:
+    """Only a head or only biases are trained."""
     for trained in ("head", "bias"):
         model = Net()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained in name)
-        with pytest.raises(ValueError, match=r"net\.0: frozen.*has its name in full"):
+        with pytest.raises(ValueError, match=r"net\.0: frozen.*has its full name"):
             sparsify(model, block_size=16, density=0.25)
 
 
@@ -275,7 +275,7 @@ def test_a_model_that_is_not_to_be_trained_is_taken_as_it_is() -> None:
 
 
 def test_what_is_excluded_does_not_follow() -> None:
-    """As a reference that is to compute what it did."""
+    """Its outputs do not change, as a reference model requires."""
     model = WithTarget(frozen)
     before = model.target(torch.ones(2, 64))
     sparsifier = Sparsifier(model, 16, **{**OPTIONS, "exclude": ["target.*"]})
@@ -315,13 +315,13 @@ def test_an_encoder_that_is_partly_frozen_stays_as_it_is_there() -> None:
     assert torch.equal(model.layers[0](x), before)
 
 
-def test_blocks_are_taken_over_whatever_the_layer_had() -> None:
-    """With other capacities and sizes; what both have keeps its weights."""
+def test_a_copy_adopts_blocks_whatever_it_had() -> None:
+    """Capacities and sizes differ; blocks that both layers have keep their weights."""
     for size, density in ((16, 0.25), (16, 0.75), (32, 0.5)):
         original = BlockSparseLinear(64, 64, block_size=16, density=0.5)
         layer = BlockSparseLinear(64, 64, block_size=size, density=density)
         before, values = layer.dense_weight(), layer.values
-        layer.take_blocks_of(original)
+        layer._adopt_blocks_of(original)
         assert layer.values is values
         assert torch.equal(layer.topology.coords, original.topology.coords)
         assert layer.topology is not original.topology
@@ -358,11 +358,11 @@ def test_a_training_with_a_copy_resumes_bit_for_bit() -> None:
         assert torch.equal(weight, expected[name]), name
 
 
-# -- what becomes of copies in a training ---------------------------------------------------------
+# -- copies during training -----------------------------------------------------------------------
 
 
 def attached(model: nn.Module, *parameters: nn.Parameter, **options: Any) -> Any:
-    """A sparsifier of a model, and the optimizer of some parameters that it is attached to."""
+    """Return a sparsifier of a model, and the optimizer to which it is attached."""
     sparsifier = Sparsifier(model, 40, **{"density": 0.25, **OPTIONS, **options})
     optimizer = adamw(parameters or model.parameters())
     sparsifier.attach(optimizer)
@@ -376,7 +376,7 @@ def same_blocks(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.parametrize("when", ["before attach", "in training"])
 def test_a_copy_that_is_frozen_later_follows_from_then_on(when: str) -> None:
-    """Also where the optimizer holds everything."""
+    """The optimizer may hold all parameters."""
     model = WithTarget(copy.deepcopy)
     sparsifier = Sparsifier(model, 40, density=0.25, **OPTIONS)
     optimizer = adamw(model.parameters())
@@ -401,7 +401,7 @@ def test_a_copy_that_is_made_in_training_follows_from_the_next_update_on() -> No
 
 
 def test_a_copy_that_begins_to_train_keeps_what_it_learns() -> None:
-    """It was frozen when layers were swapped, as in gradual unfreezing."""
+    """It was frozen at the swap, as in gradual unfreezing."""
     model = WithTarget(frozen)
     sparsifier, optimizer = attached(model)
     train(model, optimizer, range(6))
@@ -439,12 +439,12 @@ def test_networks_that_learnt_before_keep_their_weights_whatever_is_attached_fir
 
 @pytest.mark.parametrize("way", ["state dict", "file", "built apart"])
 def test_who_follows_whom_is_saved_with_the_weights(way: str, tmp_path: Path) -> None:
-    """A model that is loaded goes on in another training, with a target that equals nothing."""
+    """A loaded model is trained again, with a target that equals no other network."""
     model = WithTarget(frozen)
     sparsifier, optimizer = attached(model)
     train(model, optimizer, range(10), lambda _: average(model))
     sparsifier.detach()
-    if way == "built apart":  # as in many a program of reinforcement learning
+    if way == "built apart":  # as reinforcement learning code often does
         other = nn.ModuleDict({"net": Net().net, "target": Net().net, "head": Net().head})
         torch.nn.init.normal_(other["target"][0].weight)
         sparsify(other, block_size=16, density=0.25, exclude=["head"])
@@ -506,21 +506,21 @@ def test_copies_of_included_layers_need_not_be_included() -> None:
 
 
 @torch.no_grad()
-def mix(copied: nn.Module, of: nn.Module) -> None:
-    for mine, now in zip(copied.parameters(), of.parameters(), strict=True):
-        mine.lerp_(now, 0.1)
+def mix(copied: nn.Module, source: nn.Module) -> None:
+    for mine, theirs in zip(copied.parameters(), source.parameters(), strict=True):
+        mine.lerp_(theirs, 0.1)
 
 
-def test_averages_outside_of_the_model_are_told_of_once_and_snapshots_are_not() -> None:
+def test_averages_outside_the_model_warn_once_and_snapshots_do_not() -> None:
     model = Net()
     _, optimizer = attached(model)
     outside = copy.deepcopy(model.net)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, range(9))
-    with pytest.warns(UserWarning, match=r"outside of the model: net\.0, net\.2.*copies=") as told:
+    with pytest.warns(UserWarning, match=r"outside the model: net\.0, net\.2.*copies=") as warned:
         train(model, optimizer, range(9, 24), lambda _: mix(outside, model.net))
-    assert sum("outside of the model" in str(each.message) for each in told) == 1
+    assert sum("outside the model" in str(each.message) for each in warned) == 1
     known = Net()
     sparsifier = Sparsifier(known, 40, density=0.25, **OPTIONS)
     optimizer, outside = adamw(known.parameters()), copy.deepcopy(known)
@@ -531,7 +531,7 @@ def test_averages_outside_of_the_model_are_told_of_once_and_snapshots_are_not() 
     assert same_blocks(known, outside)
 
 
-def test_a_copy_that_nobody_writes_to_is_named_as_it_may_be_a_reference() -> None:
+def test_a_copy_that_is_never_written_to_is_named() -> None:
     model = WithTarget(frozen)
     _, optimizer = attached(model)
     with pytest.warns(UserWarning, match=r"target\.0, target\.2\..*exclude=\['target\.\*'\]"):
@@ -543,11 +543,11 @@ def test_a_copy_that_nobody_writes_to_is_named_as_it_may_be_a_reference() -> Non
         train(model, optimizer, range(20), lambda _: average(model))
 
 
-# -- equals that are no copies --------------------------------------------------------------------
+# -- equal layers that are no copies --------------------------------------------------------------
 
 
 class Twins(nn.Module):
-    """Two networks that begin alike."""
+    """Two networks that are initially equal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -556,7 +556,7 @@ class Twins(nn.Module):
 
 
 def alternate(model: Twins, steps: range, optimizers: Any, toggle: bool) -> None:
-    """Train one after the other, the other frozen for the moment if asked for."""
+    """Train two networks alternately, optionally freezing the other one meanwhile."""
     for number in steps:
         for net, other, optimizer in zip(
             (model.a, model.b), (model.b, model.a), optimizers, strict=True
@@ -566,8 +566,8 @@ def alternate(model: Twins, steps: range, optimizers: Any, toggle: bool) -> None
             other.requires_grad_(True)
 
 
-def test_a_layer_that_is_frozen_for_a_moment_is_no_copy() -> None:
-    """As by `toggle_optimizer` of Lightning, whatever it was at first."""
+def test_a_temporarily_frozen_layer_is_no_copy() -> None:
+    """Lightning's `toggle_optimizer` freezes layers like this."""
     results = []
     for toggle in (False, True):
         model = Twins()
@@ -608,8 +608,8 @@ def test_what_another_sparsifier_evolves_is_no_copy() -> None:
     assert not same_blocks(model.a.net, model.b.net)
 
 
-def test_a_copy_that_is_thawed_in_the_optimizer_is_named() -> None:
-    """Student and teacher change places; the teacher was frozen when layers were swapped."""
+def test_an_unfrozen_copy_in_the_optimizer_is_named() -> None:
+    """Student and teacher change roles; the teacher was frozen at the swap."""
 
     class Changing(WithTarget):
         def forward(self, x: Tensor) -> Tensor:
@@ -630,8 +630,8 @@ def test_a_copy_that_is_thawed_in_the_optimizer_is_named() -> None:
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_a_copy_follows_while_its_original_is_frozen_for_a_moment(density: str) -> None:
-    """An average of a generator, whose discriminator has its updates between."""
+def test_a_copy_follows_while_its_source_is_temporarily_frozen(density: str) -> None:
+    """The copy is an average of a generator; its discriminator is updated in between."""
     model = nn.ModuleDict({"g": Net(), "d": Net()})
     with torch.no_grad():
         for parameter in model["d"].parameters():
@@ -653,7 +653,7 @@ def test_a_copy_follows_while_its_original_is_frozen_for_a_moment(density: str) 
 
 
 def test_a_mean_of_state_dicts_is_loaded() -> None:
-    """As in PyTorch's tutorial of deep Q-learning, over all keys."""
+    """PyTorch's tutorial on deep Q-learning averages over all keys like this."""
     model = WithTarget(frozen)
     _, optimizer = attached(model)
 
@@ -672,7 +672,7 @@ def test_a_mean_of_state_dicts_is_loaded() -> None:
 
 
 def test_a_target_that_is_mixed_at_the_end_of_an_iteration_is_no_reference() -> None:
-    """Two optimizers step in it, each with updates of its own."""
+    """Two optimizers step in an iteration, each with its own updates."""
     model = Twins()
     model.target = copy.deepcopy(model.a).requires_grad_(False)
     with torch.no_grad():
@@ -692,5 +692,5 @@ def test_layers_that_are_frozen_after_the_swap_are_named() -> None:
     model = Net()
     sparsifier = Sparsifier(model, 24, density=0.25, **OPTIONS)
     model.net[0].requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"layers are frozen: net\.0\. .*before they are swapped"):
+    with pytest.warns(UserWarning, match=r"layers are frozen: net\.0\. .*before the swap"):
         sparsifier.attach(adamw(model.parameters()))

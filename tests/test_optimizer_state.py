@@ -40,14 +40,14 @@ from sparse_lightning.optimizer_state import (
     STATE_RULES,
     StateRule,
     check_state,
-    drop_dense_state,
+    discard_dense_state,
     find_optimizer,
-    prepare_keep,
     prepare_reset,
+    prepare_slot_removal,
     state_rule,
     warm_start,
 )
-from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.policy.updates import ModelUpdate
 
 LR = 1e-3
 LATE = 2000  # the step at which slots are grown
@@ -115,7 +115,7 @@ def step(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor) -> Non
 
 
 def state_tensors(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Whatever state has slots, asked of the optimizer and not of the rule."""
+    """Return the state that has slots, derived from the optimizer instead of its rule."""
     state = optimizer.state[parameter]
     return {n: t for n, t in state.items() if isinstance(t, Tensor) and t.dim()}
 
@@ -128,7 +128,7 @@ def clones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_reset_puts_exactly_the_changed_slots_to_their_beginning(name: str) -> None:
+def test_reset_restores_the_initial_state_of_exactly_the_changed_slots(name: str) -> None:
     parameter, other, fresh = make_parameter(), make_parameter(), make_parameter()
     optimizer = make(name, parameter, other)
     for _ in range(3):
@@ -137,7 +137,7 @@ def test_reset_puts_exactly_the_changed_slots_to_their_beginning(name: str) -> N
     before = clones(state_tensors(optimizer, parameter))
     before_other = clones(state_tensors(optimizer, other))
     prepare_reset(optimizer, parameter, torch.tensor([1, 3]))()
-    # What the optimizer itself begins with: a gradient of zero adds nothing to it.
+    # A gradient of zero leaves the optimizer's initial state unchanged.
     beginning = make(name, fresh)
     step(beginning, fresh, torch.zeros_like(fresh))
     after = state_tensors(optimizer, parameter)
@@ -174,7 +174,7 @@ def test_the_rules_know_all_state_that_has_slots(name: str, names: set[str]) -> 
     assert names <= {*state_rule(optimizer, parameter).tensors}
 
 
-def test_reset_takes_adagrads_start() -> None:
+def test_reset_uses_adagrads_initial_value() -> None:
     parameter = make_parameter()
     optimizer = Adagrad([parameter], initial_accumulator_value=0.25)
     step(optimizer, parameter, torch.ones_like(parameter))
@@ -183,11 +183,11 @@ def test_reset_takes_adagrads_start() -> None:
     assert optimizer.state[parameter]["sum"][:, 0, 0].tolist() == [1.25, 1.25, 0.25, 1.25]
 
 
-def test_reset_takes_what_the_optimizer_itself_begins_with_in_a_group() -> None:
+def test_reset_uses_the_initial_value_of_the_group() -> None:
     of: list[tuple[type[Optimizer], str, str]] = [
         (Rprop, "lr", "step_size"),
         (type("MyRprop", (Rprop,), {}), "lr", "step_size"),
-        (Adagrad, "initial_accumulator_value", "sum"),  # it does not look at the group's
+        (Adagrad, "initial_accumulator_value", "sum"),  # it ignores the group's
     ]
     for cls, option, name in of:
         parameter, fresh = make_parameter(), make_parameter()
@@ -229,13 +229,13 @@ THREES = torch.cat([torch.full((8, 16), 3.0), torch.full((8, 16), -1.0)])
 
 
 def squares(of_threes: float, of_ones: float) -> Tensor:
-    """The rows of 3 and those of -1."""
+    """Return squares with one value in the rows of 3 and another in the rows of -1."""
     return torch.tensor([of_threes] * 8 + [of_ones] * 8).unsqueeze(1).expand(16, 16)
 
 
 BETAS = {"betas": (0.9, 0.5)}
-# c is 1 - 0.5^2 = 0.75 after two steps, or 1; the moment is that of max(9, 5) and of max(1, 5).
-# A column's mean of it is 7. What is not named stays at zero.
+# c is 1 - 0.5^2 = 0.75 after two steps, or 1; the moment is c * max(9, 5) and c * max(1, 5), with a
+# column mean of 7 c. State that is not listed stays at zero.
 BY_HAND: dict[str, tuple[type[Optimizer], dict[str, Any], dict[str, Tensor]]] = {
     "adam": (Adam, BETAS, {"exp_avg_sq": squares(6.75, 3.75)}),
     "amsgrad": (
@@ -301,7 +301,7 @@ def test_steps_may_be_numbers_or_tensors(count: float | Tensor) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_host_never_waits_for_a_number(name: str) -> None:
-    """On meta there are none: whatever read one would raise."""
+    """Reading a number from a meta tensor raises."""
     parameter = make_parameter()
     optimizer = make(name, parameter)
     step(optimizer, parameter, torch.randn_like(parameter))
@@ -359,7 +359,7 @@ def test_before_the_first_step_the_bias_correction_is_enough() -> None:
 
 
 def settle(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Put state where `LATE` steps of a constant gradient would (if centered: of changing sign)."""
+    """Set the state that `LATE` steps of a constant gradient (centered: of changing sign) yield."""
     step(optimizer, parameter, gradient)
     group, state = optimizer.param_groups[0], optimizer.state[parameter]
     squared = gradient.square()
@@ -383,7 +383,7 @@ def settle(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor) -> N
 
 
 def usual_update(optimizer: Optimizer, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-    """What a constant gradient moves a weight by, once its state has settled."""
+    """Return the update that a constant gradient causes once the state has settled."""
     group = optimizer.param_groups[0]
     usual = LR / (1 - group.get("momentum", 0.0))
     if type(optimizer) is SGD:
@@ -406,7 +406,7 @@ def largest_updates(
     zeros: int = 0,
     uniform: bool = False,
 ) -> list[float]:
-    """Grow slots 1 and 2 late; return each slot's largest of 60 updates, in usual ones.
+    """Grow slots 1 and 2 late; return each slot's largest of 60 updates, relative to the usual one.
 
     The gradient of survivors and grown slots is constant (if centered: but for its sign); that of
     the grown ones is `ratio` times as large, after `zeros` steps without any.
@@ -445,7 +445,7 @@ def largest_updates(
     return largest.tolist()
 
 
-# Adafactor is exact for gradients of one size; for others `test_factored_moments` says what holds.
+# Adafactor is exact for gradients of one size; `test_factored_moments` covers other gradients.
 GROWTHS = [
     (name, uniform)
     for name in [*WARMED, *OTHERS]
@@ -460,7 +460,7 @@ def test_no_update_of_a_grown_slot_exceeds_the_usual_one(
 ) -> None:
     parameter = make_parameter()
     largest = largest_updates(make(name, parameter), parameter, ratio, warm=True, uniform=uniform)
-    # A block that hardly moved would be no success either. RAdam moves by 0.83 at this step.
+    # A block that hardly moves would be wrong, too. RAdam moves by 0.83 at this step.
     assert all(0.8 < largest[slot] <= 1.1 for slot in (1, 2))
     # The survivors show that the state had settled; Adagrad's never does.
     if "adagrad" not in name:
@@ -496,7 +496,7 @@ def test_a_slot_whose_first_gradients_are_zero_does_not_jump_later(name: str) ->
 
 
 def test_a_constant_gradient_under_centered_rmsprop() -> None:
-    """Its variance falls from g^2 towards 0, as that of any block: 1 - (1 - alpha^k)^2 of g^2."""
+    """The variance falls from g^2 towards 0, as for any block: 1 - (1 - alpha^k)^2 of g^2."""
     parameter = make_parameter()
     optimizer = RMSprop([parameter], lr=LR, centered=True, eps=0.0)
     gradient = torch.randn_like(parameter).sign()
@@ -516,7 +516,7 @@ def test_a_constant_gradient_under_centered_rmsprop() -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, 10.0])
 def test_factored_moments(ratio: float) -> None:
-    """At worst sqrt(2) of the usual update: where the gradient is all in one element."""
+    """The worst case is sqrt(2) of the usual update, if one element has the whole gradient."""
     parameter = make_parameter()
     largest = largest_updates(make("adafactor", parameter), parameter, ratio, warm=True)
     assert all(0.8 < largest[slot] <= 2**0.5 for slot in (1, 2))
@@ -570,7 +570,7 @@ def test_the_host_never_waits_for_a_gpu(cls: type[Optimizer], kwargs: dict[str, 
     try:
         prepare_reset(optimizer, parameter, slots)()
         warm_start(optimizer, optimizer.param_groups[0], parameter, pending)
-        prepare_keep(optimizer, parameter, slots)()
+        prepare_slot_removal(optimizer, parameter, slots)()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -587,7 +587,7 @@ def test_on_a_gpu_no_update_of_a_grown_slot_exceeds_the_usual_one(
     assert all(0.8 < largest[slot] <= 1.1 for slot in (1, 2))
 
 
-# -- other slots, and fewer -------------------------------------------------------------------
+# -- other numbers of slots -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -617,14 +617,14 @@ def test_restored_state_is_checked_for_its_slots(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_keeping_slots_gives_up_the_others_with_their_memory(name: str) -> None:
+def test_slot_removal_frees_memory(name: str) -> None:
     parameter, other = make_parameter(), make_parameter()
     optimizer = make(name, parameter, other)
     other.grad = torch.randn_like(other)
     step(optimizer, parameter, torch.randn_like(parameter))
     before, before_other = dict(optimizer.state[parameter]), dict(optimizer.state[other])
     kept = torch.tensor([0, 3, 1])
-    prepare_keep(optimizer, parameter, kept)()
+    prepare_slot_removal(optimizer, parameter, kept)()
     assert optimizer.state[parameter].keys() == before.keys()
     for key, value in optimizer.state[parameter].items():
         if isinstance(value, Tensor) and value.dim():
@@ -639,10 +639,10 @@ def test_keeping_slots_gives_up_the_others_with_their_memory(name: str) -> None:
     step(optimizer, parameter, torch.randn_like(parameter))
 
 
-def test_keeping_slots_before_the_first_step_leaves_no_state_behind() -> None:
+def test_slot_removal_before_the_first_step_leaves_no_state_behind() -> None:
     parameter = make_parameter()
     optimizer = make("adam", parameter)
-    prepare_keep(optimizer, parameter, torch.tensor([0]))()
+    prepare_slot_removal(optimizer, parameter, torch.tensor([0]))()
     assert not optimizer.state
 
 
@@ -679,7 +679,7 @@ class Lion(Toy):
 
 
 class Adan(Toy):
-    """Its second moment goes by the last of three betas, and its steps are in the group."""
+    """Its second moment decays by the last of three betas, and its steps are in the group."""
 
     def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
         difference = g - state.setdefault("pre_grad", g.clone())
@@ -692,7 +692,7 @@ class Adan(Toy):
 
 
 class Prodigy(Toy):
-    """Its estimate `d` is in what it squares; `s` and `p0`, the beginning, are flat."""
+    """It squares gradients times its estimate `d`; `s` and the initial weights `p0` are flat."""
 
     def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
         state.setdefault("p0", p.flatten().clone() if p.any() else torch.tensor(0.0))
@@ -705,7 +705,7 @@ class Prodigy(Toy):
 
 
 class ScheduleFree(Toy):
-    """`z` is where plain SGD would be; the parameter follows its average."""
+    """`z` holds the iterate of plain SGD; the parameter follows its average."""
 
     def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
         z = state.setdefault("z", p.clone()).sub_(group["lr"] * g)
@@ -713,7 +713,7 @@ class ScheduleFree(Toy):
 
 
 class Late(Toy):
-    """It makes its momentum at its third step, as with a warm-up."""
+    """It creates its momentum at its third step, as after a warm-up."""
 
     def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
         state["step"] = state.get("step", 0) + 1
@@ -721,7 +721,7 @@ class Late(Toy):
 
 
 class Adopt(Toy):
-    """It divides by the second moment of the steps before; that begins as the first g^2."""
+    """It divides by the second moment of earlier steps, which begins as the first g^2."""
 
     def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
         is_first = "exp_avg_sq" not in state
@@ -733,7 +733,7 @@ class Adopt(Toy):
 
 
 class Sm3(Toy):
-    """It keeps one number a slot, beside numbers that are no tensors."""
+    """It keeps one number per slot, and numbers that are no tensors."""
 
     def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
         state.update(kind="sm3", rms=g.norm(), best=None, seen={"steps": group["step"]})
@@ -782,11 +782,11 @@ BY_SHAPE: dict[str, Callable[[Any], Optimizer]] = {
     "asgd": ASGD,
     "rprop": lambda p: Rprop(p, lr=LR),
 }
-STARTS = {"step_size": LR}  # what is not named begins at zero
+STARTS = {"step_size": LR}  # other state begins at zero
 
 
 def slots_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The state that has slots, `[slots, ...]`, asked of the optimizer and not of a rule."""
+    """Return the state that has slots, `[slots, ...]`, derived without a rule."""
     return {
         name: tensor.view(len(parameter), -1)
         for name, tensor in state_tensors(optimizer, parameter).items()
@@ -795,7 +795,7 @@ def slots_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]
 
 @pytest.mark.parametrize(
     ("name", "slots"),
-    # One number for the only slot may as well be one of the whole parameter.
+    # With a single slot, one number may belong to the slot or to the whole parameter.
     [(name, slots) for name in BY_SHAPE for slots in (4, 1) if (name, slots) != ("sm3", 1)],
 )
 def test_without_a_rule_state_follows_by_its_shape(name: str, slots: int) -> None:
@@ -817,7 +817,7 @@ def test_without_a_rule_state_follows_by_its_shape(name: str, slots: int) -> Non
 
     before = clones(slots_of(optimizer, parameter))
     kept = torch.tensor([0, 2, 3] if slots == 4 else [0])
-    prepare_keep(optimizer, parameter, kept)()
+    prepare_slot_removal(optimizer, parameter, kept)()
     parameter.grad, parameter.data = None, parameter.data[kept]
     for key, state in slots_of(optimizer, parameter).items():
         assert torch.equal(state, before[key][kept]), key
@@ -826,7 +826,7 @@ def test_without_a_rule_state_follows_by_its_shape(name: str, slots: int) -> Non
     step(optimizer, parameter, torch.randn_like(parameter))
 
 
-# -- trained through updates, and with fewer slots in the end -----------------------------------
+# -- training through updates that shrink -------------------------------------------------------
 
 TRAINED: dict[str, Callable[[Any], Optimizer]] = {
     **BY_SHAPE,
@@ -838,7 +838,7 @@ TRAINED: dict[str, Callable[[Any], Optimizer]] = {
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_in_training_blocks_keep_their_state_and_grown_ones_begin(name: str) -> None:
-    """Compared by the blocks' places, after updates that drop, grow and give up slots."""
+    """Compared per grid position, after updates that drop and grow blocks and remove slots."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48))
     density = {"initial": 0.75, "final": 0.4, "schedule": "linear", "begin": 0.0, "until": 0.6}
@@ -909,7 +909,7 @@ def test_in_training_blocks_keep_their_state_and_grown_ones_begin(name: str) -> 
         # CAME: of updates that are divided by the root of a second moment.
         (Toy, ("exp_avg_res_row", (4, 16)), torch.full((16,), 0.75)),
         (Toy, ("exp_avg_res_col", (4, 16)), torch.full((16,), 0.75)),
-        # What an unknown name means is not guessed.
+        # State with an unknown name is not warm-started.
         (Toy, ("hessian", (4, 16, 16)), torch.zeros(16, 16)),
         (Toy, ("exp_avg_diff", (4, 16, 16)), torch.zeros(16, 16)),
     ],
@@ -919,7 +919,7 @@ def test_second_moments_known_by_name_are_warm_started(
 ) -> None:
     key, shape = state
     parameter = make_parameter()
-    # Of several betas the safe one is taken: that of the larger moment.
+    # Of several betas the one with the larger moment applies, which is safe.
     betas = (0.9, 0.5) if optimizer is MyAdam else (0.9, 0.5, 0.9)
     of = optimizer([parameter], betas=betas)  # type: ignore[call-arg]
     of.state[parameter] = {"step": 2, key: torch.zeros(shape)}
@@ -949,7 +949,7 @@ def test_second_moments_known_by_name_are_warm_started(
     ],
 )
 def test_without_a_rule_no_grown_block_jumps(name: str) -> None:
-    """Beside blocks whose gradient has the same size, after steps in which their state settled."""
+    """Compared with blocks whose gradient has the same size and whose state has settled."""
     parameter = nn.Parameter(torch.ones(4, 16, 16))
     optimizer = BY_SHAPE[name]([parameter])
     gradient = torch.randn_like(parameter).sign()
@@ -968,11 +968,11 @@ def test_without_a_rule_no_grown_block_jumps(name: str) -> None:
     assert 0.9 < largest[1] / largest[0] <= 1.1
 
 
-# -- what cannot follow, and wrong rules ----------------------------------------------------------
+# -- state that cannot follow, and wrong rules ----------------------------------------------------
 
 
 class Keeps(Toy):
-    """It keeps whatever it is given, made of the parameter in its first step."""
+    """It keeps the result of a given function of the parameter, from its first step on."""
 
     def direction(self, p: Tensor, g: Tensor, state: Any, group: Any) -> Tensor:
         for name, make in group["makes"].items():
@@ -981,7 +981,7 @@ class Keeps(Toy):
 
 
 class Codes(Tensor):
-    """As low-bit optimizers keep tensors in pieces of their own."""
+    """A tensor subclass like those of low-bit optimizers."""
 
 
 class Holder:
@@ -1011,7 +1011,7 @@ UNFIT: dict[str, tuple[Make, str]] = {
 def engine(
     optimizer: Callable[[Any], Optimizer], before: int = 0
 ) -> tuple[Callable[[], None], Sparsifier]:
-    """Return what takes a step of a model whose first layer has 12 slots, and its engine."""
+    """Return a function that takes a step, and the engine; the first layer has 12 slots."""
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
     sparsifier = Sparsifier(model, 8, block_size=16, density=1.0, exclude=["2"])
     of = optimizer(model.parameters())
@@ -1038,14 +1038,14 @@ def test_state_that_cannot_follow_is_refused_at_the_first_step(name: str) -> Non
     take_step, _ = engine(build)
     with pytest.raises(ValueError, match=message) as refused:
         take_step()
-    for part in ("`memory`", "Keeps", "StateRule(", "or take another", "(layer '0')"):
+    for part in ("`memory`", "Keeps", "StateRule(", "or use another", "(layer '0')"):
         assert part in str(refused.value)
-    if not name.startswith("slots"):  # it may as well be of other slots
+    if not name.startswith("slots"):  # it may belong to another number of slots
         with pytest.raises(ValueError, match=message):
             engine(build, before=1)
 
 
-def test_a_layer_that_takes_part_later_is_looked_at_then() -> None:
+def test_a_layer_that_takes_part_later_is_checked_then() -> None:
     model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32))
     sparsifier = Sparsifier(model, 8, block_size=16, density=1.0)
     makes = {"memory": lambda p: torch.eye(16) if len(p) == 6 else None}
@@ -1058,7 +1058,7 @@ def test_a_layer_that_takes_part_later_is_looked_at_then() -> None:
         optimizer.step()
 
 
-def test_what_is_made_later_is_refused_when_blocks_are_to_move() -> None:
+def test_state_created_later_is_refused_at_an_update() -> None:
     parameter = make_parameter()
     optimizer = Lion([parameter])
     step(optimizer, parameter, torch.randn_like(parameter))
@@ -1066,12 +1066,12 @@ def test_what_is_made_later_is_refused_when_blocks_are_to_move() -> None:
     optimizer.state[parameter]["precond"] = torch.eye(16)
     for refused in (
         lambda: prepare_reset(optimizer, parameter, slots),
-        lambda: prepare_keep(optimizer, parameter, slots),
+        lambda: prepare_slot_removal(optimizer, parameter, slots),
         lambda: warm_start(optimizer, optimizer.param_groups[0], parameter, pending),
     ):
         with pytest.raises(ValueError, match=r"`precond` of shape \[16, 16\]"):
             refused()
-    # A rule that leaves it out says that it stays.
+    # A rule that leaves it out declares that it stays.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STATE_RULES, Lion, StateRule(("exp_avg",)))
         prepare_reset(optimizer, parameter, slots)()
@@ -1080,7 +1080,7 @@ def test_what_is_made_later_is_refused_when_blocks_are_to_move() -> None:
 
 
 def test_as_many_slots_as_a_block_has_rows() -> None:
-    """Then only names tell rows of slots from a matrix of a block's own dimensions."""
+    """Then only names distinguish rows of slots from a matrix of the block's dimensions."""
     parameter = make_parameter(16)
     optimizer = Toy([parameter])
     for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
@@ -1090,7 +1090,7 @@ def test_as_many_slots_as_a_block_has_rows() -> None:
     for state in state_tensors(optimizer, parameter).values():
         assert state.flatten(1).amax(1).tolist() == [1.0, 1.0] + [0.0] + [1.0] * 13
     optimizer.state[parameter]["precond"] = torch.eye(16)
-    with pytest.raises(ValueError, match=r"`precond` .*capacity is the block size.*StateRule"):
+    with pytest.raises(ValueError, match=r"`precond` .*capacity equals the block size.*StateRule"):
         prepare_reset(optimizer, parameter, torch.tensor([2]))
 
 
@@ -1108,7 +1108,7 @@ WRONG: Rules = {
     "none there is": (
         lambda: StateRule(("momentum",)),
         {"precond": lambda p: torch.eye(16)},
-        r"must name state that the optimizer has, of \['precond'\]; got \['momentum'\]",
+        r"must name state that the optimizer has, among \['precond'\]; got \['momentum'\]",
     ),
     "no slots": (
         lambda: StateRule(("exp_avg", "exp_avg_sq", "precond")),
@@ -1162,14 +1162,14 @@ def test_a_rule_may_name_what_an_option_turns_off(
 def test_a_rule_is_checked_when_it_is_made() -> None:
     with pytest.raises(TypeError, match=r"`tensors` must be a tuple.*'exp_avg'"):
         StateRule("exp_avg")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`second_moments` must be .*'exp_avg_sq'"):
+    with pytest.raises(ValueError, match=r"`second_moments` must name .*'exp_avg_sq'"):
         StateRule(("exp_avg",), ("exp_avg_sq",))
-    with pytest.raises(ValueError, match=r"`starts_at` must be .*'sum'"):
+    with pytest.raises(ValueError, match=r"`starts_at` must name .*'sum'"):
         StateRule(("exp_avg",), starts_at={"sum": "initial_accumulator_value"})
 
 
 def test_users_can_add_their_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It wins over what shapes and names say: here, that nothing is warm-started."""
+    """It takes precedence over shapes and names: here, nothing is warm-started."""
     monkeypatch.setitem(STATE_RULES, MyAdam, StateRule(("exp_avg", "exp_avg_sq")))
     parameter = make_parameter()
     optimizer = MyAdam([parameter], lr=LR)
@@ -1177,7 +1177,7 @@ def test_users_can_add_their_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_state_of_sharded_values_follows_by_its_shape() -> None:
-    """As the second of two ranks sees it: of 5 slots it holds the last two."""
+    """The second of two ranks holds the last two of 5 slots."""
     torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
@@ -1195,7 +1195,7 @@ def test_state_of_sharded_values_follows_by_its_shape() -> None:
         for name in ("exp_avg", "rows"):
             part = optimizer.state[parameter][name].to_local()
             assert part.flatten(1).amax(1).tolist() == [1.0, 0.0]
-        # Flat, a rank's part need not be whole blocks.
+        # If the state is flat, a shard may split blocks.
         flat = torch.ones(640)
         optimizer.state[parameter]["s"] = DTensor.from_local(flat, mesh, [Shard(0)])
         with pytest.raises(ValueError, match=r"`s` of shape \[1280\]"):
@@ -1204,11 +1204,11 @@ def test_state_of_sharded_values_follows_by_its_shape() -> None:
         torch.distributed.destroy_process_group()
 
 
-# -- refused by name ------------------------------------------------------------------------------
+# -- refused optimizers ---------------------------------------------------------------------------
 
 
 class Muon(Toy):
-    """One of the packages that take blocks for matrices."""
+    """An optimizer of a package that treats blocks as matrices."""
 
 
 class MyMuon(Muon):
@@ -1224,7 +1224,7 @@ REFUSED: list[tuple[type[Optimizer], str]] = [
         (cls, r"whole matrices.*Put every `values` into AdamW, and keep Muon for dense")
         for cls in (Muon, MyMuon, getattr(torch.optim, "Muon", Muon))
     ),
-    *((cls, r"vectors of all parameters together") for cls in (LBFGS, MyLBFGS)),
+    *((cls, r"vectors over all parameters together") for cls in (LBFGS, MyLBFGS)),
 ]
 
 
@@ -1237,7 +1237,7 @@ def test_what_works_on_more_than_blocks_is_refused_with_a_remedy(
     refused: list[Callable[[], Any]] = [
         lambda: check_state(optimizer, parameter),
         lambda: prepare_reset(optimizer, parameter, slots),
-        lambda: prepare_keep(optimizer, parameter, slots),
+        lambda: prepare_slot_removal(optimizer, parameter, slots),
     ]
     message = rf"got {cls.__module__}\.{cls.__name__}\. .*{says}"
     for call in refused:
@@ -1251,7 +1251,7 @@ DENSE = (64, 48)
 
 
 def stepped_dense(of: Callable[[Any], Optimizer]) -> tuple[Optimizer, nn.Parameter]:
-    """An optimizer that has stepped a weight, which then became the values of 4 blocks."""
+    """Return an optimizer that stepped a weight which then became the values of 4 blocks."""
     weight = nn.Parameter(torch.randn(DENSE))
     optimizer = of([weight])
     for _ in range(2):
@@ -1271,10 +1271,10 @@ def test_state_of_the_dense_weight_is_dropped(name: str) -> None:
     if name == "late":
         step_of = optimizer.state[weight]
         step_of["momentum"], has_any = torch.zeros(DENSE), True
-    assert drop_dense_state(optimizer, weight, DENSE) == has_any
-    assert not drop_dense_state(optimizer, weight, DENSE)
+    assert discard_dense_state(optimizer, weight, DENSE) == has_any
+    assert not discard_dense_state(optimizer, weight, DENSE)
     check_state(optimizer, weight)
-    # It goes on as one that has not seen the parameter.
+    # It continues like an optimizer with a new parameter.
     twin = nn.Parameter(weight.detach().clone())
     fresh = factory(name)([twin])
     gradient = torch.randn_like(weight)
@@ -1307,7 +1307,7 @@ def test_which_state_is_that_of_the_dense_weight(state: dict[str, Any], is_dense
     parameter, other = make_parameter(), nn.Parameter(torch.zeros(DENSE))
     optimizer = Toy([parameter, other])
     optimizer.state[parameter], optimizer.state[other] = state, {"buffer": torch.zeros(DENSE)}
-    assert drop_dense_state(optimizer, parameter, DENSE) == is_dense
+    assert discard_dense_state(optimizer, parameter, DENSE) == is_dense
     assert (parameter in optimizer.state) == (not is_dense)
     assert other in optimizer.state
 
@@ -1316,27 +1316,27 @@ def test_as_many_slots_as_rows_are_not_taken_for_the_dense_weight() -> None:
     parameter = make_parameter(256)
     optimizer = Toy([parameter])
     optimizer.state[parameter] = {"a": torch.zeros(256), "b": torch.zeros(256, 16, 16)}
-    assert not drop_dense_state(optimizer, parameter, (256, 256))
+    assert not discard_dense_state(optimizer, parameter, (256, 256))
     optimizer.state[parameter] = {"rows": torch.zeros(256), "columns": torch.zeros(512)}
-    assert drop_dense_state(optimizer, parameter, (256, 512))
+    assert discard_dense_state(optimizer, parameter, (256, 512))
 
 
 def test_an_adagrad_that_took_no_step_loses_nothing() -> None:
     weight = nn.Parameter(torch.randn(DENSE))
     optimizer = Adagrad([weight], initial_accumulator_value=0.5)
     weight.data = torch.randn(4, 16, 16)
-    assert not drop_dense_state(optimizer, weight, DENSE)
+    assert not discard_dense_state(optimizer, weight, DENSE)
     assert torch.equal(optimizer.state[weight]["sum"], torch.full((4, 16, 16), 0.5))
 
 
-def test_that_an_optimizer_begins_anew_is_said_once_with_the_layers() -> None:
+def test_discarded_optimizer_state_warns_once_with_the_layers() -> None:
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32))
     sparsifier = Sparsifier(model, 8, block_size=16, density=0.5)
     optimizer = AdamW(model.parameters())
     first, second = (layer.values for layer in sparsifier.layers.values())
     optimizer.state[first] = {"step": torch.tensor(9.0), "exp_avg": torch.zeros(48, 64)}
     optimizer.state[second] = {"step": torch.tensor(9.0), "exp_avg": torch.zeros(32, 48)}
-    with pytest.warns(UserWarning, match=r"begins anew for them: 0, 2\.") as said:
+    with pytest.warns(UserWarning, match=r"reset for: 0, 2\.") as said:
         sparsifier.attach(optimizer)
     assert len(said) == 1
     with warnings.catch_warnings():
@@ -1356,7 +1356,7 @@ def test_state_of_other_slots_is_still_refused(of: type[Optimizer]) -> None:
         check_state(optimizer, parameter)
 
 
-def test_find_optimizer_gives_the_group_of_the_very_parameter() -> None:
+def test_find_optimizer_returns_the_group_of_the_same_parameter_object() -> None:
     first, second, third, stranger = (nn.Parameter(torch.zeros(1, 16, 16)) for _ in range(4))
     one = SGD([first], lr=LR)
     two = AdamW([{"params": [second], "betas": (0.9, 0.95)}, {"params": [third]}], lr=LR)

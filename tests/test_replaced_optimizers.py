@@ -1,4 +1,4 @@
-"""Optimizers that are not the attached ones: they are named, or take their place."""
+"""Optimizers that are not attached are named in a warning, or replace attached ones."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def test_an_optimizer_that_steps_the_layers_unattached_is_named_once(
     first = adamw(model.parameters())
     sparsifier.attach(first)
     train(model, first, range(steps))
-    for n_times in (1, 0):  # also where one is built for each phase
+    for n_times in (1, 0):  # the second optimizer causes no further warning
         other = Adam(model.parameters())
-        said = warnings_of(lambda of=other: train(model, of, range(3)))  # type: ignore[misc]
-        assert sum("not attached: net.0, net.2. " in text for text in said) == n_times == len(said)
+        texts = warnings_of(lambda stepped=other: train(model, stepped, range(3)))  # type: ignore[misc]
+        assert (
+            sum("not attached: net.0, net.2. " in text for text in texts) == n_times == len(texts)
+        )
     assert sparsifier.steps == steps
     sparsifier.detach()
     sparsifier.attach(other)
@@ -44,17 +46,17 @@ def test_an_optimizer_that_steps_the_layers_unattached_is_named_once(
     assert sparsifier.steps == steps + 3
 
 
-def test_one_that_steps_beside_the_attached_one_is_named() -> None:
+def test_an_optimizer_that_steps_besides_the_attached_one_is_named() -> None:
     model, sparsifier = make(24)
     optimizer, beside = adamw(model.parameters()), SGD(model.net[2].parameters(), lr=1e-3)
     sparsifier.attach(optimizer)
     optimizer.register_step_post_hook(lambda *_: beside.step())
-    (said,) = warnings_of(lambda: train(model, optimizer, range(3)))
-    assert "SGD, an optimizer that is not attached: net.2. " in said
+    (text,) = warnings_of(lambda: train(model, optimizer, range(3)))
+    assert "SGD, an optimizer that is not attached: net.2. " in text
 
 
 class Around(Optimizer):
-    """As Lookahead and SAM are built: around an optimizer, with state of its own."""
+    """Wraps optimizers and has state of its own, as Lookahead and SAM do."""
 
     def __init__(self, inner: Any) -> None:
         first = inner[0] if isinstance(inner, list) else inner
@@ -74,7 +76,7 @@ AROUND: dict[str, Callable[[Optimizer], Optimizer]] = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_what_stands_around_the_attached_one_is_not_named(around: str) -> None:
+def test_a_wrapper_of_the_attached_optimizer_is_not_named(around: str) -> None:
     model, sparsifier = make(24, update={"every_n_steps": 2})
     optimizer = adamw(model.parameters())
     outer = AROUND[around](optimizer)
@@ -83,7 +85,7 @@ def test_what_stands_around_the_attached_one_is_not_named(around: str) -> None:
     assert sparsifier.steps == 6
 
 
-def test_optimizers_of_something_else_are_not_named() -> None:
+def test_optimizers_of_other_parameters_are_not_named() -> None:
     model, sparsifier = make(24)
     optimizer, of_head = adamw(model.net.parameters()), adamw(model.head.parameters())
     sparsifier.attach(optimizer)
@@ -107,24 +109,24 @@ def of_a_copy(model: Net) -> Optimizer:
 
 
 @pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
-@pytest.mark.parametrize("of", [of_a_copy, lambda model: adamw(model.parameters())])
-def test_at_the_end_it_is_told_that_no_step_was_seen(
-    density: Any, of: Callable[[Net], Optimizer]
+@pytest.mark.parametrize("make_optimizer", [of_a_copy, lambda model: adamw(model.parameters())])
+def test_detach_warns_if_no_step_was_seen(
+    density: Any, make_optimizer: Callable[[Net], Optimizer]
 ) -> None:
     model, sparsifier = make(24, density=density)
-    sparsifier.attach(of(model))
-    (said,) = warnings_of(sparsifier.detach)
-    assert "No step was seen" in said and "AdamW" in said
-    # Also after an earlier training that took some.
+    sparsifier.attach(make_optimizer(model))
+    (text,) = warnings_of(sparsifier.detach)
+    assert "No step was seen" in text and "AdamW" in text
+    # The same holds after an earlier training that took steps.
     optimizer = adamw(model.parameters())
     sparsifier.attach(optimizer)
     train(model, optimizer, range(24))
     assert not warnings_of(sparsifier.detach)
-    sparsifier.attach(of(model))
+    sparsifier.attach(make_optimizer(model))
     assert len(warnings_of(sparsifier.detach)) == 1
 
 
-def test_where_no_step_can_be_expected_none_is_missed() -> None:
+def test_detach_does_not_warn_if_no_step_can_be_expected() -> None:
     model, sparsifier = make(24)
     optimizer = adamw(model.parameters())
 
@@ -142,8 +144,8 @@ def test_where_no_step_can_be_expected_none_is_missed() -> None:
 
 
 @pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
-def test_others_take_the_place_of_attached_ones_in_the_schedule(density: Any) -> None:
-    """SGD has no state, so it is as if the first had gone on."""
+def test_replacing_optimizers_continue_the_schedule(density: Any) -> None:
+    """SGD has no state, so the training equals one with a single optimizer."""
     trained = []
     for is_exchanged in (False, True):
         model, sparsifier = make(24, density=density, grow="momentum", update={"every_n_steps": 3})
@@ -152,8 +154,8 @@ def test_others_take_the_place_of_attached_ones_in_the_schedule(density: Any) ->
         for number in range(24):
             if is_exchanged:
                 before, optimizer = optimizer, SGD(model.parameters(), lr=0.1)
-                assert sparsifier.exchange([before], [optimizer])
-                assert not sparsifier.exchange([optimizer], [optimizer, optimizer])
+                assert sparsifier.replace_optimizers([before], [optimizer])
+                assert not sparsifier.replace_optimizers([optimizer], [optimizer, optimizer])
                 assert not before._optimizer_step_post_hooks
             train(model, optimizer, [number])
         assert not warnings_of(sparsifier.detach)
@@ -165,7 +167,7 @@ def test_others_take_the_place_of_attached_ones_in_the_schedule(density: Any) ->
     assert all(torch.equal(masks(first)[name], mask) for name, mask in masks(second).items())
 
 
-def test_more_or_fewer_optimizers_may_take_the_place_of_others() -> None:
+def test_more_or_fewer_optimizers_may_replace_others() -> None:
     model, sparsifier = make(24, density=FALLING, update={"every_n_steps": 2})
     one = adamw(model.parameters())
     by_hand = SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
@@ -173,7 +175,7 @@ def test_more_or_fewer_optimizers_may_take_the_place_of_others() -> None:
     train(model, one, range(8))
     reached = sparsifier.density
     two = [adamw(model.net[0].parameters()), adamw(model.net[2].parameters())]
-    sparsifier.exchange([one], two)
+    sparsifier.replace_optimizers([one], two)
     densities = []
     for number in range(8, 14):
         loss_of(model, number).backward()
@@ -184,15 +186,15 @@ def test_more_or_fewer_optimizers_may_take_the_place_of_others() -> None:
     falling = [reached, *densities]
     assert 0.25 < reached < 1 and falling == sorted(falling, reverse=True)
     assert sparsifier.density == 0.25 and sparsifier.is_final
-    assert by_hand._optimizer_step_post_hooks  # it was in neither list
-    with pytest.warns(UserWarning, match=r"begins anew for them: net\.0, net\.2\."):
-        sparsifier.exchange(two, [one])  # its layers have given up slots since
+    assert by_hand._optimizer_step_post_hooks  # it is in neither list
+    with pytest.warns(UserWarning, match=r"reset for: net\.0, net\.2\."):
+        sparsifier.replace_optimizers(two, [one])  # its layers have shrunk since
     train(model, one, range(14, 24))
     assert sparsifier.steps == 24
     assert not warnings_of(sparsifier.detach)
 
 
-def test_hooks_of_all_optimizers_are_there_while_one_is_attached() -> None:
+def test_the_global_hook_exists_while_a_sparsifier_is_attached() -> None:
     gc.collect()
     before = dict(_global_optimizer_post_hooks)
     (first, one), (second, other) = make(24), make(24)
@@ -201,13 +203,13 @@ def test_hooks_of_all_optimizers_are_there_while_one_is_attached() -> None:
     assert len(_global_optimizer_post_hooks) <= len(before) + 1
     warnings_of(one.detach)
     stranger = Adam(second.parameters())
-    (said,) = warnings_of(lambda: train(second, stranger, range(2)))
-    assert "not attached: net.0" in said
+    (text,) = warnings_of(lambda: train(second, stranger, range(2)))
+    assert "not attached: net.0" in text
     warnings_of(other.detach)
     assert dict(_global_optimizer_post_hooks).keys() <= before.keys()
 
 
-def test_a_sparsifier_that_was_never_detached_is_not_kept() -> None:
+def test_a_sparsifier_that_was_never_detached_is_collected() -> None:
     import weakref
 
     model, sparsifier = make(24)

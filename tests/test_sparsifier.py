@@ -1,4 +1,4 @@
-"""The engine in plain loops: what counts as a step, who is updated when, and how it goes on."""
+"""The engine in plain loops: counted steps, times of updates, hooks, warnings and resuming."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from sparse_lightning import BlockSparseLinear, Sparsifier
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.policy.criteria import BlockScores, gradient, magnitude, needs
-from sparse_lightning.policy.evolution import ModelUpdate
 from sparse_lightning.policy.rules import Decision, DropAndGrow, UpdateRequest
+from sparse_lightning.policy.updates import ModelUpdate
 from tests.callbacks.test_resume import assert_identical
 from tests.extensions import fewest
 from tests.loops import (
@@ -40,7 +40,7 @@ from tests.loops import (
 
 @needs("gradient", "momentum", "saliency", "movement")
 class Seeing:
-    """The usual rule, or another one, which keeps what it was asked."""
+    """Wraps a rule, by default the usual one, and records its requests."""
 
     def __init__(self, rule: Callable[[UpdateRequest], Decision] | None = None) -> None:
         self.rule = rule or DropAndGrow(magnitude, gradient)
@@ -51,7 +51,7 @@ class Seeing:
         return self.rule(request)
 
     def by_layer(self) -> dict[str, list[int]]:
-        """The steps at which each layer was updated."""
+        """Return the steps at which each layer was updated."""
         steps: dict[str, list[int]] = {}
         for request in self.requests:
             for name in request.layers:
@@ -61,11 +61,11 @@ class Seeing:
 
 @needs("gradient")
 class SeeingGradients(Seeing):
-    """As the other, but all that it needs is the gradient of the step."""
+    """A `Seeing` that needs only the gradient of the step."""
 
 
 def dense_norms(model: Net, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> dict[str, Any]:
-    """Norms of the blocks of dense weight gradients, by autograd on a dense model."""
+    """Return block norms of the dense weight gradients, by autograd on a dense model."""
     layers = sparse(model)
     weights = {name: layer.dense_weight().requires_grad_() for name, layer in layers.items()}
 
@@ -83,21 +83,21 @@ def dense_norms(model: Net, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]
 
 
 def updates_of(sparsifier: Sparsifier) -> list[ModelUpdate]:
-    """A list that every update from here on is put into."""
+    """Return a list to which every update from now on is appended."""
     found: list[ModelUpdate] = []
     sparsifier.register_update_hook(lambda _, update: found.append(update))
     return found
 
 
-def said_of(warned: Iterable[warnings.WarningMessage], what: str) -> list[str]:
+def messages_with(warned: Iterable[warnings.WarningMessage], what: str) -> list[str]:
     return [str(w.message) for w in warned if what in str(w.message)]
 
 
-# -- how it is made and attached ------------------------------------------------------------------
+# -- construction and attaching -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("total", [0, -1, 2.5, True, "24"])
-def test_a_number_of_steps_that_is_none_is_refused(total: Any) -> None:
+def test_an_invalid_number_of_steps_is_refused(total: Any) -> None:
     model = Net()
     with pytest.raises(ValueError, match="`total_steps` must be an integer of at least 1, or None"):
         Sparsifier(model, total, block_size=16)
@@ -120,7 +120,7 @@ def test_fractions_need_a_number_of_steps(times: dict[str, Any]) -> None:
     optimizer = adamw(model.parameters())
     with pytest.raises(ValueError, match=r"need a training of known length.*total_steps"):
         sparsifier.attach(optimizer)
-    assert not optimizer._optimizer_step_post_hooks and not model.net[0].locked
+    assert not optimizer._optimizer_step_post_hooks and not model.net[0]._is_locked
     train(model, optimizer, range(2))
     assert sparsifier.steps == 0
 
@@ -134,7 +134,7 @@ def test_steps_need_no_number_of_steps() -> None:
     assert [update.step for update in updates] == [3, 6, 7]
 
 
-def test_the_global_distribution_is_refused_where_optimizers_have_steps_of_their_own() -> None:
+def test_the_global_distribution_is_refused_with_several_optimizers() -> None:
     model, sparsifier = make(density=FALLING, distribution="global", update={"every_n_steps": 3})
     first, rest = (
         adamw(model.net[0].parameters()),
@@ -148,7 +148,7 @@ def test_the_global_distribution_is_refused_where_optimizers_have_steps_of_their
 
 
 class Wrapped(Optimizer):
-    """As Accelerate wraps an optimizer."""
+    """A wrapper like that of Accelerate."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -162,7 +162,7 @@ def test_an_optimizer_may_be_wrapped(depth: int) -> None:
     for _ in range(depth):
         wrapped = Wrapped(wrapped)
     sparsifier.attach(wrapped)
-    sparsifier.attach(wrapped, optimizer)  # no second time
+    sparsifier.attach(wrapped, optimizer)  # has no further effect
     train(model, optimizer, range(8))
     assert sparsifier.steps == 8 and sparsifier.n_updates == 2
 
@@ -177,13 +177,13 @@ def test_layers_in_no_optimizer_are_named_once(holds: str) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         train(model, optimizer, range(8))
-    told = said_of(warned, "in no optimizer that is attached")
-    assert len(told) == 1
+    texts = messages_with(warned, "in no optimizer that is attached")
+    assert len(texts) == 1
     if holds == "a part":
-        assert ": net.0. " in told[0]
+        assert ": net.0. " in texts[0]
         assert sparsifier.last_update is not None and [*sparsifier.last_update.layers] == ["net.2"]
     else:
-        assert "AdamW, holds none" in told[0] and "net.0, net.2. " in told[0]
+        assert "AdamW, holds none" in texts[0] and "net.0, net.2. " in texts[0]
         assert sparsifier.steps == 0 and sparsifier.last_update is None
 
 
@@ -208,13 +208,13 @@ def a_closure_without_a_backward(model: Net, optimizer: Optimizer) -> Any:
 @pytest.mark.parametrize("empty", [none_at_all, of_the_head_alone, a_closure_without_a_backward])
 @pytest.mark.parametrize("drop", ["magnitude", "movement"])
 def test_steps_without_a_gradient_do_not_count(empty: Any, drop: str) -> None:
-    """Updates come after as many steps that did, by the same scores."""
+    """Updates come after the same number of counted steps, with the same scores."""
 
     def run(between: Any) -> tuple[list[int], Net]:
-        # Those that do not count are among the planned ones.
+        # The steps that do not count are among the planned ones.
         total = 12 if between is None else 24
         model, sparsifier = make(total, drop=drop, update={"every_n_steps": 4, "until": 12})
-        # So that a step without a gradient changes nothing: no decay, no momentum.
+        # Without decay and momentum, a step without a gradient changes nothing.
         optimizer = SGD(model.parameters(), lr=0.1)
         sparsifier.attach(optimizer)
         head = copy.deepcopy(model.head.state_dict())
@@ -253,7 +253,12 @@ def test_steps_that_a_scaler_skips_do_not_count(fused: bool, drop: str) -> None:
         scaler.update()
         optimizer.zero_grad()
     assert sparsifier.steps == 12 and [update.step for update in updates] == [4, 8, 12]
-    assert sum(len(of.grown) for update in updates for of in update.layers.values()) > 0
+    assert (
+        sum(
+            len(layer_update.grown) for update in updates for layer_update in update.layers.values()
+        )
+        > 0
+    )
     assert_all_valid(model, optimizer, 8)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -301,13 +306,13 @@ def test_a_step_of_micro_batches_is_one(micro: int) -> None:
             for name, norms in found.items():
                 squares[name] = squares.get(name, torch.zeros(())) + norms.square()
         if step in (3, 7):
-            expected.append({name: of.sqrt() for name, of in squares.items()})
+            expected.append({name: squared.sqrt() for name, squared in squares.items()})
         optimizer.step()
         optimizer.zero_grad()
     assert sparsifier.steps == 8 and [r.step for r in rule.requests] == [4, 8]
-    for request, of_layers in zip(rule.requests, expected, strict=True):
+    for request, layer_norms in zip(rule.requests, expected, strict=True):
         for name, scores in request.layers.items():
-            torch.testing.assert_close(scores.gradient, of_layers[name], rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(scores.gradient, layer_norms[name], rtol=1e-4, atol=1e-8)
 
 
 # -- more than one optimizer ----------------------------------------------------------------------
@@ -316,7 +321,7 @@ def test_a_step_of_micro_batches_is_one(micro: int) -> None:
 @pytest.mark.parametrize("every", [2, 3, 4])
 @pytest.mark.parametrize("first", ["net.0", "net.2"])
 def test_optimizers_update_at_their_own_counts(first: str, every: int) -> None:
-    """One steps in each batch, the other in each second, third or fourth."""
+    """One optimizer steps in each batch, the other in each second, third or fourth."""
     (second,) = {"net.0", "net.2"} - {first}
     rule = Seeing()
     model, sparsifier = make(None, rule=rule, density={**FALLING, "until": 6}, update=EVERY_THIRD)
@@ -336,20 +341,24 @@ def test_optimizers_update_at_their_own_counts(first: str, every: int) -> None:
     assert rule.by_layer() == {first: [3, 6, 9], second: [3, 6, 9]}
     assert [update.number for update in updates] == [1, 2, 3, 4, 5, 6]
     assert all(len(update.layers) == 1 for update in updates)
-    assert [of["steps"] for of in sparsifier.state_dict()["courses"]] == [10 * every, 10]
+    assert [saved["steps"] for saved in sparsifier.state_dict()["courses"]] == [10 * every, 10]
     assert sparsifier.steps == 10 * every and blocks(model) == [8, 8]
 
 
 EVERY_THIRD = {"every_n_steps": 3, "until": 9}
 
 
-@pytest.mark.parametrize("of", [(AdamW, SGD), (SGD, AdamW)], ids=lambda of: of[0].__name__)
+@pytest.mark.parametrize(
+    "classes", [(AdamW, SGD), (SGD, AdamW)], ids=lambda classes: classes[0].__name__
+)
 @pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
-def test_a_layer_in_two_optimizers_has_both_states_reset(density: Any, of: tuple[Any, Any]) -> None:
-    """It follows the first of them; and both follow it where memory is given up."""
+def test_a_layer_in_two_optimizers_has_both_states_reset(
+    density: Any, classes: tuple[Any, Any]
+) -> None:
+    """The layer follows the first optimizer; both states follow the layer when it shrinks."""
     options = {AdamW: {"lr": 1e-2}, SGD: {"lr": 1e-2, "momentum": 0.9}}
     model, sparsifier = make(24, density=density, update={"every_n_steps": 4})
-    one, two = (cls(model.parameters(), **options[cls]) for cls in of)
+    one, two = (cls(model.parameters(), **options[cls]) for cls in classes)
     sparsifier.attach(one, two)
     reset = 0
 
@@ -382,7 +391,7 @@ def test_a_layer_in_two_optimizers_has_both_states_reset(density: Any, of: tuple
 def test_what_a_critic_collects_for_its_generator_does_not_count(
     generator_first: bool, set_to_none: bool
 ) -> None:
-    """Its gradients are zeroed before its own step."""
+    """The gradients of the critic are zeroed before its own step."""
     rule = SeeingGradients()
     critic, sparsifier = make(12, rule=rule, update={"every_n_steps": 3, "until": 12})
     generator = nn.Linear(8, 64)
@@ -417,7 +426,7 @@ def test_what_a_critic_collects_for_its_generator_does_not_count(
 
 
 def without(model: Net, name: str, number: int) -> Tensor:
-    """A loss that the layer `name` has no part in."""
+    """Return a loss that does not depend on the layer `name`."""
     x, y = batch(number)
     if name == "net.2":
         return nn.functional.cross_entropy(model.head(model.net[:2](x)[:, :64]), y)
@@ -428,7 +437,7 @@ def without(model: Net, name: str, number: int) -> Tensor:
 @pytest.mark.parametrize("away", [1, 2, 4, 6])
 @pytest.mark.parametrize("name", ["net.0", "net.2"])
 def test_a_layer_without_a_gradient_waits_for_its_next_step_with_one(name: str, away: int) -> None:
-    """From the update at step 4 on it is away for so many steps; its evidence is of the first."""
+    """It has no gradient for `away` steps from step 4 on, and is scored by the first one after."""
     rule = SeeingGradients()
     model, sparsifier = make(16, rule=rule, update={"every_n_steps": 4, "until": 16})
     optimizer = adamw(model.parameters())
@@ -449,12 +458,12 @@ def test_a_layer_without_a_gradient_waits_for_its_next_step_with_one(name: str, 
             optimizer.zero_grad()
             if is_away:
                 assert torch.equal(masks(model)[name], before)
-    (told,) = said_of(warned, "not scored")
-    assert "at step 4, as they had no gradient of the loss that was applied, or " in told
-    assert f": {name}. " in told
+    (text,) = messages_with(warned, "not scored")
+    assert "at step 4, as they had no gradient of the loss that was applied, or " in text
+    assert f": {name}. " in text
     (other,) = {"net.0", "net.2"} - {name}
-    late = [4 + away] if away != 4 else []  # then it is due again
-    expected = sorted({*late, *(at for at in (4, 8, 12, 16) if not 4 <= at < 4 + away)})
+    late = [4 + away] if away != 4 else []  # otherwise it is due again then
+    expected = sorted({*late, *(due for due in (4, 8, 12, 16) if not 4 <= due < 4 + away)})
     assert rule.by_layer() == {name: expected, other: [4, 8, 12, 16]}
     request = next(request for request in rule.requests if name in request.layers)
     torch.testing.assert_close(
@@ -495,7 +504,7 @@ def test_a_layer_that_is_frozen_while_it_waits_is_left_alone() -> None:
     assert not model.net[2].armed
 
 
-# -- rules of one's own ---------------------------------------------------------------------------
+# -- user-defined rules ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", [fewest, "tests.extensions.fewest"], ids=["function", "path"])
@@ -516,7 +525,7 @@ def test_a_rule_that_is_a_function(density: Any, rule: Any) -> None:
 
 
 class Alternating:
-    """Exchanges at every second of its calls only; counts them in its state."""
+    """Exchanges blocks at every second call only, and counts its calls in its state."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -547,7 +556,9 @@ def test_a_rule_that_has_a_state(cut: int) -> None:
     sparsifier.attach(optimizer)
     moved: list[bool] = []
     sparsifier.register_update_hook(
-        lambda _, update: moved.append(any(len(of.changed) for of in update.layers.values()))
+        lambda _, update: moved.append(
+            any(len(layer_update.changed) for layer_update in update.layers.values())
+        )
     )
     train(model, optimizer, range(cut))
     state = saved(model, optimizer, sparsifier)
@@ -581,25 +592,27 @@ def of_another_shape(request: UpdateRequest) -> Decision:
 
 
 def of_too_many(request: UpdateRequest) -> Decision:
-    return Decision({name: torch.ones_like(of.mask) for name, of in request.layers.items()})
+    return Decision(
+        {name: torch.ones_like(layer_scores.mask) for name, layer_scores in request.layers.items()}
+    )
 
 
 @pytest.mark.parametrize(
-    ("rule", "error", "says"),
+    ("rule", "error", "message"),
     [
         (no_decision, TypeError, r"`rule` must return a Decision; got dict"),
-        (of_another_layer, ValueError, r"decide on layers of the request; got 'net\.7'"),
-        (without_a_block, ValueError, r"leave every layer a block.*layer 'net\.0'"),
+        (of_another_layer, ValueError, r"decide only on layers of the request; got 'net\.7'"),
+        (without_a_block, ValueError, r"leave every layer at least one block.*layer 'net\.0'"),
         (of_another_shape, ValueError, r"`mask` must be bool \[8, 4\].*layer 'net\.0'"),
         (of_too_many, ValueError, r"`mask` must have at most 8 blocks.*got 32.*layer 'net\.0'"),
     ],
 )
-def test_a_rule_that_decides_what_cannot_be_is_named(rule: Any, error: Any, says: str) -> None:
+def test_an_invalid_decision_is_refused(rule: Any, error: Any, message: str) -> None:
     model, sparsifier = make(12, rule=rule, update={"every_n_steps": 4})
     optimizer = adamw(model.parameters())
     sparsifier.attach(optimizer)
     before = masks(model)
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         train(model, optimizer, range(12))
     assert sparsifier.steps == 4 and sparsifier.last_update is None
     assert_identical(masks(model), before)
@@ -609,12 +622,12 @@ def test_a_rule_that_decides_what_cannot_be_is_named(rule: Any, error: Any, says
 @pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_blocks_know_their_age_and_values(density: Any, resumed: bool) -> None:
-    """Against births that are followed by place, also over a checkpoint and given up memory."""
+    """Compared with grow steps recorded per grid position, across a checkpoint and shrinking."""
     births: dict[str, Tensor] = {}
-    asked: list[int] = []
+    requested_at: list[int] = []
 
     def check(request: UpdateRequest) -> None:
-        asked.append(request.step)
+        requested_at.append(request.step)
         for name, scores in request.layers.items():
             layer = sparse(held[0])[name]
             assert (scores.layer, scores.step) == (name, request.step)
@@ -633,8 +646,8 @@ def test_blocks_know_their_age_and_values(density: Any, resumed: bool) -> None:
         return usual(request)
 
     def follow(_: Sparsifier, update: ModelUpdate) -> None:
-        for name, of in update.layers.items():
-            places = of.coords[of.grown].long()
+        for name, layer_update in update.layers.items():
+            places = layer_update.coords[layer_update.grown].long()
             births[name][places[:, 0], places[:, 1]] = update.step
 
     usual = SparsityConfig(block_size=16, grow="random").update_rule
@@ -657,8 +670,8 @@ def test_blocks_know_their_age_and_values(density: Any, resumed: bool) -> None:
         load(state, model, optimizer, sparsifier)
         sparsifier.attach(optimizer)
     train(model, optimizer, range(11, 24))
-    assert asked == [*range(2, 19, 2)]
-    assert len({int(born) for of in births.values() for born in of.unique()}) > 3
+    assert requested_at == [*range(2, 19, 2)]
+    assert len({int(step) for born in births.values() for step in born.unique()}) > 3
 
 
 # -- hooks ----------------------------------------------------------------------------------------
@@ -673,22 +686,22 @@ def test_update_hooks_are_called_after_the_update_and_can_be_removed() -> None:
     def hook(who: Sparsifier, update: ModelUpdate) -> None:
         assert who is sparsifier and who.last_update is update
         assert (who.n_updates, who.steps) == (update.number, update.step)
-        for name, of in update.layers.items():
-            at = who.layers[name].topology
-            assert at.n_blocks == of.n_after
-            present = {tuple(pair) for pair in of.coords.tolist() if pair[0] >= 0}
-            assert {tuple(pair) for pair in at.mask.nonzero().tolist()} == present
+        for name, layer_update in update.layers.items():
+            topology = who.layers[name].topology
+            assert topology.n_blocks == layer_update.n_after
+            present = {tuple(pair) for pair in layer_update.coords.tolist() if pair[0] >= 0}
+            assert {tuple(pair) for pair in topology.mask.nonzero().tolist()} == present
         assert_all_valid(model, optimizer)
         called.append(("first", update.step))
         if update.step == 18:
-            # Memory, too, has followed by now.
+            # The memory has shrunk by now, too.
             assert [len(layer.values) for layer in who.layers.values()] == [8, 8]
 
     sparsifier.register_update_hook(hook)
     second = sparsifier.register_update_hook(
         lambda _, update: called.append(("second", update.step))
     )
-    # What was there before looks at the model once it is over.
+    # A hook that was registered earlier still runs after the update.
     looked: list[tuple[int, float]] = []
     optimizer.register_step_post_hook(
         lambda *_: looked.append((sparsifier.steps, sparsifier.density))
@@ -710,8 +723,8 @@ def test_update_hooks_are_called_after_the_update_and_can_be_removed() -> None:
 
 @pytest.mark.parametrize("rules", [{}, {"drop": "movement", "grow": "momentum"}])
 @pytest.mark.parametrize("after", [3, 4, 9])
-def test_nothing_is_left_of_it_once_it_is_detached(after: int, rules: dict[str, Any]) -> None:
-    """`after` 3 steps layers are armed, as an update comes next."""
+def test_detach_removes_all_hooks_and_locks(after: int, rules: dict[str, Any]) -> None:
+    """After 3 steps layers are armed, since the next step has an update."""
     model, sparsifier = make(12, update={"every_n_steps": 4, "until": 12}, **rules)
     one = adamw(model.net[0].parameters())
     two = adamw([*model.net[2].parameters(), *model.head.parameters()])
@@ -728,7 +741,7 @@ def test_nothing_is_left_of_it_once_it_is_detached(after: int, rules: dict[str, 
         assert not optimizer._optimizer_step_pre_hooks
         assert not optimizer._optimizer_step_post_hooks
     for layer in sparse(model).values():
-        assert not layer.armed and not layer.locked and layer.block_norms.grad is None
+        assert not layer.armed and not layer._is_locked and layer.block_norms.grad is None
         assert not layer.values._backward_hooks and not layer.block_norms._backward_hooks
     before, state = masks(model), sparsifier.state_dict()
     for number in range(after, 12):
@@ -737,13 +750,13 @@ def test_nothing_is_left_of_it_once_it_is_detached(after: int, rules: dict[str, 
         two.step()
         model.zero_grad()
     assert_identical(masks(model), before)
-    assert [of["steps"] for of in state["courses"]] == [after, after]
-    assert [of["steps"] for of in sparsifier.state_dict()["courses"]] == [after, after]
+    assert [saved["steps"] for saved in state["courses"]] == [after, after]
+    assert [saved["steps"] for saved in sparsifier.state_dict()["courses"]] == [after, after]
     assert sparsifier.steps == after
 
 
-def test_what_has_come_of_it_is_told_once_it_is_detached() -> None:
-    """Of the optimizer that holds layers, which need not be the first."""
+def test_steps_and_timetable_stay_after_detach() -> None:
+    """They are those of the optimizer that holds layers, which need not be the first."""
     model, sparsifier = make(24, update={"every_n_steps": 4})
     head, body = adamw(model.head.parameters()), adamw(model.net.parameters())
     sparsifier.attach(head, body)
@@ -762,7 +775,7 @@ def test_what_has_come_of_it_is_told_once_it_is_detached() -> None:
 
 
 def saved(model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier) -> dict[str, Any]:
-    """What was written to a file and read again, of which nothing is executed."""
+    """Return the states after saving to a file and loading with `weights_only`."""
     file = io.BytesIO()
     state = {
         "model": model.state_dict(),
@@ -792,13 +805,13 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-# 4: an update comes next; 5: just after one; 10: memory has followed; 18: after the last.
+# 4: right before an update; 5: right after it; 10: after shrinking; 18: after the last update.
 @pytest.mark.parametrize("cut", [1, 4, 5, 8, 10, 13, 17, 18, 21])
 @pytest.mark.parametrize("rules", RESUMED)
 def test_it_resumes_bit_for_bit(rules: str, cut: int) -> None:
     def start() -> tuple[Net, Sparsifier, Optimizer]:
         model, sparsifier = make(24, density=FALLING, update=EVERY_FIFTH, **RESUMED[rules])
-        # The one shows that state follows, the other that grown blocks do not jump.
+        # Its momentum and its second moments have to follow the blocks.
         return model, sparsifier, adamw(model.parameters())
 
     model, sparsifier, optimizer = start()
@@ -823,8 +836,8 @@ EVERY_FIFTH = {"every_n_steps": 5}
 
 
 @pytest.mark.parametrize("cut", [4, 5, 6])
-def test_a_layer_that_waits_waits_on(cut: int) -> None:
-    """Saved before, at and after the update that passed it over."""
+def test_waiting_layers_resume(cut: int) -> None:
+    """The state is saved before, at and after the update that the layer missed."""
 
     def start() -> tuple[Net, Sparsifier, Optimizer]:
         model, sparsifier = make(16, update={"every_n_steps": 5, "until": 15})
@@ -877,7 +890,7 @@ def test_several_optimizers_resume(cut: int) -> None:
 
     model, sparsifier, optimizers = start()
     sparsifier.attach(*optimizers)
-    # What an optimizer that has not stepped yet has accumulated is in no state.
+    # Gradients accumulated for a step that is not taken yet are in no state.
     cut -= cut % 2
     go(model, optimizers, range(cut))
     state = copy.deepcopy(
@@ -887,8 +900,8 @@ def test_several_optimizers_resume(cut: int) -> None:
     other, resumed, its_optimizers = start()
     other.load_state_dict(state[0])
     resumed.load_state_dict(state[1])
-    for optimizer, of in zip(its_optimizers, state[2:], strict=True):
-        optimizer.load_state_dict(of)
+    for optimizer, saved_state in zip(its_optimizers, state[2:], strict=True):
+        optimizer.load_state_dict(saved_state)
     resumed.attach(*its_optimizers)
     go(other, its_optimizers, range(cut, 16))
     assert_identical(
@@ -898,12 +911,12 @@ def test_several_optimizers_resume(cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"block_size": 32}, r"block_size=32 \(was 16\)"),
         ({"density": 0.5}, r"density\.initial=0\.5 \(was 0\.25\), density\.final=0\.5"),
         ({"drop": "movement"}, r"drop='\S*movement' \(was '\S*magnitude'\)"),
-        ({"grow": "none"}, r"grow=None \(was '\S*gradient'\)"),
+        ({"grow": "none"}, r"grow='none' \(was 'gradient'\)"),
         ({"update": {"every_n_steps": 3}}, r"update\.every_n_steps=3 \(was 5\)"),
         ({"drop_fraction": 0.1}, r"drop_fraction\.final=0\.1 \(was 0\.0\)"),
         ({"rule": fewest}, r"rule='tests\.extensions\.fewest' \(was None\)"),
@@ -911,14 +924,16 @@ def test_several_optimizers_resume(cut: int) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_configuration_is_refused_naming_the_key(change: dict[str, Any], says: str) -> None:
+def test_another_configuration_is_refused_naming_the_key(
+    change: dict[str, Any], message: str
+) -> None:
     model, sparsifier = make(24, update=EVERY_FIFTH)
     optimizer = adamw(model.parameters())
     sparsifier.attach(optimizer)
     train(model, optimizer, range(7))
     _, other = make(24, **{"update": EVERY_FIFTH, **change})
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"configured as before.*; got .*" + says):
+    with pytest.raises(ValueError, match=r"configured as before.*; got .*" + message):
         other.load_state_dict(sparsifier.state_dict())
     assert_identical(str(other.state_dict()), str(before))
 
@@ -939,25 +954,25 @@ WHOLE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("told", "total"), [(1, 6), (6, 13), (9, 10), (12, 13), (13, 18)])
+@pytest.mark.parametrize(("known_from", "total"), [(1, 6), (6, 13), (9, 10), (12, 13), (13, 18)])
 @pytest.mark.parametrize("distribution", ["uniform", "erdos_renyi", "global"])
 def test_the_density_arrives_at_the_last_step_of_a_shorter_training(
-    distribution: str, told: int, total: int
+    distribution: str, known_from: int, total: int
 ) -> None:
-    """24 steps were planned; while the training runs it is told that they are fewer."""
+    """24 steps were planned; from step `known_from` on, `planned` returns fewer."""
     model, sparsifier = make(24, distribution=distribution, **WHOLE)
     optimizer = adamw(model.parameters())
-    asked: list[int] = []
+    requested_at: list[int] = []
 
-    def planned(of: Optimizer, steps: int) -> int:
-        assert of is optimizer
-        asked.append(steps)
-        return 24 if steps < told else total
+    def planned(stepped: Optimizer, steps: int) -> int:
+        assert stepped is optimizer
+        requested_at.append(steps)
+        return 24 if steps < known_from else total
 
     sparsifier.attach(optimizer, planned=planned)
     densities: list[float] = []
     train(model, optimizer, range(total), lambda _: densities.append(sparsifier.density))
-    assert asked == [*range(1, total + 1)]
+    assert requested_at == [*range(1, total + 1)]
     assert densities == sorted(densities, reverse=True)
     assert densities[-1] == 0.25 < densities[-2]
     with warnings.catch_warnings():
@@ -965,12 +980,12 @@ def test_the_density_arrives_at_the_last_step_of_a_shorter_training(
         sparsifier.detach()
 
 
-@pytest.mark.parametrize(("told", "total"), [(1, 24), (4, 14), (11, 24)])
-def test_a_longer_training_moves_the_rest_of_the_schedule(told: int, total: int) -> None:
+@pytest.mark.parametrize(("known_from", "total"), [(1, 24), (4, 14), (11, 24)])
+def test_a_longer_training_moves_the_rest_of_the_schedule(known_from: int, total: int) -> None:
     """12 steps were planned; the density never rises again."""
     model, sparsifier = make(12, **WHOLE)
     optimizer = adamw(model.parameters())
-    sparsifier.attach(optimizer, planned=lambda _, steps: 12 if steps < told else total)
+    sparsifier.attach(optimizer, planned=lambda _, steps: 12 if steps < known_from else total)
     densities: list[float] = []
     train(model, optimizer, range(total), lambda _: densities.append(sparsifier.density))
     assert densities == sorted(densities, reverse=True)
@@ -978,7 +993,7 @@ def test_a_longer_training_moves_the_rest_of_the_schedule(told: int, total: int)
 
 
 @pytest.mark.parametrize("stop", [4, 9, 17])
-def test_a_training_that_stopped_early_is_told_of(stop: int) -> None:
+def test_a_training_that_stopped_early_warns(stop: int) -> None:
     model, sparsifier = make(
         24, density={**FALLING, "until": 18}, update={"every_n_steps": 3, "until": 18}
     )
@@ -991,19 +1006,19 @@ def test_a_training_that_stopped_early_is_told_of(stop: int) -> None:
         warnings.simplefilter("always")
         sparsifier.detach()
         sparsifier.detach()
-    (told,) = said_of(warned, "The training has ended")
-    assert f"at density {reached}, where 0.250 was asked for" in told
-    assert told.endswith(
+    (text,) = messages_with(warned, "The training has ended")
+    assert f"at density {reached}, where 0.250 was asked for" in text
+    assert text.endswith(
         f": {stop} steps were taken, and 1 more did not count, where the schedule takes 18."
     )
 
 
 @pytest.mark.parametrize("rules", [{}, {"drop": "saliency", "grow": "momentum"}])
 @pytest.mark.parametrize("lost", [[0], [5, 6], [10, 11, 12], [19], [22, 23], [*range(0, 24, 2)]])
-def test_steps_that_do_not_count_are_lost_of_those_that_were_planned(
+def test_steps_without_gradients_reduce_the_planned_steps(
     lost: list[int], rules: dict[str, Any]
 ) -> None:
-    """The density arrives at the last that does, and each layer is scored in time."""
+    """The density arrives at the last counted step, and each layer is scored in time."""
     model, sparsifier = make(24, **WHOLE, **rules)
     optimizer = adamw(model.parameters())
     sparsifier.attach(optimizer)
@@ -1018,7 +1033,7 @@ def test_steps_that_do_not_count_are_lost_of_those_that_were_planned(
                 train(model, optimizer, [number])
     taken = 24 - len(lost)
     assert sparsifier.steps == taken
-    # Whoever loses the very last ones learns of it too late.
+    # If the last planned step is lost, it is too late for an update.
     if 23 not in lost:
         assert updates[-1].step == taken and sparsifier.density == 0.25
     else:
@@ -1026,7 +1041,7 @@ def test_steps_that_do_not_count_are_lost_of_those_that_were_planned(
 
 
 @pytest.mark.parametrize("steps", [12, 24])
-def test_a_training_that_arrived_is_not_told_of(steps: int) -> None:
+def test_a_complete_training_does_not_warn(steps: int) -> None:
     model, sparsifier = make(24, density=FALLING, update={"every_n_steps": 3})
     optimizer = adamw(model.parameters())
     sparsifier.attach(optimizer)
@@ -1039,7 +1054,7 @@ def test_a_training_that_arrived_is_not_told_of(steps: int) -> None:
 @pytest.mark.parametrize("frozen", ["net.0", "net.2"])
 @pytest.mark.parametrize("held", [True, False])
 def test_a_frozen_layer_keeps_its_blocks_under_erdos_renyi(held: bool, frozen: str) -> None:
-    """The other one gets its share, and at the end the layer is named."""
+    """The other layer gets its own budget, and `detach` names the frozen one."""
     model, sparsifier = make(
         24, density=FALLING, distribution="erdos_renyi", update={"every_n_steps": 3}
     )
@@ -1055,22 +1070,21 @@ def test_a_frozen_layer_keeps_its_blocks_under_erdos_renyi(held: bool, frozen: s
     train(model, optimizer, range(24))
     (other,) = {"net.0", "net.2"} - {frozen}
     assert all([*update.layers] == [other] for update in updates) and len(updates) == 6
-    budgets = sparsifier.config.budgets_at(
-        1.0, {n: m.topology.grid for n, m in sparse(model).items()}
-    )
+    grids = {n: m.topology.grid for n, m in sparse(model).items()}
+    budgets = sparsifier.config.budgets(grids).at(1.0)
     assert sparse(model)[other].topology.n_blocks == budgets[other] < 32
     assert torch.equal(masks(model)[frozen], mask)
     assert torch.equal(sparse(model)[frozen].values, values)
     reached = (32 + budgets[other]) / 64
-    says = rf"density {reached:.3f}, where 0\.250 .*frozen, in no optimizer.*: {frozen}\.$"
-    with pytest.warns(UserWarning, match=says):
+    message = rf"density {reached:.3f}, where 0\.250 .*frozen, in no optimizer.*: {frozen}\.$"
+    with pytest.warns(UserWarning, match=message):
         sparsifier.detach()
 
 
 @pytest.mark.parametrize("late", [7, 8, 9])
 @pytest.mark.parametrize("density", [0.25, FALLING], ids=["constant", "falling"])
 @pytest.mark.parametrize("rules", [{}, {"drop": "movement", "grow": "momentum"}])
-def test_a_layer_that_comes_into_the_optimizer_later_evolves_from_there(
+def test_a_layer_added_to_the_optimizer_later_evolves(
     rules: dict[str, Any], density: Any, late: int
 ) -> None:
     model, sparsifier = make(
@@ -1096,22 +1110,22 @@ def test_a_layer_that_comes_into_the_optimizer_later_evolves_from_there(
 @pytest.mark.parametrize(
     ("every", "warns"), [(1, False), (4, False), (8, False), (10, True), (12, True)]
 )
-def test_an_update_that_drops_more_than_half_is_told_of_in_advance(every: int, warns: bool) -> None:
+def test_an_update_that_drops_more_than_half_warns_in_advance(every: int, warns: bool) -> None:
     model, sparsifier = make(24, density=FALLING, update={"every_n_steps": every})
     optimizer = adamw(model.parameters())
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         sparsifier.attach(optimizer)
         sparsifier.attach(optimizer)
-    told = said_of(warned, "One topology update")
-    assert len(told) == warns
+    texts = messages_with(warned, "One topology update")
+    assert len(texts) == warns
     held = [64]
     sparsifier.register_update_hook(lambda *_: held.append(sum(blocks(model))))
     train(model, optimizer, range(24))
     falls = [1 - after / before for before, after in itertools.pairwise(held)]
     assert (max(falls) > 0.5) == warns
     if warns:
-        assert f"drops {max(falls):.0%} of the blocks" in told[0]
+        assert f"drops {max(falls):.0%} of the blocks" in texts[0]
 
 
 # -- dtypes ---------------------------------------------------------------------------------------
@@ -1119,7 +1133,7 @@ def test_an_update_that_drops_more_than_half_is_told_of_in_advance(every: int, w
 
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_are_fp32_whatever_the_default(default: torch.dtype) -> None:
-    """And the training is the same, to the last bit."""
+    """The training is the same, bit for bit."""
 
     def run(default: torch.dtype) -> tuple[Net, Seeing]:
         rule = Seeing()
@@ -1185,7 +1199,7 @@ def test_scores_are_fp32_whatever_the_weights(dtype: torch.dtype) -> None:
     assert all(isinstance(layer, BlockSparseLinear) for layer in sparsifier.layers.values())
 
 
-# -- what other programs do -----------------------------------------------------------------------
+# -- interaction with other code ------------------------------------------------------------------
 
 
 def test_a_hook_that_throws_gradients_away_hides_no_step() -> None:
@@ -1204,12 +1218,12 @@ def test_a_layer_is_evolved_by_one_at_a_time() -> None:
     second = Sparsifier(model, 24, block_size=16, exclude=["head"])
     with pytest.raises(RuntimeError, match=r"one Sparsifier at a time.*'net.0'.*Call `detach\(\)`"):
         second.attach(optimizer)
-    assert model.net[0].locked, "the first goes on"
+    assert model.net[0]._is_locked, "the first sparsifier is still attached"
     first.detach()
     second.attach(optimizer)
 
 
-def test_what_an_earlier_attach_holds_stays_if_another_fails() -> None:
+def test_earlier_optimizers_stay_attached_if_another_attach_fails() -> None:
     model, sparsifier = make(24)
     first = adamw(model.net[0].parameters())
     sparsifier.attach(first)
@@ -1230,8 +1244,8 @@ def test_a_training_that_took_no_step_leaves_no_schedule() -> None:
     assert sparsifier.timetable is not None and sparsifier.timetable.density_until == 40
 
 
-def test_another_list_of_as_many_parameters_is_noticed() -> None:
-    """As where layers are unfrozen one after the other."""
+def test_a_replaced_parameter_list_is_noticed() -> None:
+    """Training code that unfreezes layers one after the other replaces the list."""
     model, sparsifier = make(24, update={"every_n_steps": 2})
     first, second = model.net[0], model.net[2]
     optimizer = adamw(first.parameters())
@@ -1252,32 +1266,32 @@ def test_copies_of_the_model_are_no_part_of_the_training(make_copy: Any) -> None
     sparsifier.attach(optimizer)
     train(model, optimizer, range(1))
     loss_of(model, 1).backward()
-    assert model.net[0].armed and model.net[0].locked
+    assert model.net[0].armed and model.net[0]._is_locked
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other = make_copy(model)
     loss_of(other, 2).backward()
     for layer in sparse(other).values():
-        assert not layer.armed and not layer.locked and layer.block_norms.grad is None
+        assert not layer.armed and not layer._is_locked and layer.block_norms.grad is None
     optimizer.step()
-    assert sparsifier.last_update is not None, "and the training goes on"
+    assert sparsifier.last_update is not None, "the training continues"
 
 
-@pytest.mark.parametrize("told", [0, 2.5, True, None, "8"])
-def test_a_plan_that_is_none_is_refused(told: Any) -> None:
+@pytest.mark.parametrize("n_steps", [0, 2.5, True, None, "8"])
+def test_an_invalid_planned_number_is_refused(n_steps: Any) -> None:
     model, sparsifier = make(24)
     optimizer = adamw(model.parameters())
-    sparsifier.attach(optimizer, planned=lambda *_: told)
+    sparsifier.attach(optimizer, planned=lambda *_: n_steps)
     with pytest.raises(ValueError, match=r"`planned` must return an integer of at least 1.*; got"):
         train(model, optimizer, range(2))
 
 
 @pytest.mark.parametrize("argument", ["rewrap", "copies", "planned", "shrink"])
-def test_what_is_offered_is_checked(argument: str) -> None:
+def test_arguments_of_attach_are_checked(argument: str) -> None:
     model, sparsifier = make(24)
     with pytest.raises(TypeError, match=rf"`{argument}` must be .*; got 'yes'"):
         sparsifier.attach(adamw(model.parameters()), **{argument: "yes"})
-    assert not model.net[0].locked
+    assert not model.net[0]._is_locked
 
 
 @pytest.mark.parametrize("declared", ["gradient", ("gradients",), 3])
@@ -1292,7 +1306,7 @@ def test_a_rule_that_needs_what_is_not_offered_is_refused_before_the_swap(declar
     assert not sparse(model)
 
 
-def test_where_no_step_ever_counted_it_is_told() -> None:
+def test_a_training_without_a_counted_step_warns() -> None:
     model, sparsifier = make(24, density=FALLING)
     optimizer = adamw(model.parameters())
     sparsifier.attach(optimizer)
@@ -1302,20 +1316,20 @@ def test_where_no_step_ever_counted_it_is_told() -> None:
         sparsifier.detach()
 
 
-def test_one_that_was_never_attached_says_so() -> None:
+def test_a_sparsifier_that_was_never_attached_warns() -> None:
     model, sparsifier = make(4)
     train(model, adamw(model.parameters()), range(4))
     with pytest.warns(UserWarning, match=r"never attached to an optimizer.*Call `attach"):
         sparsifier.detach()
 
 
-def test_a_mistyped_option_is_answered_with_the_right_one() -> None:
+def test_a_mistyped_option_suggests_the_right_one() -> None:
     with pytest.raises(TypeError, match=r"no option 'block_sise' \(did you mean 'block_size'\?\)"):
         Sparsifier(Net(), 4, block_sise=16)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (
             {"density": {"schedule": lambda p: p}},
@@ -1327,8 +1341,8 @@ def test_a_mistyped_option_is_answered_with_the_right_one() -> None:
         ({"drop": lambda scores: scores.x}, r"`drop` must be .*has no attribute 'x'.*'net.0'"),
     ],
 )
-def test_a_mistake_in_a_function_of_ones_own_is_named(options: Any, says: str) -> None:
-    with pytest.raises(RuntimeError, match=says):
+def test_an_error_in_a_user_function_names_the_option(options: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
         model, sparsifier = make(8, **{"update": {"every_n_steps": 2}, **options})
         optimizer = adamw(model.parameters())
         sparsifier.attach(optimizer)
@@ -1336,7 +1350,7 @@ def test_a_mistake_in_a_function_of_ones_own_is_named(options: Any, says: str) -
 
 
 @pytest.mark.parametrize("kept", [{1, 2}, object()])
-def test_a_state_that_is_no_data_is_refused_when_it_is_given(kept: Any) -> None:
+def test_a_rule_state_that_is_no_data_is_refused(kept: Any) -> None:
     class Rule(Seeing):
         def state_dict(self) -> dict[str, Any]:
             return {"kept": [kept]}
@@ -1349,7 +1363,7 @@ def test_a_state_that_is_no_data_is_refused_when_it_is_given(kept: Any) -> None:
         make(4, rule=Rule())
 
 
-def test_a_state_that_cannot_be_taken_back_is_refused() -> None:
+def test_a_rule_state_that_cannot_be_loaded_is_refused() -> None:
     class Rule(Seeing):
         def state_dict(self) -> dict[str, Any]:
             return {}
@@ -1358,7 +1372,7 @@ def test_a_state_that_cannot_be_taken_back_is_refused() -> None:
         make(4, rule=Rule())
 
 
-def test_an_update_is_shown_on_a_line() -> None:
+def test_an_update_has_a_one_line_repr() -> None:
     model, sparsifier = make(4, update={"every_n_steps": 2})
     optimizer = adamw(model.parameters())
     sparsifier.attach(optimizer)
