@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,31 +11,59 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sparse_lightning import ranks
-from sparse_lightning.copies import averaged, by_hand, find_copies, lineages, says_nothing
+from sparse_lightning.copies import (
+    assign_lineages,
+    expand_follow,
+    find_averaged_prefixes,
+    find_copies,
+    is_trivial,
+)
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, dense_shape, is_conv1d
 from sparse_lightning.names import (
     DEFAULT_EXCLUDE,
     check_patterns,
-    is_chosen,
     is_exact,
+    is_selected,
     matches,
 )
-from sparse_lightning.roles import is_linear, output_heads, weight_readers
+from sparse_lightning.policy.distributions import Floor
+from sparse_lightning.roles import find_output_heads, find_read_weights, is_linear
 from sparse_lightning.sharding import is_sharded
 
 _NOT_INCLUDED = "not included"
 
 
 @dataclass(frozen=True)
+class SwapOptions:
+    """Which layers a swap selects, and how they start.
+
+    All are keywords of `sparsify`, except for `floor`: random blocks respect its minimum numbers of
+    blocks per block row and column.
+    """
+
+    block_size: int
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = DEFAULT_EXCLUDE
+    init: str = "random"
+    seed: int = 0
+    floor: Floor = field(default_factory=Floor)
+    follow: Mapping[str, str] = field(default_factory=dict)
+
+    def selects(self, name: str) -> bool:
+        """Return whether `include` and `exclude` select a name."""
+        return is_selected(name, self.include, self.exclude)
+
+
+@dataclass(frozen=True)
 class Selection:
-    """The dense linear layers of a model, by what is to become of them.
+    """What a swap would do with the dense linear layers of a model.
 
     Attributes:
-        layers: those that get blocks of their own.
-        follows: those that get the blocks of another, `{copy: original}`; the original is one of
-            `layers`, or block-sparse already.
-        skipped: why each of the others stays dense.
-        lineages: as `BlockSparseLinear.lineage`, of those that become block-sparse.
+        layers: layers that get their own blocks.
+        follows: layers that get the blocks of another, `{copy: source}`; the source is one of
+            `layers`, or already block-sparse.
+        skipped: the reason why each other layer stays dense.
+        lineages: `BlockSparseLinear._lineage` of each layer that becomes block-sparse.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -58,19 +86,13 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def select_layers(
-    model: nn.Module,
-    block_size: int,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    follow: Mapping[str, str] | None = None,
-) -> Selection:
-    """Return what `sparsify` would do with each linear layer; nothing is changed.
+def select_layers(model: nn.Module, options: SwapOptions) -> Selection:
+    """Return what `sparsify` would do with each linear layer, without changing the model.
 
-    Warns of patterns that match none.
+    Warns about patterns that match no layer.
 
     Raises:
-        ValueError: as `sparsify` does, if there is none to swap, or a pattern is wrong.
+        ValueError: if there is no layer to swap or an option is wrong, as `sparsify` does.
     """
     if is_linear(model):
         kind = "nn.Linear" if isinstance(model, nn.Linear) else type(model).__name__
@@ -78,52 +100,84 @@ def select_layers(
             f"`model` must contain the layers to replace; got a bare {kind}. "
             "Use BlockSparseLinear.from_linear(...)."
         )
+    include, exclude = options.include, options.exclude
     check_patterns("include", include)
     check_patterns("exclude", exclude)
-    _check_names(model, include)
-    tied = _tied_weights(model)
-    able, skipped = _able(model, block_size, include, exclude, tied)
-    # Copies of layers that are included follow them, whatever their names.
-    apart = {
+    _check_exact_names(model, include)
+    tied = _find_tied_weights(model)
+    eligible, skipped = _find_eligible(model, options, tied)
+    # A copy of an included layer follows it even if its own name is not included.
+    eligible_as_copies = {
         name: module
         for name, module in linear_layers(model)
         if skipped.get(name) == _NOT_INCLUDED
-        and is_chosen(name, ("*", *include), exclude)
-        and not _obstacle(module, block_size, tied)
+        and is_selected(name, ("*", *include), exclude)
+        and not _find_obstacle(module, options.block_size, tied)
     }
-    found = _sort_out(model, able, apart, include, _by_hand(model, follow or {}))
+    followed = _resolve_follow(model, options.follow)
+    found = _separate_copies(model, eligible, eligible_as_copies, include, followed)
     found.skipped.update({n: why for n, why in skipped.items() if n not in found.follows})
     if not found.layers and not any(True for _ in sparse_layers(model)):
-        raise ValueError(_nothing_to_swap(include, exclude, found.skipped))
-    _warn_of_idle_patterns(model, include, exclude)
+        raise ValueError(_describe_no_layers(options, found.skipped))
+    _warn_about_unused_patterns(model, options)
     order = [name for name, _ in linear_layers(model)]
     reasons = {name: found.skipped[name] for name in order if name in found.skipped}
     return Selection(found.layers, found.follows, reasons, found.lineages)
 
 
-def _able(
+def find_sparse_copies(
     model: nn.Module,
-    block_size: int,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    tied: set[int],
+    options: SwapOptions,
+    is_trained: Callable[[str, BlockSparseLinear], bool] | None = None,
+) -> dict[str, str]:
+    """Return the block-sparse layers of a model that are copies of others, `{copy: source}`.
+
+    Args:
+        model: model that contains the layers.
+        options: options that select the layers and name copies.
+        is_trained: predicate on layers; by default, a layer that is not frozen is trained. Layers
+            inside an `AveragedModel` never count as trained.
+    """
+    layers, averages = dict(sparse_layers(model)), find_averaged_prefixes(model)
+
+    def may_be_source(name: str) -> bool:
+        if any(name.startswith(prefix) for prefix in averages):
+            return False
+        layer = layers[name]
+        return layer.values.requires_grad if is_trained is None else is_trained(name, layer)
+
+    lineages = {name: layer._lineage for name, layer in layers.items()}
+    shapes = {name: dense_shape(layer) for name, layer in layers.items()}
+    found = find_copies(lineages, shapes, may_be_source)
+    found |= {c: s for c, s in expand_follow(options.follow, layers).items() if s in layers}
+    include = ("*", *options.include)
+    return {
+        copy: source
+        for copy, source in found.items()
+        if is_selected(copy, include, options.exclude) and options.selects(source)
+    }
+
+
+def _find_eligible(
+    model: nn.Module, options: SwapOptions, tied: set[int]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the layers that are asked for and can be block-sparse, and why others are left."""
-    able: dict[str, nn.Module] = {}
+    """Return the selected layers that can be block-sparse, and the reason to skip each other."""
+    include, exclude = options.include, options.exclude
+    eligible: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    names = _all_names(model)
-    roles = weight_readers(model)
+    names = _names_by_id(model)
+    roles = find_read_weights(model)
     if exclude:
-        roles = {**output_heads(model), **roles}
+        roles = {**find_output_heads(model), **roles}
     for name, module in linear_layers(model):
-        if not is_chosen(name, include, ()):
+        if not is_selected(name, include, ()):
             skipped[name] = _NOT_INCLUDED
-        elif not is_chosen(name, include, exclude) or (
+        elif not options.selects(name) or (
             name not in include
-            and not all(is_chosen(n, ("*",), exclude) for n in names[id(module)])
+            and not all(is_selected(n, ("*",), exclude) for n in names[id(module)])
         ):
             skipped[name] = "excluded"
-        elif reason := _obstacle(module, block_size, tied):
+        elif reason := _find_obstacle(module, options.block_size, tied):
             if name in include:
                 raise ValueError(
                     f"`include` must name layers that can be block-sparse; got '{name}': {reason}."
@@ -132,151 +186,152 @@ def _able(
         elif name in roles and name not in include:
             skipped[name] = roles[name]
         else:
-            able[name] = module
-    return able, skipped
+            eligible[name] = module
+    return eligible, skipped
 
 
-def _sort_out(
+def _separate_copies(
     model: nn.Module,
-    able: Mapping[str, nn.Module],
-    apart: Mapping[str, nn.Module],
+    eligible: Mapping[str, nn.Module],
+    eligible_as_copies: Mapping[str, nn.Module],
     include: Sequence[str],
-    told: Mapping[str, str],
+    followed: Mapping[str, str],
 ) -> Selection:
-    """Tell the layers that train from their copies, and from others that are frozen.
+    """Separate the layers that are trained from their copies and from other frozen layers.
 
     Args:
-        model: that has them.
-        able: layers that may become block-sparse.
-        apart: those that may only as copies.
-        include: names layers in full that are taken also where they are frozen.
-        told: by the user, `{copy: original}`.
+        model: model that contains the layers.
+        eligible: layers that may become block-sparse.
+        eligible_as_copies: layers that may become block-sparse only as copies.
+        include: patterns; a layer that they name in full is selected even if it is frozen.
+        followed: copies that the user names in `follow`, `{copy: source}`.
     """
-    averages = averaged(model)
-    # Of a model that is not to be trained at all, the layers are taken as they are.
-    some_train = any(parameter.requires_grad for parameter in model.parameters())
-    weights: dict[str, Any] = {n: module.weight for n, module in {**able, **apart}.items()}
+    averages = find_averaged_prefixes(model)
+    # If no parameter of the model is trained, being frozen does not distinguish its layers.
+    is_any_trained = any(parameter.requires_grad for parameter in model.parameters())
+    weights: dict[str, Any] = {n: m.weight for n, m in {**eligible, **eligible_as_copies}.items()}
 
-    def stands_still(name: str) -> bool:
+    def is_untrained(name: str) -> bool:
         if name in include:
             return False
-        frozen = some_train and not weights[name].requires_grad
-        return frozen or name in told or any(name.startswith(prefix) for prefix in averages)
+        is_frozen = is_any_trained and not weights[name].requires_grad
+        return is_frozen or name in followed or any(name.startswith(p) for p in averages)
 
-    found = Selection({n: module for n, module in able.items() if not stands_still(n)})
-    # A frozen layer that is asked for in full is not taken for a copy.
-    compared = {n: w for n, w in weights.items() if stands_still(n) or w.requires_grad}
-    found.lineages.update(lineages(compared))
-    shapes = {name: dense_shape(module) for name, module in {**able, **apart}.items()}
-    copies = {**find_copies(found.lineages, shapes, found.layers.__contains__), **told}
-    originals = {**found.layers, **dict(sparse_layers(model))}
-    for name in filter(stands_still, weights):
-        original = copies.get(name)
-        if original in originals:
-            found.follows[name] = original
-        elif name in told:
-            found.skipped[name] = f"it follows {original}, which stays dense"
-        elif name in able:
-            found.skipped[name] = _why_frozen(name, found)
+    found = Selection({n: module for n, module in eligible.items() if not is_untrained(n)})
+    # A frozen layer that `include` names in full is neither a copy nor a source.
+    compared = {n: w for n, w in weights.items() if is_untrained(n) or w.requires_grad}
+    found.lineages.update(assign_lineages(compared))
+    shapes = {n: dense_shape(module) for n, module in {**eligible, **eligible_as_copies}.items()}
+    copies = {**find_copies(found.lineages, shapes, found.layers.__contains__), **followed}
+    sources = {**found.layers, **dict(sparse_layers(model))}
+    for name in filter(is_untrained, weights):
+        source = copies.get(name)
+        if source in sources:
+            found.follows[name] = source
+        elif name in followed:
+            found.skipped[name] = f"it follows {source}, which stays dense"
+        elif name in eligible:
+            found.skipped[name] = _explain_frozen(name, found)
     return found
 
 
-def _why_frozen(name: str, found: Selection) -> str:
-    mine = found.lineages[name]
-    equal = [other for other in found.layers if found.lineages.get(other) == mine]
-    if not equal or says_nothing(mine):
+def _explain_frozen(name: str, found: Selection) -> str:
+    lineage = found.lineages[name]
+    equal = [other for other in found.layers if found.lineages.get(other) == lineage]
+    if not equal or is_trivial(lineage):
         return "frozen"
     others = equal[0] if len(equal) == 1 else f"{len(equal)} layers"
-    return f"frozen, and equal to {others}; if it is a copy, say of which by `follow`"
+    return f"frozen, and equal to {others}; if it is a copy, name its source in `follow`"
 
 
-def _by_hand(model: nn.Module, follow: Mapping[str, str]) -> dict[str, str]:
-    """Return what `follow` says of single layers.
+def _resolve_follow(model: nn.Module, follow: Mapping[str, str]) -> dict[str, str]:
+    """Return the layers that `follow` names as copies, `{copy: source}`.
 
     Raises:
-        ValueError: if a name is none of the model's, no layer is meant, or sizes differ.
+        ValueError: if a module does not exist or has no linear layers, or shapes differ.
     """
     layers: dict[str, Any] = {**dict(linear_layers(model)), **dict(sparse_layers(model))}
     modules = dict(model.named_modules())
-    for copy, original in follow.items():
-        for name in (copy, original):
+    for copy, source in follow.items():
+        for name in (copy, source):
             if name not in modules:
                 raise ValueError(
-                    f"`follow` must map modules of the model to modules; got {name!r}, which is "
-                    "none of them."
+                    f"`follow` must map modules of the model to modules; got {name!r}, which the "
+                    "model does not have."
                 )
-        if not by_hand({copy: original}, layers):
+        if not expand_follow({copy: source}, layers):
             raise ValueError(
-                f"`follow` must map modules that hold linear layers; got {copy!r}, which has none."
+                f"`follow` must map modules that have linear layers; got {copy!r}, which has none."
             )
-    found = by_hand(follow, layers)
-    for name, original in found.items():
-        if original not in layers or dense_shape(layers[original]) != dense_shape(layers[name]):
+    found = expand_follow(follow, layers)
+    for name, source in found.items():
+        if source not in layers or dense_shape(layers[source]) != dense_shape(layers[name]):
             raise ValueError(
                 "`follow` must map a module to one with the same layers; got one without a linear "
-                f"layer of the same shape at '{original}' (layer '{name}')."
+                f"layer of the same shape at '{source}' (layer '{name}')."
             )
     return found
 
 
-def _check_names(model: nn.Module, include: Iterable[str]) -> None:
+def _check_exact_names(model: nn.Module, include: Iterable[str]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
-    first = {id(module): name for name, module in model.named_modules()}
+    first_names = {id(module): name for name, module in model.named_modules()}
     for pattern in include:
         if not is_exact(pattern) or "." not in pattern:
             continue
         if pattern not in modules:
             raise ValueError(
-                f"`include` must name modules of the model; got {pattern!r}, which is none of them."
+                f"`include` must name modules of the model; got {pattern!r}, which the model does "
+                "not have."
             )
-        name = first[id(modules[pattern])]
+        name = first_names[id(modules[pattern])]
         if name != pattern:
             raise ValueError(
-                "`include` must have the first name of a module that has several; got "
+                "`include` must use the first name of a module that has several; got "
                 f"{pattern!r}. Write {name!r}."
             )
 
 
-def _warn_of_idle_patterns(
-    model: nn.Module, include: Iterable[str], exclude: Iterable[str]
-) -> None:
+def _warn_about_unused_patterns(model: nn.Module, options: SwapOptions) -> None:
     layers = [*linear_layers(model), *sparse_layers(model)]
-    first, every = [name for name, _ in layers], _all_names(model)
-    any_name = [name for _, layer in layers for name in every[id(layer)]]
-    for argument, patterns, names in (("include", include, first), ("exclude", exclude, any_name)):
-        idle = [
+    names_by_id = _names_by_id(model)
+    first_names = [name for name, _ in layers]
+    all_names = [name for _, layer in layers for name in names_by_id[id(layer)]]
+    for argument, patterns, names in (
+        ("include", options.include, first_names),
+        ("exclude", options.exclude, all_names),
+    ):
+        unused = [
             pattern
             for pattern in patterns
             if pattern not in DEFAULT_EXCLUDE and not any(matches(pattern, n) for n in names)
         ]
-        if idle and ranks.is_first():
+        if unused and ranks.is_rank_zero():
             warnings.warn(
-                f"`{argument}` should match linear layers; got {', '.join(map(repr, idle))}, which "
-                "match none. A pattern without a dot is compared with the last part of a layer's "
-                "name, one with a dot with the whole name; '*' and '?' are wildcards.",
+                f"`{argument}` should match linear layers; got {', '.join(map(repr, unused))}, "
+                "which match none. A pattern without a dot is compared with the last part of a "
+                "layer's name, one with a dot with the whole name; '*' and '?' are wildcards.",
                 stacklevel=2,
             )
 
 
-def _nothing_to_swap(
-    include: Sequence[str], exclude: Sequence[str], skipped: Mapping[str, str]
-) -> str:
+def _describe_no_layers(options: SwapOptions, skipped: Mapping[str, str]) -> str:
     found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
     if not found:
         found = "none yet; build them in __init__ or, under Lightning, in setup or configure_model"
     frozen = ""
     if "frozen" in skipped.values():
-        frozen = " A frozen layer is taken if `include` has its name in full."
+        frozen = " A frozen layer is swapped only if `include` has its full name."
     return (
         f"`include` must match at least one nn.Linear that can be block-sparse; got "
-        f"{list(include)} with exclude={list(exclude)}. "
+        f"{list(options.include)} with exclude={list(options.exclude)}. "
         f"The model's linear layers: {found}. A pattern without a dot matches the last part "
         f"of a name, one with a dot the whole name.{frozen}"
     )
 
 
-def _obstacle(linear: Any, block_size: int, tied: set[int]) -> str | None:
-    """Return why a layer cannot be block-sparse, or None."""
+def _find_obstacle(linear: Any, block_size: int, tied: set[int]) -> str | None:
+    """Return why a layer cannot be block-sparse, or None if it can."""
     if is_sharded(linear.weight):
         raise RuntimeError(
             "The model must be sparsified before it is sharded; got a Linear whose weight is a "
@@ -288,7 +343,7 @@ def _obstacle(linear: Any, block_size: int, tied: set[int]) -> str | None:
     if parametrize.is_parametrized(linear):
         return "it has parametrizations"
     if "forward" in vars(linear):
-        return "it has a `forward` of its own"
+        return "its `forward` is overridden"
     if "weight" not in linear._parameters:
         return "its weight is not a parameter"
     if type(linear.weight) is not nn.Parameter:
@@ -305,18 +360,18 @@ def _obstacle(linear: Any, block_size: int, tied: set[int]) -> str | None:
     return None
 
 
-def _all_names(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names of each module, by its id, the first one first."""
+def _names_by_id(model: nn.Module) -> dict[int, list[str]]:
+    """Return all names of each module, by the module's id, in the model's order."""
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         found.setdefault(id(module), []).append(name)
     return found
 
 
-def _tied_weights(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that stand in more than one place of the model's modules.
+def _find_tied_weights(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that several modules share.
 
-    A module that has several names is still one place, and the names go on to mean it.
+    One module with several names does not tie its parameters, as the swap keeps the object.
     """
     seen: set[int] = set()
     tied: set[int] = set()

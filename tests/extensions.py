@@ -1,4 +1,4 @@
-"""What a user may write: schedules, distributions, times of updates and rules, right and wrong."""
+"""Examples of user extensions: schedules, distributions, update times and rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_lightning.policy.rules import Decision, UpdateRequest
 
 
 def name_of(options: object) -> str:
-    """Name a case by its options, alike in every process: without the addresses of functions."""
+    """Return a test ID that is the same in every process, without the addresses of functions."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(options))
 
 
@@ -22,7 +22,7 @@ def quadratic(progress: float, initial: float, final: float) -> float:
 
 
 def bump(progress: float, initial: float, final: float) -> float:
-    """Rises to twice its first value and falls again."""
+    """Rise to twice the initial value and fall again."""
     return initial * (1 + 4 * progress * (1 - progress)) if progress < 1 else final
 
 
@@ -31,13 +31,13 @@ def too_dense(progress: float, initial: float, final: float) -> float:
 
 
 def first_full(density: float, grids: Sequence[Grid], least: float) -> list[int]:
-    """The first layer is dense, whatever the others have."""
+    """Keep the first layer dense."""
     first, *others = [rows * cols for rows, cols in grids]
     return [first, *(max(1, round(density * blocks)) for blocks in others)]
 
 
 def back_and_forth(density: float, grids: Sequence[Grid], least: float) -> list[int]:
-    """A layer has most blocks at density 0.5."""
+    """Give a layer the most blocks at density 0.5."""
     return [max(1, round(2 * min(density, 1 - density) * rows * cols)) for rows, cols in grids]
 
 
@@ -50,7 +50,7 @@ def every_tenth_part(total_steps: int) -> list[int]:
 
 
 class Still:
-    """A rule that leaves every layer as it is."""
+    """A rule that does not change any layer."""
 
     def __init__(self, patience: int = 3) -> None:
         self.patience = patience
@@ -69,7 +69,7 @@ class Uncallable:
 
 
 def fewest(request: UpdateRequest) -> Decision:
-    """A rule that is a function: every layer keeps its first blocks."""
+    """A rule as a function: every layer keeps its first blocks."""
     masks: dict[str, Any] = {}
     budgets = request.budgets({name: s.magnitude for name, s in request.layers.items()})
     for name, scores in request.layers.items():

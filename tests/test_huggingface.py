@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers, small and of random weights, in a real Trainer."""
+"""Small models of Hugging Face's transformers with random weights, trained by Lightning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, densify, sparsify
 from sparse_lightning.cli import main
-from sparse_lightning.export import dense_state_dict, find_layers, report
+from sparse_lightning.export import dense_state_dict, describe_layers, find_layers
 from tests.callbacks.helpers import loader, trainer
 from tests.pages import ROOT
 
@@ -73,7 +73,7 @@ def tokens() -> Tensor:
 
 
 class LanguageModel(L.LightningModule):
-    """Learns one batch by heart."""
+    """Overfits one batch."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], set[str], str]] 
     ),
     "llama": (
         llama,
-        {"include": [*LLAMA, "lm_*"], "exclude": []},  # an exact name must be one to swap
+        {"include": [*LLAMA, "lm_*"], "exclude": []},  # A layer named in full must be swappable.
         {f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in LLAMA},
         "lm_head",
     ),
@@ -148,7 +148,7 @@ def test_a_language_model_trains_and_keeps_its_ties(case: str) -> None:
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
-def test_llamas_recipe() -> None:
+def test_the_llama_example_of_the_docs() -> None:
     page = (ROOT / "docs" / "how-to" / "hugging-face.md").read_text(encoding="utf-8")
     (include, again) = re.findall(r"include=(\[.*gate_proj.*\])", page)
     assert include == again
@@ -172,7 +172,7 @@ def test_layers_whose_weight_t5_reads_stay_dense() -> None:
         model(input_ids=tokens(), labels=tokens())
 
 
-# -- GPT-2's Conv1D, whose weight lies as [in_features, out_features] ---------------------------
+# -- GPT-2's Conv1D, whose weight is [in_features, out_features] --------------------------------
 
 C_FC = "transformer.h.0.mlp.c_fc"
 
@@ -215,7 +215,7 @@ def test_a_sparse_gpt2_loads_a_dense_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("form", ["dense", "bsr", "safetensors"])
-def test_what_leaves_a_sparse_gpt2_fits_a_dense_one(form: str, tmp_path: Path) -> None:
+def test_an_exported_sparse_gpt2_loads_into_a_dense_one(form: str, tmp_path: Path) -> None:
     model, dense = sparse_gpt2(), gpt2().eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     arguments = ["--to", form, "--output", str(tmp_path / "out")]
@@ -242,7 +242,7 @@ def test_a_single_conv1d(given: str) -> None:
     kept = layer.topology.mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
     assert torch.equal(layer.dense_weight(), dense.weight.T * kept)
     torch.testing.assert_close(densify(layer)(x), layer(x))
-    # In the model it becomes what it was, and saves as one that was swapped there does.
+    # In a model, it behaves like a layer that was swapped there.
     model, swapped = gpt2(), sparse_gpt2(density=0.5)
     model.transformer.h[0].mlp.c_fc = layer
     shapes = {name: tensor.shape for name, tensor in dense_state_dict(model.state_dict()).items()}
@@ -262,4 +262,4 @@ def test_a_checkpoint_of_a_sparse_gpt2_is_inspected(
     assert main(["inspect", str(tmp_path / "weights.pt"), "--layer", C_FC]) == 0
     assert f"{C_FC}: 128x32, 8 of 8x2 blocks" in capsys.readouterr().out
     expected = sparsify(gpt2(), block_size=16, density=0.5).layers
-    assert report(find_layers(model.state_dict())).layers == expected
+    assert describe_layers(find_layers(model.state_dict())).layers == expected

@@ -1,4 +1,4 @@
-"""`load_sparse` and `load_from_checkpoint`: a model becomes what a checkpoint holds."""
+"""`load_sparse` and `load_from_checkpoint`: layers become block-sparse or dense as saved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trained(density: float = 0.5, block_size: int = 16) -> Net:
         for parameter in model.parameters():
             parameter.mul_(1.1)
         for layer in sparse(model).values():
-            layer.clear_empty_slots()
+            layer._zero_empty_slots()
     return model
 
 
@@ -55,24 +55,24 @@ def as_lightning(model: nn.Module, folder: Path) -> dict[str, Any]:
 
 
 SOURCES = (as_path, as_safetensors, as_state_dict, as_lightning)
-HAD = {
+INITIAL_MODELS = {
     "dense": Net,
     "other blocks": lambda: trained(0.25, 32),
-    "fewer layers": lambda: _partly(),
+    "fewer layers": lambda: _partly_sparse(),
 }
 
 
-def _partly() -> Net:
+def _partly_sparse() -> Net:
     model = Net()
     sparsify(model, block_size=16, density=0.25, include=["0"])
     return model
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("had", HAD)
-def test_it_computes_what_was_saved(had: str, source: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("initial", INITIAL_MODELS)
+def test_the_loaded_model_computes_the_same(initial: str, source: Any, tmp_path: Path) -> None:
     saved, x = trained(), torch.randn(3, 64)
-    model = HAD[had]()
+    model = INITIAL_MODELS[initial]()
     parameters = [id(parameter) for parameter in model.parameters()]
     assert load_sparse(model, source(saved, tmp_path)) is model
     assert torch.equal(model(x), saved(x))
@@ -84,14 +84,14 @@ def test_it_computes_what_was_saved(had: str, source: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_is_dense_becomes_dense(source: Any, tmp_path: Path) -> None:
+def test_layers_become_dense_if_the_checkpoint_is_dense(source: Any, tmp_path: Path) -> None:
     saved, model, x = densify(trained()), trained(), torch.randn(3, 64)
     load_sparse(model, source(saved, tmp_path))
     assert not sparse(model) and type(model.net) is nn.Sequential
     assert torch.equal(model(x), saved(x))
 
 
-def test_a_prefix_is_taken_off() -> None:
+def test_a_prefix_is_removed() -> None:
     saved = nn.ModuleDict({"net": trained(), "other": nn.Linear(3, 3)})
     model, x = Net(), torch.randn(3, 64)
     load_sparse(model, saved.state_dict(), prefix="net.")
@@ -100,7 +100,7 @@ def test_a_prefix_is_taken_off() -> None:
         load_sparse(Net(), saved.state_dict(), prefix="nett.")
 
 
-def test_other_modules_with_an_extra_state_are_left_to_themselves() -> None:
+def test_other_modules_load_their_own_extra_state() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -120,34 +120,34 @@ def test_other_modules_with_an_extra_state_are_left_to_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         (lambda m: setattr(m, "net", nn.Sequential(nn.Linear(64, 64))), ValueError, "128x64"),
         (lambda m: setattr(m, "net", nn.Sequential(nn.ReLU())), ValueError, r"ReLU \(layer 'net.0"),
         (lambda m: setattr(m, "net", nn.ReLU()), RuntimeError, "Unexpected.*net.0.values"),
     ],
 )
-def test_another_model_is_refused(change: Any, error: type[Exception], said: str) -> None:
+def test_a_different_model_raises(change: Any, error: type[Exception], message: str) -> None:
     model = Net()
     change(model)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         load_sparse(model, trained().state_dict())
     assert not sparse(model)
 
 
-def test_a_damaged_file_is_refused_before_anything_changes(tmp_path: Path) -> None:
+def test_a_damaged_file_raises_and_leaves_the_model_unchanged(tmp_path: Path) -> None:
     state = trained().state_dict()
     state["net.2._extra_state"][0] = 9
     model = Net()
     with pytest.raises(ValueError, match=r"saved topology.*layer 'net\.2'"):
         load_sparse(model, state)
-    with pytest.raises(ValueError, match="a file that is there"):
+    with pytest.raises(ValueError, match="must be an existing file"):
         load_sparse(model, tmp_path / "nothing.ckpt")
     assert not sparse(model)
 
 
 class Configured(Classifier):
-    """Has hyperparameters, and changes what it loads."""
+    """Has hyperparameters, and hooks that save and load an attribute."""
 
     def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -181,19 +181,19 @@ def test_a_module_is_built_from_its_hyperparameters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [Classifier, Late])
-def test_a_module_that_builds_itself_late(build: type[Classifier], tmp_path: Path) -> None:
+def test_a_module_that_builds_layers_late(build: type[Classifier], tmp_path: Path) -> None:
     path = saved_by(build(), tmp_path)
     loaded = load_from_checkpoint(build, path)
     assert {*sparse(loaded)} == {"net.0", "net.2"}
     trainer(max_steps=2).fit(loaded, loader())
 
 
-def test_what_is_no_module_of_lightning_is_refused(tmp_path: Path) -> None:
+def test_a_class_that_is_no_lightning_module_raises(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="use load_sparse"):
         load_from_checkpoint(Net, tmp_path)
 
 
-def test_what_is_loaded_trains_on_sparsely(tmp_path: Path) -> None:
+def test_a_loaded_model_continues_to_train_sparsely(tmp_path: Path) -> None:
     path = saved_by(Classifier(), tmp_path)
     model = load_from_checkpoint(Classifier, path)
     sparsity = SparsityCallback(block_size=16, update={"every_n_steps": 4})

@@ -1,4 +1,4 @@
-"""`sparsify` and `densify`: which layers are swapped, what they start with, and what is said."""
+"""`sparsify` and `densify`: selected layers, their initial blocks and the swap report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from sparse_lightning import BlockSparseLinear, SparsityReport, densify, sparsify
 from sparse_lightning.names import matches
-from sparse_lightning.patching import SwapOptions, swap_layers
+from sparse_lightning.patching import swap_layers
 from sparse_lightning.policy.distributions import share
-from sparse_lightning.selection import sparse_layers
+from sparse_lightning.selection import SwapOptions, sparse_layers
 from tests import extensions
 
 
@@ -175,7 +175,7 @@ OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "parametrized": (_parametrized, "odd", "a subclass of nn.Linear (ParametrizedLinear)"),
     "parametrized bias": (_parametrized_bias, "odd", "ParametrizedLinear"),
     "weight_norm": (_weight_norm, "odd", "ParametrizedLinear"),
-    "own forward": (_own_forward, "odd", "it has a `forward` of its own"),
+    "own forward": (_own_forward, "odd", "its `forward` is overridden"),
     "old weight_norm": (_old_weight_norm, "odd", "its weight is not a parameter"),
     "buffer": (_weight_is_a_buffer, "odd", "its weight is not a parameter"),
     "out_features": (lambda: nn.Linear(64, 10), "odd", "10x64 is not divisible by block_size=16"),
@@ -189,7 +189,7 @@ OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_a_layer_that_cannot_be_taken_is_skipped_with_the_reason(obstacle: str) -> None:
+def test_a_layer_that_cannot_be_block_sparse_is_skipped_with_the_reason(obstacle: str) -> None:
     build, name, reason = OBSTACLES[obstacle]
     model = nn.ModuleDict({"odd": build(), "even": nn.Linear(64, 64)})
     odd = model.get_submodule(name)
@@ -201,7 +201,7 @@ def test_a_layer_that_cannot_be_taken_is_skipped_with_the_reason(obstacle: str) 
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_a_layer_that_cannot_be_taken_raises_when_named_exactly(obstacle: str) -> None:
+def test_a_layer_that_cannot_be_block_sparse_raises_if_named_in_full(obstacle: str) -> None:
     build, name, reason = OBSTACLES[obstacle]
     model = nn.ModuleDict({"odd": build(), "even": nn.Linear(64, 64)})
     before = types_and_state(model)
@@ -220,7 +220,7 @@ def test_both_names_of_a_tied_pair_of_linears_are_skipped() -> None:
 
 
 @pytest.mark.parametrize("name", ["blocks.0.fc3", "blocks.2.fc1"])
-def test_an_exact_name_that_is_none_of_the_model_raises(name: str) -> None:
+def test_an_exact_name_that_the_model_does_not_have_raises(name: str) -> None:
     model = Model()
     before = types_and_state(model)
     with pytest.raises(
@@ -249,7 +249,7 @@ def test_an_exact_name_that_is_none_of_the_model_raises(name: str) -> None:
         (
             {"distribution": "global"},
             ValueError,
-            r"`distribution` must be one that needs no scores.*got 'global'\. Take .*Sparsifier",
+            r"`distribution` must not need scores.*got 'global'\. Use .*Sparsifier",
         ),
         ({"distribution": extensions.one_too_few}, ValueError, r"`distribution` must return one"),
         ({"distribution": "tests.extensions.no"}, ValueError, r"`distribution` must be .*no"),
@@ -283,7 +283,7 @@ def test_a_bare_linear_cannot_be_replaced_in_place() -> None:
     assert [name for name, _ in linear.named_modules()] == [""]
 
 
-# -- what they start with ---------------------------------------------------------------------
+# -- initial blocks ---------------------------------------------------------------------------
 
 
 def test_init_random_keeps_the_weights_scaled_at_random_blocks() -> None:
@@ -295,7 +295,7 @@ def test_init_random_keeps_the_weights_scaled_at_random_blocks() -> None:
     mask = layer.topology.mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
     torch.testing.assert_close(layer.dense_weight(), 2.0 * weight * mask)
     assert torch.equal(layer.bias, bias)
-    # Random, not the largest: the share of the norm is the share of the blocks.
+    # The kept blocks are random rather than the largest, so their share of the norm is the density.
     assert (weight * mask).square().sum() / weight.square().sum() == pytest.approx(0.25, rel=0.02)
 
 
@@ -346,7 +346,7 @@ def test_the_models_budget_is_met(distribution: str) -> None:
 
 
 @pytest.mark.parametrize("distribution", [extensions.first_full, "tests.extensions.first_full"])
-def test_a_distribution_of_ones_own(distribution: Any) -> None:
+def test_a_custom_distribution(distribution: Any) -> None:
     report = sparsify(Model(), block_size=16, density=0.25, distribution=distribution)
     densities = [layer.density for layer in report.layers.values()]
     assert densities == [1.0, 0.25, 0.25, 0.25, 0.25]
@@ -356,12 +356,12 @@ def test_a_distribution_of_ones_own(distribution: Any) -> None:
     assert [layer.density for layer in again.layers.values()] == [1.0, 0.5, 0.5, 0.5, 0.5]
 
 
-def test_layers_that_are_there_already_take_part_in_the_budget() -> None:
-    """As they do at updates, so that none of the two sees another model."""
-    asked: list[dict[str, tuple[int, int]]] = []
+def test_layers_that_are_already_block_sparse_share_the_budget() -> None:
+    """As in topology updates, so that both distribute the budget among the same layers."""
+    calls: list[dict[str, tuple[int, int]]] = []
 
     def budgets(grids: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], dict[str, int]]:
-        asked.append(dict(grids))
+        calls.append(dict(grids))
         shares = share("erdos_renyi", 0.25, grids, {})
         return shares, shares
 
@@ -371,19 +371,19 @@ def test_layers_that_are_there_already_take_part_in_the_budget() -> None:
     swap_layers(model, SwapOptions(16, ["fc*"], []), budgets)
     grids = {name: (8, 4) if "fc1" in name else (4, 8) for name in BLOCKS}
     grids["blocks.0.fc2"] = (2, 4)
-    assert [*map(list, asked)] == [[*grids]], "in the model's order; not `proj`, not chosen"
-    assert asked == [grids]
+    assert [*map(list, calls)] == [[*grids]], "in the model's order, without `proj`"
+    assert calls == [grids]
     assert model.get_submodule("blocks.0.fc2") is adopted and adopted.density == 1.0
     expected = share("erdos_renyi", 0.25, grids, {})
     for name, layer in sparse_layers(model):
         if name in grids and layer is not adopted:
             assert layer.topology.n_blocks == layer.topology.capacity == expected[name]
-    # All of them are there now, so nothing is shared.
+    # All of them are block-sparse now, so there is no budget to share.
     swap_layers(model, SwapOptions(16, ["fc*"], []), budgets)
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
-def test_layers_of_their_own_density_may_be_there_already() -> None:
+def test_layers_with_their_own_density_may_already_be_block_sparse() -> None:
     model = Model()
     sparsify(model, block_size=16, density=0.5, include=["proj"])
     report = sparsify(model, block_size=16, density=0.25, layer_density={"proj": 1.0, "fc1": 0.5})
@@ -394,7 +394,7 @@ def test_layers_of_their_own_density_may_be_there_already() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("init", ["random", "magnitude"])
 def test_the_first_blocks_do_not_depend_on_the_default_dtype(init: str, dtype: torch.dtype) -> None:
-    """Under Lightning's precision "16-true" it is a half one."""
+    """Lightning's precision "16-true" changes the default dtype."""
     masks = []
     model = Model()
     for default in (torch.float32, dtype):
@@ -409,7 +409,7 @@ def test_the_first_blocks_do_not_depend_on_the_default_dtype(init: str, dtype: t
     assert all(torch.equal(*pair) for pair in zip(*masks, strict=True))
 
 
-def test_the_seed_decides_and_every_layer_draws_its_own() -> None:
+def test_random_blocks_depend_on_the_seed_and_the_layer() -> None:
     def masks(seed: int, rng: int) -> list[Tensor]:
         model = Model()
         torch.manual_seed(rng)
@@ -423,7 +423,7 @@ def test_the_seed_decides_and_every_layer_draws_its_own() -> None:
 
 
 @pytest.mark.parametrize("init", ["random", "magnitude"])
-def test_the_users_random_numbers_are_not_used_up(init: str) -> None:
+def test_the_global_random_state_does_not_change(init: str) -> None:
     model = Model()
     state = torch.get_rng_state()
     sparsify(model, block_size=16, density=0.5, init=init)
@@ -432,7 +432,7 @@ def test_the_users_random_numbers_are_not_used_up(init: str) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_flags_dtype_and_frozen_weights_are_taken_over(training: bool) -> None:
+def test_flags_dtype_and_frozen_weights_are_kept(training: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16)).train(training)
     model[0].weight.requires_grad_(False)
     for swap in (partial(sparsify, block_size=16, density=0.5, include=["0"]), densify):
@@ -456,7 +456,7 @@ def test_a_model_on_meta_keeps_the_same_blocks() -> None:
     assert torch.equal(*masks)
 
 
-# -- what is said -----------------------------------------------------------------------------
+# -- swap report -----------------------------------------------------------------------------
 
 
 def test_the_report() -> None:
@@ -480,7 +480,7 @@ def test_the_report() -> None:
     }
     actual = sum(p.numel() for p in model["body"].parameters())
     assert actual == first.parameters_after + second.parameters_after
-    assert report.density == 17 / 68  # of weights; the biases are all there
+    assert report.density == 17 / 68  # Biases do not count.
     assert str(report) == "\n".join(
         [
             "Block-sparse layers",
@@ -512,7 +512,7 @@ def test_a_second_call_changes_nothing_and_reports_the_same() -> None:
     assert again.layers == report.layers
 
 
-def test_a_second_call_may_take_further_layers() -> None:
+def test_a_second_call_may_swap_more_layers() -> None:
     model = Model()
     sparsify(model, block_size=16, density=0.5, include=["fc1"])
     first = model.get_submodule("blocks.0.fc1")
@@ -524,7 +524,7 @@ def test_a_second_call_may_take_further_layers() -> None:
     assert report.layers["blocks.0.fc2"].block_size == 32
 
 
-# -- back -------------------------------------------------------------------------------------
+# -- densify ----------------------------------------------------------------------------------
 
 
 def test_densify_gives_the_same_outputs() -> None:
@@ -554,7 +554,7 @@ def test_densify_of_a_dense_model_does_nothing() -> None:
     assert types_and_state(model) == before
 
 
-def test_a_layer_under_two_names_stays_one_layer() -> None:
+def test_a_layer_with_two_names_stays_one_layer() -> None:
     layer = BlockSparseLinear(64, 64, block_size=16, density=0.5)
     model = nn.ModuleDict({"a": layer, "b": layer})
     densify(model)
@@ -572,7 +572,7 @@ def make_encoder() -> nn.TransformerEncoder:
 
 
 def fused_calls(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, int]:
-    """The output, and how many encoder layers PyTorch computed in one op, as in inference."""
+    """Return the output, and how many encoder layers PyTorch computed by its fused op."""
     with torch.profiler.profile() as profile:
         y = model(*args, **kwargs)
     return y, sum(e.name == "aten::_transformer_encoder_layer_fwd" for e in profile.events())
@@ -581,7 +581,7 @@ def fused_calls(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tens
 @pytest.mark.parametrize("mode", ["train", "eval", "eval, no_grad", "inference_mode"])
 @pytest.mark.parametrize("part", ["encoder", "layer"])
 def test_encoders_compute_with_sparse_layers(part: str, mode: str) -> None:
-    """Against the same model after `densify`, which may take PyTorch's fused path."""
+    """Compare with the same model after `densify`, which may use PyTorch's fused path."""
     encoder = make_encoder()
     report = sparsify(encoder, block_size=16, density=0.5)
     assert swapped(encoder) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
@@ -597,7 +597,7 @@ def test_encoders_compute_with_sparse_layers(part: str, mode: str) -> None:
         y, fused = fused_calls(model, x, src_key_padding_mask=padding)
         expected, fused_densely = fused_calls(dense, x, src_key_padding_mask=padding)
     assert fused == 0
-    assert (fused_densely > 0) == (mode in no_grad), "densify gives the fused path back"
+    assert (fused_densely > 0) == (mode in no_grad), "densify enables the fused path again"
     torch.testing.assert_close(y[~padding], expected[~padding])
     if mode == "train":
         y.sum().backward()

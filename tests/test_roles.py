@@ -1,4 +1,4 @@
-"""Layers whose `weight` their model reads, and output heads: found without running the model."""
+"""Finding output heads, and layers whose `weight` the model reads, without running the model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, densify, sparsify
-from sparse_lightning.roles import output_heads, weight_readers
+from sparse_lightning.roles import find_output_heads, find_read_weights
 
 
 class Parts(nn.Module):
-    """What the methods below are given to."""
+    """Base class for models with the methods below."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,11 +29,11 @@ class Parts(nn.Module):
 
 
 def readers(**methods: Any) -> set[str]:
-    return set(weight_readers(type("Model", (Parts,), methods)()))
+    return set(find_read_weights(type("Model", (Parts,), methods)()))
 
 
 def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that does not say what it wraps."""
+    """Decorate without `functools.wraps`."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
@@ -63,14 +63,14 @@ def reads_a(self: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "expected"),
     [
-        # However the layer is come by.
+        # Direct access.
         (reads_a, {"a"}),
         (lambda self, x: self.a(x.to(self.a.weight.dtype)), {"a"}),
         (lambda self, x: self.stack.first.weight.T, {"stack.first"}),
         (lambda self, x: self.a.weight if self.training else self.b.weight, {"a", "b"}),
         (inner, {"a", "b"}),
         (handled, {"a"}),
-        # Through functions.
+        # In arguments of functions.
         (lambda self, x: checkpoint(lambda y: y @ self.a.weight, x), {"a"}),
         (lambda self, x: isinstance(self.a.weight, Tensor), {"a"}),
         # Decorated.
@@ -78,12 +78,12 @@ def reads_a(self: Any, x: Tensor) -> Tensor:
         (torch.compile(reads_a), {"a"}),
         (wrapped(reads_a), {"a"}),
         (functools.wraps(reads_a)(wrapped(wrapped(reads_a))), {"a"}),
-        # Not read, or only if it is there.
+        # No weight of a linear layer is read.
         (lambda self, x: self.a(x) + self.norm.weight + self.b.bias, set()),
         (lambda self, x: x @ self.a.weights if x.weight else x, set()),
     ],
 )
-def test_what_a_forward_reads(forward: Callable[..., Any], expected: set[str]) -> None:
+def test_weights_read_by_forward(forward: Callable[..., Any], expected: set[str]) -> None:
     assert readers(forward=forward) == expected
 
 
@@ -100,11 +100,11 @@ def test_what_a_forward_reads(forward: Callable[..., Any], expected: set[str]) -
         {"on_train_epoch_end": lambda self: self.second(None)},
     ],
 )
-def test_through_methods_of_the_model(methods: dict[str, Any]) -> None:
+def test_weights_read_by_called_methods(methods: dict[str, Any]) -> None:
     assert readers(**{"second": reads_a, **methods}) == {"a"}
 
 
-def test_methods_that_do_not_compute_do_not_count() -> None:
+def test_initializers_and_unused_methods_do_not_count() -> None:
     never = {"reset_parameters": lambda self: nn.init.zeros_(self.a.weight), "unused": reads_a}
     assert readers(forward=lambda self, x: self.reset_parameters() or x, **never) == set()
 
@@ -122,17 +122,17 @@ def test_inherited_forwards() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x)
 
-    assert weight_readers(Extends()) == {"a": "its `weight` is read by Reads.forward"}
-    assert weight_readers(Replaces()) == {}
-    assert set(weight_readers(nn.Sequential(Reads(), torch.compile(Reads())))) == {
+    assert find_read_weights(Extends()) == {"a": "its `weight` is read by Reads.forward"}
+    assert find_read_weights(Replaces()) == {}
+    assert set(find_read_weights(nn.Sequential(Reads(), torch.compile(Reads())))) == {
         "0.a",
         "1._orig_mod.a",
     }
 
 
-def test_other_modules_are_read_from() -> None:
+def test_weights_read_through_other_modules() -> None:
     class Shared(nn.Module):
-        """Reads through a module."""
+        """Reads the weight of a submodule's layer."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -151,14 +151,14 @@ def test_other_modules_are_read_from() -> None:
             self.log("loss", loss)
             return loss  # type: ignore[no-any-return]
 
-    assert weight_readers(Penalised()) == {
+    assert find_read_weights(Penalised()) == {
         "net.body.a": "its `weight` is read by Body.forward",
         "net.body.b": "its `weight` is read by Penalised.training_step",
         "net.body.stack.first": "its `weight` is read by Shared.forward",
     }
 
 
-def test_what_cannot_be_looked_into_is_passed_over() -> None:
+def test_modules_that_cannot_be_searched_are_ignored() -> None:
     class OwnLinear(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight)
@@ -171,7 +171,7 @@ def test_what_cannot_be_looked_into_is_passed_over() -> None:
         encoder,
         nn.Transformer(16, 2, 1, 1, 32, batch_first=True),
     ):
-        assert weight_readers(nn.Sequential(module)) == {}
+        assert find_read_weights(nn.Sequential(module)) == {}
 
 
 SIZES = {
@@ -187,7 +187,7 @@ MAMBA = {"x_proj", "dt_proj", "out_proj", "lm_head"}
 VIT = {**SIZES, "image_size": 32, "patch_size": 16}
 
 
-def of_transformers(model: str, config: str, **options: Any) -> nn.Module:
+def build_on_meta(model: str, config: str, **options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         built: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
@@ -213,28 +213,28 @@ def test_models_of_transformers(
     model: str, options: dict[str, Any], read: set[str], head: str | None
 ) -> None:
     config, kind = model.split()
-    built = of_transformers(kind, config, **options)
-    found = weight_readers(built)
+    built = build_on_meta(kind, config, **options)
+    found = find_read_weights(built)
     assert {name.rpartition(".")[2] for name in found} == read
-    if head == "embed_out":  # it is called lm_head since transformers 5
+    if head == "embed_out":  # Transformers 5 calls it lm_head.
         head = next(n for n, m in built.named_modules() if m is built.get_output_embeddings())  # type: ignore[operator]
-    assert list(output_heads(built)) == ([] if head is None else [head])
-    # Within another model, as in a LightningModule, they are the same.
+    assert list(find_output_heads(built)) == ([] if head is None else [head])
+    # The results are the same if another module contains the model, such as a LightningModule.
     outer = nn.ModuleDict({"net": built})
-    assert set(weight_readers(outer)) == {f"net.{name}" for name in found}
-    assert list(output_heads(outer)) == ([] if head is None else [f"net.{head}"])
+    assert set(find_read_weights(outer)) == {f"net.{name}" for name in found}
+    assert list(find_output_heads(outer)) == ([] if head is None else [f"net.{head}"])
 
 
-def test_a_large_model_takes_a_moment() -> None:
-    model = of_transformers("BertForMaskedLM", "BertConfig", **{**SIZES, "num_hidden_layers": 24})
+def test_searching_a_large_model_is_fast() -> None:
+    model = build_on_meta("BertForMaskedLM", "BertConfig", **{**SIZES, "num_hidden_layers": 24})
     start = time.perf_counter()
-    weight_readers(model)
-    output_heads(model)
+    find_read_weights(model)
+    find_output_heads(model)
     assert time.perf_counter() - start < 2  # 0.1 s on an idle machine
 
 
 class Net(nn.Module):
-    """Modules under their names; what is no module is an attribute."""
+    """Has its arguments as submodules and attributes."""
 
     def __init__(self, **parts: Any) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def wide() -> nn.Linear:
         (nn.Sequential(Net(a=wide(), num_labels=64), wide()), {"0.a": "num_labels = 64"}),
         (Net(a=wide(), b=wide(), num_classes=10), {}),
         (Net(emb=nn.Embedding(64, 32), a=wide(), b=nn.Sequential(wide())), {"b.0": "embedding"}),
-        # The vocabulary may be as large as there are positions, and a name as much like theirs.
+        # The number of positions may equal the vocabulary size, and a name resemble theirs.
         (Net(emb=nn.Embedding(64, 32), a=wide(), b=nn.Sequential(wide()),
              config=Net(max_position_embeddings=64, vocab_size=64)), {"b.0": "embedding"}),
         (Net(composer=nn.Embedding(64, 32), a=wide(), b=nn.Sequential(wide())),
@@ -275,7 +275,7 @@ def wide() -> nn.Linear:
         (Net(features=wide(), classifier=nn.Sequential(wide(), nn.ReLU(), wide())),
          {"classifier.2": "within 'classifier'"}),
         (Net(a=wide(), out=nn.Linear(64, 10)), {"out": "narrowest"}),
-        # None of these has a head.
+        # Models without a head.
         *((Net(**{name: nn.Embedding(64, 32)}, a=wide(), b=nn.Sequential(wide())), {})
           for name in ("position_embedding", "embed_positions", "wpe", "relative_attention_bias")),
         (Net(n=Net(emb=nn.Embedding(64, 32)), a=wide(), b=nn.Sequential(wide()),
@@ -290,24 +290,24 @@ def wide() -> nn.Linear:
     ],
 )  # fmt: skip
 def test_heads_of_plain_models(model: nn.Module, heads: dict[str, str]) -> None:
-    found = output_heads(model)
+    found = find_output_heads(model)
     assert list(found) == list(heads)
     assert all(why in found[name] for name, why in heads.items())
 
 
-def test_a_config_counts_for_the_model_and_not_for_its_parts() -> None:
+def test_a_config_applies_to_the_outermost_module_that_has_it() -> None:
     config = Net(num_labels=64)
     part = Net(inner=wide(), config=config)
     model = Net(part=part, rest=nn.Linear(64, 128), config=config)
-    assert output_heads(model) == {}
-    assert list(output_heads(part)) == ["inner"]
+    assert find_output_heads(model) == {}
+    assert list(find_output_heads(part)) == ["inner"]
 
 
-def test_heads_are_the_same_once_other_layers_are_block_sparse() -> None:
+def test_heads_do_not_change_when_other_layers_become_block_sparse() -> None:
     model = Net(a=nn.Linear(32, 64), b=nn.Linear(64, 32), out=nn.Linear(32, 16))
-    before = output_heads(model)
+    before = find_output_heads(model)
     sparsify(model, include=["a"], block_size=16)
-    assert output_heads(model) == before and list(before) == ["out"]
+    assert find_output_heads(model) == before and list(before) == ["out"]
 
 
 class TwoLayers(nn.Module):
@@ -333,11 +333,11 @@ def learns(model: nn.Module) -> None:
 
 
 def test_lora_on_block_sparse_layers() -> None:
-    """Adapters first, then blocks; densify, and PEFT can merge."""
+    """Add adapters, sparsify, then densify before PEFT merges."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["up", "down"], r=16)
     model = peft.get_peft_model(TwoLayers(), config)
-    assert set(weight_readers(model).values()) == {"inside a PEFT adapter"}
+    assert set(find_read_weights(model).values()) == {"inside a PEFT adapter"}
     bases = [n for n, _ in model.named_modules() if n.endswith("base_layer")]
     report = sparsify(model, include=bases, block_size=16, density=0.5)
     assert list(report.layers) == bases
@@ -366,7 +366,7 @@ def test_lora_after_sparsify() -> None:
 
 @pytest.mark.parametrize("kind", ["dora", "hra", "loha", "ia3"])
 def test_other_adapters(kind: str) -> None:
-    """Those of which the base layer may be block-sparse, and those that compute with its weight."""
+    """Some adapters compute with the base layer's weight; others work on block-sparse layers."""
     peft = pytest.importorskip("peft")
     on = {"target_modules": ["up", "down"]}
     config = {
@@ -376,7 +376,7 @@ def test_other_adapters(kind: str) -> None:
         "ia3": lambda: peft.IA3Config(feedforward_modules=[], **on),
     }[kind]()
     model = peft.get_peft_model(TwoLayers(), config)
-    read = {name for name in weight_readers(model) if name.endswith("base_layer")}
+    read = {name for name in find_read_weights(model) if name.endswith("base_layer")}
     assert len(read) == (0 if kind == "ia3" else 2)
     sparsify(model, include=[n for n, _ in model.named_modules() if n.endswith("base_layer")],
              block_size=16, density=0.5)  # fmt: skip

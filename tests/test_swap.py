@@ -1,4 +1,4 @@
-"""The swap keeps the objects: who refers to a layer, or to its weight, goes on."""
+"""The swap keeps objects: references to layers and their weights stay valid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def swapped(model: nn.Module, **options: Any) -> nn.Module:
 
 
 class Listed(nn.Module):
-    """Its forward goes through a plain list of layers that are registered elsewhere too."""
+    """Its forward uses a plain list of layers, which are also registered as attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Listed(nn.Module):
         return x
 
 
-def test_layers_in_a_list_or_a_dict_are_those_that_train() -> None:
+def test_layers_in_lists_and_dicts_are_the_trained_layers() -> None:
     model = Listed()
     sparsifier = Sparsifier(model, 20, block_size=16, density=0.5, update={"every_n_steps": 4})
     assert [*model.by_name.values()] == model.layers == [*sparsifier.layers.values()]
@@ -75,20 +75,20 @@ def test_parameters_stay_the_same_objects_in_the_same_order(init: str) -> None:
     )
 
 
-def test_an_optimizer_that_was_built_before_trains_the_layers() -> None:
+def test_an_optimizer_that_is_built_before_the_swap_trains_the_layers() -> None:
     early, late = Net(), Net()
     optimizer = adamw(early.parameters())
     first = Sparsifier(early, 12, block_size=16, update={"every_n_steps": 4})
     second = Sparsifier(late, 12, block_size=16, update={"every_n_steps": 4})
     first.attach(optimizer)
-    usual = adamw(late.parameters())
-    second.attach(usual)
-    assert train(early, optimizer, range(12)) == train(late, usual, range(12))
+    late_optimizer = adamw(late.parameters())
+    second.attach(late_optimizer)
+    assert train(early, optimizer, range(12)) == train(late, late_optimizer, range(12))
     for name, layer in sparse(early).items():
         assert torch.equal(layer.values, sparse(late)[name].values)
 
 
-def test_an_optimizer_that_has_state_of_dense_weights_begins_anew_for_them() -> None:
+def test_optimizer_state_of_dense_weights_is_reset() -> None:
     model = Net()
     optimizer = adamw(model.parameters())
     train(model, optimizer, range(3))
@@ -102,10 +102,10 @@ def test_an_optimizer_that_has_state_of_dense_weights_begins_anew_for_them() -> 
     assert optimizer.state[model.net[0].values]["exp_avg"].shape == model.net[0].values.shape
 
 
-# -- optimizers that go on ------------------------------------------------------------------------
+# -- optimizers without a sparsifier --------------------------------------------------------------
 
 Optim = torch.optim
-GO_ON: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused": lambda p: Optim.AdamW(p, fused=True),
     "foreach": lambda p: Optim.AdamW(p, foreach=True),
     "one by one": lambda p: Optim.Adam(p, foreach=False, amsgrad=True),
@@ -116,18 +116,18 @@ GO_ON: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def loaded(model: nn.Module) -> None:
-    """Blocks of another capacity."""
+def load_other(model: nn.Module) -> None:
+    """Load blocks of another capacity."""
     model.load_state_dict(swapped(Net(), exclude=["head"]).state_dict())
 
 
-def sparse_anew(model: nn.Module) -> None:
+def make_sparse_again(model: nn.Module) -> None:
     densify(model)
     swapped(model, exclude=["head"])
 
 
-def shrunk(model: Any) -> None:
-    """As while another optimizer is attached."""
+def shrink(model: Any) -> None:
+    """Shrink the layers, as an update does while another optimizer is attached."""
     for layer in sparse(model).values():
         layer.shrink(layer.topology.n_blocks)
 
@@ -135,37 +135,37 @@ def shrunk(model: Any) -> None:
 CHANGES: dict[str, tuple[bool, Callable[[Any], Any]]] = {
     "sparsify": (False, lambda model: swapped(model, exclude=["head"])),
     "densify": (True, densify),
-    "load": (True, loaded),
-    "sparsify anew": (True, sparse_anew),
-    "shrink": (True, shrunk),
+    "load": (True, load_other),
+    "sparsify again": (True, make_sparse_again),
+    "shrink": (True, shrink),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("of", GO_ON)
-def test_an_optimizer_that_goes_on_begins_anew_for_what_has_another_shape(
-    of: str, change: str
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_resets_its_state_of_parameters_whose_shape_changes(
+    kind: str, change: str
 ) -> None:
-    was_sparse, make_other = CHANGES[change]
+    was_sparse, apply_change = CHANGES[change]
     model = Net()
     if was_sparse:
         sparsify(model, block_size=16, density=0.25, max_density=0.75, exclude=["head"])
-    optimizer = GO_ON[of](model.parameters())
+    optimizer = OPTIMIZERS[kind](model.parameters())
     train(model, optimizer, range(3))
-    make_other(model)
-    # Hooks of the optimizer's own come after it.
+    apply_change(model)
+    # The state is already reset when other pre-hooks of the optimizer run.
     seen: list[bool] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append(fits(optimizer)))
     twin = copy.deepcopy(model)
-    usual = GO_ON[of](twin.parameters())
-    with pytest.warns(UserWarning, match=r"begins anew for 2 of them") as said:
+    new_optimizer = OPTIMIZERS[kind](twin.parameters())
+    with pytest.warns(UserWarning, match=r"was reset for 2 of them") as said:
         train(model, optimizer, [3])
-    train(twin, usual, [3])
+    train(twin, new_optimizer, [3])
     assert len(said) == 1 and seen == [True] and fits(optimizer)
     weights = [layer.weight if change == "densify" else layer.values for layer in model.net[::2]]
     others = [layer.weight if change == "densify" else layer.values for layer in twin.net[::2]]
     assert all(torch.equal(*pair) for pair in zip(weights, others, strict=True))
-    if of not in ("sgd", "adagrad"):
+    if kind not in ("sgd", "adagrad"):
         assert optimizer.state[weights[0]]["step"] == 1
         assert optimizer.state[model.net[0].bias]["step"] == 4
     with warnings.catch_warnings():
@@ -174,7 +174,7 @@ def test_an_optimizer_that_goes_on_begins_anew_for_what_has_another_shape(
 
 
 def fits(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether state has the sizes of its parameter, reduced or not."""
+    """Return whether each state tensor fits its parameter; reduced dimensions have size 1."""
     return all(
         all(size in (1, whole) for size, whole in zip(tensor.shape, p.shape, strict=True))
         for p, state in optimizer.state.items()
@@ -183,38 +183,38 @@ def fits(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def restored_before(model: Any, optimizer: Any) -> tuple[Any, Any]:
-    other = GO_ON["fused"](model.parameters())
+def restore_before_swap(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    other = OPTIMIZERS["fused"](model.parameters())
     other.load_state_dict(optimizer.state_dict())
     return swapped(model), other
 
 
-def restored_after(model: Any, optimizer: Any) -> tuple[Any, Any]:
-    """A step has been seen since the swap."""
+def restore_after_swap(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    """Restore the state after a step since the swap."""
     saved = copy.deepcopy(optimizer.state_dict())
-    other = GO_ON["fused"](swapped(model).parameters())
+    other = OPTIMIZERS["fused"](swapped(model).parameters())
     train(model, other, [3])
     other.load_state_dict(saved)
     return model, other
 
 
-def copied(model: Any, optimizer: Any) -> tuple[Any, Any]:
-    found: tuple[Any, Any] = copy.deepcopy((swapped(model), optimizer))
-    return found
+def deepcopy_both(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    both: tuple[Any, Any] = copy.deepcopy((swapped(model), optimizer))
+    return both
 
 
-@pytest.mark.parametrize("how", [restored_before, restored_after, copied])
-def test_state_of_old_shapes_is_found_wherever_it_comes_from(how: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("how", [restore_before_swap, restore_after_swap, deepcopy_both])
+def test_state_of_old_shapes_is_found_however_it_was_restored(how: Callable[..., Any]) -> None:
     model = Net()
-    optimizer = GO_ON["fused"](model.parameters())
+    optimizer = OPTIMIZERS["fused"](model.parameters())
     train(model, optimizer, range(3))
     model, optimizer = how(model, optimizer)
-    with pytest.warns(UserWarning, match="begins anew"):
+    with pytest.warns(UserWarning, match="was reset for"):
         train(model, optimizer, [3])
     assert fits(optimizer)
 
 
-def test_a_compiled_step_begins_anew_too() -> None:
+def test_a_compiled_step_resets_state_too() -> None:
     model = Net()
     optimizer = Optim.AdamW(model.parameters())
     take_step = torch.compile(optimizer.step, backend="eager")
@@ -226,17 +226,17 @@ def test_a_compiled_step_begins_anew_too() -> None:
     assert fits(optimizer) and model.net[0].values in optimizer.state
 
 
-def test_state_of_other_parameters_of_such_shapes_stays() -> None:
-    """Of a convolution that has the shape of the blocks, and of means of a dense weight."""
-    swapped(Net())  # 64 x 128 has become 16 blocks
+def test_state_of_other_parameters_with_equal_shapes_is_kept() -> None:
+    """The parameters have the shape of the blocks and of the dense weight."""
+    swapped(Net())  # A 64x128 weight becomes 16 blocks.
     convolution = nn.Parameter(torch.randn(16, 16, 16))
     weight = nn.Parameter(torch.randn(64, 128))
-    for of in GO_ON.values():
-        optimizer = of([convolution, weight])
+    for make_optimizer in OPTIMIZERS.values():
+        optimizer = make_optimizer([convolution, weight])
         for number in range(2):
             densify(swapped(Net()))
-            for each in (convolution, weight):
-                each.grad = torch.randn_like(each)
+            for parameter in (convolution, weight):
+                parameter.grad = torch.randn_like(parameter)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 optimizer.step()
@@ -260,8 +260,8 @@ HOOKS: dict[str, Register] = {
 
 
 @pytest.mark.parametrize("where", HOOKS)
-def test_hooks_go_on(where: str) -> None:
-    """Also within a sequence that is computed in one go without them."""
+def test_hooks_still_run(where: str) -> None:
+    """They run even in an MLP whose layers are otherwise fused."""
     model, calls = Net(), []
     HOOKS[where](model.net[0], lambda *args: calls.append(args))
     swapped(model)
@@ -275,16 +275,16 @@ def test_hooks_go_on(where: str) -> None:
 
 
 def test_a_tensor_hook_changes_the_gradient_as_before() -> None:
-    """As of a wrapper that scales or clips the gradient of single parameters."""
+    """For example, a wrapper may scale or clip the gradients of individual parameters."""
     model, plain = swapped(Net()), Net()
     plain.net[0].weight.register_hook(lambda gradient: gradient * 2)
     swapped(plain)
-    for each in (model, plain):
-        loss_of(each, 0).backward()
+    for net in (model, plain):
+        loss_of(net, 0).backward()
     torch.testing.assert_close(plain.net[0].values.grad, 2 * model.net[0].values.grad)
 
 
-def test_attributes_stay() -> None:
+def test_attributes_are_kept() -> None:
     model = Net()
     model.net[0].lr_scale, model.net[0].weight._no_weight_decay = 0.5, True
     model.net[0].register_buffer("seen", torch.ones(3))
@@ -295,7 +295,7 @@ def test_attributes_stay() -> None:
     assert model.net[0].lr_scale == 0.5 and model.net[0].weight._no_weight_decay
 
 
-def test_a_gradient_that_is_there_is_of_the_dense_weight_and_goes() -> None:
+def test_the_gradient_of_the_dense_weight_is_dropped() -> None:
     model = Net()
     loss_of(model, 0).backward()
     bias = model.net[0].bias.grad.clone()
@@ -305,7 +305,7 @@ def test_a_gradient_that_is_there_is_of_the_dense_weight_and_goes() -> None:
     assert model.net[0].values.grad.shape == model.net[0].values.shape
 
 
-def test_a_compiled_module_follows() -> None:
+def test_a_compiled_module_is_recompiled() -> None:
     model = Net()
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(4, 64)
@@ -316,7 +316,7 @@ def test_a_compiled_module_follows() -> None:
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_of_a_swapped_model_stand_by_themselves(how: Callable[[Any], Any]) -> None:
+def test_copies_of_a_swapped_model_are_independent(how: Callable[[Any], Any]) -> None:
     model = swapped(Net())
     other = how(model)
     assert torch.equal(other(torch.ones(2, 64)), model(torch.ones(2, 64)))
@@ -324,7 +324,7 @@ def test_copies_of_a_swapped_model_stand_by_themselves(how: Callable[[Any], Any]
     assert type(other.net[0]) is nn.Linear and type(model.net[0]) is BlockSparseLinear
 
 
-def test_a_layer_in_training_is_not_made_dense() -> None:
+def test_a_layer_in_training_cannot_be_densified() -> None:
     model = Net()
     sparsifier = Sparsifier(model, 12, block_size=16)
     sparsifier.attach(adamw(model.parameters()))
@@ -336,7 +336,7 @@ def test_a_layer_in_training_is_not_made_dense() -> None:
 
 
 def test_layers_that_get_no_gradient_are_named() -> None:
-    """As those are that nobody calls, since `forward` has copies of them."""
+    """A layer gets no gradient if `forward` calls a copy of it instead."""
 
     class Uncalled(Net):
         def __init__(self) -> None:
@@ -353,14 +353,14 @@ def test_layers_that_get_no_gradient_are_named() -> None:
     sparsifier.attach(optimizer)
     with pytest.warns(UserWarning, match=r"no gradient in 10 steps.*: net\.2\. ") as warned:
         train(model, optimizer, range(40))
-    assert sum("no gradient in 10 steps" in str(each.message) for each in warned) == 1
+    assert sum("no gradient in 10 steps" in str(w.message) for w in warned) == 1
 
 
-# -- a weight that is not there -------------------------------------------------------------------
+# -- missing weight -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use", ["read", "tie"])
-def test_who_reads_or_ties_the_weight_learns_which_layer_it_is(use: str) -> None:
+def test_reading_or_tying_the_weight_raises_with_the_layers_name(use: str) -> None:
     model = swapped(Net())
     assert not hasattr(model.net[0], "weight")
     with pytest.raises(AttributeError, match=r"no `weight`.*layer 'net\.0'.*exclude=\['net\.0'\]"):

@@ -1,12 +1,12 @@
-"""Saves and loads Transformers models that have block-sparse layers, in Transformers' own way.
+"""Support for block-sparse layers in Transformers' `save_pretrained` and `from_pretrained`.
 
-To Transformers the blocks are a kind of quantization, "block_sparse": `config.json` says which
-layers are block-sparse, so that `from_pretrained` builds these before it loads their blocks.
-Importing this module registers it.
+Block sparsity is registered as a quantization method, "block_sparse": `config.json` describes the
+block-sparse layers, so that `from_pretrained` creates them before it loads their blocks. Importing
+this module registers the method.
 
-In the files the blocks of a layer lie under `<layer>.weight`, as a tensor of three dimensions, with
-its topology beside it. So a program that does not know this package finds a weight of another shape
-than it expects, and fails. Under another name, it would draw the weight anew.
+The files store the blocks of a layer as `<layer>.weight`, a tensor of three dimensions, next to the
+topology. A program that does not import this package therefore fails because of the weight's shape.
+If the tensor had another name, the weight would count as missing and be initialized at random.
 """
 
 from __future__ import annotations
@@ -24,43 +24,44 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_lightning.export.state_dicts import layers_in
-from sparse_lightning.patching import convert_to_match, densify
+from sparse_lightning.loading import convert_layers
+from sparse_lightning.patching import densify
 from sparse_lightning.selection import sparse_layers
 from sparse_lightning.topology import BlockTopology, block_grid
 
-METHOD = "block_sparse"
-LOADS_SINCE = "5.4"
+_METHOD = "block_sparse"
+_MIN_VERSION_TO_LOAD = "5.4"
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(_METHOD)
 class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
-    """What `config.json` says of the block-sparse layers.
+    """Description of block-sparse layers in `config.json`.
 
     Args:
-        layers: of each layer, by name, its "block_size", its "capacity" and its "shape",
-            [out_features, in_features].
+        layers: "block_size", "capacity" and "shape", [out_features, in_features], of each layer, by
+            name.
     """
 
     def __init__(self, layers: Mapping[str, Mapping[str, Any]], **_: Any) -> None:
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = _METHOD
         self.layers = {name: dict(sizes) for name, sizes in layers.items()}
 
     @classmethod
-    def of(cls, topologies: Mapping[str, BlockTopology]) -> BlockSparseConfig:
-        """Describe layers that have these blocks."""
+    def from_topologies(cls, topologies: Mapping[str, BlockTopology]) -> BlockSparseConfig:
+        """Describe the layers that have these topologies, by name."""
         return cls(
             {
                 name: {
-                    "block_size": at.block_size,
-                    "capacity": at.capacity,
-                    "shape": [at.out_features, at.in_features],
+                    "block_size": topology.block_size,
+                    "capacity": topology.capacity,
+                    "shape": [topology.out_features, topology.in_features],
                 }
-                for name, at in topologies.items()
+                for name, topology in topologies.items()
             }
         )
 
     def empty_topology(self, name: str) -> BlockTopology:
-        """Return a topology of the layer's sizes. Which blocks its slots hold is loaded later."""
+        """Return a topology of a layer's sizes with empty slots; loading fills them later."""
         sizes = self.layers[name]
         try:
             out_features, in_features = sizes["shape"]
@@ -68,28 +69,28 @@ class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-i
             coords = torch.full((sizes["capacity"], 2), -1, dtype=torch.int32, device="cpu")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                "`quantization_config` must say block_size, capacity and shape of each layer; got "
+                "`quantization_config` must give block_size, capacity and shape of each layer; got "
                 f"{sizes} (layer '{name}'). The folder's config.json is damaged; save the model "
-                "again, by save_pretrained."
+                "again with save_pretrained."
             ) from error
         return BlockTopology(coords, grid, sizes["block_size"])
 
 
-@register_quantizer(METHOD)
+@register_quantizer(_METHOD)
 class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
-    """What Transformers asks when it saves or loads a model with block-sparse layers."""
+    """Callbacks with which Transformers saves and loads a model with block-sparse layers."""
 
     quantization_config: BlockSparseConfig
 
     def __init__(self, quantization_config: BlockSparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # By the name of a weight in the files, that of the parameter it becomes.
-        self._blocks: dict[str, str] = {}
-        # The dtypes that the parameters are to have.
+        # Names of `values` parameters, by the names of weights in the files.
+        self._values_of_weights: dict[str, str] = {}
+        # Dtypes that the parameters are meant to have after loading.
         self._dtypes: dict[str, torch.dtype] = {}
-        self._to_blocks: Any = None
-        # The names in the files, with those of parameters for weights.
-        self._found: set[str] = set()
+        self._renaming: Any = None
+        # Names in the files, with weights renamed to `values`.
+        self._names_in_files: set[str] = set()
 
     # Saving.
 
@@ -99,30 +100,31 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *_: Any
     ) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """Return the state dict to write; the model's config then describes what is in it."""
-        state_dict = _given_state_dict()
+        """Return the state dict to write, and update the model's config to describe it."""
+        state_dict = _state_dict_argument()
         if getattr(model, "_hf_peft_config_loaded", False):
-            return state_dict, {}  # Adapters alone are written, and no config.
+            return state_dict, {}  # Transformers then writes the adapters alone, without a config.
         if state_dict is None:
             state_dict = model.state_dict()
         layers = layers_in(state_dict)
-        _note(model, {name: layer.topology for name, layer in layers.items()})
-        _keep_whole(model, layers)
-        blocks = {f"{name}.values": f"{name}.weight" for name in layers}
-        return {blocks.get(key, key): value for key, value in state_dict.items()}, {}
+        _update_config(model, {name: layer.topology for name, layer in layers.items()})
+        _drop_conversions_of_blocks(model, layers)
+        weights = {f"{name}.values": f"{name}.weight" for name in layers}
+        return {weights.get(key, key): value for key, value in state_dict.items()}, {}
 
     # Loading.
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        if not _version(transformers.__version__) >= _version(LOADS_SINCE):
+        if not _version(transformers.__version__) >= _version(_MIN_VERSION_TO_LOAD):
             raise RuntimeError(
-                f"`transformers` must be {LOADS_SINCE} or later to load block-sparse layers, as "
-                f"earlier ones load no extra states; got {transformers.__version__}. Upgrade it."
+                f"`transformers` must be {_MIN_VERSION_TO_LOAD} or later to load block-sparse "
+                "layers, as earlier versions load no extra states; got "
+                f"{transformers.__version__}. Upgrade it."
             )
         if not self.pre_quantized:
             raise ValueError(
-                "`quantization_config` must be left out to load a dense model; got a "
-                "BlockSparseConfig. Load it, and call sparsify(model)."
+                "`quantization_config` must not be given for a dense model; got a "
+                "BlockSparseConfig. Load the model without it, and call sparsify(model)."
             )
 
     def _process_model_before_weight_loading(
@@ -132,49 +134,49 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         base = f"{model.base_model_prefix}."
         topologies: dict[str, BlockTopology | None] = {}
         for saved in self.quantization_config.layers:
-            # A base model is loaded of the folder of one with a head, or the other way around.
-            # Transformers reports weights that have no place, as those of another head.
+            # A base model may be loaded from the folder of a model with a head, or the other way
+            # around. Transformers reports weights that the model lacks, such as another head's.
             names = (saved, saved.removeprefix(base), base + saved)
             name = next((name for name in names if name in modules), None)
             if name is None:
                 continue
             topologies[name] = self.quantization_config.empty_topology(saved)
-            for own in (name, name.removeprefix(base), base + name):
-                self._blocks[f"{own}.weight"] = f"{own}.values"
-        convert_to_match(model, topologies)
+            for variant in (name, name.removeprefix(base), base + name):
+                self._values_of_weights[f"{variant}.weight"] = f"{variant}.values"
+        convert_layers(model, topologies)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         for _, layer in sparse_layers(model):
-            # Transformers initializes what the files lack, and may reach for the weights of others
-            # on the way. It leaves alone what is marked so.
+            # Transformers initializes modules that the files lack, and may access the weights of
+            # other layers in doing so. This placeholder is marked as initialized already.
             shape = (layer.out_features, layer.in_features)
-            stand_in = torch.empty(shape[::-1] if layer.transposed else shape, device="meta")
-            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-            vars(layer)["weight"] = stand_in
+            placeholder = torch.empty(shape[::-1] if layer._is_transposed else shape, device="meta")
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+            vars(layer)["weight"] = placeholder
         return model
 
     def get_weight_conversions(self) -> list[Any]:
         from transformers.core_model_loading import WeightRenaming
 
-        blocks, found = self._blocks, self._found
+        values_of_weights, names_in_files = self._values_of_weights, self._names_in_files
 
-        class ToBlocks(WeightRenaming):  # type: ignore[misc, unused-ignore]
-            """Says which parameter the weights of block-sparse layers become."""
+        class RenameToValues(WeightRenaming):  # type: ignore[misc, unused-ignore]
+            """Renames the weights of block-sparse layers to `values`."""
 
             __slots__ = ()
 
             def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-                key = blocks.get(source_key, source_key)
-                found.add(key)
+                key = values_of_weights.get(source_key, source_key)
+                names_in_files.add(key)
                 return key, None
 
-        self._to_blocks = ToBlocks("", "")  # without a pattern, as it sees every key
-        return [self._to_blocks]
+        self._renaming = RenameToValues("", "")  # Unlike other renamings it needs no patterns.
+        return [self._renaming]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
-            # Transformers before 5.22 leaves it in the dtype of the files.
+            # Transformers before 5.22 does not convert the parameters from the files' dtype.
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
         base = f"{model.base_model_prefix}."
         for name, layer in sparse_layers(model):
@@ -182,45 +184,45 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             if layer.values.device.type == "meta":
                 raise ValueError(
                     "`device_map` must keep block-sparse layers on the devices that compute them, "
-                    f"as their topology is not offloaded; got one that is (layer '{name}'). Leave "
-                    "it out, or put the layer on such a device."
+                    "as their topology cannot be offloaded; got an offloaded layer (layer "
+                    f"'{name}'). Omit it, or assign the layer to a device that computes it."
                 )
-            at = layer.topology
+            topology = layer.topology
             shapes = {
-                "values": (at.capacity, at.block_size, at.block_size),
-                "bias": (at.out_features,),
+                "values": (topology.capacity, topology.block_size, topology.block_size),
+                "bias": (topology.out_features,),
             }
             loaded = {
-                piece
-                for piece, parameter in layer.named_parameters()
-                if hasattr(parameter, "_is_hf_initialized") and parameter.shape == shapes[piece]
+                key
+                for key, parameter in layer.named_parameters()
+                if hasattr(parameter, "_is_hf_initialized") and parameter.shape == shapes[key]
             }
-            names = (name, name.removeprefix(base), base + name)
-            if any(f"{each}._extra_state" in self._found for each in names):
+            variants = (name, name.removeprefix(base), base + name)
+            if any(f"{variant}._extra_state" in self._names_in_files for variant in variants):
                 loaded.add("_extra_state")
-            for piece in layer.state_dict():
-                if piece not in loaded:
-                    saved = "weight" if piece == "values" else piece
+            for key in layer.state_dict():
+                if key not in loaded:
+                    saved = "weight" if key == "values" else key
                     raise ValueError(
-                        f"The files must hold '{name}.{saved}' as the layer's config has it; got "
-                        f"none, or one of another shape (layer '{name}'). Save the model again, by "
-                        "save_pretrained."
+                        f"The files must hold '{name}.{saved}' in the shape that the config gives; "
+                        f"got none, or one of another shape (layer '{name}'). Save the model again "
+                        "with save_pretrained."
                     )
-            layer.to(layer.values.device)  # the topology follows
-        # Saving undoes what it finds here.
-        done = vars(model).get("_weight_conversions")
-        if done is not None:
-            kept = [each for each in done if each is not self._to_blocks]
-            vars(model)["_weight_conversions"] = kept
-        # Unlike a quantized model, this one may be cast, trained and saved as any other.
+            layer.to(layer.values.device)  # Moves the topology to the device of the values.
+        # Saving reverts the conversions in this list. It must not revert the renaming.
+        conversions = vars(model).get("_weight_conversions")
+        if conversions is not None:
+            remaining = [c for c in conversions if c is not self._renaming]
+            vars(model)["_weight_conversions"] = remaining
+        # Unlike a quantized model, this one may be cast, trained and saved like any other.
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(model).pop(attribute, None)
-        for part in _pretrained(model):
+        for part in _pretrained_parts(model):
             vars(part.config).pop("_is_quantized", None)
-        note(model)
+        update_configs(model)
         return model
 
-    # What else it can do.
+    # Capabilities.
 
     @property
     def is_trainable(self) -> bool:
@@ -238,107 +240,109 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         return densify(model)
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        note(model)
+        update_configs(model)
 
 
-class _Offer:
-    """The quantizer of each model that has block-sparse layers, wherever these came from.
+class _QuantizerDescriptor:
+    """Provides `hf_quantizer` on models that have block-sparse layers, however they got these.
 
-    It is found by `model.hf_quantizer`, but is no part of the model, its copies or its pickles.
+    As a descriptor it is not stored in models, and so not in their copies or pickles either.
     """
 
     def __get__(self, model: PreTrainedModel | None, owner: type) -> BlockSparseQuantizer:
-        # A config may still speak of layers that there are no more; saving sets it right.
-        if model is not None and (_noted(model.config) or any(sparse_layers(model))):
+        # A config may still describe layers that no longer exist; saving corrects it.
+        if model is not None and (_describes_layers(model.config) or any(sparse_layers(model))):
             topologies = {name: layer.topology for name, layer in sparse_layers(model)}
-            return BlockSparseQuantizer(BlockSparseConfig.of(topologies))
+            return BlockSparseQuantizer(BlockSparseConfig.from_topologies(topologies))
         raise AttributeError(f"'{owner.__name__}' object has no attribute 'hf_quantizer'")
 
 
-PreTrainedModel.hf_quantizer = _Offer()  # type: ignore[attr-defined, unused-ignore]
+PreTrainedModel.hf_quantizer = _QuantizerDescriptor()  # type: ignore[attr-defined, unused-ignore]
 
 
-def note(model: nn.Module) -> None:
-    """Have the configs of the Transformers models in a model say which layers are block-sparse."""
+def update_configs(model: nn.Module) -> None:
+    """Describe the block-sparse layers of a model in the configs of its Transformers models."""
     outermost: list[str] = []
     for name, part in model.named_modules():
         if not isinstance(part, PreTrainedModel):
             continue
-        if any(name.startswith(other) for other in outermost):
+        if any(name.startswith(prefix) for prefix in outermost):
             continue
         outermost.append(f"{name}." if name else "")
-        _note(part, {name: layer.topology for name, layer in sparse_layers(part)})
+        _update_config(part, {name: layer.topology for name, layer in sparse_layers(part)})
 
 
-def _note(model: PreTrainedModel, topologies: Mapping[str, BlockTopology]) -> None:
-    for part in _pretrained(model):
-        if _noted(part.config):
+def _update_config(model: PreTrainedModel, topologies: Mapping[str, BlockTopology]) -> None:
+    for part in _pretrained_parts(model):
+        if _describes_layers(part.config):
             del part.config.quantization_config
         conversions = vars(part).get("_weight_conversions")
-        if isinstance(conversions, _Kept):
-            vars(part)["_weight_conversions"] = conversions.whole
+        if isinstance(conversions, _ReducedConversions):
+            vars(part)["_weight_conversions"] = conversions.original
     if topologies:
-        model.config.quantization_config = BlockSparseConfig.of(topologies)
+        model.config.quantization_config = BlockSparseConfig.from_topologies(topologies)
 
 
-def _noted(config: Any) -> bool:
-    """Tell whether a config says that layers are block-sparse."""
-    noted = getattr(config, "quantization_config", None)
-    if isinstance(noted, Mapping):
-        return noted.get("quant_method") == METHOD
-    return isinstance(noted, BlockSparseConfig)
+def _describes_layers(config: Any) -> bool:
+    """Return whether a config describes block-sparse layers."""
+    description = getattr(config, "quantization_config", None)
+    if isinstance(description, Mapping):
+        return description.get("quant_method") == _METHOD
+    return isinstance(description, BlockSparseConfig)
 
 
-def _pretrained(model: nn.Module) -> Iterator[PreTrainedModel]:
+def _pretrained_parts(model: nn.Module) -> Iterator[PreTrainedModel]:
     return (part for part in model.modules() if isinstance(part, PreTrainedModel))
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Return major and minor, as of "5.4.0.dev0"."""
+    """Return major and minor of a version such as "5.4.0.dev0"."""
     return tuple(int(part) for part in text.split(".")[:2])
 
 
-def _given_state_dict() -> dict[str, Any] | None:
-    """Return the `state_dict` that `save_pretrained` was called with, as an average of weights.
+def _state_dict_argument() -> dict[str, Any] | None:
+    """Return the `state_dict` argument of `save_pretrained`, or None.
 
-    Transformers asks the quantizer in its place, and does not hand it over.
+    If a model has a quantizer, Transformers ignores the argument and does not pass it on, so it is
+    read from the caller's frame.
     """
     frame = sys._getframe(2)
     return frame.f_locals.get("state_dict") if frame.f_code.co_name == "save_pretrained" else None
 
 
-class _Kept(list[Any]):
-    """What saving undoes of the conversions of weights; `whole` is that without blocks."""
+class _ReducedConversions(list[Any]):
+    """Weight conversions that saving reverts; `original` also has those that affect blocks."""
 
-    whole: list[Any] | None
+    original: list[Any] | None
 
 
-def _keep_whole(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Keep blocks out of what Transformers does to weights in saving, as to join those of layers.
+def _drop_conversions_of_blocks(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Exclude block-sparse layers from the weight conversions that saving reverts.
 
-    It stores some models as their authors did. Renaming does no harm to blocks; joining, splitting
-    and permuting do. So these are left out, which loading understands.
+    Transformers stores some models in their authors' format. Renaming a weight keeps blocks intact,
+    but joining, splitting or permuting weights does not, so these conversions are dropped. Loading
+    accepts weights that are stored without them.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
     except ImportError:
-        return  # Transformers 4 stores weights as they are.
+        return  # Transformers 4 does not convert weights.
 
-    conversions = own = getattr(model, "_weight_conversions", None)
+    conversions = original = getattr(model, "_weight_conversions", None)
     if conversions is None:
-        # As Transformers has it for a model that was not loaded.
+        # The same list as Transformers uses for a model that was not loaded.
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [each for each in conversions if type(each).__name__ != "PrefixChange"]
-    keys = [f"{name}.{piece}" for name in layers for piece in ("weight", "bias", "_extra_state")]
+        conversions = [c for c in conversions if type(c).__name__ != "PrefixChange"]
+    keys = [f"{name}.{key}" for name in layers for key in ("weight", "bias", "_extra_state")]
 
-    def spares(conversion: Any) -> bool:
+    def keeps_blocks(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
             return True
-        undone = conversion.reverse_transform()
-        return not any(undone.rename_source_key(key)[1] for key in keys)
+        reverse = conversion.reverse_transform()
+        return not any(reverse.rename_source_key(key)[1] for key in keys)
 
-    kept = _Kept(each for each in conversions if spares(each))
-    if len(kept) < len(conversions):
-        kept.whole = own
-        vars(model)["_weight_conversions"] = kept
+    reduced = _ReducedConversions(c for c in conversions if keeps_blocks(c))
+    if len(reduced) < len(conversions):
+        reduced.original = original
+        vars(model)["_weight_conversions"] = reduced

@@ -1,4 +1,4 @@
-"""What Accelerate keeps for a whole process, forgotten after every test."""
+"""Reset the process-wide state of Accelerate after every test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training, as a model, its batches and its sparsity, for every loop that can drive it."""
+"""A model, its batches and its sparsity options, shared by the tests of all training loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_lightning import Sparsifier
 STEPS, ACCUMULATE, BATCH, CLIP = 24, 2, 8, 0.5
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 
-# A falling density, so that blocks move, budgets shrink and memory follows.
+# The falling density makes updates move blocks and shrink layers.
 RIGL: dict[str, Any] = {
     "block_size": 16,
     "exclude": ["head"],
@@ -23,7 +23,7 @@ RIGL: dict[str, Any] = {
 
 
 class Net(nn.Module):
-    """Three layers and a loss of its own; the last layer stays dense."""
+    """Three layers, the last of which stays dense; forward returns the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 class Examples(Dataset[dict[str, Tensor]]):
-    """Each is drawn from its number; a rank may have its own."""
+    """Each example is drawn with its index as the seed; `first` selects other examples."""
 
     def __init__(self, batches: int = STEPS * ACCUMULATE, first: int = 0) -> None:
         self.count, self.first = batches * BATCH, first
@@ -58,12 +58,12 @@ def loader(batches: int = STEPS * ACCUMULATE, first: int = 0) -> DataLoader[dict
 
 
 def outcome(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and blocks: the state dict holds both."""
+    """Return copies of the weights and the blocks; the state dict holds both."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Compare bit for bit."""
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert tensor.shape == other[name].shape, name
@@ -73,7 +73,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def plain(
     model: nn.Module, sparsifier: Sparsifier, optimizer: torch.optim.Optimizer, steps: range
 ) -> None:
-    """Train by hand, over the batches of these steps."""
+    """Train in a plain loop over the batches of these steps."""
     batches = list(loader())
     for step in steps:
         for batch in batches[step * ACCUMULATE : (step + 1) * ACCUMULATE]:

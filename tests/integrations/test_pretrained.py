@@ -1,4 +1,4 @@
-"""Transformers models with block-sparse layers: `save_pretrained`, `from_pretrained` and back."""
+"""Saving and loading Transformers models with block-sparse layers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def whisper() -> nn.Module:
 
 
 def dinov2() -> nn.Module:
-    # Its files hold two layers of each MLP as one.
+    # Its files store two layers of each MLP as one.
     sizes = {**SMALL, "image_size": 32, "patch_size": 16, "use_swiglu_ffn": True, "mlp_ratio": 3}
     return build("Dinov2ForImageClassification", transformers.Dinov2Config(**sizes))
 
@@ -127,15 +127,15 @@ def sparse_model(case: str = "llama", **options: Any) -> nn.Module:
     return model
 
 
-def again(model: nn.Module, folder: Path, **options: Any) -> nn.Module:
-    """The model as it is saved and loaded."""
+def reload(model: nn.Module, folder: Path, **options: Any) -> nn.Module:
+    """Return the model after saving and loading."""
     model.save_pretrained(folder)
     loaded: nn.Module = type(model).from_pretrained(folder, **options)
     return loaded
 
 
 def assert_same(loaded: nn.Module, model: nn.Module) -> None:
-    """Bit for bit, in the same slots, by the same names."""
+    """Compare names, slots and outputs, bit for bit."""
     one, other = loaded.state_dict(), model.state_dict()
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -144,12 +144,12 @@ def assert_same(loaded: nn.Module, model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("case", BUILDERS)
-def test_a_model_comes_back(case: str, tmp_path: Path) -> None:
+def test_saving_and_loading_preserves_the_model(case: str, tmp_path: Path) -> None:
     model = sparse_model(case)
-    loaded = again(model, tmp_path / "once")
+    loaded = reload(model, tmp_path / "once")
     assert sparse(loaded) and not loaded.training
     assert_same(loaded, model)
-    assert_same(again(loaded, tmp_path / "twice"), model)
+    assert_same(reload(loaded, tmp_path / "twice"), model)
     layers = json.loads((tmp_path / "once/config.json").read_text())["quantization_config"][
         "layers"
     ]
@@ -174,7 +174,7 @@ def python(source: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_without_this_package_dense_folders_are_read_and_sparse_ones_refused(
+def test_without_this_package_dense_folders_load_and_sparse_ones_raise(
     tmp_path: Path,
 ) -> None:
     arguments, expected = [], {}
@@ -183,7 +183,7 @@ def test_without_this_package_dense_folders_are_read_and_sparse_ones_refused(
         expected[folder] = dense_state_dict(model.state_dict())
         copied = densify(copy.deepcopy(model))
         copied.save_pretrained(folder)
-        assert sparse(model), "the model is as it was"
+        assert sparse(model), "the original does not change"
         torch.testing.assert_close(logits(copied), logits(model), rtol=1e-4, atol=1e-5)
         arguments += [folder, type(model).__name__]
     for case in ("llama", "gpt2"):
@@ -212,13 +212,13 @@ LIGHT = "import sys, sparse_lightning\nassert 'transformers' not in sys.modules\
         f"{LIGHT}from transformers import LlamaForCausalLM\nimport transformers\n",
     ],
 )
-def test_a_new_process_reads_a_sparse_folder(imports: str, tmp_path: Path) -> None:
+def test_a_new_process_loads_a_sparse_folder(imports: str, tmp_path: Path) -> None:
     sparse_model().save_pretrained(tmp_path)
     done = python(imports + READS.format(folder=str(tmp_path)))
     assert done.returncode == 0, done.stderr
 
 
-# -- what is saved ------------------------------------------------------------------------------
+# -- saving -------------------------------------------------------------------------------------
 
 
 def swap(model: nn.Module, density: float = 0.5) -> None:
@@ -241,16 +241,18 @@ def place(model: nn.Module) -> None:
         lambda model: densify(model.model.layers[0]) and swap(model),
     ],
 )
-def test_wherever_layers_became_sparse(change: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+def test_layers_that_were_swapped_in_any_module(
+    change: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
     model = llama()
     change(model)
-    loaded = again(model, tmp_path)
+    loaded = reload(model, tmp_path)
     assert sparse(loaded)
     assert_same(loaded, model)
 
 
 def train(model: nn.Module, density: Any) -> None:
-    """Blocks move, and memory follows a density that falls."""
+    """Train for eight steps, with an update every other step."""
     update = {"every_n_steps": 2, "until": 1.0}
     sparsifier = Sparsifier(model, block_size=16, density=density, update=update, total_steps=8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -263,34 +265,34 @@ def train(model: nn.Module, density: Any) -> None:
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_the_blocks_are_those_of_the_moment(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_the_current_blocks_are_saved(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = build()
     swap(model, density=1.0)
     before = {name: layer.topology.capacity for name, layer in sparse(model).items()}
-    assert_same(again(model, tmp_path), model)
+    assert_same(reload(model, tmp_path), model)
     train(model, {"schedule": "cubic", "initial": 1.0, "final": 0.25, "begin": 0, "until": 0.5})
     after = {name: layer.topology.capacity for name, layer in sparse(model).items()}
     assert all(after[name] < before[name] for name in after)
-    loaded = again(model, tmp_path)
+    loaded = reload(model, tmp_path)
     assert_same(loaded, model)
-    # And on, from what was loaded.
+    # The loaded model continues to train.
     train(loaded.train(), 0.25)
     assert not torch.equal(logits(loaded), logits(model))
-    assert_same(again(loaded, tmp_path), loaded)
+    assert_same(reload(loaded, tmp_path), loaded)
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_saved_as_themselves(
+def test_copies_are_saved_independently(
     through: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
-    model = again(sparse_model(), tmp_path)
+    model = reload(sparse_model(), tmp_path)
     copied = through(model)
     densify(copied.model.layers[0])
-    assert_same(again(copied, tmp_path / "copy"), copied)
-    assert_same(again(model, tmp_path / "model"), model)
+    assert_same(reload(copied, tmp_path / "copy"), copied)
+    assert_same(reload(model, tmp_path / "model"), model)
 
 
-def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
+def test_the_state_dict_argument_is_saved(tmp_path: Path) -> None:
     model = sparse_model()
     halved = {k: v / 2 if v.is_floating_point() else v for k, v in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=halved)
@@ -303,7 +305,9 @@ def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "dinov2"])
-def test_a_model_made_dense_is_saved_as_if_it_always_was(case: str, tmp_path: Path) -> None:
+def test_a_densified_model_is_saved_like_one_that_was_always_dense(
+    case: str, tmp_path: Path
+) -> None:
     model, fresh = sparse_model(case), BUILDERS[case]()
     model.save_pretrained(tmp_path / "sparse")
     fresh.save_pretrained(tmp_path / "fresh")
@@ -314,20 +318,20 @@ def test_a_model_made_dense_is_saved_as_if_it_always_was(case: str, tmp_path: Pa
     one, other = map(safetensors.torch.load_file, files)
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in other.items()}
     assert "quantization_config" not in (tmp_path / "dense/config.json").read_text()
-    loaded = again(sparse_model(case), tmp_path / "sparse")
+    loaded = reload(sparse_model(case), tmp_path / "sparse")
     assert not sparse(loaded.dequantize()) and torch.equal(logits(loaded), logits(model))
 
 
-def test_a_config_that_models_share_speaks_of_the_one_that_is_saved(tmp_path: Path) -> None:
+def test_a_shared_config_describes_the_model_that_is_saved(tmp_path: Path) -> None:
     teacher = llama()
     student = type(teacher)(teacher.config)
     swap(student)
     for _ in range(2):
-        assert not sparse(again(teacher, tmp_path / "teacher"))
-        assert_same(again(student, tmp_path / "student"), student)
+        assert not sparse(reload(teacher, tmp_path / "teacher"))
+        assert_same(reload(student, tmp_path / "student"), student)
 
 
-def test_the_files_are_those_of_a_state_dict(tmp_path: Path) -> None:
+def test_the_files_load_as_a_state_dict(tmp_path: Path) -> None:
     model = sparse_model("gpt2")
     model.save_pretrained(tmp_path)
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -339,11 +343,11 @@ def test_the_files_are_those_of_a_state_dict(tmp_path: Path) -> None:
         n.removeprefix("transformer.") for n in sparse(model)
     }
     other = sparse_model("gpt2", seed=1)
-    other.load_state_dict(saved, strict=False)  # the tied head is not among them
+    other.load_state_dict(saved, strict=False)  # The files do not hold the tied head.
     assert_same(other, model)
 
 
-# -- how it is loaded ---------------------------------------------------------------------------
+# -- loading ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -370,17 +374,17 @@ def test_options_of_from_pretrained(options: dict[str, Any], shards: str, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     model = sparse_model("bert")
-    loaded = again(model, tmp_path, dtype=dtype)
+    loaded = reload(model, tmp_path, dtype=dtype)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert torch.equal(logits(loaded), logits(model.to(dtype)))
-    assert_same(again(model, tmp_path), model)  # saved so
+    assert_same(reload(model, tmp_path), model)  # The model was converted in place.
     assert logits(copy.deepcopy(loaded).half()).dtype == torch.float16
     assert logits(copy.deepcopy(loaded).float()).dtype == torch.float32
     loaded.double().to("cpu", dtype)
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_other_classes_read_the_part_that_they_have(tmp_path: Path) -> None:
+def test_other_classes_load_the_parts_that_they_have(tmp_path: Path) -> None:
     model = sparse_model("bert")
     model.save_pretrained(tmp_path / "head")
     model.bert.save_pretrained(tmp_path / "base")
@@ -397,9 +401,9 @@ def test_other_classes_read_the_part_that_they_have(tmp_path: Path) -> None:
             assert torch.equal(loaded(TOKENS)[0], expected)
 
 
-def test_a_loaded_model_is_trained_by_the_trainer(tmp_path: Path) -> None:
+def test_the_trainer_trains_a_loaded_model(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    model = again(sparse_model(), tmp_path)
+    model = reload(sparse_model(), tmp_path)
     before = logits(model)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "run"), max_steps=2, report_to="none", use_cpu=True, save_steps=1
@@ -410,8 +414,8 @@ def test_a_loaded_model_is_trained_by_the_trainer(tmp_path: Path) -> None:
     assert_same(type(model).from_pretrained(tmp_path / "run/checkpoint-2"), model)
 
 
-def test_weights_that_the_files_lack_are_drawn(tmp_path: Path) -> None:
-    """Those of a layer beside block-sparse ones; T5 looks at them on the way."""
+def test_missing_weights_are_initialized(tmp_path: Path) -> None:
+    """T5 reads weights of block-sparse layers while it initializes the missing ones."""
     model = sparse_model("t5")
     state_dict = model.state_dict()
     (name, dense) = next((k, v) for k, v in state_dict.items() if k.endswith(".wo.weight"))
@@ -421,13 +425,13 @@ def test_weights_that_the_files_lack_are_drawn(tmp_path: Path) -> None:
     assert all(torch.equal(v, state_dict[k]) for k, v in loaded.items() if k != name)
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------
 
 LAYER = "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({f"{LAYER}._extra_state": None}, f"must hold '{LAYER}._extra_state'.*'{LAYER}'"),
         ({f"{LAYER}.weight": None}, f"must hold '{LAYER}.weight'.*'{LAYER}'"),
@@ -435,14 +439,14 @@ LAYER = "model.layers.1.mlp.up_proj"
         ({f"{LAYER}.weight": torch.zeros(1, 16, 16)}, f"must hold '{LAYER}.weight'.*'{LAYER}'"),
     ],
 )
-def test_damaged_files(change: dict[str, Tensor | None], says: str, tmp_path: Path) -> None:
+def test_damaged_files(change: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:
     model = sparse_model()
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     saved = {**safetensors.torch.load_file(file), **change}
     kept = {key: value for key, value in saved.items() if value is not None}
     safetensors.torch.save_file(kept, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         type(model).from_pretrained(tmp_path, ignore_mismatched_sizes=True)
     if all(tensor is not None for tensor in change.values()):
         with pytest.raises((RuntimeError, ValueError), match=r"mismatched|shape"):
@@ -450,26 +454,26 @@ def test_damaged_files(change: dict[str, Tensor | None], says: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "message"),
     [
-        ({"capacity": None}, "must say block_size, capacity and shape"),
-        ({"capacity": -1}, "must say block_size, capacity and shape"),
-        ({"block_size": 24}, "must say block_size, capacity and shape"),
-        ({"shape": [32, 32]}, "must be 32x32, as the checkpoint's is; got 64x32"),
+        ({"capacity": None}, "must give block_size, capacity and shape"),
+        ({"capacity": -1}, "must give block_size, capacity and shape"),
+        ({"block_size": 24}, "must give block_size, capacity and shape"),
+        ({"shape": [32, 32]}, "must be 32x32, as in the checkpoint; got 64x32"),
     ],
 )
-def test_a_damaged_config(sizes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_a_damaged_config(sizes: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = sparse_model()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["layers"][LAYER] |= sizes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{says}.*layer '{LAYER}'"):
+    with pytest.raises(ValueError, match=f"{message}.*layer '{LAYER}'"):
         type(model).from_pretrained(tmp_path)
 
 
-def test_another_capacity_in_the_config_is_set_right(tmp_path: Path) -> None:
-    """As where files of a training were written beside an older config."""
+def test_a_wrong_capacity_in_the_config_is_corrected(tmp_path: Path) -> None:
+    """The weights may come from a training step after the config was written."""
     model = sparse_model()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -478,7 +482,7 @@ def test_another_capacity_in_the_config_is_set_right(tmp_path: Path) -> None:
     assert_same(type(model).from_pretrained(tmp_path), model)
 
 
-def test_offloaded_blocks_are_refused(tmp_path: Path) -> None:
+def test_offloaded_blocks_raise(tmp_path: Path) -> None:
     model = sparse_model()
     model.save_pretrained(tmp_path)
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
@@ -489,9 +493,9 @@ def test_offloaded_blocks_are_refused(tmp_path: Path) -> None:
         )
 
 
-def test_a_dense_folder_is_made_sparse_after_it_is_loaded(tmp_path: Path) -> None:
+def test_a_config_for_a_dense_folder_raises(tmp_path: Path) -> None:
     model = sparse_model()
     llama().save_pretrained(tmp_path)
-    noted = model.config.quantization_config
-    with pytest.raises(ValueError, match="must be left out to load a dense model"):
-        type(model).from_pretrained(tmp_path, quantization_config=noted)
+    config = model.config.quantization_config
+    with pytest.raises(ValueError, match="must not be given for a dense model"):
+        type(model).from_pretrained(tmp_path, quantization_config=config)

@@ -1,4 +1,4 @@
-"""`SparsityTrainerCallback` in transformers' Trainer: the same training, resumed, and refused."""
+"""`SparsityTrainerCallback` in transformers' Trainer: training, resuming and errors."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def arguments(folder: Path, **options: Any) -> Any:
 
 
 def trainer(folder: Path, model: nn.Module | None = None, *callbacks: Any, **options: Any) -> Any:
-    of_trainer = {
+    trainer_options = {
         key: options.pop(key)
         for key in ("model_init", "optimizers", "train_dataset", "eval_dataset")
         if key in options
     }
-    if "optimizers" not in of_trainer:
-        of_trainer["optimizer_cls_and_kwargs"] = (torch.optim.SGD, SGD)
-    of_trainer.setdefault("train_dataset", Examples())
+    if "optimizers" not in trainer_options:
+        trainer_options["optimizer_cls_and_kwargs"] = (torch.optim.SGD, SGD)
+    trainer_options.setdefault("train_dataset", Examples())
     return transformers.Trainer(
-        model=model, args=arguments(folder, **options), callbacks=list(callbacks), **of_trainer
+        model=model, args=arguments(folder, **options), callbacks=list(callbacks), **trainer_options
     )
 
 
@@ -78,10 +78,10 @@ def sparse_net() -> Net:
     return model
 
 
-# The training itself.
+# Training.
 
 
-def test_density_falls_memory_follows_and_the_log_says_so(tmp_path: Path) -> None:
+def test_density_and_memory_fall_and_are_logged(tmp_path: Path) -> None:
     class Reporter(transformers.TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             reported.append(kwargs["logs"]["sparsity/density"])
@@ -99,14 +99,14 @@ def test_density_falls_memory_follows_and_the_log_says_so(tmp_path: Path) -> Non
     logged = [entry["sparsity/density"] for entry in training.state.log_history]
     assert len(logged) == STEPS // 5 + 1 and logged == sorted(logged, reverse=True)
     assert logged[0] > logged[-1] == 0.25 and reported == logged
-    # Nothing is left behind on the optimizer, or locked.
+    # The optimizer has no hooks left, and the layers are unlocked.
     optimizer = training.optimizer.optimizer
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
-    assert not model.up.locked
+    assert not model.up._is_locked
 
 
-def test_steps_that_do_not_count_are_lost_of_those_that_were_planned(tmp_path: Path) -> None:
-    class AtFirstWithout(Net):
+def test_steps_without_gradients_reduce_the_planned_steps(tmp_path: Path) -> None:
+    class NoGradientAtFirst(Net):
         calls = 0
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -118,7 +118,7 @@ def test_steps_that_do_not_count_are_lost_of_those_that_were_planned(tmp_path: P
     until_the_end = {**RIGL["density"], "until": 1.0}
     options = {**RIGL, "density": until_the_end, "update": {"every_n_steps": 3, "until": 1.0}}
     sparsity = SparsityTrainerCallback(**options)
-    trainer(tmp_path, AtFirstWithout(), sparsity).train()
+    trainer(tmp_path, NoGradientAtFirst(), sparsity).train()
     engine = sparsity.sparsifier
     assert engine is not None and engine.steps == STEPS - 3 and engine.density == 0.25
 
@@ -136,14 +136,14 @@ def test_the_trainers_own_optimizers(optim: str, tmp_path: Path) -> None:
     assert sparsity.sparsifier is not None and sparsity.sparsifier.density == 0.25
 
 
-def test_wrong_options_are_refused_at_once() -> None:
+def test_wrong_options_raise_immediately() -> None:
     with pytest.raises(ValueError, match="`block_size` must"):
         SparsityTrainerCallback(block_size=17)
     with pytest.raises(TypeError, match="dens"):
         SparsityTrainerCallback(dens=0.5)
 
 
-# Saved and resumed.
+# Saving and resuming.
 
 
 def small_bert(_: Path) -> nn.Module:
@@ -186,12 +186,12 @@ class Texts(Examples):
         return {"input_ids": tokens, "labels": tokens}
 
 
-# Updates come every 3 steps: before one, right after one, and where layers have shrunk.
+# Updates run every 3 steps; the cuts are before one, right after one, and after layers shrink.
 @pytest.mark.parametrize(
     ("build", "cut"),
     [
         *((None, cut) for cut in (2, 3, 10, 18, 20)),
-        *((build, cut) for build in (small_bert, tied_llama, from_pretrained) for cut in (3, 20)),
+        *((small_bert, 3), (tied_llama, 20), (from_pretrained, 3)),
     ],
 )
 def test_resumed_bit_for_bit(build: Any, cut: int, tmp_path: Path) -> None:
@@ -222,11 +222,11 @@ def test_resumed_bit_for_bit(build: Any, cut: int, tmp_path: Path) -> None:
         assert torch.equal(born, states[1]["born"][name])
     topologies = [layer.topology for layer in engines[0].layers.values()]
     cells = sum(at.grid[0] * at.grid[1] for at in topologies)
-    assert sum(at.capacity for at in topologies) < cells / 2  # layers have shrunk
+    assert sum(at.capacity for at in topologies) < cells / 2  # The layers have shrunk.
 
 
 @pytest.mark.parametrize("drop", ["saliency", "movement"])
-def test_what_was_gathered_is_resumed(drop: str, tmp_path: Path) -> None:
+def test_gathered_scores_are_resumed(drop: str, tmp_path: Path) -> None:
     options = {**RIGL, "drop": drop, "grow": "momentum"}
     saving = {"save_strategy": "steps", "save_steps": 5}
     whole = trainer(tmp_path, Net(), SparsityTrainerCallback(**options), **saving)
@@ -236,7 +236,7 @@ def test_what_was_gathered_is_resumed(drop: str, tmp_path: Path) -> None:
     assert_same(outcome(whole.model), outcome(rest.model))
 
 
-def test_a_checkpoint_elsewhere_is_found_by_the_arguments(tmp_path: Path) -> None:
+def test_the_arguments_may_name_a_checkpoint_in_another_folder(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 10}
     whole = trainer(tmp_path / "old", Net(), SparsityTrainerCallback(**RIGL), **saving)
     whole.train()
@@ -255,16 +255,16 @@ def test_a_checkpoint_elsewhere_is_found_by_the_arguments(tmp_path: Path) -> Non
     )
     rest.train(resume_from_checkpoint=rest.args.resume_from_checkpoint)
     assert_same(outcome(whole.model), outcome(rest.model))
-    # In a folder of that name may lie another run's.
+    # A folder of the same name may belong to another run.
     data = Examples(first=10_000)
     other = SparsityTrainerCallback(**RIGL)
     trainer(tmp_path / "new", Net(), other, train_dataset=data, **saving).train()
     lost = trainer(tmp_path / "new", Net(), SparsityTrainerCallback(**RIGL), **saving)
-    with pytest.raises(RuntimeError, match="got one of other blocks or another step in"):
+    with pytest.raises(RuntimeError, match="got one with other blocks or another step in"):
         lost.train(resume_from_checkpoint=str(folder))
 
 
-def test_another_configuration_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_another_configuration_raises(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 10}
     trainer(tmp_path, Net(), SparsityTrainerCallback(**RIGL), **saving).train()
     other = SparsityTrainerCallback(**{**RIGL, "seed": 1})
@@ -274,7 +274,7 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_without_its_state_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_resuming_without_the_state_file_raises(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 10}
     trainer(tmp_path, Net(), SparsityTrainerCallback(**RIGL), **saving).train()
     (tmp_path / "checkpoint-10" / "sparsity.pt").unlink()
@@ -284,7 +284,7 @@ def test_without_its_state_a_checkpoint_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_a_longer_training_moves_no_update(tmp_path: Path) -> None:
+def test_a_longer_training_does_not_move_updates(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 10}
     trainer(tmp_path, Net(), SparsityTrainerCallback(**RIGL), **saving).train()
     sparsity = SparsityTrainerCallback(**RIGL)
@@ -321,10 +321,10 @@ def test_the_best_model_may_have_more_blocks(tmp_path: Path) -> None:
     engine = sparsity.sparsifier
     assert engine is not None and engine.density > 0.25
     assert training.state.best_global_step == 6
-    # The optimizer holds state of the blocks that were there at the end.
+    # The optimizer's state belongs to the blocks at the end of the training.
     with pytest.raises(RuntimeError, match=r"trainer\.optimizer = trainer\.lr_sched"):
         training.train()
-    # With a new one the schedule goes on, whose updates are over.
+    # With a new optimizer the schedule continues; it has no updates left.
     training.optimizer = training.lr_scheduler = None
     with pytest.warns(UserWarning, match="where 0.250 was asked for"):
         training.train()
@@ -334,7 +334,7 @@ def test_the_best_model_may_have_more_blocks(tmp_path: Path) -> None:
 # Further trainings.
 
 
-def test_another_training_goes_on_with_the_schedule(tmp_path: Path) -> None:
+def test_another_training_continues_the_schedule(tmp_path: Path) -> None:
     sparsity, model = SparsityTrainerCallback(**RIGL), Net()
     training = trainer(tmp_path, model, sparsity)
     training.train()
@@ -343,10 +343,10 @@ def test_another_training_goes_on_with_the_schedule(tmp_path: Path) -> None:
     engine.register_update_hook(lambda _, update: updates.append(update.step))
     training.train()
     assert sparsity.sparsifier is engine and engine.steps == 2 * STEPS and updates == []
-    # Another Trainer of the same model and callback goes on as well, with a new optimizer.
+    # So does another Trainer of the same model and callback, with a new optimizer.
     trainer(tmp_path, model, sparsity).train()
     assert sparsity.sparsifier is engine and engine.steps == 3 * STEPS
-    # Another model begins anew.
+    # Another model starts a new schedule.
     trainer(tmp_path, Net(), sparsity).train()
     assert sparsity.sparsifier is not engine
     assert sparsity.sparsifier is not None and sparsity.sparsifier.steps == STEPS
@@ -358,7 +358,7 @@ class Interrupt(transformers.TrainerCallback):  # type: ignore[misc]
             raise KeyboardInterrupt
 
 
-def test_after_an_interruption_another_training_goes_on(tmp_path: Path) -> None:
+def test_another_training_continues_after_an_interruption(tmp_path: Path) -> None:
     sparsity, interrupt = SparsityTrainerCallback(**RIGL), Interrupt()
     cut = trainer(tmp_path, Net(), sparsity, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -380,16 +380,16 @@ def test_resumed_after_an_interruption_in_the_same_process(tmp_path: Path) -> No
     assert sparsity.sparsifier is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sparsity.sparsifier.detach()  # layers take no other capacity while they train
+        sparsity.sparsifier.detach()  # Attached layers cannot load another capacity.
     cut.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-8"))
     assert_same(outcome(whole.model), outcome(cut.model))
 
 
-# What would not train sparsely, and the ways that do.
+# Unsupported setups, and their alternatives.
 
 
-def test_dense_layers_that_come_late_train_as_those_of_the_beginning(tmp_path: Path) -> None:
-    """By `model_init`, by `add_callback`, and under an optimizer that was built before."""
+def test_layers_that_are_swapped_late_train_like_others(tmp_path: Path) -> None:
+    """Covers `model_init`, `add_callback`, and an optimizer that is built before the swap."""
     usual = trainer(tmp_path, Net(), SparsityTrainerCallback(**RIGL))
     usual.train()
     built = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=Net)
@@ -408,19 +408,19 @@ def test_dense_layers_that_come_late_train_as_those_of_the_beginning(tmp_path: P
     assert_same(*outcomes)
 
 
-def test_dense_layers_of_a_training_that_is_resumed_are_refused(tmp_path: Path) -> None:
-    class OfTheHub(Net):
-        _keys_to_ignore_on_save = None  # so that the Trainer warns of what it cannot load
+def test_dense_layers_in_a_resumed_training_raise(tmp_path: Path) -> None:
+    class LikePretrained(Net):
+        _keys_to_ignore_on_save = None  # The Trainer then only warns about keys it cannot load.
 
     saving = {"save_strategy": "steps", "save_steps": 4}
     sparsity = SparsityTrainerCallback(**RIGL)
-    trainer(tmp_path, None, sparsity, model_init=OfTheHub, **saving).train()
-    again = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=OfTheHub)
+    trainer(tmp_path, None, sparsity, model_init=LikePretrained, **saving).train()
+    again = trainer(tmp_path, None, SparsityTrainerCallback(**RIGL), model_init=LikePretrained)
     with pytest.raises(RuntimeError, match=dense("up") + ".*Call `sparsify` in it"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
-def test_model_init_that_calls_sparsify_trains_each_model_anew(tmp_path: Path) -> None:
+def test_model_init_that_calls_sparsify_starts_a_new_schedule(tmp_path: Path) -> None:
     sparsity = SparsityTrainerCallback(**RIGL)
     training = trainer(tmp_path, None, sparsity, model_init=sparse_net)
     training.train()
@@ -432,11 +432,11 @@ def test_model_init_that_calls_sparsify_trains_each_model_anew(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("given", "launched", "says"),
+    ("given", "launched", "message"),
     [
         ({"fsdp": True}, "NO", "got FSDP. Use DDP"),
         ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "NO", "got DeepSpeed. Use DDP"),
-        # By `accelerate launch`, of which the arguments know nothing.
+        # Set by `accelerate launch`, which the arguments do not show.
         ({}, "FSDP", "got FSDP. Use DDP"),
         ({}, "DEEPSPEED", "got DeepSpeed. Use DDP"),
         ({}, "MEGATRON_LM", "got Megatron-LM. Use DDP"),
@@ -444,8 +444,8 @@ def test_model_init_that_calls_sparsify_trains_each_model_anew(tmp_path: Path) -
         ({"enable_jit_checkpoint": True}, "NO", "`enable_jit_checkpoint` must be False"),
     ],
 )
-def test_what_cuts_blocks_or_copies_layers_is_refused(
-    given: dict[str, Any], launched: str, says: str, monkeypatch: pytest.MonkeyPatch
+def test_setups_that_split_blocks_or_copy_layers_raise(
+    given: dict[str, Any], launched: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = SimpleNamespace(distributed_type=accelerate.DistributedType[launched])
     module = "sparse_lightning.integrations.transformers"
@@ -454,7 +454,7 @@ def test_what_cuts_blocks_or_copies_layers_is_refused(
         **{"fsdp": None, "deepspeed": None, "n_gpu": 1, "enable_jit_checkpoint": False, **given}
     )
     model = Net()
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         SparsityTrainerCallback().on_init_end(args, None, None, model=model)
     assert type(model.up) is nn.Linear
 
@@ -483,13 +483,13 @@ except ImportError as error:
 """
 
 
-def test_transformers_is_imported_when_the_callback_is_asked_for() -> None:
+def test_accessing_the_callback_imports_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("package", ["transformers", "accelerate"])
-def test_without_a_package_the_error_says_what_to_install(package: str) -> None:
+def test_a_missing_package_raises_with_an_install_command(package: str) -> None:
     command = [sys.executable, "-c", MISSING, package]
     done = subprocess.run(command, capture_output=True, text=True)
     assert f"{package} is not installed. Run `pip install" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""The share of a model that is block-sparse, and the kinds of what stays dense."""
+"""The coverage in a swap report: the block-sparse share and the kinds of dense parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from sparse_lightning import BlockSparseLinear, sparsify
-from sparse_lightning.coverage import coverage
+from sparse_lightning.swap_report import measure_coverage
 
 
 class Bare(nn.Module):
-    """A module with parameters of its own, of given shapes."""
+    """A module that has parameters of given shapes."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -44,34 +44,34 @@ class Bare(nn.Module):
     ],
 )  # fmt: skip
 def test_kinds(module: nn.Module, kinds: dict[str, float]) -> None:
-    found = coverage(nn.Sequential(module))
+    found = measure_coverage(nn.Sequential(module))
     assert found.parameters == sum(parameter.numel() for parameter in module.parameters())
     assert found.share == 0
     assert list(found.dense) == list(kinds)
     assert found.dense == pytest.approx(kinds)
 
 
-def test_a_block_sparse_layer_counts_as_the_dense_one() -> None:
+def test_a_block_sparse_layer_counts_like_its_dense_layer() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
-    dense = coverage(model)
+    dense = measure_coverage(model)
     sparsify(model, include=["0"], block_size=16, density=0.25, max_density=0.5)
-    found = coverage(model)
+    found = measure_coverage(model)
     assert found.parameters == dense.parameters
     assert found.share == pytest.approx(2048 / found.parameters)
     assert found.share + sum(found.dense.values()) == pytest.approx(1)
     assert list(found.dense) == ["linear layers", "other"]
 
 
-def test_what_has_several_names_counts_once() -> None:
+def test_a_parameter_with_several_names_counts_once() -> None:
     embedding, head = nn.Embedding(10, 16), nn.Linear(16, 10, bias=False)
     layer = BlockSparseLinear(16, 16, block_size=16, density=1.0)
     head.weight = embedding.weight
-    found = coverage(nn.Sequential(embedding, layer, layer, head))
+    found = measure_coverage(nn.Sequential(embedding, layer, layer, head))
     assert found.parameters == 160 + 256 + 16
     assert found.dense == pytest.approx({"embeddings": 160 / 432, "other": 16 / 432})
 
 
-def test_the_line_tells_what_is_worth_telling() -> None:
+def test_the_coverage_note_omits_small_shares() -> None:
     experts = [Bare(up=(4, 16, 16), down=(4, 16, 8)) for _ in range(2)]
     model = nn.ModuleDict(
         {
@@ -82,18 +82,21 @@ def test_the_line_tells_what_is_worth_telling() -> None:
         }
     )
     sparsify(model, include=["linear"], exclude=(), block_size=16)
-    found = coverage(model)
+    found = measure_coverage(model)
     assert found.experts == ("layers.*.up", "layers.*.down", "more2.b", "more2.a")
     assert str(found) == (
-        "Block-sparse layers cover 11 % of the model's 4,644 parameters; dense are 3-D parameters "
+        "Block-sparse layers cover 11 % of the model's 4,644 parameters; dense: 3-D parameters "
         "(experts) 67 % (layers.*.up, layers.*.down, more2.b, …), embeddings 22 %."
     )
-    assert "less than 1 %" in str(coverage(nn.Sequential(model, nn.Embedding(1000, 1000))))
+    assert "less than 1 %" in str(measure_coverage(nn.Sequential(model, nn.Embedding(1000, 1000))))
 
 
 def test_a_model_without_parameters() -> None:
     for model in (nn.ReLU(), nn.Sequential(nn.LazyLinear(3))):
-        assert str(coverage(model)) == "Block-sparse layers cover 0 % of the model's 0 parameters."
+        assert (
+            str(measure_coverage(model))
+            == "Block-sparse layers cover 0 % of the model's 0 parameters."
+        )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,6 @@ def test_experts_of_transformers(model: str, options: dict[str, Any]) -> None:
         **options,
     )
     with torch.device("meta"):
-        found = coverage(getattr(transformers, f"{model}ForCausalLM")(config))
+        found = measure_coverage(getattr(transformers, f"{model}ForCausalLM")(config))
     assert next(iter(found.dense)) == "3-D parameters (experts)"
     assert found.experts[0] == "model.layers.*.mlp.experts.gate_up_proj"

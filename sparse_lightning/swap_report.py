@@ -1,0 +1,204 @@
+"""What a swap did: the layers of a model, its copies, and the share that stays dense."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from sparse_lightning.linear import BlockSparseLinear, is_conv1d
+from sparse_lightning.tables import text_table
+
+_EXPERTS = "3-D parameters (experts)"
+# The first entry that contains the class of a parameter's module names the parameter's kind.
+_KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), "embeddings"),
+    ((nn.modules.conv._ConvNd,), "convolutions"),
+    ((nn.RNNBase, nn.RNNCellBase), "recurrent layers"),
+)
+_MAX_EXPERT_NAMES = 3
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One swapped layer: `shape` is (out_features, in_features); parameters include the bias."""
+
+    shape: tuple[int, int]
+    block_size: int
+    n_blocks: int
+    density: float
+    parameters_before: int
+    parameters_after: int
+
+    @classmethod
+    def from_layer(cls, layer: BlockSparseLinear) -> LayerReport:
+        """Describe a block-sparse layer."""
+        bias = 0 if layer.bias is None else layer.bias.numel()
+        return cls(
+            shape=(layer.out_features, layer.in_features),
+            block_size=layer.block_size,
+            n_blocks=layer.topology.n_blocks,
+            density=layer.density,
+            parameters_before=layer.out_features * layer.in_features + bias,
+            parameters_after=layer.topology.n_blocks * layer.block_size**2 + bias,
+        )
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model's parameters its block-sparse layers cover.
+
+    Attributes:
+        parameters: number of parameters of the dense model. A block-sparse layer counts as the
+            `nn.Linear` that it replaces, shared parameters count once, and frozen ones count too.
+        share: share of `parameters` in the weights of block-sparse layers, in [0, 1].
+        dense: share of each kind of dense parameter, largest first: "embeddings", "convolutions",
+            "recurrent layers", "attention in_proj", "3-D parameters (experts)", "linear layers"
+            (their weights), and "other" (biases, norms and everything else).
+        experts: names of the 3-D parameters, with "*" for numbers, largest first.
+    """
+
+    parameters: int
+    share: float
+    dense: dict[str, float]
+    experts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = (
+            f"Block-sparse layers cover {_percent(self.share)} of the model's "
+            f"{self.parameters:,} parameters"
+        )
+        names = ", ".join(self.experts[:_MAX_EXPERT_NAMES])
+        names += ", …" if len(self.experts) > _MAX_EXPERT_NAMES else ""
+        kinds = [
+            f"{kind} {_percent(share)}" + (f" ({names})" if kind == _EXPERTS else "")
+            for kind, share in self.dense.items()
+            if share >= 0.01
+        ]
+        return f"{text}; dense: {', '.join(kinds)}." if kinds else f"{text}."
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What `sparsify` did.
+
+    Attributes:
+        layers: the block-sparse layers, without copies.
+        skipped: the reason why each other linear layer stayed dense.
+        follows: the block-sparse layers that are copies, `{copy: source}`.
+        coverage: the share of the model that is block-sparse, and the kinds of dense parameters.
+    """
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    follows: dict[str, str] = field(default_factory=dict)
+    coverage: Coverage | None = None
+
+    @property
+    def coverage_note(self) -> str:
+        """A sentence about the coverage if most of the model stays dense, else ""."""
+        is_mostly_dense = self.coverage is not None and self.coverage.share < 0.5
+        return f"{self.coverage}" if is_mostly_dense else ""
+
+    @property
+    def density(self) -> float:
+        """Present weights / all weights, over all swapped layers."""
+        present = sum(r.n_blocks * r.block_size**2 for r in self.layers.values())
+        return present / max(1, sum(r.shape[0] * r.shape[1] for r in self.layers.values()))
+
+    def table(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
+        """Return a header and one row of cells per layer, followed by a row of totals."""
+        header = ("layer", "shape", "blocks", "density", "parameters", "before")
+        rows = [
+            (
+                name,
+                f"{r.shape[0]}x{r.shape[1]}",
+                f"{r.n_blocks} of {r.block_size}x{r.block_size}",
+                f"{r.density:.3f}",
+                f"{r.parameters_after:,}",
+                f"{r.parameters_before:,}",
+            )
+            for name, r in self.layers.items()
+        ]
+        before = sum(r.parameters_before for r in self.layers.values())
+        after = sum(r.parameters_after for r in self.layers.values())
+        rows.append(("total", "", "", f"{self.density:.3f}", f"{after:,}", f"{before:,}"))
+        return header, rows
+
+    def __str__(self) -> str:
+        lines = ["Block-sparse layers", text_table(*self.table(), total=True)]
+        if self.follows:
+            lines += ["", "Copies"]
+            lines += [f"{copy} follows {source}" for copy, source in self.follows.items()]
+        if self.skipped:
+            lines += ["", "Left dense"]
+            lines += [f"{name}: {reason}" for name, reason in self.skipped.items()]
+        if self.coverage_note:
+            lines += ["", self.coverage_note]
+        return "\n".join(lines)
+
+
+def measure_coverage(model: nn.Module) -> Coverage:
+    """Return how much of a model its block-sparse layers cover, and what stays dense.
+
+    Args:
+        model: any module; its parameters may be on the meta device. Lazy parameters that are not
+            yet initialized have no size and do not count.
+
+    >>> model = nn.Sequential(
+    ...     nn.Embedding(100, 32), BlockSparseLinear(32, 96, bias=False, density=0.5, block_size=16)
+    ... )
+    >>> print(measure_coverage(model))
+    Block-sparse layers cover 49 % of the model's 6,272 parameters; dense: embeddings 51 %.
+    """
+    sizes: Counter[str] = Counter()
+    experts: Counter[str] = Counter()
+    sparse = 0
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            continue
+        # A parametrized weight is stored in a submodule of the module that it belongs to.
+        owner, is_parametrized, rest = name.partition(".parametrizations.")
+        if is_parametrized:
+            local_name = rest.partition(".")[0]
+        else:
+            owner, _, local_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, BlockSparseLinear) and local_name == "values":
+            sparse += module.out_features * module.in_features
+            continue
+        kind = _kind_of(module, local_name, tuple(parameter.shape))
+        sizes[kind] += parameter.numel()
+        if kind == _EXPERTS:
+            experts[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)] += parameter.numel()
+    total = sparse + sizes.total()
+    dense = {kind: n / total for kind, n in sizes.most_common() if n}
+    names = tuple(name for name, _ in experts.most_common())
+    return Coverage(total, sparse / max(1, total), dense, names)
+
+
+def _kind_of(module: nn.Module, name: str, shape: tuple[int, ...]) -> str:
+    """Return the kind of a dense parameter.
+
+    Args:
+        module: module that owns the parameter.
+        name: name of the parameter in that module.
+        shape: shape of the parameter. Dimensions of size 1 are ignored, so that the position
+            embeddings of a vision transformer, `[1, n, d]`, do not count as experts.
+    """
+    for classes, kind in _KINDS:
+        if isinstance(module, classes):
+            return kind
+    if isinstance(module, nn.MultiheadAttention) and name.endswith("proj_weight"):
+        return "attention in_proj"
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return "linear layers" if name == "weight" else "other"
+    return _EXPERTS if sum(n > 1 for n in shape) >= 3 else "other"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %") if share >= 0.01 or not share else "less than 1 %"
