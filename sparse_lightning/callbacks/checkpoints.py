@@ -1,4 +1,4 @@
-"""Lightning's checkpoints: what a fit goes on from or begins with, and how dense the best is."""
+"""Lightning's checkpoints: resuming or starting from one, and warnings about its density."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from sparse_lightning.config import SparsityConfig
 from sparse_lightning.export.state_dicts import find_layers
 from sparse_lightning.linear import BlockSparseLinear, density_of
 from sparse_lightning.observers.observers import sparsifiers
-from sparse_lightning.patching import start_from
-from sparse_lightning.resume import is_dense
+from sparse_lightning.patching import initialize_from_dense
 from sparse_lightning.sparsifier import Sparsifier
 
-# What a callback adds to its state when a checkpoint is saved. It is not in its `state_dict`, which
-# a training is refused to resume without.
-_ARRIVAL = "arrival"
+# Key of the density status in a callback's saved state. It is not part of `state_dict`, whose keys
+# are all required to resume.
+_DENSITY_STATUS = "arrival"
 
 
 def find_state(
@@ -31,40 +30,41 @@ def find_state(
     config: SparsityConfig,
     others: Collection[str],
 ) -> dict[str, Any] | None:
-    """Return the state that a `SparsityCallback` has in a checkpoint, and put it under its key.
+    """Return the state of a `SparsityCallback` in a checkpoint, and move it to the callback's key.
 
-    Earlier versions saved it under the class's name alone.
+    Earlier versions saved it under the name of the class alone.
 
     Args:
-        checkpoint: of Lightning's; its "callbacks" may be changed.
-        key: of the callback.
-        config: of the callback.
-        others: keys of the trainer's other `SparsityCallback`s.
+        checkpoint: Lightning's checkpoint; its "callbacks" may be changed.
+        key: state key of the callback.
+        config: configuration of the callback.
+        others: state keys of the trainer's other `SparsityCallback`s.
 
     Returns:
-        The state; None if the checkpoint has none of any `SparsityCallback`.
+        The state; None if the checkpoint has no state of any `SparsityCallback`.
 
     Raises:
-        ValueError: if it has some, and none is this callback's.
+        ValueError: if the checkpoint has states of `SparsityCallback`s, but not this callback's.
     """
     states = checkpoint["callbacks"]
     if key in states:
         return states[key]  # type: ignore[no-any-return]
-    saved = _saved(states, key)
-    free = [k for k in saved if k not in others]
-    asked = _patterns(config.of_training())
-    found = [k for k in free if _patterns(saved[k].get("config", {})) == asked]
-    if not found and not others and len(free) == 1:
-        found = free  # one callback before, one now: it is told what else differs
-    if found:
-        states[key] = states.pop(found[0])
+    saved = _states_of_same_class(states, key)
+    unclaimed = [k for k in saved if k not in others]
+    patterns = _patterns(config.training_options())
+    matching = [k for k in unclaimed if _patterns(saved[k].get("config", {})) == patterns]
+    if not matching and not others and len(unclaimed) == 1:
+        matching = unclaimed  # the only candidate; the check of its options names what differs
+    if matching:
+        states[key] = states.pop(matching[0])
         return states[key]  # type: ignore[no-any-return]
     if saved:
-        had = "; ".join(str(_patterns(state.get("config", {}))) for state in saved.values())
+        available = "; ".join(str(_patterns(state.get("config", {}))) for state in saved.values())
         raise ValueError(
-            "`callbacks` must have the SparsityCallbacks of the training that is resumed, by their "
-            f"`include` and `exclude`; got {asked}, where the checkpoint has {had}. Give those, or "
-            "start a new training from its weights: load checkpoint['state_dict'] after `sparsify`."
+            "`callbacks` must have the SparsityCallbacks of the resumed training, with the same "
+            f"`include` and `exclude`; got {patterns}, but the checkpoint has {available}. Use "
+            "those, or start a new training from its weights: load checkpoint['state_dict'] after "
+            "`sparsify`."
         )
     return None
 
@@ -72,168 +72,166 @@ def find_state(
 def check_none_missing(
     checkpoint: Mapping[str, Any], configs: Mapping[str, SparsityConfig]
 ) -> None:
-    """Raise ValueError if a `SparsityCallback` of a checkpoint is none of the trainer's.
+    """Raise ValueError if a checkpoint has a `SparsityCallback` that the trainer does not have.
 
-    Its layers would stay dense, or as they are, without a word.
+    Otherwise its layers would silently stay dense, or no longer evolve.
 
     Args:
-        checkpoint: of Lightning's.
-        configs: of all `SparsityCallback`s of the trainer, by their keys.
+        checkpoint: Lightning's checkpoint.
+        configs: configurations of all `SparsityCallback`s of the trainer, by state key.
     """
-    saved = {
-        k: s for key in configs for k, s in _saved(checkpoint.get("callbacks", {}), key).items()
-    }
+    states = checkpoint.get("callbacks", {})
+    saved = {k: s for key in configs for k, s in _states_of_same_class(states, key).items()}
     if len(saved) == len(configs) == 1:
-        return  # it is told what differs
-    known = [_patterns(config.of_training()) for config in configs.values()]
+        return  # `find_state` pairs them; the check of their options names what differs
+    known = [_patterns(config.training_options()) for config in configs.values()]
     for key, state in saved.items():
-        had = _patterns(state.get("config", {}))
-        if key not in configs and had not in known:
+        patterns = _patterns(state.get("config", {}))
+        if key not in configs and patterns not in known:
             raise ValueError(
-                "`callbacks` must have every SparsityCallback of the training that is resumed; got "
-                f"none with {had}, which the checkpoint has. Add it, or start a new training from "
+                "`callbacks` must have every SparsityCallback of the resumed training; got none "
+                f"with {patterns}, which the checkpoint has. Add it, or start a new training from "
                 "its weights: load checkpoint['state_dict'] after `sparsify`."
             )
 
 
-def _saved(states: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return the states of the callbacks of the class that a key is of."""
-    of_class = key.partition("{")[0]
-    return {k: s for k, s in states.items() if str(k).partition("{")[0] == of_class}
+def _states_of_same_class(states: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the saved states of all callbacks of the class that a state key names."""
+    class_name = key.partition("{")[0]
+    return {k: s for k, s in states.items() if str(k).partition("{")[0] == class_name}
 
 
 def _patterns(config: Mapping[str, Any]) -> dict[str, Any]:
     return {argument: config.get(argument) for argument in ("include", "exclude")}
 
 
-def begin_with(checkpoint: Mapping[str, Any], sparsifier: Sparsifier) -> None:
-    """Give layers the dense weights of a checkpoint, which has no state of a sparsity.
+def start_from_dense_weights(checkpoint: Mapping[str, Any], sparsifier: Sparsifier) -> None:
+    """Initialise block-sparse layers from a dense checkpoint without a `SparsityCallback` state.
 
     Raises:
-        ValueError: if it has block-sparse layers: there is no schedule to go on with.
+        ValueError: if the checkpoint has block-sparse layers, since their schedule is unknown.
     """
     layers, dense = sparsifier.layers, checkpoint["state_dict"]
-    if not is_dense(dense, [*layers, *sparsifier.follows]):
+    if not all(f"{name}.weight" in dense for name in (*layers, *sparsifier.follows)):
         raise ValueError(
-            "`ckpt_path` must be a checkpoint of a training with SparsityCallback, so that its "
-            "schedule can go on, or one of dense weights, to begin with; got block-sparse layers "
-            "without the callback's state. To start a new training from its weights, leave "
-            "`ckpt_path` out, call `sparsify`, and load checkpoint['state_dict'] before the fit."
+            "`ckpt_path` must be a checkpoint of a training with SparsityCallback, whose schedule "
+            "can continue, or one with dense weights to start from; got block-sparse layers "
+            "without the callback's state. To start a new training from its weights, omit "
+            "`ckpt_path`, call `sparsify`, and load checkpoint['state_dict'] before the fit."
         )
     for name, layer in layers.items():
-        start_from(layer, dense[f"{name}.weight"], sparsifier.config.init)
-    for name, original in sparsifier.follows.items():
+        initialize_from_dense(layer, dense[f"{name}.weight"], sparsifier.config.init)
+    for name, source in sparsifier.follows.items():
         copy = sparsifier.model.get_submodule(name)
         assert isinstance(copy, BlockSparseLinear)
-        start_from(copy, dense[f"{name}.weight"], sparsifier.config.init, layers[original])
+        initialize_from_dense(copy, dense[f"{name}.weight"], sparsifier.config.init, layers[source])
     rank_zero_info(
-        "Block-sparse training begins with the dense weights of the checkpoint. Its optimizer, its "
-        "progress and the state of callbacks are left out."
+        "Block-sparse training starts from the dense weights of the checkpoint. Its optimizer "
+        "states, its progress and its callback states are ignored."
     )
 
 
-def leave_only_weights(
-    checkpoint: dict[str, Any], state_dict: Mapping[str, Any], waiting: Collection[str] = ()
+def keep_only_weights(
+    checkpoint: dict[str, Any], state_dict: Mapping[str, Any], pending: Collection[str] = ()
 ) -> None:
-    """Have Lightning take a state dict from a checkpoint, and begin with all else.
+    """Reduce a checkpoint to a state dict, so that Lightning starts everything else anew.
 
     Args:
-        checkpoint: of Lightning's, with dense weights.
-        state_dict: of the model, which has begun with them.
-        waiting: layers that another callback is yet to begin with: their weights stay.
+        checkpoint: Lightning's checkpoint, with dense weights; it is changed in place.
+        state_dict: state dict of the model after `start_from_dense_weights`.
+        pending: names of layers that another callback has yet to initialise: the checkpoint keeps
+            their dense weights.
     """
     dense = checkpoint["state_dict"]
-    kept = {f"{name}.weight": dense[f"{name}.weight"] for name in waiting}
-    taken = {
+    pending_weights = {f"{name}.weight": dense[f"{name}.weight"] for name in pending}
+    initialised = {
         key: value
         for key, value in state_dict.items()
-        if not any(key in (f"{name}.values", f"{name}._extra_state") for name in waiting)
+        if not any(key in (f"{name}.values", f"{name}._extra_state") for name in pending)
     }
     checkpoint.update(
-        state_dict={**taken, **kept}, optimizer_states=[], lr_schedulers=[], callbacks={}
+        state_dict={**initialised, **pending_weights},
+        optimizer_states=[],
+        lr_schedulers=[],
+        callbacks={},
     )
     checkpoint.pop("loops", None)
 
 
-# A checkpoint that was the best before the density had fallen.
+# Warnings about checkpoints from before the final density.
 
 
-def arrival(sparsifier: Sparsifier) -> dict[str, Any]:
-    """Return how far the density is on its way to the final one, to be saved."""
+def save_density_status(checkpoint: Mapping[str, Any], key: str, sparsifier: Sparsifier) -> None:
+    """Add the current and the final density to a callback's state in a checkpoint."""
     grids = {name: layer.topology.grid for name, layer in sparsifier.layers.items()}
-    cells = sum(rows * columns for rows, columns in grids.values())
-    return {
+    n_blocks = sum(rows * columns for rows, columns in grids.values())
+    checkpoint["callbacks"][key][_DENSITY_STATUS] = {
         "density": sparsifier.density,
-        "final_density": sparsifier.config.final_blocks(grids) / max(1, cells),
+        "final_density": sparsifier.config.budgets(grids).final_total() / max(1, n_blocks),
         "is_final": sparsifier.is_final,
     }
 
 
-def save_arrival(checkpoint: Mapping[str, Any], key: str, sparsifier: Sparsifier) -> None:
-    """Add it to the state of a callback."""
-    checkpoint["callbacks"][key][_ARRIVAL] = arrival(sparsifier)
-
-
-def warn_of_early_weights(trainer: pl.Trainer, state: Mapping[str, Any] | None) -> None:
-    """Say so if a checkpoint that is about to be evaluated is not of the final density.
+def warn_if_not_final(trainer: pl.Trainer, state: Mapping[str, Any] | None) -> None:
+    """Warn if a checkpoint to be evaluated was saved before the final density.
 
     Args:
-        trainer: that has loaded it.
-        state: of the `SparsityCallback` in it.
+        trainer: the trainer that has loaded the checkpoint.
+        state: the state of the `SparsityCallback` in the checkpoint.
     """
-    at = None if state is None else state.get(_ARRIVAL)
-    if at is None or at["is_final"] or at["density"] == at["final_density"]:
+    status = None if state is None else state.get(_DENSITY_STATUS)
+    if status is None or status["is_final"] or status["density"] == status["final_density"]:
         return
     rank_zero_warn(
-        f"The checkpoint '{trainer.ckpt_path}' was saved at density {at['density']:.3f}, before "
-        f"its training came to the final {at['final_density']:.3f}. {_REMEDY}"
+        f"The checkpoint '{trainer.ckpt_path}' was saved at density {status['density']:.3f}, "
+        f"before its training reached the final density {status['final_density']:.3f}. {_REMEDY}"
     )
 
 
-def warn_of_early_best(trainer: pl.Trainer) -> None:
-    """Name the best checkpoints of a training that are of another density than its end."""
+def warn_if_best_differs(trainer: pl.Trainer) -> None:
+    """Warn of each best checkpoint whose density differs from that of the trained model."""
     if not trainer.is_global_zero:
         return
     engines = sparsifiers(trainer)
-    layers = {name: layer for each in engines for name, layer in each.layers.items()}
+    layers = {name: layer for engine in engines for name, layer in engine.layers.items()}
     for path in _best_paths(trainer.checkpoint_callbacks):
         try:
             blocks = _saved_blocks(path, layers)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
-            rank_zero_info(f"The density of the checkpoint '{path}' is not known: {reason}")
+            rank_zero_info(f"The density of the checkpoint '{path}' is unknown: {reason}")
             continue
         now = {name: layers[name].topology.n_blocks for name in blocks}
         if sum(blocks.values()) != sum(now.values()):
             grids = [layers[name].topology.grid for name in blocks]
             saved = sum(blocks.values()) / sum(rows * columns for rows, columns in grids)
             rank_zero_warn(
-                f"The best checkpoint '{path}' has density {saved:.3f}, and the model that was "
-                f"trained {density_of(layers[name] for name in blocks):.3f}. {_REMEDY}"
+                f"The best checkpoint '{path}' has density {saved:.3f}, but the trained model has "
+                f"density {density_of(layers[name] for name in blocks):.3f}. {_REMEDY}"
             )
 
 
 _REMEDY = (
-    "What is monitored may have been better while more blocks were present. To have the best "
-    "checkpoint of the final density, use `sparse_lightning.FinalDensityCheckpoint`."
+    "The monitored metric may have been better while more blocks were present. To keep the best "
+    "checkpoint at the final density, use `sparse_lightning.FinalDensityCheckpoint`."
 )
 
 
 def _best_paths(callbacks: Sequence[Any]) -> list[Path]:
-    """Return the best checkpoints that are one file on this machine, each once."""
+    """Return the distinct best checkpoints that are single local files."""
     best = [
-        each.best_model_path
-        for each in callbacks
-        if isinstance(each, ModelCheckpoint) and each.best_model_path
+        callback.best_model_path
+        for callback in callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path
     ]
     paths = [Path(path) for path in dict.fromkeys(best) if "://" not in path]
     return [path for path in paths if path.is_file()]
 
 
 def _saved_blocks(path: Path, layers: Mapping[str, BlockSparseLinear]) -> dict[str, int]:
-    """Return the number of blocks of those layers that a checkpoint holds.
+    """Return the number of blocks in a checkpoint of each of the layers that it has.
 
-    Only the topologies are read: all else stays on disk.
+    The file is memory-mapped and only the topologies are read.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     saved = find_layers(checkpoint["state_dict"])

@@ -1,4 +1,4 @@
-"""`FinalDensityCheckpoint`: a `ModelCheckpoint` that waits for the final density."""
+"""`FinalDensityCheckpoint`: a `ModelCheckpoint` that saves only at the final density."""
 
 from __future__ import annotations
 
@@ -14,62 +14,61 @@ from sparse_lightning.observers.observers import sparsifiers
 
 
 class FinalDensityCheckpoint(ModelCheckpoint):
-    """Saves, and compares what it monitors, only once the density is final.
+    """Saves checkpoints, and compares the monitored metric, only once the density is final.
 
-    While the density falls, a checkpoint of more blocks is often the better one by a loss, and a
-    plain `ModelCheckpoint` keeps it as the best. This one does nothing until the density of every
-    `SparsityCallback` of the trainer has arrived where its schedule ends; from then on it is a
-    `ModelCheckpoint`. To be able to resume a training from before that, put a
-    `ModelCheckpoint(save_last=True)` beside it: behind it, if `ckpt_path="best"` shall be this
-    one's.
+    While the density falls, a checkpoint with more blocks often has the lower loss, and a plain
+    `ModelCheckpoint` keeps it as the best. This one does nothing until the density of every
+    `SparsityCallback` of the trainer has reached the end of its schedule; from then on it behaves
+    like a `ModelCheckpoint`. To be able to resume a training from an earlier step, also use a
+    `ModelCheckpoint(save_last=True)`; list it after this one if `ckpt_path="best"` should refer to
+    this one.
 
     It warns at the end of a training in which it saved nothing.
 
     Args:
-        arguments: as of `ModelCheckpoint`.
+        arguments: the arguments of `ModelCheckpoint`.
 
     Raises:
-        ValueError: when a training begins without a `SparsityCallback`.
+        ValueError: if a training starts without a `SparsityCallback`.
     """
 
-    # The value of `monitor` when the density was last seen on its way: of weights that don't count.
-    _early: Tensor | None = None
+    # The latest value of `monitor` from before the final density, which must not be compared.
+    _early_value: Tensor | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if stage == "fit" and not any(isinstance(each, SparsityCallback) for each in callbacks):
+        if stage == "fit" and not any(isinstance(c, SparsityCallback) for c in callbacks):
             raise ValueError(
-                "`Trainer(callbacks=...)` must have a SparsityCallback beside "
-                "FinalDensityCheckpoint, which waits for its final density; got none. Add one, or "
-                "use ModelCheckpoint."
+                "`Trainer(callbacks=...)` must have a SparsityCallback for FinalDensityCheckpoint, "
+                "which waits for its final density; got none. Add one, or use ModelCheckpoint."
             )
         super().setup(trainer, pl_module, stage)
-        self._early = None
+        self._early_value = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        # After a validation of denser weights, its value stands there until the next one.
+        # The value of a validation with more blocks remains until the next validation.
         if _is_final(trainer) and not self._is_early(trainer):
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not _is_final(trainer):
-            self._note(trainer)
+            self._remember_value(trainer)
         elif not self._is_early(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not _is_final(trainer):
-            self._note(trainer)
+            self._remember_value(trainer)
         elif not self._is_early(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not _is_final(trainer):
             rank_zero_warn(
-                "FinalDensityCheckpoint saved nothing in this training, as the density was still "
-                "on its way when it ended. Train longer, or have the density arrive earlier: "
+                "FinalDensityCheckpoint saved nothing, because the training ended before the final "
+                "density was reached. Train longer, or reach the final density earlier: "
                 "`density.until`."
             )
             return
@@ -77,9 +76,9 @@ class FinalDensityCheckpoint(ModelCheckpoint):
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not (self.best_model_path or self.last_model_path or fast_dev_run):
             rank_zero_warn(
-                "FinalDensityCheckpoint saved nothing, as it was not its time between the step at "
-                "which the density arrived and the end. Train longer, have the density arrive "
-                "earlier (`density.until`), or save more often."
+                "FinalDensityCheckpoint saved nothing, because no save was due between the step at "
+                "which the final density was reached and the end. Train longer, reach the final "
+                "density earlier (`density.until`), or save more often."
             )
 
     def on_exception(
@@ -88,17 +87,17 @@ class FinalDensityCheckpoint(ModelCheckpoint):
         if _is_final(trainer):
             super().on_exception(trainer, pl_module, exception)
 
-    def _note(self, trainer: pl.Trainer) -> None:
+    def _remember_value(self, trainer: pl.Trainer) -> None:
         if self.monitor is not None:
-            self._early = trainer.callback_metrics.get(self.monitor)
+            self._early_value = trainer.callback_metrics.get(self.monitor)
 
     def _is_early(self, trainer: pl.Trainer) -> bool:
-        """Whether what is monitored is still a value of weights at a density that was not final."""
-        if self._early is None or self.monitor is None:
+        """Return whether the monitored value was computed before the density was final."""
+        if self._early_value is None or self.monitor is None:
             return False
-        now = trainer.callback_metrics.get(self.monitor)
-        # By memory, not by value: an accuracy may well be the same again.
-        return now is not None and now.is_set_to(self._early)
+        value = trainer.callback_metrics.get(self.monitor)
+        # Compare storage, not values: a new accuracy may well equal the old one.
+        return value is not None and value.is_set_to(self._early_value)
 
 
 def _is_final(trainer: pl.Trainer) -> bool:

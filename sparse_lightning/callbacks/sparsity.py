@@ -1,7 +1,4 @@
-"""`SparsityCallback`: drives a `Sparsifier` with Lightning's trainer.
-
-Nothing is decided here: hooks call the engine, and tell those who look on.
-"""
+"""`SparsityCallback`: drives a `Sparsifier` from Lightning's hooks, and notifies the observers."""
 
 from __future__ import annotations
 
@@ -11,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -19,27 +18,27 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparse_lightning.callbacks.checkpoints import (
-    begin_with,
     check_none_missing,
     find_state,
-    leave_only_weights,
-    save_arrival,
-    warn_of_early_best,
-    warn_of_early_weights,
+    keep_only_weights,
+    save_density_status,
+    start_from_dense_weights,
+    warn_if_best_differs,
+    warn_if_not_final,
 )
-from sparse_lightning.callbacks.trainer import (
-    before_loading,
-    check_apart,
+from sparse_lightning.callbacks.checks import (
     check_launcher,
+    check_no_shared_layers,
     check_trainer,
-    is_new,
-    leave_hooks,
-    once_built,
-    planned_steps,
-    services,
-    skips_backward,
-    swap_in_copies,
     warn_of_slow_layers,
+)
+from sparse_lightning.callbacks.held_copies import CopyFinder, swap_in_copies
+from sparse_lightning.callbacks.hooks import call_before_loading, call_when_built, unwrap_hooks
+from sparse_lightning.callbacks.steps import (
+    count_total_steps,
+    forecast_total_steps,
+    is_new,
+    skips_backward,
 )
 from sparse_lightning.config import (
     DensitySchedule,
@@ -47,21 +46,21 @@ from sparse_lightning.config import (
     MonitorOptions,
     SparsityConfig,
     UpdateSchedule,
+    build_config,
 )
-from sparse_lightning.loading import match_when_loaded
+from sparse_lightning.loading import register_conversion_hook
 from sparse_lightning.names import DEFAULT_EXCLUDE
 from sparse_lightning.observers.observers import Observers
 from sparse_lightning.observers.summary import FitSummary, summarise
 from sparse_lightning.observers.terminal import show_report, show_summary
-from sparse_lightning.patching import SparsityReport
 from sparse_lightning.policy.criteria import Criterion
 from sparse_lightning.policy.distributions import Distribution, Floor
-from sparse_lightning.policy.evolution import ModelUpdate
 from sparse_lightning.policy.rules import UpdateRule
 from sparse_lightning.policy.schedules import Timetable
-from sparse_lightning.resume import check_same_training
+from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.selection import sparse_layers
-from sparse_lightning.sparsifier import Sparsifier
+from sparse_lightning.sparsifier import Sparsifier, check_same_training
+from sparse_lightning.swap_report import SparsityReport
 
 _FLOOR = Floor()
 _UPDATES = UpdateSchedule()
@@ -74,44 +73,47 @@ class SparsityCallback(Callback):
 
     Args:
         block_size: 16, 32, 64 or 128.
-        include: patterns of the `nn.Linear`s to swap. One without a dot matches the last part of
-            a module's name, one with a dot the whole name; "re:..." is a regular expression.
-        exclude: patterns of those to leave alone, beside output layers; see `sparsify`.
+        include: name patterns of the `nn.Linear`s to swap. One without a dot matches the last part
+            of a module's name, one with a dot the whole name; "re:..." is a regular expression.
+        exclude: name patterns of layers that stay dense, in addition to output layers; see
+            `sparsify`.
         density: present blocks / all blocks: a number, or a `DensitySchedule`.
-        distribution: how the budget is shared among layers: "uniform", "erdos_renyi", "global", by
-            the drop scores of all layers together while the density falls, or a function of yours.
-        layer_density: final densities of layers that have their own, by pattern as in `include`;
-            the others share `density`.
-        floor: blocks that every layer, block row and block column keeps, a `Floor`.
-        update: when blocks are exchanged, an `UpdateSchedule`.
-        drop_fraction: share of the blocks that an update exchanges: a number, or a
+        distribution: how the budget is shared among layers: "uniform", "erdos_renyi", "global" (by
+            the drop scores of all layers together while the density falls), or a function.
+        layer_density: final densities of individual layers, by name pattern as in `include`; the
+            other layers share `density`.
+        floor: a `Floor`, the minimum number of blocks in each layer, block row and block column.
+        update: an `UpdateSchedule`, the steps of topology updates.
+        drop_fraction: share of the blocks that an update replaces: a number, or a
             `DropFractionSchedule`.
-        drop: what a block is kept for: "magnitude", "gradient", "saliency", "movement", "random",
-            or a function of yours or its dotted path (see `criteria`).
-        grow: what a block is grown for: "gradient" (RigL), "momentum" (SNFS), "random" (SET),
-            "none", or a function of yours.
-        regrow: whether a block that an update drops may be grown by the same update, and then
-            keeps its weights (as in RigL).
-        rule: decides the whole update in place of `drop` and `grow`: an `UpdateRule` of yours, or
-            the dotted path of one.
-        token_stride: dense gradients are read from every so many-th token only, for as much less
-            time at an update.
-        init: "random" keeps random blocks of the first weights, scaled; "magnitude" the largest.
-        shrink: whether memory follows a density that falls, in at most five steps of a fit. Turn
-            it off where you captured a CUDA graph yourself.
-        seed: of random blocks and random growth.
-        follow: copies of layers that are not to be told from their weights, as `{"target": "net"}`.
-            Those that equal a layer, and are frozen or in no optimizer, follow it by themselves.
-        monitor: what is logged, a `MonitorOptions`; None for nothing.
+        drop: criterion by which blocks are kept: "magnitude", "gradient", "saliency", "movement",
+            "random", or a function or its dotted path (see `criteria`).
+        grow: criterion by which blocks are grown: "gradient" (RigL), "momentum" (SNFS), "random"
+            (SET), "none", or a function or its dotted path.
+        regrow: whether an update may grow a block that it has just dropped, which then keeps its
+            weights (as in RigL).
+        rule: an `UpdateRule`, or its dotted path, that decides the whole update in place of `drop`
+            and `grow`.
+        token_stride: dense gradients use only every `token_stride`-th token, which makes updates
+            proportionally faster.
+        init: "random" keeps random blocks of the initial weights, rescaled; "magnitude" keeps the
+            blocks of largest norm.
+        shrink: whether memory is released as the density falls, in at most five steps per fit. Turn
+            it off if you capture a CUDA graph yourself.
+        seed: seed of random blocks and random growth.
+        follow: copies of layers that cannot be recognised by their weights, as
+            `{"target": "net"}`. Copies that equal a layer, and are frozen or in no optimizer,
+            follow it automatically.
+        monitor: a `MonitorOptions`, what is logged; None logs nothing.
 
     Attributes:
-        config: all of this, checked.
+        config: the checked configuration.
         sparsifier: the `Sparsifier` that does the work, after `setup`.
         report: `SparsityReport` of the latest swap.
-        summary: `FitSummary` of the latest training, once it has ended by itself.
+        summary: `FitSummary` of the latest training, once it has ended normally.
 
     Raises:
-        ValueError, TypeError: for an argument out of range, naming it.
+        ValueError, TypeError: if an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class SparsityCallback(Callback):
         follow: Mapping[str, str] | None = None,
         monitor: MonitorOptions | Mapping[str, Any] | None = _MONITOR,
     ) -> None:
-        self.config = SparsityConfig(
+        self.config = build_config(
             block_size=block_size,
             include=include,
             exclude=exclude,
@@ -161,13 +163,13 @@ class SparsityCallback(Callback):
         self.sparsifier: Sparsifier | None = None
         self.summary: FitSummary | None = None
         self._first_steps: dict[int, list[int]] = {}
-        self._followed: list[Optimizer] = []
+        self._optimizers: list[Optimizer] = []
         self.report: SparsityReport | None = None
-        self._evaluated: RemovableHandle | None = None
+        self._conversion_hook: RemovableHandle | None = None
 
     @property
     def state_key(self) -> str:
-        """What the state is saved under: of several callbacks of a trainer, each has its own."""
+        """Key of the saved state, distinct for each of several callbacks of a trainer."""
         include, exclude = self.config.include, self.config.exclude
         if (include, exclude) == (("*",), tuple(DEFAULT_EXCLUDE)):
             return super().state_key
@@ -175,72 +177,78 @@ class SparsityCallback(Callback):
 
     @property
     def last_update(self) -> ModelUpdate | None:
-        """The latest topology update, if there was one."""
+        """The latest topology update, or None before the first."""
         return None if self.sparsifier is None else self.sparsifier.last_update
 
     @property
     def timetable(self) -> Timetable | None:
-        """The resolved steps, once training has started."""
+        """The resolved steps of the schedule, once training has started."""
         return None if self.sparsifier is None else self.sparsifier.timetable
 
-    # Fit start: the layers must be in place before the optimizer and the strategy see the model.
+    # Fit start: the layers are swapped before the optimizer and the strategy see the model.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._let_go()  # also where an earlier fit was cut off
+        self._release()  # an earlier fit may have been interrupted
         if stage != TrainerFn.FITTING:
-            # What is evaluated is the model as it is, or as the checkpoint holds it.
-            self._evaluated = match_when_loaded(pl_module)
+            # The model is evaluated as it is, or as it is in the checkpoint.
+            self._conversion_hook = register_conversion_hook(pl_module)
             return
         check_trainer(trainer, self)
         self.summary = None
-        once_built(pl_module, partial(self._sparsify, trainer, pl_module))
-        if _of(trainer)[0] is self:
-            # Before the weights are loaded, as layers that stayed dense would not take theirs.
-            before_loading(pl_module, partial(check_none_missing, configs=_configs(trainer)))
+        call_when_built(pl_module, partial(self._sparsify, trainer, pl_module))
+        if _sparsity_callbacks(trainer)[0] is self:
+            # Check this before the weights are loaded, which fails for layers that stayed dense.
+            call_before_loading(pl_module, partial(check_none_missing, configs=_configs(trainer)))
 
     def _sparsify(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_launcher(trainer, pl_module, self.config)
-        if _of(trainer)[0] is self:
-            check_apart(pl_module, [each.config for each in _of(trainer)])
+        callbacks = _sparsity_callbacks(trainer)
+        if callbacks[0] is self:
+            check_no_shared_layers(pl_module, [callback.config for callback in callbacks])
         sparse = {id(layer) for _, layer in sparse_layers(pl_module)}
-        known, made = self.sparsifier, Sparsifier(pl_module, config=self.config)
-        if known is not None and _same(known.layers, made.layers):
-            known.forget_gathered()  # another fit: the schedule stays where it is
+        previous, new = self.sparsifier, Sparsifier(pl_module, config=self.config)
+        if previous is not None and _are_same_layers(previous.layers, new.layers):
+            previous.reset_gathered()  # another fit of the same model continues the schedule
         else:
-            self._begin(made)
-        if any(id(layer) not in sparse for layer in made.layers.values()):
+            self._start_schedule(new)
+        if any(id(layer) not in sparse for layer in new.layers.values()):
             swap_in_copies(trainer)
-            self.report = made.report
-            if _of(trainer)[-1] is not self:  # what is dense now may not be when all have swapped
-                self.report = replace(made.report, coverage=None)
+            self.report = new.report
+            if callbacks[-1] is not self:  # later callbacks swap more layers
+                self.report = replace(new.report, coverage=None)
             if trainer.is_global_zero:
-                show_report(self.report, self._which(trainer))
+                show_report(self.report, self._label(trainer))
 
-    def _begin(self, sparsifier: Sparsifier) -> None:
-        """Begin a schedule."""
+    def _start_schedule(self, sparsifier: Sparsifier) -> None:
         self.sparsifier = sparsifier
-        self._observers.begin_anew()
+        self._observers.reset()
 
-    # A training. Steps and updates run by themselves, in the hooks of the optimizers.
+    # Training: steps and updates run in the hooks that the engine registers with the optimizers.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # From here on the model can be pickled, and copied, as it is.
-        leave_hooks(trainer, pl_module)
+        # From here on the model can be pickled and copied.
+        unwrap_hooks(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        sparsifier = self._engine
-        sparsifier.total_steps = planned_steps(trainer, sparsifier.steps)
+        sparsifier, strategy = self._engine, trainer.strategy
+        steps = sparsifier.steps
+        total = sparsifier.total_steps = count_total_steps(trainer, steps)
         if is_new(trainer):
             self._first_steps.clear()
-        total, steps = sparsifier.total_steps, sparsifier.steps
-        offered = services(trainer, total, steps, self._first_steps)
         known = dict(sparsifier.follows)
-        sparsifier.attach(*trainer.optimizers, **offered)
-        self._followed = [*trainer.optimizers]
+        sparsifier.attach(
+            *trainer.optimizers,
+            rewrap=partial(_rebuild_ddp, strategy) if isinstance(strategy, DDPStrategy) else None,
+            copies=CopyFinder(trainer),
+            planned=forecast_total_steps(trainer, total, steps, self._first_steps),
+            # A compiled wrapper of the whole module needs parameters of constant shape.
+            shrink=not isinstance(strategy.model, torch._dynamo.OptimizedModule),
+        )
+        self._optimizers = [*trainer.optimizers]
         if sparsifier.follows != known:
             self.report = sparsifier.report
             found = sparsifier.follows.items() - known.items()
-            rank_zero_info("\n".join(f"{copy} follows {of}" for copy, of in sorted(found)))
+            rank_zero_info("\n".join(f"{copy} follows {source}" for copy, source in sorted(found)))
         sparsifier.check_all_held()
         warn_of_slow_layers(trainer, self.config, sparsifier.layers)
         rank_zero_info(f"Block-sparse training: {sparsifier.timetable}.")
@@ -248,49 +256,54 @@ class SparsityCallback(Callback):
 
     @property
     def _engine(self) -> Sparsifier:
-        assert self.sparsifier is not None, "`setup` comes first"
+        assert self.sparsifier is not None, "`setup` creates it"
         return self.sparsifier
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if skips_backward(trainer):
-            # The average is in the model by now, and an update would put zeros into it. Those who
-            # look on are still to be told of the end.
+            # The model holds the average by now, into which an update would write zeros. Observers
+            # stay active until the training ends.
             self._engine.detach()
             return
-        if self._engine.is_attached and self._engine.exchange(self._followed, trainer.optimizers):
-            self._followed = [*trainer.optimizers]
+        if self._engine.is_attached and self._engine.replace_optimizers(
+            self._optimizers, trainer.optimizers
+        ):
+            self._optimizers = [*trainer.optimizers]
             self._engine.check_all_held()
-            rank_zero_info("The optimizers are others; block-sparse training goes on with them.")
-        # Here and not when it ends: the update that follows its step reads how many there were.
+            rank_zero_info(
+                "The trainer's optimizers were replaced; block-sparse training continues with them."
+            )
+        # Counted at its start, since an update during the batch reads the throughput.
         self._observers.count(batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._observers.pause()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._observers.go_on()
+        self._observers.resume()
 
-    # Its end.
+    # End of training.
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.summary = summarise(self._observers.fit)
         self._observers.end()
-        self._let_go()
+        self._release()
 
-    # Progress bars are still drawn at `on_train_end`; here the model has left its device.
+    # The summary is computed in `on_train_end`, before the model leaves its device, but shown here,
+    # since progress bars are still active there.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A run of a few batches, to see that everything works, has bought nothing.
+        # A trial run of a few batches has no meaningful summary.
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.is_global_zero and not fast_dev_run and self.summary is not None:
-            show_summary(self.summary, self._which(trainer))
-        if _of(trainer)[0] is self:
-            warn_of_early_best(trainer)
+            show_summary(self.summary, self._label(trainer))
+        if _sparsity_callbacks(trainer)[0] is self:
+            warn_if_best_differs(trainer)
 
-    def _which(self, trainer: pl.Trainer) -> str:
-        """Return what tells this callback from others of the trainer; "" if there is none."""
-        callbacks = _of(trainer)
+    def _label(self, trainer: pl.Trainer) -> str:
+        """Return a description that distinguishes this from other callbacks; "" without others."""
+        callbacks = _sparsity_callbacks(trainer)
         if len(callbacks) == 1:
             return ""
         return f"{callbacks.index(self) + 1} of {len(callbacks)}: {list(self.config.include)}"
@@ -298,19 +311,19 @@ class SparsityCallback(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._let_go()
-        leave_hooks(trainer, pl_module)
+        self._release()
+        unwrap_hooks(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._let_go()
-        leave_hooks(trainer, pl_module)
+        self._release()
+        unwrap_hooks(trainer, pl_module)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._observers.stop()
-        self._followed = []
-        if self._evaluated is not None:
-            self._evaluated.remove()
-            self._evaluated = None
+        self._optimizers = []
+        if self._conversion_hook is not None:
+            self._conversion_hook.remove()
+            self._conversion_hook = None
         if self.sparsifier is not None and self.sparsifier.is_attached:
             self.sparsifier.detach()
 
@@ -322,60 +335,67 @@ class SparsityCallback(Callback):
         return {
             **self.sparsifier.state_dict(),
             "first_steps": dict(self._first_steps),
-            "patterns": self._observers.patterns.state_dict(),
+            "patterns": self._observers.masks.state_dict(),
         }
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.sparsifier is not None:
-            save_arrival(checkpoint, self.state_key, self.sparsifier)
+            save_density_status(checkpoint, self.state_key, self.sparsifier)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Validation, test and prediction need the layers only, which come with the model.
+        # Validation, test and prediction need only the layers, which the state dict holds.
         if trainer.state.fn != TrainerFn.FITTING:
-            warn_of_early_weights(trainer, checkpoint["callbacks"].get(self.state_key))
+            warn_if_not_final(trainer, checkpoint["callbacks"].get(self.state_key))
             return
-        others = [each for each in _of(trainer) if each is not self]
+        callbacks = _sparsity_callbacks(trainer)
         check_none_missing(checkpoint, _configs(trainer))
-        keys = [each.state_key for each in others]
-        state = find_state(checkpoint, self.state_key, self.config, keys)
+        other_keys = [callback.state_key for callback in callbacks if callback is not self]
+        state = find_state(checkpoint, self.state_key, self.config, other_keys)
         if state is not None:
             check_same_training(state, self.state_dict())
             return
-        begin_with(checkpoint, self._engine)
-        self._begin(Sparsifier(pl_module, config=self.config))
-        # Callbacks that average take the weights from there too.
-        waiting = [
-            name for each in others[_of(trainer).index(self) :] for name in each._engine.layers
-        ]
-        leave_only_weights(checkpoint, pl_module.state_dict(), waiting)
+        start_from_dense_weights(checkpoint, self._engine)
+        self._start_schedule(Sparsifier(pl_module, config=self.config))
+        # Averaging callbacks read the weights from the checkpoint too.
+        later = callbacks[callbacks.index(self) + 1 :]
+        pending = [name for callback in later for name in callback._engine.layers]
+        keep_only_weights(checkpoint, pl_module.state_dict(), pending)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.sparsifier is None:
             return
-        if state_dict.get("config") != self.config.of_training():
-            # Not a fit, or it would have been refused: of another training only the layers count.
-            self._begin(Sparsifier(self.sparsifier.model, config=self.config))
+        if state_dict.get("config") != self.config.training_options():
+            # Only an evaluation gets here, since a fit refuses another configuration. It needs the
+            # layers but not their schedule, and the next fit starts a schedule of its own.
+            self._start_schedule(Sparsifier(self.sparsifier.model, config=self.config))
             return
         self.sparsifier.load_state_dict(state_dict)
         self._first_steps = dict(state_dict["first_steps"])
-        self._observers.patterns.load_state_dict(state_dict["patterns"])
+        self._observers.masks.load_state_dict(state_dict["patterns"])
 
 
-def _of(trainer: pl.Trainer) -> list[SparsityCallback]:
-    """Return the callbacks of this kind, in the trainer's order."""
+def _sparsity_callbacks(trainer: pl.Trainer) -> list[SparsityCallback]:
+    """Return the `SparsityCallback`s of a trainer, in its order."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in callbacks if isinstance(each, SparsityCallback)]
+    return [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
 
 
 def _configs(trainer: pl.Trainer) -> dict[str, SparsityConfig]:
-    """Return their configurations, by the keys of their states."""
-    return {each.state_key: each.config for each in _of(trainer)}
+    """Return the configurations of a trainer's `SparsityCallback`s, by state key."""
+    return {callback.state_key: callback.config for callback in _sparsity_callbacks(trainer)}
 
 
-def _same(some: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> bool:
-    """Whether the layers are the same objects, by the same names."""
-    return some.keys() == others.keys() and all(some[name] is others[name] for name in some)
+def _are_same_layers(a: Mapping[str, nn.Module], b: Mapping[str, nn.Module]) -> bool:
+    """Return whether two mappings hold the same objects under the same names."""
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+
+
+def _rebuild_ddp(strategy: DDPStrategy) -> None:
+    """Rebuild the buckets of DDP for parameters of other shapes."""
+    # Remove the old wrapper first, or both would reduce every gradient.
+    strategy.model = strategy.lightning_module
+    strategy.configure_ddp()

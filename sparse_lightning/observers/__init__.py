@@ -1,1 +1,1 @@
-"""Those who only look on at a training: loggers, terminal, recorder, and what others monitor."""
+"""Observers of a training: loggers, terminal, mask history, and metrics for other callbacks."""

@@ -1,4 +1,4 @@
-"""`Observer`: what is told of a training's block patterns, and what it is told."""
+"""`Observer`: the base class of everything that watches a training, and what its methods get."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.observers.patterns import Patterns
-from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.observers.mask_tracker import MaskTracker
+from sparse_lightning.policy.updates import ModelUpdate
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A training that is under way.
+    """The state of a running training.
 
     Attributes:
-        trainer: that runs it.
-        model: that is trained.
-        layers: of the model, those whose blocks are evolved, by name.
-        patterns: their blocks, the latest update included.
+        trainer: the trainer that runs it.
+        model: the model being trained.
+        layers: the model's layers whose blocks evolve, by name.
+        masks: the block masks of these layers, including the latest update.
         step: optimizer steps so far.
-        n_updates: updates so far.
-        label: "1", "2" and so on where the trainer has several `SparsityCallback`s, in its order;
-            "" where there is one.
-        density: present blocks / all blocks of the layers of all of them together.
+        n_updates: topology updates so far.
+        label: "1", "2" and so on, the callback's position among several `SparsityCallback`s; "" if
+            the trainer has only one.
+        density: present blocks / all blocks over the layers of all `SparsityCallback`s.
     """
 
     trainer: pl.Trainer
     model: pl.LightningModule
     layers: Mapping[str, BlockSparseLinear]
-    patterns: Patterns
+    masks: MaskTracker
     step: int
     n_updates: int
     label: str
@@ -39,19 +39,19 @@ class Fit:
 
 
 class Observer:
-    """Is told, on every rank, of a training: its start, updates, pauses and end."""
+    """Base class of observers; its methods are called on every rank and do nothing by default."""
 
     def start(self, fit: Fit) -> None:
-        """Everything is built and restored; no step has been taken."""
+        """Called when everything is built and restored, before the first step."""
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
-        """An update has just been applied."""
+        """Called right after a topology update was applied."""
 
     def pause(self, fit: Fit) -> None:
-        """A validation begins, in the middle of the training."""
+        """Called when a validation begins during the training."""
 
-    def go_on(self, fit: Fit) -> None:
-        """The validation has ended."""
+    def resume(self, fit: Fit) -> None:
+        """Called when that validation has ended."""
 
     def end(self, fit: Fit) -> None:
-        """The training has ended by itself; optimizers and loggers are still there."""
+        """Called when the training ends normally; optimizers and loggers still exist."""

@@ -1,4 +1,4 @@
-"""The numbers that describe block patterns, an update, and what sparsity saves."""
+"""Metrics of block masks and topology updates, and of what sparsity saves."""
 
 from __future__ import annotations
 
@@ -10,76 +10,91 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.observers.patterns import Patterns
+from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.optimizer_state import find_optimizer
-from sparse_lightning.policy.evolution import ModelUpdate, TopologyUpdate
+from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
 from sparse_lightning.selection import sparse_layers
+from sparse_lightning.swap_report import LayerReport
+
+# The key under which the density is logged, and offered to callbacks that monitor a metric.
+DENSITY = "sparsity/density"
 
 
-def update_scalars(model: nn.Module, update: ModelUpdate, patterns: Patterns) -> dict[str, float]:
-    """Return the numbers that describe an update and the model after it.
+def update_scalars(model: nn.Module, update: ModelUpdate, masks: MaskTracker) -> dict[str, float]:
+    """Return the metrics of an update and of the model after it, by logger key.
 
-    What was dropped and grown is of the layers that the update changed; all else of every layer.
-    Densities are shares of blocks; `ever_active` is the share of all blocks that were ever present
-    (Rs in Liu et al. 2021, "In-Time Over-Parameterization"); a row or column is dead if it has no
-    block; a threshold is the smallest score of a block that stayed, left out where there is none.
-    `parameters` counts present weights of the whole model; `flops_per_token` is relative to the
-    same model with all its linear layers dense.
+    `blocks_dropped`, `blocks_grown`, `survival` and `churn` cover the layers that the update
+    changed; the other model metrics cover all layers. Densities are shares of blocks; `ever_active`
+    is the share of all blocks that were ever present (Rs in Liu et al. 2021, "In-Time
+    Over-Parameterization"); a block row or column is dead if it has no block; a threshold is the
+    smallest score of a block that stayed, omitted if there is none. `parameters` counts the present
+    weights of the whole model; `flops_per_token` is relative to the same model with all its linear
+    layers dense.
     """
     changes = update.layers.values()
     before = sum(change.n_before for change in changes)
-    after = sum(change.n_after for change in changes)
     dropped = sum(len(change.dropped) for change in changes)
     grown = sum(len(change.grown) for change in changes)
-    present, ever = [*patterns.present.values()], [*patterns.ever.values()]
-    done, dense = linear_weights(model)
+    present = [*masks.present.values()]
     scalars = {
-        "sparsity/density": share(present),
+        DENSITY: share_set(present),
         "sparsity/blocks_dropped": float(dropped),
         "sparsity/blocks_grown": float(grown),
         "sparsity/survival": 1 - dropped / max(1, before),
-        "sparsity/churn": grown / max(1, after),
-        "sparsity/ever_active": share(ever),
-        "sparsity/dead_rows": float(sum(dead(mask)[0] for mask in present)),
-        "sparsity/dead_columns": float(sum(dead(mask)[1] for mask in present)),
+        "sparsity/churn": model_churn(update),
+        "sparsity/ever_active": share_set([*masks.ever.values()]),
+        "sparsity/dead_rows": float(sum(count_dead(mask)[0] for mask in present)),
+        "sparsity/dead_columns": float(sum(count_dead(mask)[1] for mask in present)),
         "sparsity/parameters": float(count_parameters(model)),
-        "sparsity/flops_per_token": done / max(1, dense),
+        "sparsity/flops_per_token": relative_flops(model),
     }
     if update.density_target is not None:
         scalars["sparsity/density_target"] = update.density_target
     for name, change in update.layers.items():
-        rows, columns = dead(patterns.present[name])
-        of_layer: dict[str, float | None] = {
-            "density": share([patterns.present[name]]),
+        rows, columns = count_dead(masks.present[name])
+        layer_metrics: dict[str, float | None] = {
+            "density": share_set([masks.present[name]]),
             "survival": change.survival,
             "churn": change.churn,
-            "ever_active": share([patterns.ever[name]]),
+            "ever_active": share_set([masks.ever[name]]),
             "dead_rows": float(rows),
             "dead_columns": float(columns),
-            "threshold": threshold(change, update.drop_scores.get(name)),
+            "threshold": drop_threshold(change, update.drop_scores.get(name)),
         }
-        for what, value in of_layer.items():
+        for metric, value in layer_metrics.items():
             if value is not None:
-                scalars[f"sparsity_{what}/{name}"] = value
+                scalars[f"sparsity_{metric}/{name}"] = value
     return scalars
 
 
-def share(masks: Sequence[Tensor]) -> float:
-    """Return the share of places that are set, of several masks together."""
-    return sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
+def model_churn(update: ModelUpdate) -> float:
+    """Return the share of present blocks that an update has grown, over all layers it changed."""
+    changes = update.layers.values()
+    grown = sum(len(change.grown) for change in changes)
+    return grown / max(1, sum(change.n_after for change in changes))
 
 
-def dead(mask: Tensor) -> tuple[int, int]:
-    """Return how many block rows and block columns have no block.
+def count_set(masks: Sequence[Tensor]) -> int:
+    """Return the number of entries that are True, over several masks together."""
+    return sum(int(mask.sum()) for mask in masks)
 
-    >>> dead(torch.tensor([[True, False, False], [True, False, True]]))
+
+def share_set(masks: Sequence[Tensor]) -> float:
+    """Return the share of entries that are True, over several masks together."""
+    return count_set(masks) / max(1, sum(mask.numel() for mask in masks))
+
+
+def count_dead(mask: Tensor) -> tuple[int, int]:
+    """Return the number of block rows and of block columns without any block.
+
+    >>> count_dead(torch.tensor([[True, False, False], [True, False, True]]))
     (0, 1)
     """
     return int((~mask.any(1)).sum()), int((~mask.any(0)).sum())
 
 
-def threshold(update: TopologyUpdate, drop_scores: Tensor | None) -> float | None:
-    """Return the smallest finite score of a block that stayed; None if there is none."""
+def drop_threshold(update: TopologyUpdate, drop_scores: Tensor | None) -> float | None:
+    """Return the smallest finite drop score of a block that stayed; None if there is none."""
     if drop_scores is None:
         return None
     rows, cols = update.stayed.long().unbind(1)
@@ -89,7 +104,7 @@ def threshold(update: TopologyUpdate, drop_scores: Tensor | None) -> float | Non
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model, without those of empty slots."""
+    """Return the number of parameters of a model, without the contents of empty slots."""
     total = sum(parameter.numel() for parameter in model.parameters())
     for _, layer in sparse_layers(model):
         empty = layer.topology.capacity - layer.topology.n_blocks
@@ -98,7 +113,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def linear_weights(model: nn.Module) -> tuple[int, int]:
-    """Return the weights of a model's linear layers, without biases: present, and if all dense."""
+    """Return the weights of a model's linear layers, without biases: present ones, and if dense."""
     present = dense = 0
     for module in model.modules():
         if isinstance(module, BlockSparseLinear):
@@ -112,7 +127,7 @@ def linear_weights(model: nn.Module) -> tuple[int, int]:
 
 
 def relative_flops(model: nn.Module) -> float:
-    """Return the FLOPs a token of a model's linear layers, relative to all of them dense."""
+    """Return the FLOPs per token of a model's linear layers, relative to all of them dense."""
     present, dense = linear_weights(model)
     return present / max(1, dense)
 
@@ -120,10 +135,10 @@ def relative_flops(model: nn.Module) -> float:
 def training_bytes(
     layer: BlockSparseLinear, optimizers: Iterable[torch.optim.Optimizer]
 ) -> tuple[int, int]:
-    """Return the bytes that a layer's weight takes in training, and would take dense.
+    """Return the bytes that a layer's weight takes in training, and would take if dense.
 
-    They are those of weight, gradient and optimizer state, and of the sparse layer's indices;
-    where it is sharded, of all ranks together.
+    They include weight, gradient and optimizer state, and the indices of the sparse layer; for a
+    sharded layer they are the sum over all ranks.
     """
     tensors = [layer.values] * (2 if layer.values.requires_grad else 1)
     found = find_optimizer(optimizers, layer.values)
@@ -139,18 +154,18 @@ def training_bytes(
     return values + indices + layer.block_norms.nbytes, dense
 
 
-def predicted_speedup(
+def model_speedup(
     layers: Iterable[tuple[BlockSparseLinear, float]], dtype: torch.dtype
 ) -> float | None:
-    """Return how much faster than dense ones some layers should be together.
+    """Return the predicted speed-up of several layers together over dense ones.
 
     Args:
-        layers: each with its density.
-        dtype: that they compute in.
+        layers: pairs of a layer and its density.
+        dtype: compute dtype of the layers.
 
     Returns:
-        dense time / time, where dense layers take time by their weights; None where nothing was
-        measured, as on a CPU.
+        Dense time / time, where the time of a dense layer is taken as proportional to its weights;
+        None if a layer has no measured speed-up, as on a CPU.
     """
     dense = sparse = 0.0
     for layer, density in layers:
@@ -165,7 +180,7 @@ def predicted_speedup(
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What became of a layer in a training; parameters include the bias."""
+    """A layer at the end of a training; parameter counts include the bias."""
 
     name: str
     shape: str
@@ -180,28 +195,27 @@ class LayerRow:
     parameters_after: int
 
 
-def layer_row(name: str, layer: BlockSparseLinear, patterns: Patterns) -> LayerRow:
-    """Describe a layer at the end of a training; `survival` is since its beginning."""
-    first, present = patterns.first[name], patterns.present[name]
-    blocks = int(present.sum())
-    bias = 0 if layer.bias is None else layer.bias.numel()
-    rows, columns = dead(present)
+def layer_row(name: str, layer: BlockSparseLinear, masks: MaskTracker) -> LayerRow:
+    """Describe a layer at the end of a training; `survival` is the share of its first blocks."""
+    first, present = masks.first[name], masks.present[name]
+    report = LayerReport.from_layer(layer)
+    rows, columns = count_dead(present)
     return LayerRow(
         name=name,
         shape=f"{layer.out_features}x{layer.in_features}",
-        block_size=layer.block_size,
-        density=share([present]),
-        blocks=blocks,
+        block_size=report.block_size,
+        density=report.density,
+        blocks=report.n_blocks,
         dead_rows=rows,
         dead_columns=columns,
-        ever_active=share([patterns.ever[name]]),
+        ever_active=share_set([masks.ever[name]]),
         survival=int((first & present).sum()) / max(1, int(first.sum())),
-        parameters_before=layer.out_features * layer.in_features + bias,
-        parameters_after=blocks * layer.block_size**2 + bias,
+        parameters_before=report.parameters_before,
+        parameters_after=report.parameters_after,
     )
 
 
 def compute_dtype(trainer: pl.Trainer, layer: BlockSparseLinear) -> torch.dtype:
-    """Return the dtype that a layer computes in."""
+    """Return the compute dtype of a layer."""
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return mixed.get(str(trainer.precision), layer.values.dtype)

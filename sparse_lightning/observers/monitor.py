@@ -1,4 +1,4 @@
-"""`SparsityMonitor`: shows to any logger what topology updates do."""
+"""`SparsityMonitor`: logs topology updates to the trainer's loggers."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from sparse_lightning.config import MonitorOptions
 from sparse_lightning.observers.base import Fit, Observer
-from sparse_lightning.observers.dialects import Dialect, Picture, dialect_of
+from sparse_lightning.observers.loggers import LayerSnapshot, LoggerAdapter, adapt_logger
 from sparse_lightning.observers.measures import (
     compute_dtype,
     layer_row,
     linear_weights,
-    share,
+    share_set,
     update_scalars,
 )
 from sparse_lightning.observers.throughput import Throughput
-from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.policy.updates import ModelUpdate
 
 
 class SparsityMonitor(Observer):
-    """Logs each update in one call a logger: scalars always, masks and histograms now and then.
+    """Logs each update with one call per logger.
 
-    Scalars go to every logger. W&B and TensorBoard also get, for the first `images` layers at
-    every `every_n_updates`-th update, the block mask and histograms: how many blocks each block
-    row and block column holds, and the norms of the blocks that stayed. When the training ends
-    they get a table of all layers.
+    Every logger gets scalars. W&B and TensorBoard also get the block masks of the first `images`
+    layers at every `every_n_updates`-th update, with histograms of the number of blocks in each
+    block row and block column and of the norms of the blocks that stayed. At the end of the
+    training they get a table of all layers.
 
     Args:
-        options: how often, and for how many layers.
+        options: how often to log images and histograms, and for how many layers.
     """
 
     def __init__(self, options: MonitorOptions) -> None:
         self.options = options
-        self._dialects: list[Dialect] = []
+        self._adapters: list[LoggerAdapter] = []
         self._throughput: Throughput | None = None
 
     def start(self, fit: Fit) -> None:
         trainer = fit.trainer
-        self._dialects, self._throughput = [], None
+        self._adapters, self._throughput = [], None
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        self._dialects = [dialect_of(logger, fit.label) for logger in trainer.loggers]
-        for dialect in self._dialects:
-            dialect.start()
+        self._adapters = [adapt_logger(logger, fit.label) for logger in trainer.loggers]
+        for adapter in self._adapters:
+            adapter.start()
         peak = None
         if fit.layers:
             dtype = compute_dtype(trainer, next(iter(fit.layers.values())))
@@ -54,56 +54,52 @@ class SparsityMonitor(Observer):
         self._throughput = Throughput(trainer.world_size, linear_weights(fit.model), peak)
 
     def count(self, batch: Any) -> None:
-        """Take in a batch that is about to be trained on."""
+        """Count a batch that is about to be trained on."""
         if self._throughput is not None:
             self._throughput.count(batch)
 
-    # Validation is no training: its time does not count.
+    # The time of a validation does not count.
 
     def pause(self, fit: Fit) -> None:
         if self._throughput is not None:
             self._throughput.pause()
 
-    def go_on(self, fit: Fit) -> None:
+    def resume(self, fit: Fit) -> None:
         if self._throughput is not None:
-            self._throughput.go_on()
+            self._throughput.resume()
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
         if self._throughput is None:
             return
-        scalars = update_scalars(fit.model, update, fit.patterns)
+        scalars = update_scalars(fit.model, update, fit.masks)
         scalars.update(self._throughput.read(linear_weights(fit.model)))
-        pictures = []
+        snapshots = []
         if (update.number - 1) % self.options.every_n_updates == 0:
             names = list(update.layers)[: self.options.images]
-            pictures = [_picture(name, fit, update) for name in names]
-        for dialect in self._dialects:
-            dialect.log(scalars, pictures, update.step)
+            snapshots = [_snapshot(name, fit, update) for name in names]
+        for adapter in self._adapters:
+            adapter.log_update(scalars, snapshots, update.step)
 
     def end(self, fit: Fit) -> None:
         if self._throughput is None:
             return
         if fit.trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(fit.trainer.strategy.root_device)
-        # Of the steps since the last update, which are all if there was none.
+        # These rates cover the steps since the last update, or all steps if there was none.
         scalars = self._throughput.read(linear_weights(fit.model))
-        rows = [layer_row(name, layer, fit.patterns) for name, layer in fit.layers.items()]
-        for dialect in self._dialects:
+        rows = [layer_row(name, layer, fit.masks) for name, layer in fit.layers.items()]
+        for adapter in self._adapters:
             if scalars:
-                dialect.log(scalars, [], fit.step)
-            dialect.table(rows, fit.step)
-        self._dialects, self._throughput = [], None
+                adapter.log_update(scalars, [], fit.step)
+            adapter.log_table(rows, fit.step)
+        self._adapters, self._throughput = [], None
 
 
-def _picture(name: str, fit: Fit, update: ModelUpdate) -> Picture:
-    mask = fit.patterns.present[name]
+def _snapshot(name: str, fit: Fit, update: ModelUpdate) -> LayerSnapshot:
+    mask = fit.masks.present[name]
     norms = np.empty(0, np.float32)
     if name in update.magnitudes:
         rows, cols = update.layers[name].stayed.long().unbind(1)
         norms = update.magnitudes[name][rows, cols].numpy()
-    return Picture(
-        name,
-        f"{name}, step {update.step}, density {share([mask]):.3f}",
-        mask.numpy(),
-        norms[np.isfinite(norms)],
-    )
+    caption = f"{name}, step {update.step}, density {share_set([mask]):.3f}"
+    return LayerSnapshot(name, caption, mask.numpy(), norms[np.isfinite(norms)])

@@ -1,102 +1,131 @@
-"""`Observers`: all who look on at a training, and the patterns that they read."""
+"""`Observers`: creates the observers of a `SparsityCallback` and forwards its events to them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.linear import density_of
 from sparse_lightning.observers.base import Fit, Observer
-from sparse_lightning.observers.candidates import Candidates
+from sparse_lightning.observers.mask_tracker import MaskTracker
+from sparse_lightning.observers.measures import DENSITY
 from sparse_lightning.observers.monitor import SparsityMonitor
-from sparse_lightning.observers.patterns import Patterns
-from sparse_lightning.observers.recorder import PatternRecorder
+from sparse_lightning.observers.recorder import MaskRecorder
 from sparse_lightning.observers.terminal import Terminal
-from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.sparsifier import Sparsifier
 
 
 class Observers:
-    """Tells the terminal, other callbacks, the loggers and the record of a training.
+    """Forwards the events of a training to the terminal, callback metrics, loggers and recorder.
 
     Args:
-        config: says who looks on.
+        config: selects the observers.
 
     Attributes:
-        monitor: logs updates; None for nothing.
-        patterns: which blocks were present at first, ever, and are now.
+        monitor: logs updates; None if nothing is logged.
+        masks: block masks that all observers read.
     """
 
     def __init__(self, config: SparsityConfig) -> None:
-        shown = config.monitor
-        self.monitor = None if shown is None else SparsityMonitor(shown)
-        self.patterns = Patterns()
-        self._all: list[Observer] = [Terminal(), Candidates()]
+        options = config.monitor
+        self.monitor = None if options is None else SparsityMonitor(options)
+        self.masks = MaskTracker()
+        self._observers: list[Observer] = [Terminal(), CallbackMetrics()]
         if self.monitor is not None:
-            self._all.append(self.monitor)
-        if shown is not None and shown.record:
-            self._all.append(PatternRecorder(shown.every_n_updates, config.of_training()))
-        self._told_of: tuple[pl.Trainer, pl.LightningModule, Sparsifier] | None = None
+            self._observers.append(self.monitor)
+        if options is not None and options.record:
+            self._observers.append(MaskRecorder(options.every_n_updates, config.training_options()))
+        self._running: tuple[pl.Trainer, pl.LightningModule, Sparsifier] | None = None
         self._hook: RemovableHandle | None = None
 
-    def begin_anew(self) -> None:
-        """Forget the patterns of an earlier schedule."""
-        self.patterns = Patterns()
+    def reset(self) -> None:
+        """Forget the block masks of an earlier schedule."""
+        self.masks = MaskTracker()
 
     def start(self, trainer: pl.Trainer, model: pl.LightningModule, sparsifier: Sparsifier) -> None:
-        """Everything is built, restored and attached; no step has been taken."""
+        """Begin observing, once everything is built, restored and attached."""
         self.stop()
-        self._told_of = trainer, model, sparsifier
+        self._running = trainer, model, sparsifier
         self._hook = sparsifier.register_update_hook(lambda _, update: self._update(update))
-        self.patterns.start(sparsifier.layers)
-        for observer in self._all:
+        self.masks.start(sparsifier.layers)
+        for observer in self._observers:
             observer.start(self.fit)
 
     @property
     def fit(self) -> Fit:
-        """The training that is under way."""
-        assert self._told_of is not None
-        trainer, model, of = self._told_of
+        """The state of the running training."""
+        assert self._running is not None
+        trainer, model, sparsifier = self._running
         engines = sparsifiers(trainer)
-        label = str(engines.index(of) + 1) if len(engines) > 1 else ""
-        density = density_of(layer for each in engines for layer in each.layers.values())
-        return Fit(trainer, model, of.layers, self.patterns, of.steps, of.n_updates, label, density)
+        return Fit(
+            trainer=trainer,
+            model=model,
+            layers=sparsifier.layers,
+            masks=self.masks,
+            step=sparsifier.steps,
+            n_updates=sparsifier.n_updates,
+            label=str(engines.index(sparsifier) + 1) if len(engines) > 1 else "",
+            density=density_of(layer for engine in engines for layer in engine.layers.values()),
+        )
 
     def _update(self, update: ModelUpdate) -> None:
-        self.patterns.follow(update)
-        for observer in self._all:
+        self.masks.update(update)
+        for observer in self._observers:
             observer.update(self.fit, update)
 
     def count(self, batch: Any) -> None:
-        """A batch is about to be trained on."""
+        """Count a batch that is about to be trained on."""
         if self.monitor is not None:
             self.monitor.count(batch)
 
     def pause(self) -> None:
-        """A validation begins, perhaps in the middle of a training."""
-        if self._told_of is not None:
-            for observer in self._all:
+        """Pause if a training is running: a validation begins."""
+        if self._running is not None:
+            for observer in self._observers:
                 observer.pause(self.fit)
 
-    def go_on(self) -> None:
-        """The validation has ended."""
-        if self._told_of is not None:
-            for observer in self._all:
-                observer.go_on(self.fit)
+    def resume(self) -> None:
+        """Resume a paused training."""
+        if self._running is not None:
+            for observer in self._observers:
+                observer.resume(self.fit)
 
     def end(self) -> None:
-        """The training has ended by itself; optimizers and loggers are still there."""
-        for observer in self._all:
+        """Signal the normal end of the training; optimizers and loggers still exist."""
+        for observer in self._observers:
             observer.end(self.fit)
 
     def stop(self) -> None:
-        """There is no training any more."""
+        """Stop observing."""
         if self._hook is not None:
             self._hook.remove()
-        self._told_of = self._hook = None
+        self._running = self._hook = None
+
+
+class CallbackMetrics(Observer):
+    """Puts the density into `callback_metrics`, where `ModelCheckpoint` and others read metrics.
+
+    The metric is available from the start of training, before a sanity-check validation, and
+    changes with an update, before any checkpoint is saved. `log` would set it only after a batch,
+    and never under `Trainer(barebones=True)`.
+    """
+
+    def start(self, fit: Fit) -> None:
+        _set_density_metric(fit)
+
+    def update(self, fit: Fit, update: ModelUpdate) -> None:
+        _set_density_metric(fit)
+
+
+def _set_density_metric(fit: Fit) -> None:
+    # On the CPU, so that comparing it does not synchronise with the device.
+    density = torch.tensor(fit.density, dtype=torch.float32, device="cpu")
+    fit.trainer.callback_metrics[DENSITY] = density
 
 
 def sparsifiers(trainer: pl.Trainer) -> list[Sparsifier]:

@@ -1,4 +1,4 @@
-"""`PatternRecorder`: keeps what became of the blocks in a file, for `sparse-lightning report`."""
+"""`MaskRecorder`: writes the history of block masks, which `sparse-lightning report` reads."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sparse_lightning.history import HistoryWriter
 from sparse_lightning.observers.base import Fit, Observer
-from sparse_lightning.observers.candidates import DENSITY
-from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.observers.measures import DENSITY
+from sparse_lightning.policy.updates import ModelUpdate
 
 HISTORY = "pattern.history"
 
 
-class PatternRecorder(Observer):
-    """Writes each update to a history, on rank 0, where Lightning keeps the run's files.
+class MaskRecorder(Observer):
+    """Writes each update to a history file on rank 0, in the folder of the run.
 
-    A file that cannot be written ends the record with a warning, and not the training.
+    If the file cannot be written, recording ends with a warning; the training continues.
 
     Args:
-        every_n_updates: how often the scores of blocks are written too.
-        config: what the training was told, as primitives.
+        every_n_updates: how often block scores are written as well.
+        config: the configuration of the training, as primitives.
     """
 
     def __init__(self, every_n_updates: int, config: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ class PatternRecorder(Observer):
             "config": dict(self.config),
         }
         sizes = {name: layer.block_size for name, layer in fit.layers.items()}
-        with self._or_stop():
+        with self._stop_on_error():
             path = folder / (f"pattern-{fit.label}.history" if fit.label else HISTORY)
             if fit.step == 0:
                 _move_aside(path)
@@ -65,7 +65,7 @@ class PatternRecorder(Observer):
             self._writer.start(fit.step, _masks(fit), sizes, about)
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
-        with self._or_stop():
+        with self._stop_on_error():
             if self._writer is None:
                 return
             self._writer.update(update.step, update.number, _masks(fit))
@@ -73,26 +73,26 @@ class PatternRecorder(Observer):
                 self._writer.scores(_scores(fit, update))
         self._write_metrics(fit)
 
-    def go_on(self, fit: Fit) -> None:
+    def resume(self, fit: Fit) -> None:
         self._write_metrics(fit)
 
     def end(self, fit: Fit) -> None:
         self._write_metrics(fit)
 
     def _write_metrics(self, fit: Fit) -> None:
-        with self._or_stop():
+        with self._stop_on_error():
             if self._writer is None:
                 return
-            numbers = _numbers(fit.trainer.callback_metrics)
-            numbers.pop(DENSITY, None)  # which the masks tell
-            # The trainer also holds what it logged long ago: a loss of the last validation.
-            new = dict(numbers.items() - self._written.items())
+            metrics = _finite(fit.trainer.callback_metrics)
+            metrics.pop(DENSITY, None)  # the masks determine it
+            # The trainer keeps old values, such as the loss of the last validation.
+            new = dict(metrics.items() - self._written.items())
             if new:
                 self._writer.metrics(fit.step, new)
-            self._written = numbers
+            self._written = metrics
 
     @contextmanager
-    def _or_stop(self) -> Iterator[None]:
+    def _stop_on_error(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
@@ -101,22 +101,22 @@ class PatternRecorder(Observer):
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """Return where Lightning keeps the files of a run on this machine; None if it keeps none.
+    """Return the local folder of a run's files; None if there is none.
 
-    That is the first logger's folder of this version of it, or else that of the checkpoints.
+    This is the version folder of the first logger, or else the folder of the checkpoints.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     if trainer.loggers:
         logger = trainer.loggers[0]
-        named = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        folder = os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), named)
+        run = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), run)
     return None if folder is None or "://" in str(folder) else Path(folder)
 
 
 def _move_aside(path: Path) -> None:
-    """Keep what an earlier training wrote in the same place, under a name of its own."""
+    """Rename the file that an earlier training wrote under this path, if there is one."""
     if path.exists():
         number = 1
         while (aside := path.with_suffix(f".{number}{path.suffix}")).exists():
@@ -125,21 +125,21 @@ def _move_aside(path: Path) -> None:
 
 
 def _masks(fit: Fit) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: mask.numpy() for name, mask in fit.patterns.present.items()}
+    return {name: mask.numpy() for name, mask in fit.masks.present.items()}
 
 
 def _scores(fit: Fit, update: ModelUpdate) -> dict[str, np.ndarray[Any, Any]]:
-    """Return what the blocks were kept for; NaN for those that grew, and in frozen layers."""
-    masks = fit.patterns.present
+    """Return the drop scores of each layer; NaN for grown blocks and in frozen layers."""
+    masks = fit.masks.present
     scores = {name: np.full(mask.shape, np.nan, np.float32) for name, mask in masks.items()}
-    for name, of_layer in update.drop_scores.items():
-        scores[name] = of_layer.numpy().astype(np.float32)
+    for name, drop_scores in update.drop_scores.items():
+        scores[name] = drop_scores.numpy().astype(np.float32)
         grown = update.layers[name].coords[update.layers[name].grown]
         scores[name][grown[:, 0], grown[:, 1]] = np.nan
     return scores
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     numbers = {name: float(value) for name, value in metrics.items()}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 

@@ -1,6 +1,6 @@
-"""What stands in the terminal: the report of the swap, the progress bar, and what came of it.
+"""Terminal output: the swap report, metrics in the progress bar, and the summary of a training.
 
-Tables are for people: where nobody looks, as in a job's log, each is one line of logging.
+The swap report and the summary are tables in a terminal or notebook, and one log line elsewhere.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparse_lightning.observers.base import Fit, Observer
+from sparse_lightning.observers.measures import model_churn
 from sparse_lightning.observers.summary import FitSummary
-from sparse_lightning.patching import SparsityReport
-from sparse_lightning.policy.evolution import ModelUpdate
+from sparse_lightning.policy.updates import ModelUpdate
+from sparse_lightning.swap_report import SparsityReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,63 +25,61 @@ if TYPE_CHECKING:
 class Terminal(Observer):
     """Shows density and churn in Lightning's progress bar.
 
-    The density is that of all layers; churn is the share of present blocks that the latest update
-    has grown, for each callback where the trainer has several.
+    The density covers all layers; churn is the share of present blocks that the latest update
+    grew, shown for each callback if the trainer has several.
     """
 
     def start(self, fit: Fit) -> None:
-        _show_in_bar(fit, {"density": fit.density})
+        _show_in_progress_bar(fit, {"density": fit.density})
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
-        grown = sum(len(change.grown) for change in update.layers.values())
-        present = sum(change.n_after for change in update.layers.values())
         churn = f"churn {fit.label}" if fit.label else "churn"
-        _show_in_bar(fit, {"density": fit.density, churn: grown / max(1, present)})
+        _show_in_progress_bar(fit, {"density": fit.density, churn: model_churn(update)})
 
 
-def _show_in_bar(fit: Fit, metrics: dict[str, float]) -> None:
-    # Not by `self.log`, which would offer them to be monitored under these short names too.
+def _show_in_progress_bar(fit: Fit, metrics: dict[str, float]) -> None:
+    # `self.log` would add these short names to the metrics of loggers and callbacks too.
     if fit.trainer.progress_bar_callback is not None:
         fit.trainer.progress_bar_metrics.update(metrics)
 
 
-def show_report(report: SparsityReport, which: str = "") -> None:
-    """Show what the swap did, on this rank.
+def show_report(report: SparsityReport, callback: str = "") -> None:
+    """Show the swap report on this rank.
 
     Args:
-        report: of the swap.
-        which: callback it is of, where the trainer has several.
+        report: the report.
+        callback: description of the `SparsityCallback` if the trainer has several.
     """
-    before = sum(layer.parameters_before for layer in report.layers.values())
-    after = sum(layer.parameters_after for layer in report.layers.values())
-    of = f", {which}" if which else ""
+    *_, after, before = report.table()[1][-1]  # the row of totals
+    suffix = f", {callback}" if callback else ""
     line = (
-        f"Block-sparse layers{of}: {len(report.layers)}; linear layers left dense: "
-        f"{len(report.skipped)}; density {report.density:.3f}; parameters {before:,} -> {after:,}."
+        f"Block-sparse layers{suffix}: {len(report.layers)}; linear layers left dense: "
+        f"{len(report.skipped)}; density {report.density:.3f}; parameters {before} -> {after}."
     )
-    copies = "; ".join(f"{copy} follows {of}" for copy, of in report.follows.items())
-    line = " ".join(part for part in (line, copies and f"{copies}.", report.uncovered) if part)
-    _show(f"{report}\n{which}".rstrip(), line, lambda: _report_table(report, of))
+    copies = "; ".join(f"{copy} follows {source}" for copy, source in report.follows.items())
+    line = " ".join(part for part in (line, copies and f"{copies}.", report.coverage_note) if part)
+    _show(f"{report}\n{callback}".rstrip(), line, lambda: _report_table(report, suffix))
 
 
-def show_summary(summary: FitSummary, which: str = "") -> None:
-    """Show what block sparsity has bought, on this rank.
+def show_summary(summary: FitSummary, callback: str = "") -> None:
+    """Show the summary of a training on this rank.
 
     Args:
-        summary: of a training.
-        which: callback it is of, where the trainer has several.
+        summary: the summary.
+        callback: description of the `SparsityCallback` if the trainer has several.
     """
-    line = "; ".join(f"{what} {much}" for what, much in summary.rows())
-    of = f", {which}" if which else ""
+    line = "; ".join(f"{label} {text}" for label, text in summary.rows())
+    suffix = f", {callback}" if callback else ""
     _show(
-        f"{summary}\n{which}".rstrip(),
-        f"Block-sparse training{of} has ended: {line}.",
-        lambda: _panel(summary, of),
+        f"{summary}\n{callback}".rstrip(),
+        f"Block-sparse training{suffix} has ended: {line}.",
+        lambda: _summary_panel(summary, suffix),
     )
 
 
-def _show(text: str, line: str, pretty: Callable[[], RenderableType]) -> None:
-    # A bar of rich's that is drawn stands in for stdout; and in a notebook, too, somebody looks.
+def _show(text: str, line: str, render: Callable[[], RenderableType]) -> None:
+    """Print a rich table, or plain text without rich; log one line if there is no terminal."""
+    # An active progress bar of rich replaces stdout; notebooks count as terminals.
     stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
     if not (stdout.isatty() or "ipykernel" in sys.modules):
         rank_zero_info(line)
@@ -91,47 +90,49 @@ def _show(text: str, line: str, pretty: Callable[[], RenderableType]) -> None:
         print(text)
         return
     console = Console(force_terminal=True, force_jupyter=False)
-    # By print: a progress bar that is drawn, also one of rich's, makes room for it.
+    # `print` rather than the console: active progress bars make room for printed text.
     with console.capture() as capture:
-        console.print(pretty())
+        console.print(render())
     print(capture.get(), end="", flush=True)
 
 
-def _report_table(report: SparsityReport, of: str) -> RenderableType:
+def _report_table(report: SparsityReport, suffix: str) -> RenderableType:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    (first, *others), (*rows, total) = report.table()
-    table = Table(title=Text(f"Block-sparse layers{of}"), box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for name in others:
+    (name_column, *number_columns), (*rows, total) = report.table()
+    table = Table(
+        title=Text(f"Block-sparse layers{suffix}"), box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    table.add_column(name_column, overflow="fold")
+    for name in number_columns:
         table.add_column(name, justify="right", no_wrap=True)
     for name, *cells in rows:
         table.add_row(Text(name), *cells)
     table.add_section()
     table.add_row(*total, style="bold")
-    below = [f"{copy} follows {of}" for copy, of in report.follows.items()]
+    notes = [f"{copy} follows {source}" for copy, source in report.follows.items()]
     if report.skipped:
         counts = Counter(report.skipped.values()).items()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
-        below.append(f"Left dense: {reasons} (print the callback's report for names)")
-    if report.uncovered:
-        below.append(report.uncovered)
-    if below:
-        table.caption = Text("\n".join(below))
+        notes.append(f"Left dense: {reasons} (print the callback's report for names)")
+    if report.coverage_note:
+        notes.append(report.coverage_note)
+    if notes:
+        table.caption = Text("\n".join(notes))
         table.caption_justify = "left"
     return table
 
 
-def _panel(summary: FitSummary, of: str) -> RenderableType:
+def _summary_panel(summary: FitSummary, suffix: str) -> RenderableType:
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
-    for what, much in summary.rows():
-        table.add_row(what, much)
-    title = Text(f"Block-sparse training{of}")
+    for label, text in summary.rows():
+        table.add_row(label, text)
+    title = Text(f"Block-sparse training{suffix}")
     return Panel(table, title=title, title_align="left", expand=False)

@@ -1,4 +1,4 @@
-"""What a training computes in a second, counted without asking the device."""
+"""`Throughput`: samples, tokens and FLOPs per second, counted without synchronising the device."""
 
 from __future__ import annotations
 
@@ -12,74 +12,75 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-_TOKEN_IDS = (torch.int32, torch.int64)  # what nn.Embedding takes
+_TOKEN_ID_DTYPES = (torch.int32, torch.int64)  # those that nn.Embedding takes
 
 
 class Throughput:
-    """Counts tokens and samples of batches, and the time they take.
+    """Counts the tokens and samples of batches, and measures the time they take.
 
-    Tokens are counted where a batch holds token ids: an int32 or int64 tensor of two dimensions,
-    nested or not, or a `PackedSequence` of one; itself or in mappings, lists, tuples and
-    dataclasses. Otherwise samples are all that is known; and of a batch in which there is no
-    tensor, or that fails when it is looked at, not even these. Then nothing is counted any more,
-    as a rate of some of the batches would be wrong. Times are the host's: read them where it has
-    just waited for the device, as at an update.
+    Tokens are counted if a batch holds token ids: a two-dimensional int32 or int64 tensor, nested
+    or not, or a `PackedSequence` of one; the batch itself or within mappings, lists, tuples and
+    dataclasses. Otherwise only samples are counted. After a batch without a tensor, or one that
+    raises when it is inspected, counting stops, since rates over some of the batches would be
+    wrong. Times are host times: read them after the host has synchronised with the device, as at
+    an update.
 
     Args:
-        ranks: that each train on as much.
+        ranks: number of ranks, which are assumed to train on equally large batches.
         weights: present and dense weights of the model's linear layers.
-        peak: FLOP/s of a rank's device; None if unknown.
+        peak: peak FLOP/s of a rank's device; None if unknown.
     """
 
     def __init__(self, ranks: int, weights: tuple[int, int], peak: int | None) -> None:
         self.ranks, self.weights, self.peak = ranks, weights, peak
-        self._counts = True
-        self._begin_anew()
+        self._is_counting = True
+        self._restart()
 
     def count(self, batch: Any) -> None:
-        """Take in a batch that was trained on, whether or not an optimizer has stepped."""
-        if not self._counts or batch is None:  # which Lightning skips
+        """Count a training batch, whether or not an optimizer steps after it."""
+        if not self._is_counting or batch is None:  # Lightning skips a batch that is None
             return
         try:
-            samples, tokens = _size(batch)
-        except Exception as error:  # whatever a class of the user's raises
-            self._give_up(batch, f"{type(error).__name__}: {error}")
+            samples, tokens = _count_samples_and_tokens(batch)
+        except Exception as error:  # a batch of the user's own class may raise anything
+            self._stop_counting(batch, f"{type(error).__name__}: {error}")
             return
         if not samples:
-            self._give_up(batch, "no tensor with a batch dimension was found in it")
+            self._stop_counting(batch, "it holds no tensor with a batch dimension")
             return
         self._samples += samples
         self._tokens += tokens
 
-    def _give_up(self, batch: Any, why: str) -> None:
-        self._counts = False
+    def _stop_counting(self, batch: Any, reason: str) -> None:
+        self._is_counting = False
         self._tokens = self._samples = 0
         rank_zero_warn(
-            "Samples and tokens a second are not logged in this training, as they cannot be "
-            f"counted in a batch of type {type(batch).__name__} ({why}). Have the loader return "
-            "tensors, in mappings, lists, tuples or dataclasses, to have them logged."
+            "Samples and tokens per second are not logged in this training, because they cannot be "
+            f"counted in a batch of type {type(batch).__name__} ({reason}). To have them logged, "
+            "have the loader return tensors, in mappings, lists, tuples or dataclasses."
         )
 
     def pause(self) -> None:
-        """Stop the clock, as validation begins."""
-        self._seconds += time.perf_counter() - self._begin
+        """Stop the clock."""
+        self._seconds += time.perf_counter() - self._started
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Start the clock again."""
-        self._begin = time.perf_counter()
+        self._started = time.perf_counter()
 
     def read(self, weights: tuple[int, int]) -> dict[str, float]:
-        """Return what was done a second, of all ranks together, and begin anew.
+        """Return the rates since the last call, over all ranks together, and start counting anew.
 
-        Utilisation (MFU) is of FLOP/s that the device could do at most. A token takes 6 FLOPs a
-        weight of a linear layer: two each for forward, gradient of the input and of the weight.
-        `mfu` counts present weights; `mfu_dense` those of a dense model, as if it were as fast.
+        Model FLOPs utilisation (MFU) is relative to the peak FLOP/s of the device. A token takes 6
+        FLOPs per weight of a linear layer: two each for the forward pass, the gradient of the input
+        and the gradient of the weight. `mfu` counts present weights; `mfu_dense` counts the weights
+        of the dense model, as if it ran at the same speed.
 
         Args:
-            weights: present and dense ones, from now on.
+            weights: present and dense weights of the model's linear layers from now on.
 
         Returns:
-            By name of a metric; empty if no batch was counted.
+            The rates by logger key; empty if no batch was counted.
         """
         self.pause()
         scalars = {}
@@ -92,44 +93,44 @@ class Throughput:
                 present, dense = (6 * count * per_rank / self.peak for count in self.weights)
                 scalars.update({"sparsity/mfu": present, "sparsity/mfu_dense": dense})
         self.weights = weights
-        self._begin_anew()
+        self._restart()
         return scalars
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self._tokens = self._samples = 0
         self._seconds = 0.0
-        self.go_on()
+        self.resume()
 
 
-def _size(batch: Any) -> tuple[int, int]:
-    """Return samples and tokens of a batch; 0 for what it does not tell."""
+def _count_samples_and_tokens(batch: Any) -> tuple[int, int]:
+    """Return the number of samples and of tokens in a batch, 0 where it is unknown."""
     samples = 0
-    for part in _parts(batch):
-        if isinstance(part, PackedSequence):
-            of_part = int(part.batch_sizes[0])  # on the CPU, wherever the data is
-            tokens = len(part.data) if part.data.dim() == 1 else 0
-            is_ids = bool(tokens) and part.data.dtype in _TOKEN_IDS
-        elif part.dim():
-            # Not `len`, which a nested tensor of the strided layout does not offer.
-            of_part, tokens = part.size(0), part.numel()
-            is_ids = part.dim() == 2 and part.dtype in _TOKEN_IDS
+    for tensor in _tensors_in(batch):
+        if isinstance(tensor, PackedSequence):
+            size = int(tensor.batch_sizes[0])  # always on the CPU
+            tokens = len(tensor.data) if tensor.data.dim() == 1 else 0
+            is_ids = bool(tokens) and tensor.data.dtype in _TOKEN_ID_DTYPES
+        elif tensor.dim():
+            # Nested tensors of the strided layout do not support `len`.
+            size, tokens = tensor.size(0), tensor.numel()
+            is_ids = tensor.dim() == 2 and tensor.dtype in _TOKEN_ID_DTYPES
         else:
             continue
         if is_ids:
-            return of_part, tokens
-        samples = samples or of_part
+            return size, tokens
+        samples = samples or size
     return samples, 0
 
 
-def _parts(batch: Any) -> Iterator[Tensor | PackedSequence]:
+def _tensors_in(batch: Any) -> Iterator[Tensor | PackedSequence]:
     if isinstance(batch, (Tensor, PackedSequence)):
         yield batch
     elif isinstance(batch, Mapping):
         for part in batch.values():
-            yield from _parts(part)
+            yield from _tensors_in(part)
     elif isinstance(batch, (list, tuple)):
         for part in batch:
-            yield from _parts(part)
+            yield from _tensors_in(part)
     elif dataclasses.is_dataclass(batch):
-        for each in dataclasses.fields(batch):
-            yield from _parts(getattr(batch, each.name))
+        for field in dataclasses.fields(batch):
+            yield from _tensors_in(getattr(batch, field.name))

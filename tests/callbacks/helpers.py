@@ -1,10 +1,7 @@
-"""A small model whose batch depends on the step alone, a quiet trainer, and runs of two ranks."""
+"""A small model whose batch depends on the step alone, and a quiet trainer."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,8 @@ from sparse_lightning.policy.rules import Decision, UpdateRequest
 class Classifier(L.LightningModule):
     """An MLP of two swappable layers and a dense head.
 
-    Its input is drawn from the number of the batch, so that a resumed run sees what an
-    uninterrupted one sees, wherever in an epoch it was cut.
+    Its input depends on the number of the batch alone, so that a resumed run sees the same data as
+    an uninterrupted one, wherever in an epoch it was interrupted.
     """
 
     def __init__(self, lr: float = 1e-2, optimizer: type = torch.optim.AdamW) -> None:
@@ -61,22 +58,22 @@ class Classifier(L.LightningModule):
         return self.optimizer(self.parameters(), lr=self.lr)
 
 
-class Look(SparsityCallback):
-    """Keeps what the rule of every update saw, by layer; the rule is the usual one."""
+class RecordScores(SparsityCallback):
+    """Records the scores that the rule of every update gets, by layer; uses the default rule."""
 
     def __init__(self, block_size: int = 16, **options: Any) -> None:
         self.seen: list[dict[str, BlockScores]] = []
         names = ("drop", "grow", "regrow")
-        usual = SparsityConfig(
+        default = SparsityConfig(
             block_size=block_size, **{name: options.pop(name) for name in names if name in options}
         ).update_rule
 
-        def look(request: UpdateRequest) -> Decision:
+        def rule(request: UpdateRequest) -> Decision:
             self.seen.append(dict(request.layers))
-            return usual(request)
+            return default(request)
 
-        look.needs = usual.needs  # type: ignore[attr-defined]
-        super().__init__(block_size, rule=look, **options)
+        rule.needs = default.needs  # type: ignore[attr-defined]
+        super().__init__(block_size, rule=rule, **options)
 
 
 class Manual(Classifier):
@@ -94,7 +91,7 @@ class Manual(Classifier):
 
 
 class Late(Classifier):
-    """Its layers are built in `configure_model`."""
+    """Builds its layers in `configure_model`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,44 +141,16 @@ def sharded_in_two(accelerator: str) -> ModelParallelStrategy:
     )
 
 
-def run_ranks(
-    script: str, *arguments: object, check: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """Run a test's own file, whose trainer starts the second rank."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=root,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def end_rank() -> None:
-    """End this process once all ranks are here, with what they leave behind written.
-
-    At once, as PyTorch's gloo may crash or hang when the interpreter ends while a group is there.
-    """
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)
-
-
 def assert_valid(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer, blocks: int) -> None:
-    """Strictly: so many blocks, indices as of a new topology, nothing in empty slots."""
+    """Check the number of blocks, that the indices are correct, and that empty slots are zero."""
     at = layer.topology
     coords = [tuple(pair) for pair in at.coords.tolist()]
     present = [pair for pair in coords if pair != (-1, -1)]
     assert len(present) == len(set(present)) == at.n_blocks == blocks
     rows, cols = at.grid
     assert all(0 <= row < rows and 0 <= col < cols for row, col in present)
-    anew = BlockTopology(at.coords.cpu(), at.grid, at.block_size)
-    for name, tensor in vars(anew).items():
+    expected = BlockTopology(at.coords.cpu(), at.grid, at.block_size)
+    for name, tensor in vars(expected).items():
         if isinstance(tensor, Tensor):
             assert torch.equal(getattr(at, name).cpu(), tensor), name
     empty = (at.coords[:, 0] < 0).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""What `LightningModule.setup` builds or loads, and trainings that other processes do."""
+"""Layers built or weights loaded in `LightningModule.setup`, and fits in other processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
@@ -22,7 +23,7 @@ def sparsity(**options: Any) -> SparsityCallback:
 
 
 class BuiltInSetup(Classifier):
-    """Its layers' sizes are known from the data only."""
+    """Builds its layers in `setup`."""
 
     def __init__(self, configures: bool = False) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class BuiltInBoth(BuiltInSetup):
     ("build", "names"),
     [(BuiltInSetup, ["net.0", "net.2"]), (BuiltInBoth, ["net.0", "net.2", "more"])],
 )
-def test_layers_built_in_setup_are_taken(build: type[BuiltInSetup], names: list[str]) -> None:
+def test_layers_built_in_setup_are_swapped(build: type[BuiltInSetup], names: list[str]) -> None:
     callback, model = sparsity(density=0.5), build()
     for _ in range(2):
         trainer(callback).fit(model, loader())
@@ -56,8 +57,8 @@ def test_layers_built_in_setup_are_taken(build: type[BuiltInSetup], names: list[
     pickle.dumps(model), copy.deepcopy(model)
 
 
-class TaughtByItself(Classifier):
-    """Copies itself in one of the hooks that Lightning calls before it trains."""
+class CopiesItself(Classifier):
+    """Copies itself in one of the hooks that Lightning calls before training."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -79,10 +80,8 @@ class TaughtByItself(Classifier):
 
 @pytest.mark.parametrize("where", ["setup", "configure_model", "on_fit_start"])
 @pytest.mark.parametrize("average", [False, True])
-def test_a_copy_that_a_model_makes_of_itself_is_free_of_the_callback(
-    where: str, average: bool
-) -> None:
-    callback, model = sparsity(density=0.5), TaughtByItself(where)
+def test_a_models_copy_of_itself_has_no_wrapped_hooks(where: str, average: bool) -> None:
+    callback, model = sparsity(density=0.5), CopiesItself(where)
     others = [AVERAGES["ema"]()] if average else []
     trainer(callback, *others).fit(model, loader())
     assert callback.sparsifier.follows == {f"teacher.net.{i}": f"net.{i}" for i in (0, 2)}
@@ -132,7 +131,7 @@ AVERAGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_averages_of_a_model_that_has_a_setup(kind: str) -> None:
-    """They are copied before it is called, and so before the swap."""
+    """Averaging callbacks copy the model before its `setup`, and so before the swap."""
 
     class WithSetup(Classifier):
         def setup(self, stage: str) -> None:
@@ -160,13 +159,19 @@ def test_a_callback_can_be_pickled_before_and_after_a_fit() -> None:
     pickle.loads(pickle.dumps((callback, model)))
 
 
-class Own(Classifier):
-    """Can be loaded by name in a process that is started anew."""
+class Importable(Classifier):
+    """Can be unpickled in a spawned process."""
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp_notebook"])
-def test_layers_that_would_be_lost_are_refused(strategy: str, tmp_path: Path) -> None:
-    model = Own()
+# The launcher of "ddp_spawn" too, with processes that have imported Lightning already.
+FORKSERVER = DDPStrategy(start_method="forkserver")
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp_fork", FORKSERVER, "ddp_notebook"], ids=["fork", "spawn", "notebook"]
+)
+def test_a_dense_model_is_refused_in_other_processes(strategy: Any, tmp_path: Path) -> None:
+    model = Importable()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         Exception, match=r"`Trainer\(strategy=\.\.\.\)`[\s\S]*layer 'net\.0'[\s\S]*"
@@ -176,10 +181,10 @@ def test_layers_that_would_be_lost_are_refused(strategy: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
-def test_layers_that_are_there_before_come_back_trained(strategy: str, tmp_path: Path) -> None:
-    """With fewer slots than they had, as memory follows the density."""
+def test_layers_swapped_before_the_fit_return_trained(strategy: str, tmp_path: Path) -> None:
+    """They return with fewer slots, since memory follows the density."""
     falling = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
-    model = Own()
+    model = Importable()
     sparsify(model, block_size=16, density=1.0)
     before = float(model.loss(999))
     fitting = trainer(

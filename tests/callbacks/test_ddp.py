@@ -1,4 +1,4 @@
-"""Two gloo ranks that were not seeded alike end with the same blocks and values."""
+"""Two ranks with different seeds end with the same blocks and values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from sparse_lightning import SparsityCallback
-from tests.callbacks.helpers import ACCELERATORS, Classifier, end_rank, loader, run_ranks, trainer
+from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, trainer
+from tests.processes import end_rank, run_ranks
 
 
 class Unseeded(Classifier):
-    """Differs from rank to rank in its first weights and in its data."""
+    """Has different initial weights and data on each rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,13 +52,13 @@ def test_a_rank_that_diverges_is_found_by_the_next_update(
     done = run_ranks(__file__, tmp_path, accelerator, "random", "constant", what, check=False)
     assert done.returncode != 0
     for rank in (0, 1):
-        said = (tmp_path / f"{rank}.txt").read_text()
-        assert "All ranks must hold the same blocks" in said
-        assert f"they differ at step 8 (seen on rank {rank})" in said
+        message = (tmp_path / f"{rank}.txt").read_text()
+        assert "All ranks must hold the same blocks" in message
+        assert f"they differ at step 8 (detected on rank {rank})" in message
 
 
 class Diverge(L.Callback):
-    """Changes something on rank 1 between two updates, and keeps what is said of it."""
+    """Changes weights or blocks on rank 1 between two updates, and saves the error message."""
 
     def __init__(self, what: str, out: Path) -> None:
         self.what, self.out = what, out
@@ -76,7 +77,7 @@ class Diverge(L.Callback):
 
 
 class Grown(L.Callback):
-    """Counts the grown blocks of every update; stands after SparsityCallback."""
+    """Counts the grown blocks of every update; listed after SparsityCallback."""
 
     def __init__(self, sparsity: SparsityCallback) -> None:
         self.sparsity = sparsity

@@ -1,4 +1,4 @@
-"""The density as a metric to monitor, best checkpoints, and those of the final density."""
+"""The density as a monitored metric, best checkpoints, and FinalDensityCheckpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_lightning import FinalDensityCheckpoint, SparsityCallback
 from tests.callbacks.helpers import Classifier, Manual, loader, trainer
 from tests.callbacks.test_resume import assert_identical
 
-# Of 64 blocks: 48 after 2 steps, 32 after 4, 16 from 6 on. Eight batches are an epoch.
+# 64 blocks at first, 48 after 2 steps, 32 after 4, 16 from 6 on. An epoch has eight batches.
 FALLING: dict[str, Any] = {
     "block_size": 16,
     "density": {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 6},
@@ -26,7 +26,7 @@ STEPS = 16
 
 
 class Worsening(Classifier):
-    """Its `val_loss` is the number of steps, so that the densest checkpoint is the best."""
+    """Logs the number of steps as `val_loss`, so that the densest checkpoint is the best."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", float(self.trainer.global_step))
@@ -48,13 +48,13 @@ def fit(
 
 
 def density_of(path: str | Path) -> float:
-    """The share of blocks that a checkpoint holds, by the blocks themselves."""
+    """Return the density of a checkpoint, computed from its values."""
     state = torch.load(path, weights_only=True)["state_dict"]
     present = [(state[f"{n}.values"] != 0).any(-1).any(-1).sum().item() for n in ("net.0", "net.2")]
     return sum(present) / 64
 
 
-# -- to be monitored ------------------------------------------------------------------------------
+# -- the monitored metric -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("logger", [False, True])
@@ -63,7 +63,7 @@ def density_of(path: str | Path) -> float:
 def test_the_density_can_be_monitored(
     model: type[Classifier], monitor: dict[str, Any], logger: bool, tmp_path: Path
 ) -> None:
-    """From the first batch, as it is after that batch's update, and at the end of an epoch."""
+    """It is available from the first batch on, after the batch's update, and at epoch ends."""
     by_step = ModelCheckpoint(
         tmp_path / "step",
         "{step}-{sparsity/density:.2f}",
@@ -88,31 +88,37 @@ def test_the_density_can_be_monitored(
         assert density_of(path) == density
         assert by_step.best_k_models[str(path)] == density
     assert by_validation.best_model_score == stopping.best_score == 0.25
-    if logger:  # they get it as before, at updates, and no more
+    if logger:  # loggers get it only at updates
         rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
         at = rows[0].split(",").index("sparsity/density") if not monitor else None
         got = [] if at is None else [row.split(",")[at] for row in rows[1:]]
         assert [float(value) for value in got if value] == ([] if monitor else [0.75, 0.5, 0.25])
-        assert rows[0].count("sparsity/density") == (0 if monitor else 2)  # and its target
+        assert rows[0].count("sparsity/density") == (
+            0 if monitor else 2
+        )  # density and density_target
 
 
 @pytest.mark.filterwarnings("error:.*self.log")
-def test_the_density_is_there_at_the_first_validation_of_a_resumed_training(tmp_path: Path) -> None:
+def test_the_density_is_available_at_the_first_validation_of_a_resumed_training(
+    tmp_path: Path,
+) -> None:
     last = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
     fit(SparsityCallback(**FALLING), last, root=tmp_path, max_steps=4)
     seen = []
 
-    class See(L.Callback):
+    class RecordDensity(L.Callback):
         def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             seen.append(trainer.callback_metrics.get("sparsity/density"))
 
         def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
             seen.append(trainer.callback_metrics.get("sparsity/density"))
 
-    resumed = trainer(SparsityCallback(**FALLING), See(), max_steps=6, num_sanity_val_steps=0)
+    resumed = trainer(
+        SparsityCallback(**FALLING), RecordDensity(), max_steps=6, num_sanity_val_steps=0
+    )
     resumed.fit(Worsening(), loader(), loader(1), ckpt_path=tmp_path / "step=4.ckpt")
     assert seen[0] == 0.5
-    bare = trainer(SparsityCallback(**FALLING), See(), barebones=True, max_steps=3)
+    bare = trainer(SparsityCallback(**FALLING), RecordDensity(), barebones=True, max_steps=3)
     seen.clear()
     bare.fit(Classifier(), loader())
     assert seen == [1.0, 1.0, 0.75]
@@ -122,7 +128,7 @@ def test_the_density_is_there_at_the_first_validation_of_a_resumed_training(tmp_
 
 
 def warned(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(each.message) for each in caught if "FinalDensity" in str(each.message)]
+    return [str(w.message) for w in caught if "FinalDensity" in str(w.message)]
 
 
 @pytest.mark.parametrize("options", [{}, {"save_weights_only": True}])
@@ -134,12 +140,17 @@ def test_a_best_checkpoint_of_another_density_is_named_once(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(SparsityCallback(**FALLING), early, final, root=tmp_path)
-    (said,) = warned(caught)
-    assert f"'{early.best_model_path}' has density 0.750" in said and "trained 0.250" in said
+    (message,) = warned(caught)
+    assert (
+        f"'{early.best_model_path}' has density 0.750" in message
+        and "trained model has density 0.250" in message
+    )
 
 
 @pytest.mark.parametrize("kind", ["constant", "removed", "folder", "unreadable"])
-def test_a_best_checkpoint_that_tells_nothing_is_no_warning(kind: str, tmp_path: Path) -> None:
+def test_no_warning_without_a_readable_best_checkpoint_of_another_density(
+    kind: str, tmp_path: Path
+) -> None:
     class Spoil(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             path = Path(early.best_model_path)
@@ -158,16 +169,16 @@ def test_a_best_checkpoint_that_tells_nothing_is_no_warning(kind: str, tmp_path:
     assert not warned(caught)
 
 
-def test_evaluating_weights_of_before_the_final_density_is_told(tmp_path: Path) -> None:
-    each = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
-    fitted = fit(SparsityCallback(**FALLING), each, root=tmp_path)
+def test_evaluating_a_checkpoint_before_the_final_density_warns(tmp_path: Path) -> None:
+    checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    fitted = fit(SparsityCallback(**FALLING), checkpoints, root=tmp_path)
     for evaluate in (fitted.validate, trainer(SparsityCallback(**FALLING)).validate):
-        for step, says in ((2, 1), (6, 0), (16, 0)):
+        for step, n_warnings in ((2, 1), (6, 0), (16, 0)):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 evaluate(Worsening(), loader(1), ckpt_path=tmp_path / f"step={step}.ckpt")
-            assert len(warned(caught)) == says
-            if says:
+            assert len(warned(caught)) == n_warnings
+            if n_warnings:
                 assert "density 0.750" in warned(caught)[0] and "0.250" in warned(caught)[0]
 
 
@@ -203,12 +214,14 @@ def test_nothing_is_saved_or_scored_before_the_final_density(
     assert not warned(caught) and Path(plain.last_model_path).exists()
 
 
-def test_it_says_so_if_it_never_saved(tmp_path: Path) -> None:
+def test_a_training_without_a_saved_checkpoint_warns(tmp_path: Path) -> None:
     never = FinalDensityCheckpoint(tmp_path / "a", save_last=True, save_on_exception=True)
-    with pytest.warns(UserWarning, match=r"saved nothing.*still on its way.*`density.until`"):
+    with pytest.warns(
+        UserWarning, match=r"saved nothing.*before the final density was reached.*`density.until`"
+    ):
         fit(SparsityCallback(**FALLING), never, root=tmp_path, max_steps=4)
     late = FinalDensityCheckpoint(tmp_path / "b", every_n_train_steps=99)
-    with pytest.warns(UserWarning, match="saved nothing, as it was not its time"):
+    with pytest.warns(UserWarning, match="saved nothing, because no save was due"):
         fit(SparsityCallback(**FALLING), late, root=tmp_path)
 
     class Break(L.Callback):
@@ -227,14 +240,14 @@ def test_a_constant_density_is_final_from_the_beginning(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.ckpt"))) == 3
 
 
-def test_it_needs_a_sparsity(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must have a SparsityCallback beside"):
+def test_a_sparsity_callback_is_required(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must have a SparsityCallback for FinalDensityCheckpoint"):
         fit(FinalDensityCheckpoint(tmp_path), root=tmp_path)
 
 
 @pytest.mark.parametrize("at", [3, 9])
 def test_a_resumed_training_saves_what_an_uninterrupted_one_does(at: int, tmp_path: Path) -> None:
-    """Cut before and after the density has arrived."""
+    """Interrupted before and after the final density is reached."""
 
     class Cut(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:

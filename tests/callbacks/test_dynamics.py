@@ -1,4 +1,4 @@
-"""Every rule in a real Trainer: what is scored, which blocks go and come, and what is kept free."""
+"""Every rule in a real Trainer: scores, dropped and grown blocks, budgets, floors and memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from sparse_lightning import SparsityCallback
-from sparse_lightning.callbacks.trainer import StepsToCome
+from sparse_lightning.callbacks.steps import TotalStepsForecast
 from sparse_lightning.policy.criteria import DROP_CRITERIA, GROW_CRITERIA, BlockScores, needs
 from sparse_lightning.policy.schedules import DENSITY_SCHEDULES
-from tests.callbacks.helpers import Classifier, Look, loader, trainer
+from tests.callbacks.helpers import Classifier, RecordScores, loader, trainer
 from tests.callbacks.test_sparsity import fit, sparse
 
 FALLING = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
@@ -55,7 +55,7 @@ def test_every_schedule_arrives_under_every_distribution(schedule: str, distribu
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_saliency_and_movement_are_of_the_steps_between_updates(accumulate: int) -> None:
-    """Against w * g of every optimizer step, read by another callback."""
+    """Compared with w * g of every optimizer step, as another callback reads it."""
     work: dict[str, list[Tensor]] = {}
 
     class Read(L.Callback):
@@ -68,7 +68,9 @@ def test_saliency_and_movement_are_of_the_steps_between_updates(accumulate: int)
     def both(scores: BlockScores) -> Tensor:
         return scores.saliency - scores.movement
 
-    sparsity = Look(drop=both, grow="none", density=0.5, update={"every_n_steps": 3, "until": 6})
+    sparsity = RecordScores(
+        drop=both, grow="none", density=0.5, update={"every_n_steps": 3, "until": 6}
+    )
     trainer(sparsity, Read(), max_steps=6, accumulate_grad_batches=accumulate).fit(
         Classifier(), loader()
     )
@@ -84,13 +86,15 @@ def test_saliency_and_movement_are_of_the_steps_between_updates(accumulate: int)
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_a_scaler_skips_is_in_no_score(fused: bool) -> None:
-    """Movement over all taken steps, with scaled gradients, is that of unscaled ones in fp32."""
+    """The movement over all steps with scaled gradients equals that of fp32 without scaling."""
 
     def run(**kwargs: Any) -> dict[str, Tensor]:
         def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
             return torch.optim.SGD(parameters, lr=0.0, fused=fused)
 
-        sparsity = Look(drop="movement", grow="none", update={"every_n_steps": 4, "until": 4})
+        sparsity = RecordScores(
+            drop="movement", grow="none", update={"every_n_steps": 4, "until": 4}
+        )
         fit(sparsity, Constant(optimizer=optimizer), **kwargs)
         return {name: scores.movement for name, scores in sparsity.seen[0].items()}
 
@@ -104,7 +108,7 @@ def test_a_step_that_a_scaler_skips_is_in_no_score(fused: bool) -> None:
 
 
 class Constant(Classifier):
-    """The same batch in every step, so that with a learning rate of zero all steps are alike."""
+    """Uses one batch for all steps, so that they are equal at a learning rate of zero."""
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         return super().batch(0)
@@ -117,14 +121,14 @@ def test_momentum_is_gathered_in_the_steps_before_an_update() -> None:
         def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             armed.append(bool(pl_module.net[0].armed))
 
-    sparsity = Look(grow="momentum", update={"every_n_steps": 14, "until": 14})
+    sparsity = RecordScores(grow="momentum", update={"every_n_steps": 14, "until": 14})
     trainer(sparsity, Watch(), max_steps=16).fit(Classifier(), loader())
     assert armed == [False] * 4 + [True] * 10 + [False] * 2
     momentum = sparsity.seen[0]["net.0"].momentum
     assert (momentum > 0).sum() > 8
 
 
-# -- rules of one's own ---------------------------------------------------------------------------
+# -- user functions -------------------------------------------------------------------------------
 
 
 @needs("gradient")
@@ -138,11 +142,11 @@ def with_gaps(scores: BlockScores) -> Tensor:
     return result
 
 
-def of_a_wrong_shape(scores: BlockScores) -> Tensor:
+def wrong_shape(scores: BlockScores) -> Tensor:
     return scores.magnitude.flatten()
 
 
-def not_declared(scores: BlockScores) -> Tensor:
+def undeclared_need(scores: BlockScores) -> Tensor:
     return scores.gradient
 
 
@@ -150,22 +154,22 @@ def path(function: Any) -> str:
     return f"{__name__}.{function.__name__}"
 
 
-def test_a_function_of_ones_own_by_its_path() -> None:
-    sparsity = Look(drop=path(by_gradient_per_weight), grow=path(with_gaps))
+def test_user_functions_by_dotted_path() -> None:
+    sparsity = RecordScores(drop=path(by_gradient_per_weight), grow=path(with_gaps))
     sparsity.config.update.every_n_steps = 4
     _, record = fit(sparsity, max_steps=24)
     assert set(record.blocks) == {16}
     assert sum(len(u.grown) for m in record.updates for u in m.layers.values()) > 0
     for change in record.updates[-1].layers.values():
         grown = [tuple(block) for block in change.coords[change.grown].tolist()]
-        assert not {(0, 0), (1, 1)} & set(grown), "what cannot be compared is never grown"
+        assert not {(0, 0), (1, 1)} & set(grown), "blocks whose score is not finite are never grown"
 
 
 @pytest.mark.parametrize(
     ("drop", "says"),
     [
-        (of_a_wrong_shape, r"`drop` must return one score a block, \[8, 4\]; got \[32\]. .*net.0"),
-        (not_declared, r"`scores.gradient` must be asked for.*@needs\('gradient'\).*net.0"),
+        (wrong_shape, r"`drop` must return one score per block, \[8, 4\]; got \[32\]. .*net.0"),
+        (undeclared_need, r"`scores.gradient` must be declared.*@needs\('gradient'\).*net.0"),
     ],
 )
 def test_a_function_that_breaks_the_rules_is_named(drop: Any, says: str) -> None:
@@ -180,7 +184,7 @@ def test_a_function_that_breaks_the_rules_is_named(drop: Any, says: str) -> None
 # -- budgets and floors ---------------------------------------------------------------------------
 
 
-def test_layers_of_their_own_density() -> None:
+def test_densities_of_individual_layers() -> None:
     sparsity = SparsityCallback(
         block_size=16, density=FALLING, layer_density={"net.2": 0.5}, update={"every_n_steps": 3}
     )
@@ -208,7 +212,7 @@ def test_the_global_distribution_follows_the_scores() -> None:
     model, _ = fit(sparsity, Lopsided())
     blocks = {n: m.topology.n_blocks for n, m in sparse(model).items()}
     assert sum(blocks.values()) == 16
-    # The floor of net.0: its 8 rows. The rest goes to the layer of large weights.
+    # net.0 keeps its floor of one block in each of 8 rows; the rest goes to the larger weights.
     assert blocks == {"net.0": 8, "net.2": 8}
     free = SparsityCallback(
         block_size=16,
@@ -222,16 +226,16 @@ def test_the_global_distribution_follows_the_scores() -> None:
 
 
 @pytest.mark.parametrize("floor", [0, 1])
-def test_no_output_or_input_dies_unless_asked_for(floor: int) -> None:
-    """Rows and columns that no criterion likes."""
+def test_no_output_or_input_dies_unless_allowed(floor: int) -> None:
+    """The criterion gives the last rows and columns the lowest scores."""
 
-    def spite(scores: BlockScores) -> Tensor:
+    def position(scores: BlockScores) -> Tensor:
         return torch.arange(scores.mask.numel()).flip(0).view(scores.mask.shape).float()
 
     sparsity = SparsityCallback(
         block_size=16,
-        drop=spite,
-        grow=spite,
+        drop=position,
+        grow=position,
         floor={"row": floor, "column": floor},
         update={"every_n_steps": 2},
         drop_fraction=0.5,
@@ -248,7 +252,7 @@ def test_no_output_or_input_dies_unless_asked_for(floor: int) -> None:
 
 
 class Manual(Classifier):
-    """Two optimizers by hand: the first layer's steps every batch, the rest's every second one."""
+    """Steps two optimizers: the first layer's in every batch, the other in every second batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,12 +275,12 @@ class Manual(Classifier):
 
 
 def test_several_optimizers_and_manual_optimization() -> None:
-    sparsity = Look(drop="movement", density=FALLING, update={"every_n_steps": 4})
+    sparsity = RecordScores(drop="movement", density=FALLING, update={"every_n_steps": 4})
     model, record = fit(sparsity, Manual(), max_epochs=5, max_steps=-1)
     # 40 batches, in each of which the first optimizer stepped; the trainer counts 60 steps.
     assert sparsity.sparsifier is not None and sparsity.sparsifier.steps == 40
-    assert [of["steps"] for of in sparsity.state_dict()["courses"]] == [40, 20]
-    # Each at its own steps, and the last at three quarters of those that it takes.
+    assert [course["steps"] for course in sparsity.state_dict()["courses"]] == [40, 20]
+    # Each layer updates at the steps of its optimizer, the last time at three quarters of them.
     steps: dict[str, list[int]] = {}
     for layers in sparsity.seen:
         ((name, scores),) = layers.items()
@@ -290,11 +294,11 @@ def test_several_optimizers_and_manual_optimization() -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("late", [0, 40])
-@pytest.mark.parametrize("by", ["epochs", "steps"])
-def test_an_even_pace_is_told_exactly(by: str, late: int, every: int) -> None:
-    """Of an optimizer that steps in every so many-th batch, from its second step on.
+@pytest.mark.parametrize("limit", ["epochs", "steps"])
+def test_an_even_pace_is_forecast_exactly(limit: str, late: int, every: int) -> None:
+    """The forecast is exact from the second step on, for a step in every `every`-th batch.
 
-    It may begin late, as after a warm-up of others.
+    The first step may come late, as after a warm-up of other optimizers.
     """
     for total in range(1, 61):
         batches = late + total * every
@@ -302,17 +306,17 @@ def test_an_even_pace_is_told_exactly(by: str, late: int, every: int) -> None:
             lightning_module=SimpleNamespace(automatic_optimization=False),
             optimizers=[None],
             global_step=0,
-            max_steps=batches if by == "steps" else -1,
-            max_epochs=1 if by == "epochs" else None,
+            max_steps=batches if limit == "steps" else -1,
+            max_epochs=1 if limit == "epochs" else None,
             num_training_batches=batches,
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0)),
         )
-        to_come = StepsToCome(manual, batches, 0, {})  # type: ignore[arg-type]
+        forecast = TotalStepsForecast(manual, batches, 0, {})  # type: ignore[arg-type]
         for steps in range(1, total + 1):
-            place = late + steps * every - 1
-            manual.global_step = manual.fit_loop.epoch_loop.total_batch_idx = place
-            told = to_come(None, steps)  # type: ignore[arg-type]
-            assert told == total if steps > 1 or total == 1 else told >= total
+            batch = late + steps * every - 1
+            manual.global_step = manual.fit_loop.epoch_loop.total_batch_idx = batch
+            result = forecast(None, steps)  # type: ignore[arg-type]
+            assert result == total if steps > 1 or total == 1 else result >= total
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -323,14 +327,14 @@ def capacities(model: Any) -> int:
 
 
 def adafactor(parameters: Any, lr: float) -> torch.optim.Optimizer:
-    """With steps that do not depend on the RMS over all slots, of which a shrink leaves fewer."""
+    """Adafactor without its RMS over all slots, which depends on the number of slots."""
     return torch.optim.Adafactor(parameters, lr=lr, eps=(None, 10.0), d=10.0)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, adafactor])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_memory_follows_the_density(optimizer: Any, accumulate: int) -> None:
-    """The run is the same with and without; only what is held differs."""
+    """Runs with and without `shrink` differ only in the slots that they hold."""
 
     def run(shrink: bool) -> tuple[Any, set[int]]:
         held: set[int] = set()
@@ -382,7 +386,7 @@ def test_a_shrunk_model_is_saved_and_loaded(tmp_path: Path) -> None:
         other,
         max_steps=1,
     )
-    assert not any(layer.locked for layer in sparse(other).values()), "the fit is over"
+    assert not any(layer._is_locked for layer in sparse(other).values()), "the fit is over"
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     x, _ = model.batch(0)
     assert torch.equal(model(x), other(x))

@@ -1,4 +1,4 @@
-"""SparsityCallback beside what else people use with Lightning."""
+"""SparsityCallback together with other features of Lightning."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def steps(sparsity: SparsityCallback) -> int:
 
 
 class Normed(Classifier):
-    """With a BatchNorm, for which weight averaging runs one more epoch, without steps."""
+    """Has a BatchNorm, for which weight averaging runs one more epoch without steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class Normed(Classifier):
 
 
 class DenseAverage(L.Callback):
-    """Averages dense weights as an averaging callback does those of slots, and counts moves.
+    """Averages dense weights as an averaging callback averages slots, and counts changed blocks.
 
-    A block's average begins anew where it is grown, and ends where it is dropped: as zero.
+    The average of a block starts at its growth, and is zero after its drop.
     """
 
     def __init__(self, weight_of_new: Any) -> None:
@@ -98,7 +98,7 @@ class EveryEpoch(DenseAverage):
         if 1 <= trainer.current_epoch <= 3:
             self.take(pl_module)
         if trainer.current_epoch == 4:
-            self.check(pl_module)  # as handed over, for an epoch without gradients
+            self.check(pl_module)  # SWA has put the average into the model
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self.follow(pl_module)
@@ -119,7 +119,7 @@ def test_swa_ends_with_the_average_of_each_block(
     average = EveryEpoch(lambda taken: 1 / (taken + 1))
     model = build()
     trainer(sparsity, swa, average, max_steps=-1, max_epochs=4).fit(model, loader())
-    # Batch norm has an epoch more, which is no part of the training and in which no block moves.
+    # The additional epoch for batch norm has no steps and no updates.
     assert (steps(sparsity), sparsity.last_update.step) == (32, last)
     if build is Classifier:
         average.check(model)
@@ -128,7 +128,7 @@ def test_swa_ends_with_the_average_of_each_block(
 class EveryStep(DenseAverage):
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if self.taken:
-            self.compare(pl_module)  # for validation the averages stand in the model
+            self.compare(pl_module)  # validation runs with the averages
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self.follow(pl_module)
@@ -153,7 +153,7 @@ def test_ema_ends_with_the_average_of_each_block(build: type[Classifier], densit
 
 
 class Keep(L.Callback):
-    """Keeps a copy of the modules as training starts, in dense layers."""
+    """Keeps a dense copy of the modules at the start of training."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.net = densify(copy.deepcopy(pl_module.net))
@@ -199,7 +199,7 @@ def test_gradients_are_clipped_as_those_of_a_masked_dense_model(algorithm: str) 
         torch.testing.assert_close(layer.dense_weight(), weight.detach(), rtol=1e-10, atol=1e-10)
 
 
-# -- runs that are not a training, or not one alone -----------------------------------------------
+# -- trial runs and repeated fits -----------------------------------------------------------------
 
 
 def state(model: nn.Module, sparsity: SparsityCallback) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def state(model: nn.Module, sparsity: SparsityCallback) -> dict[str, Any]:
 
 @pytest.mark.parametrize("build", [Classifier, Late])
 def test_lr_find_leaves_everything_as_it_was(build: type[Classifier], tmp_path: Path) -> None:
-    """The training that follows is that of a run without, to the last bit."""
+    """The following training equals that of a run without `lr_find`, bit for bit."""
 
     def run(find: bool) -> tuple[Any, SparsityCallback]:
         sparsity, model = SparsityCallback(block_size=16, density=FALLING, update=UPDATES), build()
@@ -238,7 +238,7 @@ def test_lr_find_before_the_model_was_swapped(tmp_path: Path) -> None:
 
 
 def test_lr_find_in_the_middle_of_a_training(tmp_path: Path) -> None:
-    """With scores that are gathered at every step, and memory that has shrunk already."""
+    """Scores are gathered at every step, and memory has shrunk already."""
 
     class Milestone(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -282,7 +282,7 @@ def test_overfit_batches() -> None:
     assert sparsity.last_update.step == 15, "three quarters of 2 batches for 10 epochs"
 
 
-def test_a_second_fit_of_the_same_trainer_goes_on() -> None:
+def test_a_second_fit_of_the_same_trainer_continues() -> None:
     sparsity, model = SparsityCallback(block_size=16, density=FALLING, update=UPDATES), Classifier()
     fitting = trainer(sparsity, max_steps=-1, max_epochs=3)
     fitting.fit(model, loader())
@@ -294,20 +294,22 @@ def test_a_second_fit_of_the_same_trainer_goes_on() -> None:
     assert sparse(model) == first
     for name, layer in first.items():
         assert layer.density == 0.25
-        assert torch.equal(layer.topology.mask, masks[name]), "its updates ended in the first"
+        assert torch.equal(layer.topology.mask, masks[name]), "updates ended in the first fit"
 
 
-# -- who else changes layers ----------------------------------------------------------------------
+# -- plugins that replace layers ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", [BitsandbytesPrecision, TransformerEnginePrecision])
-def test_precisions_with_layers_of_their_own_are_refused_by_name(of: type[Precision]) -> None:
-    # Without its constructor, which imports a package that needs a GPU.
-    plugin = of.__new__(of)
+@pytest.mark.parametrize("plugin_class", [BitsandbytesPrecision, TransformerEnginePrecision])
+def test_precisions_that_replace_layers_are_refused_by_name(plugin_class: type[Precision]) -> None:
+    # The constructor imports a package that needs a GPU.
+    plugin = plugin_class.__new__(plugin_class)
     model = Classifier()
     fitting = trainer(SparsityCallback(block_size=16))
     fitting.strategy.precision_plugin = plugin
-    with pytest.raises(ValueError, match=f"got {of.__name__}.*Use precision='bf16-mixed'"):
+    with pytest.raises(
+        ValueError, match=f"got {plugin_class.__name__}.*Use precision='bf16-mixed'"
+    ):
         fitting.fit(model, loader())
     assert not sparse(model) and not model.losses
 
@@ -316,7 +318,7 @@ def test_precisions_with_layers_of_their_own_are_refused_by_name(of: type[Precis
 
 
 class Still(Classifier):
-    """Without gradients only decay moves a weight."""
+    """Has zero gradients, so that only weight decay changes weights."""
 
     def __init__(self) -> None:
         super().__init__()

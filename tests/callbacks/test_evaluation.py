@@ -1,4 +1,4 @@
-"""Validation, test and prediction with the callback that trained: nothing changes."""
+"""Validation, test and prediction with a SparsityCallback compute the same as without."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Evaluated(Classifier):
 
 
 class EvaluatedLate(Evaluated):
-    """Has its layers in `configure_model` only."""
+    """Builds its layers in `configure_model`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_model_in_memory_stays_as_it_is(verb: str, swap: Any) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A checkpoint of a training, one of the same weights made dense, and the loss of both."""
+    """A sparse checkpoint, a dense one with the same weights, and the loss of both."""
     folder = tmp_path_factory.mktemp("saved")
     fitting = trainer(sparsity(density=0.5))
     model = Evaluated()
@@ -97,7 +97,7 @@ def _sparse(block_size: int) -> Evaluated:
 def test_a_checkpoint_is_evaluated_as_it_was_saved(
     verb: str, holds: str, had: str, saved: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the callback is told to train with, and nothing is announced."""
+    """This does not depend on the callback's configuration, and no swap is reported."""
     model = HAD[had]()
     with caplog.at_level(logging.INFO):
         other = sparsity(density=0.25, include=["2"])
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_saved(
     assert "Block-sparse layers" not in caplog.text
 
 
-def test_a_fit_with_the_same_callback_goes_on_after_an_evaluation(saved: dict[str, Any]) -> None:
+def test_a_fit_after_an_evaluation_trains(saved: dict[str, Any]) -> None:
     model, callback = Evaluated(), sparsity(density=0.5)
     loss_by("validate", model, callback, ckpt_path=str(saved["sparse"]))
     callback_of_fit = sparsity(density=0.5)
@@ -117,7 +117,7 @@ def test_a_fit_with_the_same_callback_goes_on_after_an_evaluation(saved: dict[st
 
 
 def test_the_best_checkpoint_is_tested_after_a_fit(tmp_path: Path) -> None:
-    """With more slots than the model has by then."""
+    """The checkpoint has more slots than the model has after the fit."""
     falling = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
     best = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")
     fitting = trainer(
@@ -131,7 +131,7 @@ def test_the_best_checkpoint_is_tested_after_a_fit(tmp_path: Path) -> None:
 
 def test_strategies_are_only_refused_for_a_fit() -> None:
     class FSDPStrategy(L.pytorch.strategies.SingleDeviceStrategy):
-        """Is refused by its name."""
+        """A fit refuses a strategy of this name."""
 
     run = trainer(sparsity(), strategy=FSDPStrategy("cpu"))
     assert run.validate(Evaluated(), loader(2), verbose=False)

@@ -1,4 +1,4 @@
-"""A fit that ran out of memory in an update can be saved, and goes on."""
+"""A fit that ran out of memory in an update can be saved and resumed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ OPTIONS: dict[str, Any] = {
 
 
 @needs("gradient")
-class Once:
-    """The usual rule, which runs out of memory at the second update once it is to."""
+class FailsOnce:
+    """The default rule, which runs out of memory once, at the second update, if `fails`."""
 
     def __init__(self, fails: bool) -> None:
-        self.fails, self.usual = fails, DropAndGrow(magnitude, gradient)
+        self.fails, self.default = fails, DropAndGrow(magnitude, gradient)
 
     def __call__(self, request: UpdateRequest) -> Decision:
-        decision = self.usual(request)
+        decision = self.default(request)
         if self.fails and request.step == 10:
             self.fails = False
             raise torch.OutOfMemoryError("simulated")
@@ -38,18 +38,18 @@ class Once:
 
 
 @pytest.mark.parametrize("average", [False, True])
-def test_a_fit_that_ran_out_of_memory_can_be_saved_and_goes_on(
+def test_a_fit_that_ran_out_of_memory_can_be_saved_and_resumed(
     average: bool, tmp_path: Path
 ) -> None:
     def callbacks(fails: bool) -> tuple[SparsityCallback, ...]:
         averages = [EMAWeightAveraging(decay=0.9)] if average else []
-        return SparsityCallback(rule=Once(fails), **OPTIONS), *averages
+        return SparsityCallback(rule=FailsOnce(fails), **OPTIONS), *averages
 
     fitting = trainer(*callbacks(True))
     failing = Classifier()
     with pytest.raises(torch.OutOfMemoryError):
         fitting.fit(failing, loader())
-    assert not any(layer.locked or layer.armed for layer in sparse(failing).values())
+    assert not any(layer._is_locked or layer.armed for layer in sparse(failing).values())
     fitting.save_checkpoint(tmp_path / "failed.ckpt")
     sparsity, *averages = callbacks(False)
     model = Classifier()

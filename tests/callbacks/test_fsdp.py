@@ -1,4 +1,4 @@
-"""Two ranks that hold a part of the slots each do what two ranks that hold all of them do."""
+"""Two ranks that each hold a part of the slots train like two ranks that hold all slots."""
 
 from __future__ import annotations
 
@@ -12,20 +12,13 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
-from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import (
-    ACCELERATORS,
-    Classifier,
-    end_rank,
-    loader,
-    run_ranks,
-    sharded_in_two,
-    trainer,
-)
+from sparse_lightning.sharding import gather_whole, is_sharded
+from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, sharded_in_two, trainer
+from tests.processes import end_rank, run_ranks
 
 FALLING = {"schedule": "cubic", "initial": 0.5, "final": 0.125, "until": 0.5}
 RULES: dict[str, dict[str, Any]] = {
-    "rigl": {"density": 0.28},  # nine slots: ranks hold five and four
+    "rigl": {"density": 0.28},  # nine slots: the ranks hold five and four
     "momentum": {"density": 0.25, "drop": "saliency", "grow": "momentum"},
     "falling": {"density": FALLING, "drop": "saliency"},
     "global": {"density": FALLING, "distribution": "global", "drop": "movement", "grow": "none"},
@@ -33,7 +26,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class Built(Classifier):
-    """Builds its sparse layers in `configure_model`, and shards them if it is asked to."""
+    """Builds its sparse layers in `configure_model`, and shards them if `sharded`."""
 
     def __init__(self, density: float, sharded: bool) -> None:
         super().__init__()
@@ -103,13 +96,15 @@ def fit(out: Path, accelerator: str, strategy: str, rule: str) -> None:
     fitting.fit(model, loader(16))
     layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
     assert len(layers) == 2 and all(is_sharded(layer.values) == sharded for layer in layers)
-    state = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
+    state = {
+        name: gather_whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()
+    }
     state |= {f"{i}.coords": layer.topology.coords.cpu() for i, layer in enumerate(layers)}
     name = f"{rule}-{strategy}-{fitting.global_rank}.pt"
     torch.save({"state": state, "moved": sum(moved)}, out / name)
 
 
 if __name__ == "__main__":
-    for each in RULES:
-        fit(Path(sys.argv[1]), *sys.argv[2:], each)
+    for rule in RULES:
+        fit(Path(sys.argv[1]), *sys.argv[2:], rule)
     end_rank()

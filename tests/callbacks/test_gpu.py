@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_masked_dense_layers(precision: str) -> None:
     torch.testing.assert_close(sparse.losses, masked.losses, rtol=tolerance, atol=tolerance)
 
 
-def test_the_summary_tells_what_to_expect_of_this_gpu() -> None:
+def test_the_summary_predicts_the_speed_on_this_gpu() -> None:
     sparsity = SparsityCallback(block_size=16, density=0.5, include=["net.0"])
     model = Classifier()
     trainer(sparsity, max_steps=2, accelerator="gpu", devices=1).fit(model, loader())
@@ -66,7 +66,7 @@ def test_the_summary_tells_what_to_expect_of_this_gpu() -> None:
 
 @pytest.mark.parametrize("grow", ["gradient", "momentum"])
 @pytest.mark.parametrize("drop", ["gradient", "saliency", "movement"])
-def test_every_rule_chooses_as_on_the_cpu(drop: str, grow: str) -> None:
+def test_every_rule_selects_the_same_blocks_as_on_the_cpu(drop: str, grow: str) -> None:
     def run(**kwargs: Any) -> list[torch.Tensor]:
         sparsity = SparsityCallback(
             block_size=16,
@@ -93,7 +93,7 @@ def test_resume_is_bit_exact(cut: int, tmp_path: Path) -> None:
 
 
 def test_memory_is_released_as_the_density_falls() -> None:
-    """Weights, gradients and two moments of the layers; what CUDA holds, not what we count."""
+    """Weights, gradients and two moments are released, as measured by CUDA's allocator."""
 
     class Wide(Classifier):
         def __init__(self) -> None:
@@ -130,5 +130,5 @@ def test_memory_is_released_as_the_density_falls() -> None:
     freed = 4 * 4 * 2048 * 2048 * (1 - 0.125)
     (allocated, reserved), (less_allocated, less_reserved) = run(False), run(True)
     assert allocated - less_allocated >= 0.8 * freed
-    # The allocator hands back whole segments, of 20 MB and more.
+    # The allocator releases whole segments of 20 MB and more.
     assert reserved - less_reserved >= 0.4 * freed

@@ -19,7 +19,7 @@ FALLING = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
 
 
 class Wrapped(nn.Module):
-    """As timm's averages hold the model they are of."""
+    """Holds a copy of a model as an attribute, as timm's averages do."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class Average(L.Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, model: Any, *_: Any) -> None:
         for held in self.models():
-            of = model.net if self.hold is HOLD["a part"] else model
-            for average, now in zip(held.parameters(), of.parameters(), strict=True):
+            source = model.net if self.hold is HOLD["a part"] else model
+            for average, now in zip(held.parameters(), source.parameters(), strict=True):
                 average.lerp_(now, 0.1)
 
 
@@ -65,7 +65,9 @@ class WithTarget(Classifier):
 @pytest.mark.parametrize("build", [Classifier, WithTarget])
 @pytest.mark.parametrize("density", [0.25, FALLING])
 @pytest.mark.parametrize("how", HOLD)
-def test_they_follow_whatever_the_names(how: str, density: Any, build: type[Classifier]) -> None:
+def test_held_copies_follow_under_any_names(
+    how: str, density: Any, build: type[Classifier]
+) -> None:
     model, average = build(), Average(HOLD[how])
     sparsity = SparsityCallback(block_size=16, density=density, update={"every_n_steps": 4})
     trainer(sparsity, average).fit(model, loader())
@@ -81,6 +83,6 @@ def test_an_average_of_a_model_that_has_a_target(density: Any) -> None:
     model, ema = WithTarget(), EMAWeightAveraging(decay=0.9)
     sparsity = SparsityCallback(block_size=16, density=density, update={"every_n_steps": 4})
     trainer(sparsity, ema).fit(model, loader())
-    for i in (0, 2):  # they hold the averages by now
+    for i in (0, 2):  # the model holds the averages now
         assert torch.equal(model.target[i].topology.coords, model.net[i].topology.coords)
         assert not model.target[i].dense_weight()[model.net[i].dense_weight() == 0].any()

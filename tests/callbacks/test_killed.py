@@ -1,11 +1,10 @@
-"""Processes killed anywhere, also within an update or the writing of a checkpoint, are resumed."""
+"""Runs killed at any point, even during an update or while saving a checkpoint, resume."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,12 @@ from torch.utils.data import DataLoader
 
 from sparse_lightning.history import read_history
 from sparse_lightning.observers.recorder import HISTORY
+from tests import processes
 from tests.callbacks.helpers import Classifier, trainer
 from tests.callbacks.test_resume import assert_identical, final, run, sparsity
 
 STEPS = 24
-# Where: in which call of which function of which file; how many calls and returns later.
+# Functions, with the ends of their files, in which processes are killed.
 WHERE = {
     "update": ("_update", "sparse_lightning/sparsifier.py"),
     "write": ("_atomic_save", ""),
@@ -38,7 +38,7 @@ KILLS = [
 
 
 def kill_at(where: str, call: int, events: int) -> None:
-    """Kill this process so many calls and returns after that call of a function has begun."""
+    """Kill this process `events` calls and returns after the start of the `call`-th call."""
     left = [call, events]
     name, file = WHERE[where]
 
@@ -56,7 +56,7 @@ def kill_at(where: str, call: int, events: int) -> None:
 
 
 def main(root: Path) -> None:
-    """Train in one process after the other, each of which is killed."""
+    """Train in several processes, one after the other, and kill each."""
     torch.set_num_threads(1)
     for where, call, events in KILLS:
         if (child := os.fork()) == 0:
@@ -70,21 +70,14 @@ def main(root: Path) -> None:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("killed")
-    source = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, __file__, str(root)],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": str(source)},
-        check=True,
-        timeout=120,
-    )
+    processes.run(__file__, root, timeout=120)
     run(root / "whole")
     return root
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize(("where", "call", "events"), KILLS)
-def test_the_newest_checkpoint_is_whole_and_goes_on(
+def test_the_newest_checkpoint_is_whole_and_resumes(
     where: str, call: int, events: int, killed: Path
 ) -> None:
     root = killed / f"{where}-{call}"
@@ -92,8 +85,8 @@ def test_the_newest_checkpoint_is_whole_and_goes_on(
     assert 0 < len(checkpoints) < STEPS
     run(root, checkpoints[max(checkpoints)])
     assert_identical(final(root), final(killed / "whole"))
-    # The record of its blocks, too, is whole.
-    ours, whole = (read_history(of / HISTORY) for of in (root, killed / "whole"))
+    # The history file is complete too.
+    ours, whole = (read_history(folder / HISTORY) for folder in (root, killed / "whole"))
     assert [f.step for f in ours.frames] == [f.step for f in whole.frames] == [0, 5, 10, 15, 18]
     for name, layer in ours.layers.items():
         for frame in range(5):
@@ -124,8 +117,8 @@ class Shuffled(DataLoader[Any]):
         self.epoch, self.at = state["epoch"], state["at"]
 
 
-class OfData(Classifier):
-    """Learns from what the loader gives it, in the order in which it comes."""
+class TrainsOnData(Classifier):
+    """Trains on the batches of the loader, unlike `Classifier`."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = torch.stack([self.loss(int(number)) for number in batch]).mean()
@@ -137,8 +130,8 @@ class OfData(Classifier):
 def test_resume_with_a_stateful_loader(cut: int, tmp_path: Path) -> None:
     """Epochs end after 8 and 16 steps."""
 
-    def fit(root: Path, ckpt_path: Path | None) -> OfData:
-        model = OfData()
+    def fit(root: Path, ckpt_path: Path | None) -> TrainsOnData:
+        model = TrainsOnData()
         checkpoint = ModelCheckpoint(
             root,
             filename="{step}",

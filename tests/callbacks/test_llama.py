@@ -1,4 +1,4 @@
-"""A model of Llama's shape, built on meta, sparse, sharded, compiled, checkpointed and resumed."""
+"""A sparse Llama built on meta, with sharding, compilation and activation checkpoints, resumes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
-from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import ACCELERATORS, end_rank, loader, run_ranks, trainer
+from sparse_lightning.sharding import gather_whole, is_sharded
+from tests.callbacks.helpers import ACCELERATORS, loader, trainer
+from tests.processes import end_rank, run_ranks
 
 WIDTH, HIDDEN, HEADS, LAYERS, VOCABULARY, LENGTH = 64, 192, 4, 2, 50, 24
 PROJECTIONS = ("*_proj",)
@@ -111,7 +112,7 @@ def main(out: Path, accelerator: str, part: str) -> None:
     )
     callbacks: list[L.Callback] = [sparsity]
     if part == "whole":
-        # In the middle of what is gathered for an update.
+        # Saved while scores are gathered for an update.
         callbacks.append(ModelCheckpoint(out, "{step}", every_n_train_steps=10, save_top_k=-1))
     fitting = trainer(
         *callbacks,
@@ -133,7 +134,9 @@ def main(out: Path, accelerator: str, part: str) -> None:
     assert len(layers) == 7 * LAYERS and all(is_sharded(m.values) for m in layers.values())
     assert sparsity.last_update is not None and sparsity.last_update.number == 6
     assert any(len(update.changed) for update in sparsity.last_update.layers.values())
-    state = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
+    state = {
+        name: gather_whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()
+    }
     state |= {f"{name}.coords": layer.topology.coords.cpu() for name, layer in layers.items()}
     torch.save(state, out / f"{part}-{fitting.global_rank}.pt")
 

@@ -1,10 +1,9 @@
-"""A killed run, resumed, ends as the uninterrupted one: bit for bit."""
+"""A killed and resumed run ends like an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from sparse_lightning import SparsityCallback
+from tests import processes
 from tests.callbacks.helpers import Classifier, loader, trainer
 
 STEPS = 24
-EVERY = 5  # so updates run after 5, 10, 15 and 18 steps
+EVERY = 5  # updates run after 5, 10, 15 and 18 steps
 
 
 def sparsity(**kwargs: Any) -> SparsityCallback:
@@ -67,8 +67,8 @@ def assert_identical(a: Any, b: Any, path: str = "") -> None:
             assert_identical(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), path
-        for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            assert_identical(one, other, f"{path}/{i}")
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_identical(*pair, f"{path}/{i}")
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
     else:
@@ -87,10 +87,12 @@ def test_checkpoint_holds_tensors_and_primitives_only(uninterrupted: Path) -> No
     state = checkpoint["callbacks"]["SparsityCallback"]
     (course,) = state["courses"]
     assert (course["steps"], state["n_updates"], course["next_update"]) == (5, 1, 10)
-    assert any(pending.any() for pending in course["pending"].values()), "no first step yet"
+    assert any(pending.any() for pending in course["pending"].values()), (
+        "grown slots have had no step yet"
+    )
 
 
-# 3: between updates; 4: an update comes next; 5: just after one; 18: after the last.
+# 3: between updates; 4: right before an update; 5: right after one; 18: after the last one.
 @pytest.mark.parametrize("cut", [3, 4, 5, 6, 10, 18, 21])
 def test_resume_is_bit_exact(cut: int, uninterrupted: Path, tmp_path: Path) -> None:
     run(tmp_path, uninterrupted / f"{cut}.ckpt")
@@ -109,7 +111,7 @@ def test_resume_under_accumulation_is_bit_exact(tmp_path: Path) -> None:
     assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
 
 
-# What is gathered over several steps is in the checkpoint too; slots that were given up stay so.
+# Scores gathered over several steps are in the checkpoint too; released slots stay released.
 @pytest.mark.parametrize("cut", [3, 8, 12, 16])
 @pytest.mark.parametrize(
     "rules",
@@ -120,7 +122,7 @@ def test_resume_under_accumulation_is_bit_exact(tmp_path: Path) -> None:
     ],
     ids=["saliency", "movement", "gradient"],
 )
-def test_resume_with_what_was_gathered(rules: dict[str, Any], cut: int, tmp_path: Path) -> None:
+def test_resume_with_gathered_scores(rules: dict[str, Any], cut: int, tmp_path: Path) -> None:
     run(tmp_path / "whole", rules=rules)
     run(tmp_path / "cut", tmp_path / "whole" / f"{cut}.ckpt", rules=rules)
     assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
@@ -137,15 +139,9 @@ def test_a_longer_training_moves_no_density(uninterrupted: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("victim", [5, 8])
 def test_a_killed_process_resumes(victim: int, uninterrupted: Path, tmp_path: Path) -> None:
-    """SIGKILL right after step `victim`'s topology update or step; the last checkpoint is older."""
-    process = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(victim)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        check=False,
-        capture_output=True,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    """SIGKILL comes after step `victim` and its update, before the checkpoint of this step."""
+    done = processes.run(__file__, tmp_path, victim, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     last = max(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem))
     assert int(last.stem) == victim - 1
     run(tmp_path, last)
@@ -153,7 +149,7 @@ def test_a_killed_process_resumes(victim: int, uninterrupted: Path, tmp_path: Pa
 
 
 class Kill(L.Callback):
-    """Stands between SparsityCallback and the checkpoint: what it cuts was not saved."""
+    """Kills the process; listed before the checkpoint callback, so that the step is not saved."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == int(sys.argv[2]):

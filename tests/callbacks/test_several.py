@@ -1,4 +1,4 @@
-"""Several `SparsityCallback`s on one trainer, each with layers of its own."""
+"""Several `SparsityCallback`s on one trainer, each with its own layers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def head() -> SparsityCallback:
 
 
 class Wide(Classifier):
-    """Its head can be block-sparse."""
+    """Has a head that can be block-sparse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def run(*callbacks: L.Callback, model: Any = None, **kwargs: Any) -> dict[str, T
 
 
 class Half(Classifier):
-    """Only one of its layers trains, so that what it comes to is one callback's work alone."""
+    """Trains one layer only, so that the result depends on one callback."""
 
     def __init__(self, trained: str) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ def test_each_evolves_its_own_layers_by_its_own_schedule() -> None:
     assert (list(two.last_update.layers), two.last_update.step) == (["net.2"], 12)
 
 
-@pytest.mark.parametrize(("trained", "of"), [("net.0", falling), ("net.2", constant)])
-def test_each_trains_as_it_does_alone(trained: str, of: Any) -> None:
-    """Where the other's layer stands still, bit for bit; it is put there by hand."""
+@pytest.mark.parametrize(("trained", "build"), [("net.0", falling), ("net.2", constant)])
+def test_each_trains_as_it_does_alone(trained: str, build: Any) -> None:
+    """Bit for bit, compared with a model whose other layer is sparse and frozen."""
     together = run(falling(), constant(), model=Half(trained))
-    model, other = Half(trained), (constant if of is falling else falling)().config
+    model, other = Half(trained), (constant if build is falling else falling)().config
     density = 1.0 if other.block_size == 32 else 0.5
     sparsify(model, density=density, block_size=other.block_size, include=other.include)
-    alone = run(of(), model=model)
+    alone = run(build(), model=model)
     assert_identical(
         {k: v for k, v in together.items() if k.startswith(trained)},
         {k: v for k, v in alone.items() if k.startswith(trained)},
@@ -94,17 +94,17 @@ def test_each_trains_as_it_does_alone(trained: str, of: Any) -> None:
 @pytest.mark.parametrize("order", [(falling, constant), (constant, falling)])
 @pytest.mark.parametrize("cut", [5, 10])
 def test_a_resumed_training_is_the_uninterrupted_one(cut: int, order: Any, tmp_path: Path) -> None:
-    """Also if the callbacks come in another order than when it was saved."""
-    each = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=cut, save_top_k=-1)
-    whole = run(falling(), constant(), each, enable_checkpointing=True)
-    resumed = run(*(of() for of in order), ckpt_path=tmp_path / f"step={cut}.ckpt")
+    """This holds for callbacks in another order than in the checkpoint too."""
+    checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=cut, save_top_k=-1)
+    whole = run(falling(), constant(), checkpoints, enable_checkpointing=True)
+    resumed = run(*(build() for build in order), ckpt_path=tmp_path / f"step={cut}.ckpt")
     assert_identical(whole, resumed)
     saved = torch.load(tmp_path / f"step={cut}.ckpt", weights_only=True)["callbacks"]
     assert len([key for key in saved if key.startswith("SparsityCallback")]) == 2
 
 
-def test_a_state_under_the_class_name_alone_is_taken(tmp_path: Path) -> None:
-    """As it was saved when a trainer had one callback only."""
+def test_a_state_under_the_class_name_alone_is_accepted(tmp_path: Path) -> None:
+    """Earlier versions supported one callback per trainer and saved its state like this."""
     whole = run(falling(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5,
                                            save_top_k=-1), enable_checkpointing=True)  # fmt: skip
     old = torch.load(tmp_path / "step=5.ckpt", weights_only=True)
@@ -114,7 +114,7 @@ def test_a_state_under_the_class_name_alone_is_taken(tmp_path: Path) -> None:
     old["callbacks"]["SparsityCallback"] = state
     torch.save(old, tmp_path / "old.ckpt")
     assert_identical(whole, run(falling(), ckpt_path=tmp_path / "old.ckpt"))
-    # Of the one callback before and the one now, whatever differs is named.
+    # With one callback before and after, the error names what differs.
     model = Classifier()
     sparsify(model, density=0.5, block_size=16, include=["net.2"])
     del old["state_dict"]["net.2.weight"]
@@ -130,9 +130,9 @@ def test_a_resume_with_one_more_callback_is_refused(tmp_path: Path) -> None:
     fitting = trainer(falling(), max_steps=4)
     fitting.fit(Classifier(), loader())
     fitting.save_checkpoint(tmp_path / "one.ckpt")
-    says = r"must have the SparsityCallbacks.*\['net.2'\].*net.0"
+    message = r"must have the SparsityCallbacks.*\['net.2'\].*net.0"
     for callbacks in ((falling(), constant()), (constant(), falling())):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             run(*callbacks, ckpt_path=tmp_path / "one.ckpt")
 
 
@@ -148,16 +148,18 @@ def test_a_resume_with_one_more_callback_is_refused(tmp_path: Path) -> None:
 def test_a_resume_without_one_of_the_callbacks_is_refused(
     left: list[Any], missing: str, tmp_path: Path
 ) -> None:
-    fitting = trainer(*(of() for of in {falling, constant, *left}), max_steps=4)
+    fitting = trainer(*(build() for build in {falling, constant, *left}), max_steps=4)
     fitting.fit(Wide(), loader())
     fitting.save_checkpoint(tmp_path / "all.ckpt")
-    says = (
+    message = (
         rf"must have every SparsityCallback.*none with.*'include': \['{missing}'\].*'exclude'.*Add"
     )
-    with pytest.raises(ValueError, match=says):
-        run(*(of() for of in left), model=Wide(), ckpt_path=tmp_path / "all.ckpt")
-    # What is only evaluated needs no schedule.
-    trainer(*(of() for of in left)).validate(Wide(), loader(), tmp_path / "all.ckpt", verbose=False)
+    with pytest.raises(ValueError, match=message):
+        run(*(build() for build in left), model=Wide(), ckpt_path=tmp_path / "all.ckpt")
+    # An evaluation needs no schedule.
+    trainer(*(build() for build in left)).validate(
+        Wide(), loader(), tmp_path / "all.ckpt", verbose=False
+    )
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -167,9 +169,9 @@ def test_a_dense_checkpoint_starts_all_of_them(average: bool, tmp_path: Path) ->
     fitting.fit(dense, loader())
     fitting.save_checkpoint(tmp_path / "dense.ckpt")
     extra = [EMAWeightAveraging(decay=0.5)] if average else []
-    begun = run(falling(), constant(), *extra, ckpt_path=tmp_path / "dense.ckpt")
+    started = run(falling(), constant(), *extra, ckpt_path=tmp_path / "dense.ckpt")
     extra = [EMAWeightAveraging(decay=0.5)] if average else []
-    assert_identical(begun, run(falling(), constant(), *extra, model=dense))
+    assert_identical(started, run(falling(), constant(), *extra, model=dense))
 
 
 @pytest.mark.parametrize("model", [Classifier, Late])
@@ -178,7 +180,7 @@ def test_a_dense_checkpoint_starts_all_of_them(average: bool, tmp_path: Path) ->
     [{"include": ["*"]}, {"include": ["*"], "exclude": ["0"]}, {"include": ["re:net[.][0-9]"]}],
     ids=str,
 )
-def test_a_layer_that_two_choose_is_refused_before_any_is_swapped(
+def test_a_layer_that_two_select_is_refused_before_any_swap(
     changes: dict[str, Any], model: Any
 ) -> None:
     made = model()
@@ -194,8 +196,8 @@ def test_a_layer_that_two_choose_is_refused_before_any_is_swapped(
     assert made.net is None or type(made.net[0]) is type(made.net[2]) is nn.Linear
 
 
-def test_a_layer_that_neither_can_have_is_no_conflict() -> None:
-    """By patterns both choose the layer of 4 outputs, which no block fits."""
+def test_a_layer_that_neither_can_swap_is_no_conflict() -> None:
+    """The patterns of both select the layer with 4 outputs, which is smaller than a block."""
     model = Classifier()
     run(falling(include=["0", "hea*"], exclude=[]), constant(include=["2", "he*"], exclude=[]),
         model=model)  # fmt: skip
@@ -210,9 +212,7 @@ def test_a_second_fit_of_the_same_model(tmp_path: Path) -> None:
     assert (model.net[0].density, model.net[2].density) == (0.25, 0.5)
 
 
-def test_what_they_log_and_keep_is_told_apart(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_logs_and_histories_are_separate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one, two = falling(), constant()
     final = FinalDensityCheckpoint(tmp_path / "final", every_n_train_steps=1)
     fitting = trainer(
@@ -223,7 +223,7 @@ def test_what_they_log_and_keep_is_told_apart(
     )
     fitting.fit(Classifier(), loader())
     assert final.best_model_path.endswith("step=16.ckpt")
-    # Of all layers together: 2 of 8 blocks of 32, and 16 of 32 blocks of 16.
+    # All layers together: 2 of 8 blocks of size 32, and 16 of 32 blocks of size 16.
     assert fitting.callback_metrics["sparsity/density"] == pytest.approx((2 + 16) / (8 + 32))
     folder = tmp_path / "lightning_logs" / "version_0"
     header, *rows = (folder / "metrics.csv").read_text().splitlines()
@@ -241,11 +241,11 @@ def test_what_they_log_and_keep_is_told_apart(
 
     histories = find_histories(folder)
     assert {path.name for path in histories} == {"pattern-1.history", "pattern-2.history"}
-    for number, (name, of) in enumerate((("net.0", one), ("net.2", two)), 1):
+    for number, (name, callback) in enumerate((("net.0", one), ("net.2", two)), 1):
         path = folder / f"pattern-{number}.history"
         assert list(read_history(path).layers) == [name]
         story = write_report(path, tmp_path / f"report-{number}.html")
-        assert story["updates"] == of.sparsifier.n_updates  # type: ignore[union-attr]
-    said = [line for line in caplog.messages if "has ended" in line]
-    assert "1 of 2: ['net.0']" in said[0] and "2 of 2: ['net.2']" in said[1]
-    assert "density 1.000 -> 0.250" in said[0] and "density 0.500 -> 0.500" in said[1]
+        assert story["updates"] == callback.sparsifier.n_updates  # type: ignore[union-attr]
+    lines = [line for line in caplog.messages if "has ended" in line]
+    assert "1 of 2: ['net.0']" in lines[0] and "2 of 2: ['net.2']" in lines[1]
+    assert "density 1.000 -> 0.250" in lines[0] and "density 0.500 -> 0.500" in lines[1]

@@ -1,4 +1,4 @@
-"""SparsityCallback in a real Trainer: the swap, the schedule, the scores, and what it refuses."""
+"""SparsityCallback in a real Trainer: swap, schedule, scores, and refused setups."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
-from sparse_lightning.policy.evolution import ModelUpdate
-from tests.callbacks.helpers import Classifier, Late, Look, loader, trainer
+from sparse_lightning.policy.updates import ModelUpdate
+from tests.callbacks.helpers import Classifier, Late, RecordScores, loader, trainer
 
 
 class Record(L.Callback):
-    """Keeps every update, and the density after every optimizer step. Stands after the other."""
+    """Records every update and the number of blocks after every step; listed after the callback."""
 
     def __init__(self, sparsity: SparsityCallback) -> None:
         self.sparsity = sparsity
@@ -58,7 +58,7 @@ def test_layers_are_swapped_before_the_optimizer_and_train() -> None:
 
 @pytest.mark.parametrize("first", [False, True])
 def test_an_update_is_over_before_callbacks_see_the_end_of_a_batch(first: bool) -> None:
-    """Also before those that are listed first."""
+    """This includes callbacks that are listed before SparsityCallback."""
     seen: list[tuple[int, int]] = []
 
     class Look(L.Callback):
@@ -78,27 +78,27 @@ def test_an_update_is_over_before_callbacks_see_the_end_of_a_batch(first: bool) 
     assert seen == [(4, 48), (8, 32), (12, 16), (16, 16), (18, 16)]
 
 
-def test_after_a_fit_nothing_is_locked_or_watched() -> None:
+def test_after_a_fit_nothing_is_locked_or_hooked() -> None:
     sparsity, model = SparsityCallback(block_size=16, update={"every_n_steps": 4}), Classifier()
-    fitting = trainer(sparsity, max_steps=7)  # an update comes next: layers are armed
+    fitting = trainer(sparsity, max_steps=7)  # the next step has an update: layers are armed
     locked: list[bool] = []
 
     class Look(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            locked.extend(layer.locked for layer in sparse(model).values())
+            locked.extend(layer._is_locked for layer in sparse(model).values())
 
     fitting.callbacks.append(Look())  # type: ignore[attr-defined]
     fitting.fit(model, loader())
     assert len(locked) == 14 and all(locked)
     for layer in sparse(model).values():
-        assert not layer.locked and not layer.armed
+        assert not layer._is_locked and not layer.armed
         assert not layer.values._backward_hooks and not layer.block_norms._backward_hooks
     (optimizer,) = fitting.optimizers
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("stop", [7, 24])
-def test_a_density_that_is_not_reached_is_told_of_once(stop: int) -> None:
+def test_a_density_that_is_not_reached_warns_once(stop: int) -> None:
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             trainer.should_stop = trainer.global_step >= stop
@@ -111,11 +111,11 @@ def test_a_density_that_is_not_reached_is_told_of_once(stop: int) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         trainer(sparsity, Stop(), min_epochs=0).fit(Classifier(), loader(24))
-    told = [str(w.message) for w in warned if "The training has ended" in str(w.message)]
+    messages = [str(w.message) for w in warned if "The training has ended" in str(w.message)]
     if stop == 24:
-        assert not told
+        assert not messages
     else:
-        (text,) = told
+        (text,) = messages
         assert "at density 0.625, where 0.250 was asked for" in text
         assert text.endswith(": 7 steps were taken, where the schedule takes 12.")
 
@@ -133,10 +133,10 @@ def test_report_is_shown_once_and_kept(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_layers_predicted_slower_than_dense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests = []
 
     def predicted(layer: BlockSparseLinear, density: float, dtype: torch.dtype) -> float:
-        asked.append((density, dtype))
+        requests.append((density, dtype))
         return 0.9 if layer.in_features == 128 else 1.5
 
     monkeypatch.setattr(BlockSparseLinear, "predicted_speedup", predicted)
@@ -146,7 +146,7 @@ def test_layers_predicted_slower_than_dense_are_named(monkeypatch: pytest.Monkey
     (message,) = [str(w.message) for w in warnings if "slower than dense" in str(w.message)]
     assert "net.2 (0.90 of dense at density 0.25)" in message
     assert message.count("of dense at density") == 1
-    assert {dtype for _, dtype in asked} == {torch.bfloat16}
+    assert {dtype for _, dtype in requests} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("until", [0.5, 0.4, 13])
@@ -177,10 +177,10 @@ def test_a_step_is_an_optimizer_step_under_accumulation() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_gradient_scores_are_those_of_the_dense_gradient(accumulate: int) -> None:
-    """Against autograd on the dense model, at the weights the step was taken with."""
+    """Compared with autograd on the dense model, at the weights of the step."""
     expected: dict[str, torch.Tensor] = {}
 
-    class Spy(Look):
+    class Spy(RecordScores):
         def on_train_batch_start(
             self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
         ) -> None:
@@ -196,12 +196,12 @@ def test_gradient_scores_are_those_of_the_dense_gradient(accumulate: int) -> Non
     seen = {name: scores.gradient.square() for name, scores in scored.items()}
     assert set(seen) == set(expected) == {"net.0", "net.2"}
     for name, scores in seen.items():
-        assert (scores > 0).sum() > 8, "absent blocks are scored too"
+        assert (scores > 0).sum() > 8, "absent blocks have scores too"
         torch.testing.assert_close(scores, expected[name], rtol=1e-4, atol=1e-9)
 
 
 def dense_scores(model: Any, number: int) -> dict[str, torch.Tensor]:
-    """Squared block norms of the dense gradient."""
+    """Return the squared block norms of the dense gradient."""
     x, y = model.batch(number)
     first, second = model.net[0], model.net[2]
     weights = [layer.dense_weight().requires_grad_() for layer in (first, second)]
@@ -279,7 +279,7 @@ def test_layers_built_by_the_user_are_adopted() -> None:
     assert [layer.block_size for layer in sparse(model).values()] == [32, 16]
 
 
-def test_nan_loss_is_never_chosen_from_and_does_not_crash() -> None:
+def test_nan_scores_change_nothing_and_do_not_crash() -> None:
     class Broken(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return super().training_step(batch, batch_idx) * float("nan")
@@ -290,7 +290,7 @@ def test_nan_loss_is_never_chosen_from_and_does_not_crash() -> None:
     with pytest.warns(UserWarning, match="not scored at step 4.*: net.0, net.2. ") as warnings:
         _, record = fit(sparsity, model, max_steps=8)
     assert sum("not scored" in str(w.message) for w in warnings) == 1
-    # The last update exchanges nothing, and the density is what it shall be.
+    # The updates change nothing, and the density is as configured.
     assert [len(u.changed) for m in record.updates for u in m.layers.values()] == [0, 0]
     assert record.blocks == [16] * 8
     for name, layer in sparse(model).items():
@@ -310,7 +310,7 @@ def test_bf16_mixed_trains() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_16_mixed_does_not_count_skipped_steps(fused: bool) -> None:
-    """The scaler starts so high that the first steps overflow and are skipped."""
+    """The initial scale makes the first steps overflow, so that they are skipped."""
 
     def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=lr, fused=fused)
@@ -320,7 +320,7 @@ def test_16_mixed_does_not_count_skipped_steps(fused: bool) -> None:
     sparsity = SparsityCallback(block_size=16, update={"every_n_steps": 4, "until": 12})
     model, record = fit(sparsity, Classifier(optimizer=optimizer), plugins=[plugin], max_steps=90)
     skipped = round(torch.tensor(2.0**30 / scaler.get_scale()).log2().item())
-    assert 0 < skipped < 40, "the test needs both skipped and taken steps"
+    assert 0 < skipped < 40, "the test needs skipped steps and other steps"
     assert sparsity.sparsifier is not None and sparsity.sparsifier.steps == 90 - skipped
     assert [u.step for u in record.updates] == [4, 8, 12]
     for layer in sparse(model).values():
@@ -353,7 +353,7 @@ def test_grown_blocks_start_at_zero_with_fresh_optimizer_state() -> None:
 
 
 def test_grown_blocks_do_not_jump() -> None:
-    """The first updates of a grown block stay within the learning rate (decoupled decay off)."""
+    """The first updates of a grown block do not exceed the learning rate (without weight decay)."""
     lr = 1e-2
     largest: list[float] = []
 
@@ -365,7 +365,9 @@ def test_grown_blocks_do_not_jump() -> None:
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             last = sparsity.last_update
-            if last is None or last.step == trainer.global_step:  # the update moved blocks too
+            if (
+                last is None or last.step == trainer.global_step
+            ):  # after an update blocks have moved
                 return
             for name, update in last.layers.items():
                 moved = (sparse(pl_module)[name].values.detach() - self.before[name]).abs()
@@ -384,7 +386,7 @@ def test_grown_blocks_do_not_jump() -> None:
 
 
 class Averages(L.Callback):
-    """Keeps its own dense average, block by block, and compares the averaging callback's."""
+    """Computes a dense average, block by block, and compares that of the averaging callback."""
 
     def __init__(self, sparsity: SparsityCallback, ema: EMAWeightAveraging, decay: float) -> None:
         self.sparsity, self.ema, self.decay = sparsity, ema, decay
@@ -447,53 +449,53 @@ def test_an_optimizer_that_cannot_follow_is_refused_by_name() -> None:
 
 
 def test_layers_that_no_optimizer_holds_are_refused() -> None:
-    class OfTheHead(Classifier):
+    class TrainsHeadOnly(Classifier):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
     with pytest.raises(RuntimeError, match=r"`values` must be in an optimizer.*layer 'net.0'"):
-        trainer(SparsityCallback(block_size=16)).fit(OfTheHead(), loader())
+        trainer(SparsityCallback(block_size=16)).fit(TrainsHeadOnly(), loader())
 
 
-def set_up_anew(trainer: L.Trainer, model: L.LightningModule) -> None:
+def set_up_optimizers(trainer: L.Trainer, model: L.LightningModule) -> None:
     trainer.strategy.setup_optimizers(trainer)
 
 
-def put_there(trainer: L.Trainer, model: L.LightningModule) -> None:
+def assign_optimizers(trainer: L.Trainer, model: L.LightningModule) -> None:
     trainer.optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
 
 
-@pytest.mark.parametrize("how", [set_up_anew, put_there])
+@pytest.mark.parametrize("replace", [set_up_optimizers, assign_optimizers])
 @pytest.mark.parametrize("density", [0.25, {"schedule": "cubic", "final": 0.25}])
-def test_a_training_goes_on_with_optimizers_that_are_others(
-    density: Any, how: Any, caplog: pytest.LogCaptureFixture
+def test_a_training_continues_with_replaced_optimizers(
+    density: Any, replace: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SGD has no state, so it is as if it had gone on."""
+    """SGD has no state, so that replacing it changes nothing."""
 
-    class Anew(Classifier):
+    class ReplacesOptimizers(Classifier):
         def on_train_epoch_start(self) -> None:
-            if self.is_to_change and self.current_epoch in (1, 2):
-                how(self.trainer, self)
+            if self.should_replace and self.current_epoch in (1, 2):
+                replace(self.trainer, self)
 
     models, found = [], []
     caplog.set_level("INFO")
-    for is_to_change in (False, True):
+    for should_replace in (False, True):
         sparsity = SparsityCallback(block_size=16, density=density, update={"every_n_steps": 5})
-        model = Anew(lr=0.1, optimizer=torch.optim.SGD)
-        model.is_to_change = is_to_change
+        model = ReplacesOptimizers(lr=0.1, optimizer=torch.optim.SGD)
+        model.should_replace = should_replace
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             _, record = fit(sparsity, model, max_steps=-1, max_epochs=3)
-        said = [str(each.message) for each in warned if "lock-sparse" in str(each.message)]
-        assert not said, said
+        messages = [str(w.message) for w in warned if "lock-sparse" in str(w.message)]
+        assert not messages, messages
         models.append(model)
         engine = sparsity.sparsifier
-        assert engine is not None and not engine.is_attached and not sparsity._followed
+        assert engine is not None and not engine.is_attached and not sparsity._optimizers
         found.append((engine.steps, engine.n_updates, record.blocks, model.losses))
     assert found[0] == found[1] and found[0][1] > 3
     for name, layer in sparse(models[0]).items():
         assert torch.equal(layer.values, sparse(models[1])[name].values)
-    assert sum("goes on with them" in line for line in caplog.messages) == 2
+    assert sum("continues with them" in line for line in caplog.messages) == 2
 
 
 def test_fractions_of_an_unknown_length_are_refused() -> None:
@@ -521,7 +523,7 @@ def test_no_layer_matched_is_an_error_before_training() -> None:
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
-def test_strategies_that_cannot_work_are_refused_by_name(name: str) -> None:
+def test_unsupported_strategies_are_refused_by_name(name: str) -> None:
     fitting = trainer(SparsityCallback(block_size=16))
     fitting.strategy.__class__ = type(name, (type(fitting.strategy),), {})
     with pytest.raises(ValueError, match=f"got {name}. Use DDP"):
@@ -535,9 +537,7 @@ def test_strategies_that_cannot_work_are_refused_by_name(name: str) -> None:
         ("_save_distributed_checkpoint", False, "`save_distributed_checkpoint` must be True"),
     ],
 )
-def test_options_of_sharding_that_cannot_work_are_refused(
-    option: str, value: Any, says: str
-) -> None:
+def test_unsupported_sharding_options_are_refused(option: str, value: Any, says: str) -> None:
     fitting = trainer(SparsityCallback(block_size=16))
     setattr(fitting.strategy, option, value)
     with pytest.raises(ValueError, match=says):
@@ -555,7 +555,7 @@ def test_other_optimizers(optimizer: type, lr: float) -> None:
     assert record.updates
 
 
-def test_frozen_layers_stay_as_they_are() -> None:
+def test_frozen_layers_are_not_updated() -> None:
     model = Classifier()
     model.net[0].requires_grad_(False)
     model, record = fit(SparsityCallback(block_size=16, update={"every_n_steps": 4}), model)

@@ -1,4 +1,4 @@
-"""Two ranks, whole and sharded: a teacher in the model follows, and the model goes out and back."""
+"""A teacher in the model follows on two ranks, whole and sharded; saved models can be loaded."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, load_sparse, sparsify
-from sparse_lightning.sharding import is_sharded, whole
-from tests.callbacks.helpers import (
-    ACCELERATORS,
-    Classifier,
-    end_rank,
-    loader,
-    run_ranks,
-    sharded_in_two,
-    trainer,
-)
+from sparse_lightning.sharding import gather_whole, is_sharded
+from tests.callbacks.helpers import ACCELERATORS, Classifier, loader, sharded_in_two, trainer
+from tests.processes import end_rank, run_ranks
 
 FALLING = {"schedule": "cubic", "initial": 0.5, "final": 0.125, "until": 0.5}
 
@@ -80,16 +73,16 @@ def test_a_teacher_follows_on_every_rank(results: Path) -> None:
     for key, expected in ddp["state"].items():
         assert torch.equal(other["state"][key], expected), key
         torch.testing.assert_close(fsdp["state"][key], expected, rtol=1e-4, atol=1e-5)
-    for each in (ddp, other, fsdp):
-        assert each["hooked"] > 0 or each is fsdp
+    for result in (ddp, other, fsdp):
+        assert result["hooked"] > 0 or result is fsdp
         for i in (0, 2):
             assert torch.equal(
-                each["state"][f"net.{i}.coords"], each["state"][f"teacher.{i}.coords"]
+                result["state"][f"net.{i}.coords"], result["state"][f"teacher.{i}.coords"]
             )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_model_built_dense_becomes_what_ranks_have_saved(strategy: str, results: Path) -> None:
+def test_a_dense_model_loads_what_ranks_saved(strategy: str, results: Path) -> None:
     saved = torch.load(results / f"{strategy}-0.pt", weights_only=True)
     model = load_sparse(Student(), results / f"{strategy}.ckpt")
     assert isinstance(model.teacher[0], BlockSparseLinear)
@@ -117,9 +110,9 @@ def fit(out: Path, accelerator: str, strategy: str) -> None:
     assert len(layers) == 4
     state = {name: layer.dense_weight().cpu() for name, layer in layers.items()}
     state |= {f"{name}.coords": layer.topology.coords.cpu() for name, layer in layers.items()}
-    if strategy == "fsdp":  # which keeps the slots
+    if strategy == "fsdp":  # fully_shard keeps empty slots
         state = {n: t[t[:, 0] >= 0] if n.endswith("coords") else t for n, t in state.items()}
-    x = torch.ones(2, 64, device=whole(model.head.weight).device)
+    x = torch.ones(2, 64, device=gather_whole(model.head.weight).device)
     kept = {
         "state": state,
         "updates": sparsity.sparsifier.n_updates,

@@ -1,4 +1,4 @@
-"""What cannot work is told with a remedy: ONNX, other dtypes, and a density that cannot rise."""
+"""Errors and warnings name a remedy: ONNX, unsupported dtypes, a density that cannot rise."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def sparse_classifier() -> Classifier:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [False, True])
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh], ids=["fused", "apart"])
-def test_onnx_is_by_export(activation: Any, dynamo: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh], ids=["fused", "separate"])
+def test_onnx_export_by_pytorch_is_refused_with_a_remedy(
+    activation: Any, dynamo: bool, tmp_path: Path
+) -> None:
     pytest.importorskip("onnxscript")
     model = Classifier()
     model.net[1] = activation()
@@ -31,7 +33,7 @@ def test_onnx_is_by_export(activation: Any, dynamo: bool, tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match=r"sparse-lightning export --to onnx.*write_onnx"):
         model.to_onnx(tmp_path / "model.onnx", torch.randn(2, 64), dynamo=dynamo)
     x = torch.randn(2, 64)
-    # Elsewhere such layers are exported and traced.
+    # `torch.export` works.
     assert torch.equal(torch.export.export(model.eval(), (x,)).module()(x), model(x))
 
 
@@ -45,7 +47,7 @@ def test_onnx_is_by_export(activation: Any, dynamo: bool, tmp_path: Path) -> Non
         lambda model: model.type("torch.LongTensor"),
     ],
 )
-def test_a_dtype_that_is_not_offered_changes_no_layer(convert: Any) -> None:
+def test_an_unsupported_dtype_changes_no_layer(convert: Any) -> None:
     net = sparse_classifier().net
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(TypeError, match=r"must be one of float64.*; got torch\..*densify"):
@@ -56,7 +58,7 @@ def test_a_dtype_that_is_not_offered_changes_no_layer(convert: Any) -> None:
     net(torch.zeros(2, 64))
 
 
-def test_conversions_that_are_offered_stay() -> None:
+def test_supported_conversions_work() -> None:
     net = sparse_classifier().net
     x = torch.randn(2, 64)
     y = net(x)
@@ -85,7 +87,7 @@ RISING = {"schedule": "linear", "initial": 0.25, "final": 0.5}
         ({"density": 0.5}, None),
     ],
 )
-def test_a_density_that_rises_without_growth_is_told_once(
+def test_a_density_that_rises_without_growth_warns_once(
     options: dict[str, Any], named: str | None
 ) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
@@ -94,6 +96,6 @@ def test_a_density_that_rises_without_growth_is_told_once(
         made = Sparsifier(model, total_steps=8, block_size=16, **{"grow": "none", **options})
         made.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
         made.attach(torch.optim.SGD(model[2].parameters(), lr=0.1))
-    said = [str(each.message) for each in caught if "`grow` is 'none'" in str(each.message)]
-    assert len(said) == (named is not None)
-    assert named is None or f"stays for {named}. " in said[0]
+    messages = [str(w.message) for w in caught if "`grow` is 'none'" in str(w.message)]
+    assert len(messages) == (named is not None)
+    assert named is None or f"stays for {named}. " in messages[0]

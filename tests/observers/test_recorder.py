@@ -1,4 +1,4 @@
-"""The file that a fit leaves holds what became of the blocks."""
+"""The history file of a fit holds the block masks after each update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.callbacks.test_sparsity import sparse
 
 
 class Watch(L.Callback):
-    """Keeps every mask that an update leaves, by step."""
+    """Records the masks after every update, by step."""
 
     def __init__(self, sparsity: SparsityCallback) -> None:
         self.sparsity = sparsity
@@ -34,7 +34,7 @@ class Watch(L.Callback):
 
 
 def fit(folder: Path, ckpt_path: Path | None = None, **options: Any) -> Watch:
-    """Five updates, after steps 4, 8, 12, 16 and 18 of 24."""
+    """Train for 24 steps, with updates after steps 4, 8, 12, 16 and 18."""
     monitor = options.pop("monitor", {"every_n_updates": 2})
     sparsity = SparsityCallback(
         block_size=16,
@@ -60,22 +60,22 @@ def test_a_fit_leaves_its_history(tmp_path: Path) -> None:
             assert (layer.mask(i) == masks[name]).all()
     assert all(layer.mask(0).all() for layer in history.layers.values())
     assert history.about["config"]["density.final"] == 0.25
-    # Scored at every second update: the kept blocks by their magnitude, and none else.
+    # Scores are recorded at every second update: the magnitudes of kept blocks only.
     (layer, *_) = history.layers.values()
     assert set(layer.scores) == {1, 3, 5}
     known, mask = np.isfinite(layer.scores[3]), layer.mask(3)
     assert known.any() and (mask | ~known).all() and (layer.scores[3][known] > 0).all()
     grown = mask & ~layer.mask(2)
     assert not known[grown].any() and known[mask & ~grown].all()
-    # One validation, at the end: its loss is written then, and once.
+    # The loss of the only validation, at the end, is written once.
     assert [(m.step, [*m.values]) for m in history.metrics] == [(24, ["val_loss"])]
 
 
-def test_a_resumed_fit_goes_on(tmp_path: Path) -> None:
+def test_a_resumed_fit_continues_its_history(tmp_path: Path) -> None:
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=10, save_top_k=-1, filename="{step}")
     fit(tmp_path, checkpoints=[saved], enable_checkpointing=True)
     whole = read_history(tmp_path / "csv" / "version_0" / HISTORY)
-    # In the same folder, and in another, of which only the rest is known.
+    # In the same folder; and in a new one, whose history starts at the checkpoint.
     fit(tmp_path, tmp_path / "step=10.ckpt")
     other = CSVLogger(tmp_path, name="csv", version=1)
     fit(tmp_path, tmp_path / "step=10.ckpt", logger=other)
@@ -112,7 +112,9 @@ def test_where_lightning_keeps_files_and_nowhere_else(
     assert found == ([recorded] if recorded else [])
 
 
-def test_a_training_outlives_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_continues_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     update = HistoryWriter.update
 
     def on_a_full_disk(self: HistoryWriter, step: int, number: int, masks: Any) -> None:

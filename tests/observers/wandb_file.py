@@ -1,6 +1,6 @@
 """Reads the records of an offline W&B run file.
 
-The file is a 7-byte header, then 32 KiB blocks of records as LevelDB's log format has them: each
+The file is a 7-byte header followed by 32 KiB blocks of records in LevelDB's log format: each
 chunk has a CRC32 over its type and data, a length and a type (whole, first, middle, last).
 """
 
@@ -52,23 +52,23 @@ def history(path: Path) -> list[dict[str, Any]]:
             row: dict[str, Any] = {}
             for item in record.history.item:
                 *outer, last = item.nested_key or [item.key]
-                place = row
+                target = row
                 for key in outer:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
+                    target = target.setdefault(key, {})
+                target[last] = json.loads(item.value_json)
             rows.append(row)
     return rows
 
 
 def metrics(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what was said by `define_metric`, by name."""
+    """Return the definitions made by `define_metric`, by name."""
     from google.protobuf.json_format import MessageToDict
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found = {}
+    defined = {}
     for payload in records(path):
         record = Record.FromString(payload)
         if record.WhichOneof("record_type") == "metric":
             metric = MessageToDict(record.metric, preserving_proto_field_name=True)
-            found[metric.get("name", metric.get("glob_name"))] = metric
-    return found
+            defined[metric.get("name", metric.get("glob_name"))] = metric
+    return defined

@@ -1,4 +1,4 @@
-"""What stands in the terminal, for people and for a job's log."""
+"""Terminal output: tables and a progress bar in a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 import os
 import pty
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -22,10 +22,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback
 from sparse_lightning.observers import throughput
-from sparse_lightning.observers.measures import predicted_speedup
-from tests.callbacks.helpers import Classifier, Manual, end_rank, loader, run_ranks, trainer
+from sparse_lightning.observers.measures import model_speedup
+from tests import processes
+from tests.callbacks.helpers import Classifier, Manual, loader, trainer
+from tests.processes import end_rank, run_ranks
 
-ROOT = Path(__file__).parents[2]
 BARS = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}
 
 
@@ -42,34 +43,25 @@ def in_terminal(*arguments: str) -> str:
     """Run this file with a terminal of 100 columns as its stdout and stderr; return its output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for name in ("COLUMNS", "NO_COLOR"):
-        environment.pop(name, None)
-    process = subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdout=theirs, stderr=theirs, env=environment
-    )
+    with mock.patch.dict(os.environ):
+        for name in ("COLUMNS", "NO_COLOR"):
+            os.environ.pop(name, None)
+        script = processes.Script(__file__, *arguments, terminal=theirs)
     os.close(theirs)
     output = b""
     try:
         while chunk := os.read(ours, 4096):
             output += chunk
-    except OSError:  # how a terminal ends on Linux
+    except OSError:  # Linux reports the end of a terminal like this
         pass
     finally:
         os.close(ours)
-    assert process.wait(120) == 0, output.decode()
+    assert script.wait(120).returncode == 0, output.decode()
     return output.decode()
 
 
 def piped(*arguments: str) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = processes.run(__file__, *arguments, timeout=120)
     return done.stdout, done.stderr
 
 
@@ -124,10 +116,10 @@ def test_the_summary_by_hand() -> None:
     lines = str(summary).splitlines()
     assert lines[:3] == [
         "Block-sparse training",
-        "layers         2",
-        "density        1.000 -> 0.250",
+        "layers           2",
+        "density          1.000 -> 0.250",
     ]
-    assert lines[4].startswith("memory         0.1 MB, ") and lines[4].endswith("of 0.3 MB dense")
+    assert lines[4].startswith("memory           0.1 MB, ") and lines[4].endswith("of 0.3 MB dense")
 
 
 def test_speedups_add_up_as_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +128,7 @@ def test_speedups_add_up_as_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(BlockSparseLinear, "predicted_speedup", predicted)
     layers = [BlockSparseLinear(16, out, block_size=16, density=1.0) for out in (16, 48)]
-    together = predicted_speedup([(layer, 1.0) for layer in layers], torch.float32)
+    together = model_speedup([(layer, 1.0) for layer in layers], torch.float32)
     assert together == pytest.approx((1 + 3) / (1 / 2 + 3 / 4))
     callback = SparsityCallback(block_size=16)
     monkeypatch.setattr(BlockSparseLinear, "predicted_speedup", lambda *_: 1.5)
@@ -144,7 +136,7 @@ def test_speedups_add_up_as_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(callback.summary).endswith("predicted speed-up  1.50 of these layers")
 
 
-def endings(caplog: pytest.LogCaptureFixture) -> list[str]:
+def summary_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if "training has ended" in r.getMessage()]
 
 
@@ -153,24 +145,24 @@ def test_each_fit_has_its_own_summary(caplog: pytest.LogCaptureFixture) -> None:
     callback, model = sparsity(), Classifier()
     trainer(callback).fit(model, loader())
     assert (callback.summary.updates, callback.summary.first_density) == (5, 1.0)
-    # Of the training so far: the same model goes on where its schedule has ended.
+    # The summary covers the whole training so far: a second fit continues after its schedule.
     fitting = trainer(callback, max_steps=8)
     fitting.fit(model, loader())
     assert callback.summary.updates == 5 and callback.summary.first_density == 1.0
-    # Another model begins anew.
+    # Another model starts a new schedule.
     trainer(callback, max_steps=8).fit(Classifier(), loader())
     assert callback.summary.updates == 2
-    assert len(endings(caplog)) == 3
+    assert len(summary_lines(caplog)) == 3
     fitting.validate(model, loader(1), verbose=False)
-    assert len(endings(caplog)) == 3
+    assert len(summary_lines(caplog)) == 3
 
 
-def test_no_summary_of_a_run_that_bought_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_summary_of_a_trial_run(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     trainer(sparsity(), fast_dev_run=3).fit(Classifier(), loader())
     callback = sparsity()
     trainer(callback, max_steps=0).fit(Classifier(), loader())
-    assert endings(caplog) == [] and callback.summary is None
+    assert summary_lines(caplog) == [] and callback.summary is None
 
 
 def test_no_summary_of_a_run_that_was_cut_off(caplog: pytest.LogCaptureFixture) -> None:
@@ -183,11 +175,11 @@ def test_no_summary_of_a_run_that_was_cut_off(caplog: pytest.LogCaptureFixture) 
     with pytest.raises(OSError, match="the disk is full"):
         trainer(callback, Failing()).fit(model, loader())
     trainer(callback, max_steps=0).fit(model, loader())
-    assert endings(caplog) == [] and callback.summary is None
+    assert summary_lines(caplog) == [] and callback.summary is None
 
 
 @pytest.mark.parametrize("build", [Classifier, Manual])
-def test_the_bar_has_metrics_that_nobody_else_has(build: type[Classifier], tmp_path: Path) -> None:
+def test_progress_bar_metrics_are_not_logged(build: type[Classifier], tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
     class Bar(TQDMProgressBar):
@@ -208,10 +200,10 @@ def test_the_bar_has_metrics_that_nobody_else_has(build: type[Classifier], tmp_p
     fitting.fit(build(), loader(), loader(1))
     assert [shown["density"] for shown in seen[:3]] == [1.0] * 3
     assert all("churn" not in shown for shown in seen[:3])
-    change = callback.last_update.layers.values()
+    changes = callback.last_update.layers.values()
     assert seen[-1] == {
         "density": 0.25,
-        "churn": sum(len(each.grown) for each in change) / sum(each.n_after for each in change),
+        "churn": sum(len(c.grown) for c in changes) / sum(c.n_after for c in changes),
     }
     for metrics in (fitting.callback_metrics, fitting.logged_metrics):
         assert "density" not in metrics and "churn" not in metrics
@@ -225,19 +217,19 @@ def test_without_a_bar_there_are_no_metrics_for_it() -> None:
     assert fitting.progress_bar_metrics == {}
 
 
-def test_only_rank_zero_speaks(tmp_path: Path) -> None:
+def test_only_rank_zero_logs(tmp_path: Path) -> None:
     done = run_ranks(__file__, "ranks", tmp_path)
-    said = done.stdout + done.stderr
-    assert said.count("Block-sparse layers: 2") == said.count("training has ended") == 1
+    output = done.stdout + done.stderr
+    assert output.count("Block-sparse layers: 2") == output.count("training has ended") == 1
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    # A sample a second on each of two ranks, at five updates and at the end.
+    # One sample per second on each of two ranks, logged at five updates and at the end.
     assert [rank["speeds"] for rank in ranks] == [[2.0] * 6, []]
     for name, mask in ranks[0]["patterns"]["ever"].items():
         assert torch.equal(mask, ranks[1]["patterns"]["ever"][name])
 
 
 class Speeds(CSVLogger):
-    """Keeps what it is told of speed."""
+    """Records the logged samples per second."""
 
     def __init__(self, save_dir: Path) -> None:
         super().__init__(save_dir)
@@ -250,7 +242,7 @@ class Speeds(CSVLogger):
 
 
 class Ticking(L.Callback):
-    """A step takes a second."""
+    """Advances the clock by one second per step."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.now = getattr(self, "now", 0.0) + 1.0

@@ -1,4 +1,4 @@
-"""What a user sees: the numbers of an update, and each logger's share of them."""
+"""The metrics of an update, and what each kind of logger receives."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
 from sparse_lightning.observers import monitor, throughput
+from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.observers.measures import (
     count_parameters,
     layer_row,
@@ -26,11 +27,10 @@ from sparse_lightning.observers.measures import (
     training_bytes,
     update_scalars,
 )
-from sparse_lightning.observers.patterns import Patterns
 from sparse_lightning.observers.throughput import Throughput
-from sparse_lightning.policy.evolution import ModelUpdate, TopologyUpdate
+from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
 from tests.callbacks.helpers import Classifier, loader, trainer
-from tests.callbacks.wandb_file import history, metrics
+from tests.observers.wandb_file import history, metrics
 
 LAYERS = ("net.0", "net.2")
 
@@ -49,31 +49,32 @@ def topology(*rows: str, **kwargs: int) -> BlockTopology:
     return BlockTopology.from_mask(mask, 16, **kwargs)
 
 
-def by_hand() -> tuple[nn.Module, ModelUpdate, Patterns]:
-    """A 32x64 layer of 8 blocks, 3 present in 4 slots, before a dense 4x32 head.
+def worked_example() -> tuple[nn.Module, ModelUpdate, MaskTracker]:
+    """A 32x64 layer of 8 blocks, 3 present in 4 slots, followed by a dense 4x32 head.
 
-    The update dropped block (1, 0), and (0, 2) for (0, 0).
+    The update dropped blocks (1, 0) and (0, 2), and grew (0, 0).
     """
     first, now = topology(".xx.", "x..x"), topology("xx..", "...x", capacity=4)
-    patterns = Patterns()
-    patterns.start({"0": BlockSparseLinear(64, 32, topology=first)})
+    masks = MaskTracker()
+    masks.start({"0": BlockSparseLinear(64, 32, topology=first)})
     model = nn.Sequential(BlockSparseLinear(64, 32, topology=now), nn.Linear(32, 4))
-    slots = torch.tensor
-    done = TopologyUpdate(now.coords, dropped=slots([0, 3]), grown=slots([0]), n_before=4)
+    change = TopologyUpdate(
+        now.coords, dropped=torch.tensor([0, 3]), grown=torch.tensor([0]), n_before=4
+    )
     scores = torch.tensor([[9.0, 2.0, 0.5, 0.0], [0.1, 0.0, 0.0, 3.0]])
-    update = ModelUpdate(7, 1, {"0": done}, {"0": scores}, {"0": scores}, density_target=0.4)
-    patterns.follow(update)
-    return model, update, patterns
+    update = ModelUpdate(7, 1, {"0": change}, {"0": scores}, {"0": scores}, density_target=0.4)
+    masks.update(update)
+    return model, update, masks
 
 
 def test_scalars_by_hand() -> None:
-    model, update, patterns = by_hand()
+    model, update, masks = worked_example()
     parameters = 3 * 256 + 32 + 4 * 32 + 4
     weights = (3 * 256 + 4 * 32, 32 * 64 + 4 * 32)
     assert count_parameters(model) == parameters
     assert linear_weights(model) == weights
     assert relative_flops(model) == pytest.approx(weights[0] / weights[1])
-    assert update_scalars(model, update, patterns) == pytest.approx(
+    assert update_scalars(model, update, masks) == pytest.approx(
         {
             "sparsity/density": 3 / 8,
             "sparsity/density_target": 0.4,
@@ -92,23 +93,23 @@ def test_scalars_by_hand() -> None:
             "sparsity_ever_active/0": 5 / 8,
             "sparsity_dead_rows/0": 0,
             "sparsity_dead_columns/0": 1,
-            "sparsity_threshold/0": 2,  # of (0, 1) and (1, 3)
+            "sparsity_threshold/0": 2,  # the smaller score of (0, 1) and (1, 3)
         }
     )
 
 
-def test_a_threshold_is_of_finite_scores() -> None:
-    model, update, patterns = by_hand()
+def test_thresholds_ignore_scores_that_are_not_finite() -> None:
+    model, update, masks = worked_example()
     scores = update.drop_scores["0"]
     scores[0, 1] = float("nan")
-    assert update_scalars(model, update, patterns)["sparsity_threshold/0"] == 3
+    assert update_scalars(model, update, masks)["sparsity_threshold/0"] == 3
     scores[1, 3] = float("inf")
-    assert "sparsity_threshold/0" not in update_scalars(model, update, patterns)
+    assert "sparsity_threshold/0" not in update_scalars(model, update, masks)
 
 
 def test_a_row_of_the_table_by_hand() -> None:
-    model, _, patterns = by_hand()
-    row = layer_row("0", model[0], patterns)
+    model, _, masks = worked_example()
+    row = layer_row("0", model[0], masks)
     assert (row.shape, row.block_size, row.blocks) == ("32x64", 16, 3)
     assert (row.density, row.ever_active, row.survival) == (3 / 8, 5 / 8, 2 / 4)
     assert (row.dead_rows, row.dead_columns) == (0, 1)
@@ -116,11 +117,11 @@ def test_a_row_of_the_table_by_hand() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    model, _, _ = by_hand()
+    model, _, _ = worked_example()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 64)).sum().backward()
     optimizer.step()
-    optimizer.zero_grad()  # a gradient counts though it is not there now
+    optimizer.zero_grad()  # the gradient counts although it is None now
     tensors, indices = 4, 4 * (8 + 3 + 8 + 5 + 8 + 8)  # bytes of int32
     sparse = tensors * 4 * (4 * 256) + indices + 4 * 8
     assert training_bytes(model[0], [optimizer]) == (sparse, tensors * 4 * 32 * 64)
@@ -132,7 +133,7 @@ def test_bytes_by_hand() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that stands until its `now` is set."""
+    """A clock that shows `now`, which tests set."""
     fake = SimpleNamespace(now=100.0)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: fake.now)
     return fake
@@ -145,8 +146,8 @@ def test_throughput_by_hand(clock: SimpleNamespace) -> None:
         counted.count(batch)
     clock.now = 103.0
     counted.pause()
-    clock.now = 110.0  # of validation
-    counted.go_on()
+    clock.now = 110.0  # a validation takes seven seconds
+    counted.resume()
     clock.now = 111.0
     tokens = 3 * 100 / 4
     assert counted.read((500, 4000)) == pytest.approx(
@@ -157,7 +158,7 @@ def test_throughput_by_hand(clock: SimpleNamespace) -> None:
             "sparsity/mfu_dense": 6 * 4000 * tokens / 1_000_000,
         }
     )
-    assert counted.read((500, 4000)) == {}, "begun anew"
+    assert counted.read((500, 4000)) == {}, "counting starts anew"
     counted.count(ids)
     clock.now = 112.0
     assert counted.read((0, 0))["sparsity/mfu"] == pytest.approx(6 * 500 * 100 / 1_000_000)
@@ -202,25 +203,27 @@ def test_every_batch_between_updates_counts(tmp_path: Path, clock: SimpleNamespa
         "18",
     ]
     speeds = [row for row in rows if row["sparsity/tokens_per_second"]]
-    assert len(speeds) == 6 and speeds[-1]["step"] == "24", "also after the last update"
+    assert len(speeds) == 6 and speeds[-1]["step"] == "24", (
+        "rates after the last update are logged too"
+    )
     for row in speeds:  # a batch takes a second
         assert float(row["sparsity/samples_per_second"]) == pytest.approx(2)
         assert float(row["sparsity/tokens_per_second"]) == pytest.approx(18)
-    assert not any("sparsity/mfu" in row for row in rows), "unknown of a CPU"
+    assert not any("sparsity/mfu" in row for row in rows), "the peak of a CPU is unknown"
 
 
 def test_utilisation_follows_the_density(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch of 18 tokens takes a second, of a device that does a million FLOP/s."""
-    asked = []
+    """A batch of 18 tokens takes a second, on a device with a peak of a million FLOP/s."""
+    requests = []
 
     class Ticking(L.Callback):
         def on_train_batch_start(self, *_: Any) -> None:
             clock.now += 1.0
 
     def peak(device: torch.device, dtype: torch.dtype) -> int:
-        asked.append((device.type, dtype))
+        requests.append((device.type, dtype))
         return 1_000_000
 
     monkeypatch.setattr(monitor, "get_available_flops", peak)
@@ -228,11 +231,13 @@ def test_utilisation_follows_the_density(
     data = DataLoader(TensorDataset(torch.zeros(48, 9, dtype=torch.int64)), batch_size=2)
     fitting = trainer(Ticking(), sparsity(), logger=logger, precision="bf16-mixed")
     fitting.fit(Classifier(), data)
-    assert asked == [("cpu", torch.bfloat16)]
+    assert requests == [("cpu", torch.bfloat16)]
     rows = [row for row in read_csv(logger) if row["sparsity/mfu"]]
     dense = 2 * 64 * 128 + 4 * 64
     densities = [1.0, *(float(row["sparsity/density"]) for row in rows[:-1])]
-    for row, density in zip(rows, densities, strict=True):  # of the steps before the update
+    for row, density in zip(
+        rows, densities, strict=True
+    ):  # the rates are those of the steps before the update
         weights = density * 2 * 64 * 128 + 4 * 64
         assert float(row["sparsity/mfu"]) == pytest.approx(6 * weights * 18 / 1e6)
         assert float(row["sparsity/mfu_dense"]) == pytest.approx(6 * dense * 18 / 1e6)
@@ -248,7 +253,7 @@ def read_csv(logger: CSVLogger) -> list[dict[str, str]]:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No account, and no network: every connection is refused."""
+    """No W&B account and no network: every connection is refused."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -258,11 +263,11 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def written(logger: WandbLogger, directory: Path) -> Path:
-    """End a run, and return its file once all is in it."""
+    """Finish a run, and return its file once it is complete."""
     import wandb
 
     logger.experiment.finish()
-    wandb.teardown()  # unlike finish(), it waits for the process that writes the file
+    wandb.teardown()  # unlike finish(), this waits for the process that writes the file
     (run_file,) = directory.rglob("*.wandb")
     return run_file
 
@@ -272,7 +277,7 @@ def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
     trainer(sparsity(), root=offline, logger=logger).fit(Classifier(), loader())
     run_file = written(logger, offline)
     rows = [row for row in history(run_file) if "sparsity/density" in row]
-    # One combined call an update: scalars and media of an update share a row.
+    # Each update is logged in one call, so that its scalars and media share a row.
     assert [row["trainer/global_step"] for row in rows] == [4, 8, 12, 16, 18]
     assert [row["sparsity/density"] for row in rows] == sorted(
         (row["sparsity/density"] for row in rows), reverse=True
@@ -284,7 +289,7 @@ def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
         assert 0 <= row["sparsity/survival"] <= 1
     with_images = [row for row in rows if "mask/net.0" in row]
     assert [row["trainer/global_step"] for row in with_images] == [4, 12, 18]
-    assert not any("mask/net.2" in row for row in rows), "images of one layer were asked for"
+    assert not any("mask/net.2" in row for row in rows), "`images` is 1"
     for row in with_images:
         image = row["mask/net.0"]
         assert image["_type"] == "image-file"
@@ -293,7 +298,7 @@ def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
         for side, blocks in (("row", 8), ("column", 4)):
             histogram = row[f"{side}_occupancy/net.0"]
             assert histogram["_type"] == "histogram" and sum(histogram["values"]) == blocks
-            assert histogram["bins"][:3] == [-0.5, 0.5, 1.5], "one bin a count"
+            assert histogram["bins"][:3] == [-0.5, 0.5, 1.5], "one bin per count"
         norms = row["block_norms/net.0"]
         assert (
             norms["_type"] == "histogram" and min(norms["bins"]) >= row["sparsity_threshold/net.0"]
@@ -421,7 +426,7 @@ def test_monitor_null_logs_nothing(tmp_path: Path) -> None:
     assert not metrics.exists() or "sparsity" not in metrics.read_text()
 
 
-def test_one_call_a_logger_and_update() -> None:
+def test_one_call_per_logger_and_update() -> None:
     calls: list[tuple[int, dict[str, Any]]] = []
 
     class Counting(CSVLogger):
@@ -430,12 +435,12 @@ def test_one_call_a_logger_and_update() -> None:
                 calls.append((int(step or 0), dict(metrics)))
 
     trainer(sparsity(), logger=[Counting("unused"), Counting("unused")]).fit(Classifier(), loader())
-    # And at the end, how fast the steps after the last update were.
+    # The last call logs the rates of the steps after the last update.
     assert [step for step, _ in calls] == [4, 4, 8, 8, 12, 12, 16, 16, 18, 18, 24, 24]
     assert set(calls[-1][1]) == {"sparsity/samples_per_second"}
 
 
-# -- what is known of the past -----------------------------------------------------------------
+# -- masks over time -----------------------------------------------------------------------
 
 
 def exchanging() -> SparsityCallback:
@@ -448,13 +453,13 @@ def exchanging() -> SparsityCallback:
     )
 
 
-def patterns(callback: SparsityCallback) -> dict[str, Any]:
+def saved_masks(callback: SparsityCallback) -> dict[str, Any]:
     found: dict[str, Any] = callback.state_dict()["patterns"]
     return found
 
 
 def test_what_was_ever_active_survives_a_resume(tmp_path: Path) -> None:
-    """By the masks that a callback of ours sees, and over a checkpoint."""
+    """Compared with the masks that another callback records, across a checkpoint."""
     seen: list[torch.Tensor] = []
 
     class Record(L.Callback):
@@ -466,7 +471,7 @@ def test_what_was_ever_active_survives_a_resume(tmp_path: Path) -> None:
         fitting = trainer(callback, Record(), max_steps=steps, root=tmp_path)
         model = Classifier()
         fitting.fit(model, loader(), ckpt_path=path)
-        seen.insert(0, patterns(callback)["first"]["net.0"])
+        seen.insert(0, saved_masks(callback)["first"]["net.0"])
         fitting.save_checkpoint(tmp_path / "last.ckpt")
         return callback
 
@@ -475,12 +480,12 @@ def test_what_was_ever_active_survives_a_resume(tmp_path: Path) -> None:
     first = seen[0]
     callback = run(20, str(tmp_path / "last.ckpt"))
     expected |= torch.stack(seen).any(0)
-    assert torch.equal(patterns(callback)["ever"]["net.0"], expected) and expected.sum() > 8
-    assert torch.equal(patterns(callback)["first"]["net.0"], first)
+    assert torch.equal(saved_masks(callback)["ever"]["net.0"], expected) and expected.sum() > 8
+    assert torch.equal(saved_masks(callback)["first"]["net.0"], first)
     assert callback.summary.grown > 0
 
 
-def test_a_checkpoint_from_before_patterns_were_kept_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_masks_is_refused(tmp_path: Path) -> None:
     fitting = trainer(exchanging(), max_steps=10, root=tmp_path)
     fitting.fit(Classifier(), loader())
     fitting.save_checkpoint(tmp_path / "old.ckpt")

@@ -1,4 +1,4 @@
-"""Batches of any kind are trained on, and counted where that can be done."""
+"""Any kind of batch can be trained on, and is counted if possible."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ FLOATS = [torch.randn(3, 4), torch.randn(5, 4)]
 
 @dataclass
 class Examples:
-    """As a loader of the user's may return."""
+    """A batch class of the user's."""
 
     label: str
     ids: Any
 
 
 class Graph:
-    """What has tensors, and says so in its own way."""
+    """A batch class whose tensors are attributes."""
 
     def __init__(self) -> None:
         self.x = torch.randn(4, 8)
 
 
 class Stubborn(UserDict[str, Tensor]):
-    """Fails when it is looked at."""
+    """Raises when it is iterated over."""
 
     def values(self) -> Any:
-        raise LookupError("not like this")
+        raise LookupError("not iterable")
 
 
 def recursive() -> list[Any]:
@@ -90,7 +90,7 @@ def test_samples_and_tokens(batch: Any, samples: int, tokens: int) -> None:
     [Graph(), Stubborn(), recursive(), ["a", "b"], {"rows": [[1, 2], [3]]}, torch.ones(())],
     ids=lambda value: type(value).__name__,
 )
-def test_what_cannot_be_counted_is_trained_on_and_said_once(batch: Any, tmp_path: Path) -> None:
+def test_an_uncountable_batch_is_trained_on_and_warns_once(batch: Any, tmp_path: Path) -> None:
     class Odd(Classifier):
         def transfer_batch_to_device(self, batch: Any, *args: Any) -> Any:
             return batch
@@ -109,8 +109,8 @@ def test_what_cannot_be_counted_is_trained_on_and_said_once(batch: Any, tmp_path
         trainer(SparsityCallback(**options), logger=CSVLogger(tmp_path), max_steps=8).fit(
             model, DataLoader(Same(), batch_size=None, collate_fn=lambda x: x)
         )
-    said = [str(each.message) for each in caught if "a second are not logged" in str(each.message)]
-    assert len(said) == 1 and type(batch).__name__ in said[0]
+    messages = [str(w.message) for w in caught if "per second are not logged" in str(w.message)]
+    assert len(messages) == 1 and type(batch).__name__ in messages[0]
     assert len(model.losses) == 8
     header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
     assert "sparsity/density" in header and "a_second" not in header

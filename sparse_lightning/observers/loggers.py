@@ -1,0 +1,197 @@
+"""`LoggerAdapter`s: how scalars, images, histograms and tables reach each kind of logger."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sparse_lightning.masks import mask_image
+from sparse_lightning.observers.measures import LayerRow
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+_TABLE = "sparsity/layers"
+_COLUMNS = {field.name: field.name.replace("_", " ") for field in dataclasses.fields(LayerRow)}
+# Summaries that W&B computes over a run, for metrics where the last value is not enough.
+_SUMMARIES = {
+    "sparsity/density": "last,min",
+    "sparsity/survival": "min,mean",
+    "sparsity/churn": "max,mean",
+    "sparsity/dead_rows": "last,max",
+    "sparsity/dead_columns": "last,max",
+    "sparsity/tokens_per_second": "last,mean",
+    "sparsity/samples_per_second": "last,mean",
+    "sparsity/mfu": "last,mean",
+    "sparsity/mfu_dense": "last,mean",
+}
+
+
+@dataclass(frozen=True)
+class LayerSnapshot:
+    """The data of a layer's images and histograms at an update.
+
+    Attributes:
+        name: name of the layer.
+        caption: caption of the image.
+        mask: bool `[out_blocks, in_blocks]`, the block mask.
+        norms: fp32 `[n]`, the finite norms of the blocks that stayed.
+    """
+
+    name: str
+    caption: str
+    mask: Array
+    norms: Array
+
+    @property
+    def occupancy(self) -> dict[str, Array]:
+        """The number of blocks in each block row and each block column."""
+        return {"row": self.mask.sum(1), "column": self.mask.sum(0)}
+
+
+class LoggerAdapter:
+    """Adapter for any kind of logger, which logs scalars only.
+
+    Args:
+        logger: the Lightning logger.
+        label: position of the callback among several `SparsityCallback`s, which becomes part of the
+            keys of metrics over all layers; "" if the trainer has only one.
+    """
+
+    def __init__(self, logger: Logger, label: str = "") -> None:
+        self.logger = logger
+        self._failed = False
+        self._label = label
+
+    def start(self) -> None:
+        """Declare the metrics, where the logger supports that."""
+
+    def log_update(
+        self, scalars: Mapping[str, float], snapshots: Sequence[LayerSnapshot], step: int
+    ) -> None:
+        """Log an update, in one call where the logger allows it.
+
+        A failure to log media only warns: it must not end a training.
+        """
+        scalars = {self._key(name): value for name, value in scalars.items()}
+        media = self._try(lambda: self._media(snapshots, step)) if snapshots else None
+        if media and self._try(lambda: self._log_metrics({**scalars, **media}, step)):
+            return
+        self.logger.log_metrics(scalars, step=step)
+
+    def log_table(self, rows: Sequence[LayerRow], step: int) -> None:
+        """Log a table with one row per layer."""
+        self._try(lambda: self._log_table([dataclasses.astuple(row) for row in rows], step))
+
+    def _key(self, name: str) -> str:
+        metric = name.removeprefix("sparsity/")
+        return name if metric == name or not self._label else f"sparsity/{self._label}/{metric}"
+
+    def _log_metrics(self, metrics: dict[str, Any], step: int) -> bool:
+        self.logger.log_metrics(metrics, step=step)
+        return True
+
+    def _media(self, snapshots: Sequence[LayerSnapshot], step: int) -> dict[str, Any]:
+        """Log media, or return those to be logged in one call with the scalars."""
+        return {}
+
+    def _log_table(self, rows: Sequence[tuple[Any, ...]], step: int) -> None:
+        pass
+
+    def _try(self, call: Callable[[], T]) -> T | None:
+        """Return the result of a call, or None if it raises; warn the first time."""
+        try:
+            return call()
+        except Exception as error:
+            if not self._failed:
+                self._failed = True
+                rank_zero_warn(
+                    f"{type(self.logger).__name__} could not log block masks, histograms or tables "
+                    f"({type(error).__name__}: {error}); training continues, and scalars are "
+                    "still logged."
+                )
+            return None
+
+
+class WandbAdapter(LoggerAdapter):
+    """Adapter for W&B: media share a row with the scalars, so that one step slider moves all."""
+
+    logger: WandbLogger
+
+    def start(self) -> None:
+        self._try(self._define_summaries)
+
+    def _define_summaries(self) -> None:
+        prefix = self.logger._prefix
+        prefix = f"{prefix}{self.logger.LOGGER_JOIN_CHAR}" if prefix else ""
+        syncs_tensorboard = self.logger._wandb_init.get("sync_tensorboard")
+        step = "global_step" if syncs_tensorboard else "trainer/global_step"
+        for name, summary in _SUMMARIES.items():
+            # Lightning's rule for "*" sets no step axis for metrics that have a rule of their own.
+            self.logger.experiment.define_metric(
+                prefix + self._key(name), step_metric=step, summary=summary
+            )
+
+    def _media(self, snapshots: Sequence[LayerSnapshot], step: int) -> dict[str, Any]:
+        import wandb
+
+        media: dict[str, Any] = {}
+        for layer in snapshots:
+            name = layer.name
+            media[f"mask/{name}"] = wandb.Image(mask_image(layer.mask), caption=layer.caption)
+            for side, counts in layer.occupancy.items():
+                most = layer.mask.shape[1 if side == "row" else 0]
+                # One bin per possible count, up to a readable number of bins.
+                bins = np.histogram(counts, bins=min(most + 1, 64), range=(-0.5, most + 0.5))
+                media[f"{side}_occupancy/{name}"] = wandb.Histogram(np_histogram=bins)
+            if len(layer.norms):
+                bins = np.histogram(layer.norms, bins=64)
+                media[f"block_norms/{name}"] = wandb.Histogram(np_histogram=bins)
+        return media
+
+    def _log_table(self, rows: Sequence[tuple[Any, ...]], step: int) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(_COLUMNS.values()), data=[list(row) for row in rows])
+        self._log_metrics({self._key(_TABLE): table}, step)
+
+
+class TensorBoardAdapter(LoggerAdapter):
+    """Adapter for TensorBoard, which takes each image and histogram in a separate call."""
+
+    logger: TensorBoardLogger
+
+    def _media(self, snapshots: Sequence[LayerSnapshot], step: int) -> dict[str, Any]:
+        writer = self.logger.experiment
+        for layer in snapshots:
+            name = layer.name
+            writer.add_image(f"mask/{name}", mask_image(layer.mask), step, dataformats="HW")
+            for side, counts in layer.occupancy.items():
+                writer.add_histogram(f"{side}_occupancy/{name}", counts, step)
+            if len(layer.norms):
+                writer.add_histogram(f"block_norms/{name}", layer.norms, step)
+        return {}
+
+    def _log_table(self, rows: Sequence[tuple[Any, ...]], step: int) -> None:
+        cells = [
+            [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
+            for row in rows
+        ]
+        lines = [list(_COLUMNS.values()), ["---"] * len(_COLUMNS), *cells]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        self.logger.experiment.add_text(self._key(_TABLE), text, step)
+
+
+def adapt_logger(logger: Logger, label: str) -> LoggerAdapter:
+    """Return the adapter for a logger; `label` is that of `LoggerAdapter`."""
+    if isinstance(logger, WandbLogger):
+        return WandbAdapter(logger, label)
+    if isinstance(logger, TensorBoardLogger):
+        return TensorBoardAdapter(logger, label)
+    return LoggerAdapter(logger, label)
