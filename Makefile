@@ -1,6 +1,6 @@
-# Needs make, git and a Python >= 3.10 with pip and venv; everything else goes into .venv.
+# Requires make, git and Python >= 3.10 with pip and venv; everything else is installed into .venv.
 
-# The first of these that is recent enough, else what `python3` is; `make setup PYTHON=/path/to/python` overrides.
+# The first of these that is recent enough, else `python3`; `make setup PYTHON=/path/to/python` overrides it.
 PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done),python3)
 VENV := .venv
@@ -8,29 +8,29 @@ BIN := $(VENV)/bin
 KERNELS := $(wildcard $(addprefix sparse_lightning/kernels/,*.cu *.cuh */*.cu */*.cuh))
 ARGS ?=
 
-# The newest major CUDA version the driver can run, from nvidia-smi's header; empty without a driver.
+# The newest major CUDA version that the driver supports, from nvidia-smi's header; empty without a driver.
 CUDA = $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9][0-9]*\).*/\1/p')
 CUDA_EXTRA = $(addprefix $(comma)cuda,$(filter 12 13,$(CUDA)))
-# The checks compile every kernel, also where no GPU is.
+# The checks compile every kernel, even without a GPU.
 DEV_CUDA_EXTRA = $(or $(CUDA_EXTRA),$(comma)cuda13)
 comma := ,
 
-# Written after a complete installation, so an interrupted one is repeated. Training needs less than the checks.
+# Written after a complete installation, so that an interrupted one is repeated. Training needs fewer packages.
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 install = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:  # the stages of `test` report in order
+.NOTPARALLEL:  # so that the stages of `test` print in order
 
 .PHONY: help
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# -- setting up ---------------------------------------------------------------------------------------------
+# -- setup --------------------------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(DEV)  ## Create .venv with all that users, examples and checks need
+setup: $(DEV)  ## Create .venv with all packages for users, examples and checks
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -88,7 +88,7 @@ gpu-test: $(DEV)  ## Run only the tests that need a CUDA GPU
 	$(BIN)/pytest -m gpu $(ARGS)
 
 .PHONY: gpu-sanitize
-gpu-sanitize: $(DEV)  ## Look for memory errors and races in the kernels; needs compute-sanitizer
+gpu-sanitize: $(DEV)  ## Check the kernels for memory errors and races; needs compute-sanitizer
 	$(call heading,Memory errors)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		$(BIN)/python -m pytest -m gpu tests/kernels -k "(test_parity and empty_row) or many_tokens"
@@ -116,7 +116,7 @@ docs: mkdocs  ## Build the documentation into site/; open site/index.html
 	$(MKDOCS) build --strict
 
 .PHONY: docs-serve
-docs-serve: mkdocs  ## Serve the documentation while you write it
+docs-serve: mkdocs  ## Serve the documentation with live reload
 	$(MKDOCS) serve
 
 # -- packaging ----------------------------------------------------------------------------------------------
@@ -126,6 +126,6 @@ wheel: $(DEV)  ## Build the source archive and, from it, the wheel into dist/
 	$(BIN)/python -m build
 
 .PHONY: clean
-clean:  ## Remove caches and build products; keeps .venv and the outputs of runs
+clean:  ## Remove caches and build products, but not .venv and the outputs of runs
 	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Real input that is already on the machine: Python's own source, and two sets of small images."""
+"""Data that is already on the machine: Python's standard library, and two sets of small images."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Windows(Dataset):
 
 
 class StdlibBytes(L.LightningDataModule):
-    """The source of Python's standard library as bytes; the held-out part consists of whole files.
+    """The source of Python's standard library as bytes; whole files are held out.
 
     Args:
-        context: bytes that a model sees; a window has one more, the last target.
-        batch_size: windows in a batch.
-        train_windows: windows in an epoch, at random places.
-        val_windows: held-out windows, side by side and evenly spread, the same in every validation.
-        seed: of the windows' places and their order.
+        context: context length of the model in bytes; a window has one more, the last target.
+        batch_size: number of windows in a batch.
+        train_windows: number of windows at random positions in an epoch.
+        val_windows: number of held-out windows, evenly spaced, the same in every validation.
+        seed: seed of the windows' positions and order.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class StdlibBytes(L.LightningDataModule):
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:
-        """Read every file once and place the windows."""
+        """Read all files and draw the positions of the windows."""
         root = Path(sysconfig.get_paths()["stdlib"])
         texts: dict[bool, list[bytes]] = {True: [], False: []}
         for path in sorted(root.rglob("*.py")):
             name = path.relative_to(root).as_posix()
             if "site-packages" not in name:
-                # By hash of the name: a file stays on its side when Python gains other files.
+                # Splitting by a hash of the name keeps a file's side when Python gains other files.
                 held_out = zlib.crc32(name.encode()) % 20 == 0
                 texts[held_out].append(path.read_bytes())
         train, val = (
@@ -67,17 +67,17 @@ class StdlibBytes(L.LightningDataModule):
         )
         length = self.hparams.context + 1
         generator = torch.Generator().manual_seed(self.hparams.seed)
-        anywhere = torch.randint(
+        starts = torch.randint(
             len(train) - length, (self.hparams.train_windows,), generator=generator
         )
         tiles = torch.arange(0, len(val) - length, length)
         evenly = torch.linspace(0, len(tiles) - 1, min(len(tiles), self.hparams.val_windows)).long()
-        self.train = Windows(train, anywhere, length)
+        self.train = Windows(train, starts, length)
         self.val = Windows(val, tiles[evenly], length)
 
     def train_dataloader(self) -> DataLoader:
         """Return the epoch's windows in random order."""
-        # Workers would only cost: cutting a batch from memory takes less time than sending it.
+        # No workers: cutting a batch from memory takes less time than sending it between processes.
         return DataLoader(
             self.train,
             batch_size=self.hparams.batch_size,
@@ -95,14 +95,14 @@ class StdlibBytes(L.LightningDataModule):
 
 
 class Images(L.LightningDataModule):
-    """Flattened images in [0, 1] with their class; a subclass says where they come from."""
+    """Flattened images in [0, 1] with their class; subclasses load them."""
 
     def __init__(self, batch_size: int, seed: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters()
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return train images (float32 [n, pixels]) and labels (int64 [n]), then the held-out."""
+        """Return training images (float32 [n, pixels]), labels (int64 [n]), then held-out ones."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -125,7 +125,7 @@ class Digits(Images):
     """The 1797 handwritten digits that come with scikit-learn, every fifth of them held out."""
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return 16 x 16 pixels: 8 x 8 doubled, since 256 inputs are 16 blocks of 16."""
+        """Return the 8 x 8 images enlarged to 16 x 16 pixels, since 256 is a multiple of 16."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -137,7 +137,7 @@ class Digits(Images):
 
 
 class FashionMNIST(Images):
-    """70,000 pictures of clothes, 28 x 28 pixels, as Debian packages them."""
+    """70,000 images of clothes, 28 x 28 pixels, from the Debian package."""
 
     def __init__(
         self, batch_size: int, seed: int = 0, root: str = "/usr/share/datasets/fashion-mnist"
@@ -161,6 +161,6 @@ class FashionMNIST(Images):
         return tuple(splits)
 
     def _read(self, name: str, header: int) -> Tensor:
-        """Return what follows the `header` bytes of one IDX file, as flat uint8."""
+        """Return the data after the `header` bytes of an IDX file as flat uint8."""
         content = gzip.decompress((self.root / name).read_bytes())
         return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())

@@ -1,4 +1,4 @@
-"""A vision transformer: PyTorch's own encoder on patches of images."""
+"""A vision transformer: PyTorch's encoder on patches of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """Classify images by a pre-norm transformer encoder, and the mean over its patches."""
+    """Classify images by a pre-norm transformer encoder and the mean over its patches."""
 
     def __init__(
         self, width: int, layers: int, heads: int, image: int, patch: int, classes: int = 1000
@@ -30,5 +30,5 @@ class Encoder(nn.Module):
 
 
 def build() -> Encoder:
-    """Return one of the size of ViT-L/16, for `sparse-lightning plan examples.encoder:build`."""
+    """Return a model of ViT-L/16's size, for `sparse-lightning plan examples.encoder:build`."""
     return Encoder(width=1024, layers=24, heads=16, image=224, patch=16)

@@ -1,4 +1,4 @@
-"""A byte-level GPT: the alphabet is the 256 values of a byte, so there is no tokenizer."""
+"""A byte-level GPT, whose vocabulary is the 256 values of a byte, so it needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEARBY = 4
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; it stays dense in these examples."""
+    """Causal self-attention with rotary position embeddings; it stays dense in these examples."""
 
     def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
@@ -27,20 +27,20 @@ class Attention(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Turn each pair of features of `x` [batch, heads, time, 2 * half] by its position."""
+        """Rotate each pair of features of `x` [batch, heads, time, 2 * half] by its position."""
         cos, sin = self.cos[: x.shape[-2]].to(x.dtype), self.sin[: x.shape[-2]].to(x.dtype)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let every position of `x` [batch, time, width] look at itself and its past."""
+        """Map `x` [batch, time, width] to the same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Attention, then an MLP four times as wide."""
+    """Attention followed by an MLP with a hidden layer four times as wide."""
 
     def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class GPT(L.LightningModule):
-    """Predict the next byte; the metric is bits per byte (8 is what random bytes cost)."""
+    """Predict the next byte; the metric is bits per byte (8 for random bytes)."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class GPT(L.LightningModule):
         self.lm_head = nn.Linear(width, BYTES, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # The last matrix of each residual branch starts smaller: 2 * layers of them add up.
+                # The last matrices of the 2 * layers residual branches have a smaller variance.
                 branch_end = name.endswith(("out.weight", "mlp.2.weight"))
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * layers) if branch_end else 1))
         if compile:
@@ -88,8 +88,8 @@ class GPT(L.LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [batch, time, 256] of the byte after each of `tokens` [batch, time]."""
-        # Each position also sees the bytes right before it, so that attention, which learns slowly,
-        # need not learn to spell: this is worth 0.3 bits per byte in a short training.
+        # Adding the embeddings of the preceding bytes saves the slowly learning attention from
+        # learning to spell; this gains 0.3 bits per byte in a short training.
         x = sum(
             embedding(F.pad(tokens, (distance, 0))[:, : tokens.shape[1]])
             for distance, embedding in enumerate(self.embeddings)
@@ -99,7 +99,7 @@ class GPT(L.LightningModule):
         return self.lm_head(self.norm(x))
 
     def bits_per_byte(self, windows: Tensor) -> Tensor:
-        """Return the mean cost in bits of bytes 1: of `windows` [batch, context + 1]."""
+        """Return the mean bits per byte after the first one of `windows` [batch, context + 1]."""
         logits = self(windows[:, :-1])
         nats = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
         return nats / math.log(2)

@@ -1,4 +1,4 @@
-"""The same training in dense arithmetic, as most tools simulate it: a baseline to compare with.
+"""A baseline: the same training with masked dense products, as most tools simulate sparsity.
 
 python examples/train.py '+callbacks.masked_dense._target_=masked_dense.MaskedDense'
 """
@@ -14,7 +14,7 @@ from sparse_lightning import BlockSparseLinear
 
 
 class MaskedLinear(BlockSparseLinear):
-    """The same parameters and blocks, but multiplied as one dense weight, with zeros."""
+    """The same parameters and blocks, multiplied as one dense weight with zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out_features]` for `x` of `[..., in_features]`."""
@@ -25,7 +25,7 @@ class MaskedLinear(BlockSparseLinear):
 
 
 class WithNorms(torch.autograd.Function):
-    """A weight as it is; the squared norms of its gradient's blocks become that of a leaf."""
+    """Identity of a weight; the squared norms of its gradient's blocks become a leaf's gradient."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, leaf: Tensor) -> Tensor:
@@ -35,17 +35,17 @@ class WithNorms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of weight and leaf."""
+        """Return the gradients of the weight and the leaf."""
         rows, cols = ctx.grid
         blocks = gradient.float().unflatten(0, (rows, -1)).unflatten(2, (cols, -1))
         return gradient, blocks.square().sum((1, 3))
 
 
 class MaskedDense(L.Callback):
-    """Makes every block-sparse layer multiply densely; place it after the `SparsityCallback`."""
+    """Makes all block-sparse layers multiply densely; place it after the `SparsityCallback`."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the layers that are there another forward; nothing else about them changes."""
+        """Replace the forward of the block-sparse layers; nothing else changes."""
         for module in pl_module.modules():
             if isinstance(module, BlockSparseLinear):
                 module.__class__ = MaskedLinear

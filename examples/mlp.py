@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class MLP(L.LightningModule):
     """Two hidden layers and a head; the metric is accuracy.
 
-    The head stays dense: its 10 outputs make no whole block, and `SparsityCallback` leaves out
-    modules called `head` by default.
+    The head stays dense: its 10 outputs are not divisible into blocks, and `SparsityCallback`
+    excludes modules called `head` by default.
     """
 
     def __init__(self, features: int, hidden: int, classes: int = 10, lr: float = 1e-3) -> None:
@@ -34,7 +34,7 @@ class MLP(L.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the share of one held-out batch that is classified right."""
+        """Log the accuracy on one held-out batch."""
         images, labels = batch
         accuracy = (self(images).argmax(1) == labels).float().mean()
         self.log("val/accuracy", accuracy, prog_bar=True, batch_size=len(labels), sync_dist=True)

@@ -1,4 +1,4 @@
-"""The smallest use: an ordinary Lightning training with one more callback."""
+"""Minimal example: an ordinary Lightning training with one more callback."""
 
 import lightning as L
 import torch

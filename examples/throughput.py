@@ -1,12 +1,12 @@
-"""Tokens a second of a GPT in training, its MLPs dense and block-sparse, in the same run.
+"""Compare the training throughput of a GPT with dense and with block-sparse MLPs in one run.
 
-    python examples/throughput.py          # 2048 wide, 16 layers, 8 x 2048 tokens: for a GPU
-    python examples/throughput.py --width 256 --layers 2 --heads 4 --context 256    # to try it
-    torchrun --nproc-per-node 2 examples/throughput.py    # on two GPUs, by DDP, a batch on each
+    python examples/throughput.py          # width 2048, 16 layers, 8 x 2048 tokens: for a GPU
+    python examples/throughput.py --width 256 --layers 2 --heads 4 --context 256    # a quick try
+    torchrun --nproc-per-node 2 examples/throughput.py    # DDP on two GPUs, one batch on each
 
-A step is forward, backward and a fused AdamW, in bf16, each layer of the GPT compiled. The model of
-a perfect sparse MLP, which takes its share of the time and nothing else, is the same GPT with MLPs
-as wide as the density says.
+A step is forward, backward and fused AdamW in bf16, with compiled layers. For comparison, a dense
+GPT whose MLPs are narrowed by the density shows the throughput of ideal sparse MLPs without
+overhead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparse_lightning import sparsify
 
 
 def main() -> None:
-    """Print a table: one row a model."""
+    """Print a table with one row per model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in {
         "width": 2048, "layers": 16, "heads": 16, "context": 2048,
@@ -48,21 +48,21 @@ def main() -> None:
     for density in options.densities:
         steppers[f"block-sparse, density {density}"] = stepper(options, density)
         steppers[f"dense, MLPs {density} as wide"] = stepper(options, density, narrow=True)
-    # In turns, so that each meets the machine in the same state.
+    # The models alternate, so that all run under the same conditions of the machine.
     rounds = [
-        {name: seconds_a_step(step, options) for name, step in steppers.items()}
+        {name: seconds_per_step(step, options) for name, step in steppers.items()}
         for _ in range(options.rounds)
     ]
     if ranks > 1:
-        # DDP's models first: if the last of them ended the group, it would wait for a thread of the
-        # group that waits for Python's lock.
+        # Delete the DDP models first: if their destructor destroyed the group, it would wait for a
+        # thread of the group that waits for the GIL.
         steppers.clear()
         gc.collect()
         torch.distributed.destroy_process_group()
     if rank:
         return
     tokens = ranks * options.batch * options.context
-    print("| MLPs | tokens a second | speed-up |\n|---|---|---|")
+    print("| MLPs | tokens per second | speed-up |\n|---|---|---|")
     for name in rounds[0]:
         seconds = statistics.median(times[name] for times in rounds)
         speedup = statistics.median(times["dense"] / times[name] for times in rounds)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 class Loss(nn.Module):
-    """The loss of a GPT as a module, for DDP, which follows what its own `forward` calls."""
+    """The loss of a GPT as a module, because DDP must wrap the forward that computes the loss."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Loss(nn.Module):
 def stepper(
     options: argparse.Namespace, density: float, *, narrow: bool = False
 ) -> Callable[[], None]:
-    """Return a function that makes one training step of a new model."""
+    """Return a function that runs one training step of a new model."""
     torch.manual_seed(0)
     model = GPT(options.width, options.layers, options.heads, options.context)
     if narrow:
@@ -110,13 +110,13 @@ def stepper(
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(3):  # compiles
+    for _ in range(3):  # compilation
         step()
     return step
 
 
-def seconds_a_step(step: Callable[[], None], options: argparse.Namespace) -> float:
-    """Return the mean time of some steps, the device's work included."""
+def seconds_per_step(step: Callable[[], None], options: argparse.Namespace) -> float:
+    """Return the mean time of some steps, including the device's work."""
     step()
     wait(options.device)
     begin = time.perf_counter()
@@ -127,7 +127,7 @@ def seconds_a_step(step: Callable[[], None], options: argparse.Namespace) -> flo
 
 
 def wait(device: str) -> None:
-    """Wait until the device has nothing left to do."""
+    """Synchronize the device."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,9 +1,9 @@
-"""The history of a training's block masks, on disk: what changed, and nothing twice.
+"""Append-only file with the history of a training's block masks, stored as changes.
 
-A file is a magic line and then records, each of a length, a checksum and a compressed body. It is
-only ever appended to, so a killed process leaves whole records and perhaps a torn last one, which
-the next writer cuts off. A body is a line of JSON and the bytes that it announces: every mask when
-a training starts or goes on, then the blocks that each update changed.
+The file is a magic line followed by records, each a length, a checksum and a compressed body. It is
+only appended to: a killed process leaves complete records and at most one truncated last record,
+which the next writer removes. A body is a line of JSON and binary data described by it: all masks
+when a training starts or resumes, then the blocks changed by each topology update.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAGIC = b"sparse_lightning history 1\n"
-_HEAD = struct.Struct("<II")  # length of the body, its CRC-32
+_HEAD = struct.Struct("<II")  # length and CRC-32 of the body
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -29,11 +29,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Frame:
-    """One moment of the patterns.
+    """A step at which the block masks were recorded.
 
     Attributes:
-        step: optimizer steps until then.
-        number: of the topology update, from 1; 0 for what a training began with.
+        step: number of optimizer steps taken before the frame.
+        number: number of the topology update, from 1; 0 for the masks of a start or resume.
         seconds: Unix time.
     """
 
@@ -44,7 +44,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What was known of the training at a step: a loss, a density, tokens a second."""
+    """Metrics of the training at a step, such as a loss, a density or tokens per second."""
 
     step: int
     seconds: float
@@ -57,12 +57,12 @@ class LayerHistory:
 
     Attributes:
         grid: (out_blocks, in_blocks).
-        block_size: of the layer.
-        first: bool `[out_blocks, in_blocks]`, the mask of the first frame.
-        flips: for each frame, int32 `[n]`, ascending: the row-major indices of the blocks that came
-            or went with it; none for the first.
-        scores: by index of a frame, float32 `[out_blocks, in_blocks]`: what each block was kept
-            for, NaN where it is absent or has not been scored.
+        block_size: block size of the layer.
+        first: mask of the first frame, bool `[out_blocks, in_blocks]`.
+        flips: for each frame, the row-major indices of the blocks grown or dropped in it, ascending
+            int32 `[n]`; empty for the first frame.
+        scores: drop scores by index of the frame, float32 `[out_blocks, in_blocks]`; NaN where a
+            block is absent or not scored.
     """
 
     grid: tuple[int, int]
@@ -70,7 +70,7 @@ class LayerHistory:
     first: Bools
     flips: list[NDArray[np.int32]] = field(default_factory=list)
     scores: dict[int, Floats] = field(default_factory=dict)
-    # The mask of the last frame while a file is read: counting up to it each time takes seconds.
+    # The mask of the last frame, kept while reading: replaying all flips for it takes seconds.
     _last: Bools = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class LayerHistory:
         return flat.reshape(self.grid)
 
     def masks(self) -> Iterator[Bools]:
-        """Yield the mask of every frame in turn: one array, changed in place between them."""
+        """Yield the mask of every frame in order; the same array is modified in place."""
         flat = self.first.reshape(-1).copy()
         for flips in self.flips:
             flat[flips] ^= True
@@ -93,13 +93,13 @@ class LayerHistory:
 
 @dataclass
 class History:
-    """What `read_history` found.
+    """The contents of a history file.
 
     Attributes:
-        about: what the writer said of the training: primitives, by key.
-        frames: the moments, in order of their steps.
-        layers: by name, in the model's order.
-        metrics: in order of their steps.
+        about: facts about the training, such as its configuration: primitives by key.
+        frames: frames in the order of their steps.
+        layers: histories of the layers by name, in the model's order.
+        metrics: metrics in the order of their steps.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -109,13 +109,13 @@ class History:
 
 
 class HistoryWriter:
-    """Appends to a file; what it wrote is there whatever becomes of the process.
+    """Writer that appends complete records to a history file.
 
     Args:
-        path: of the file, made if need be. A torn last record is cut off.
+        path: path of the file, which is created if missing. A truncated last record is removed.
 
     Raises:
-        ValueError: if the file is something else.
+        ValueError: if the file is not a history.
         OSError: if it cannot be written.
     """
 
@@ -123,7 +123,7 @@ class HistoryWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
             with path.open("r+b") as file:
-                file.truncate(_whole_length(file, path))
+                file.truncate(_valid_length(file, path))
         else:
             path.write_bytes(MAGIC)
         self._path = path
@@ -136,13 +136,13 @@ class HistoryWriter:
         block_sizes: Mapping[str, int],
         about: Mapping[str, Any],
     ) -> None:
-        """Write every mask: a training starts, or goes on from this step.
+        """Write all masks when a training starts, or resumes at a step.
 
         Args:
-            step: optimizer steps until now; what the file knows of later ones counts no more.
-            masks: bool `[out_blocks, in_blocks]` by layer.
-            block_sizes: by layer.
-            about: primitives to keep.
+            step: number of optimizer steps taken; readers discard earlier records of later steps.
+            masks: masks by layer, bool `[out_blocks, in_blocks]`.
+            block_sizes: block sizes by layer.
+            about: facts about the training: primitives by key.
         """
         self._masks = {name: np.array(mask, dtype=bool) for name, mask in masks.items()}
         layers = [
@@ -153,102 +153,101 @@ class HistoryWriter:
         self._append({"kind": "start", "step": step, "layers": layers, "about": about}, packed)
 
     def update(self, step: int, number: int, masks: Mapping[str, Bools]) -> None:
-        """Write what a topology update changed.
+        """Write the blocks changed by a topology update.
 
         Args:
-            step: optimizer steps until now.
-            number: of the update.
-            masks: bool `[out_blocks, in_blocks]` of every layer after it.
+            step: number of optimizer steps taken.
+            number: number of the update.
+            masks: masks of all layers after the update, bool `[out_blocks, in_blocks]`.
         """
         changed = [np.packbits(masks[name] ^ mask) for name, mask in self._masks.items()]
         self._masks = {name: np.array(masks[name], dtype=bool) for name in self._masks}
         self._append({"kind": "update", "step": step, "number": number}, changed)
 
     def scores(self, scores: Mapping[str, Floats]) -> None:
-        """Write what the blocks of the latest frame are kept for, in 255 levels.
+        """Write the drop scores of the latest frame's blocks, quantised to 255 levels.
 
         Args:
-            scores: `[out_blocks, in_blocks]` by layer, read where a block is present; not finite
-                where there is none.
+            scores: scores by layer, `[out_blocks, in_blocks]`, read at present blocks; a block
+                without a score has a non-finite value.
         """
         ranges, levels = [], []
         for name, mask in self._masks.items():
-            lowest, highest, of_layer = quantise(scores[name][mask])
+            lowest, highest, layer_levels = quantise(scores[name][mask])
             ranges.append([lowest, highest])
-            levels.append(of_layer)
+            levels.append(layer_levels)
         self._append({"kind": "scores", "ranges": ranges}, levels)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers of the training at a step."""
+        """Write metrics of the training at a step."""
         self._append({"kind": "metrics", "step": step, "values": dict(values)}, [])
 
     def _append(self, head: dict[str, Any], arrays: list[NDArray[np.uint8]]) -> None:
         line = json.dumps({**head, "seconds": round(time.time(), 3)}).encode() + b"\n"
         body = zlib.compress(line + b"".join(array.tobytes() for array in arrays))
-        # Opened for each record: nothing is held back, and nothing is to be closed.
+        # Opening the file for each record leaves no buffered data and nothing to close.
         with self._path.open("ab") as file:
             file.write(_HEAD.pack(len(body), zlib.crc32(body)) + body)
 
 
 def read_history(path: Path) -> History:
-    """Read a file as far as it is whole.
+    """Read the complete records of a history file.
 
-    A training that went on from a checkpoint has begun again at an earlier step: what was written
-    of later ones is left out.
+    A training that resumes from a checkpoint repeats steps: their earlier records are discarded.
 
     Raises:
-        ValueError: naming the file, if it is something else, or holds no start.
+        ValueError: if the file is not a history, or holds no masks.
         OSError: if it cannot be read.
     """
     history = History()
     with path.open("rb") as file:
         for head, body in _records(file, path):
             if head["kind"] == "start":
-                _start(history, head, body)
+                _add_start(history, head, body)
             elif head["kind"] == "update":
-                _update(history, head, body)
+                _add_update(history, head, body)
             elif head["kind"] == "scores":
-                _scores(history, head, body)
+                _add_scores(history, head, body)
             elif head["kind"] == "metrics":
                 history.metrics.append(Metrics(head["step"], head["seconds"], head["values"]))
     if not history.frames:
         raise ValueError(
-            f"'{path}' must be a history that a training wrote; got one without a beginning. "
+            f"'{path}' must be a history written by a training; got one without a start. "
             "Was the training stopped before its first step?"
         )
     return history
 
 
-def _start(history: History, head: dict[str, Any], body: bytes) -> None:
-    step, masks = head["step"], {}
-    for layer in head["layers"]:
-        grid, block_size = tuple(layer["grid"]), layer["block_size"]
+def _add_start(history: History, head: dict[str, Any], body: bytes) -> None:
+    step, layers = head["step"], {}
+    for entry in head["layers"]:
+        grid, block_size = tuple(entry["grid"]), entry["block_size"]
         n_bytes = -(-grid[0] * grid[1] // 8)
-        masks[layer["name"]] = LayerHistory(grid, block_size, _unpack(body[:n_bytes], grid))
+        layers[entry["name"]] = LayerHistory(grid, block_size, _unpack(body[:n_bytes], grid))
         body = body[n_bytes:]
     known = {name: (layer.grid, layer.block_size) for name, layer in history.layers.items()}
-    goes_on = known == {name: (layer.grid, layer.block_size) for name, layer in masks.items()}
-    if goes_on:
-        _forget_after(history, step)
+    is_same_model = known == {n: (layer.grid, layer.block_size) for n, layer in layers.items()}
+    if is_same_model:
+        _discard_after(history, step)
     history.about = head["about"]
-    if goes_on and history.frames:
+    if is_same_model and history.frames:
         flips = {
             name: np.flatnonzero(history.layers[name]._last ^ layer.first).astype(np.int32)
-            for name, layer in masks.items()
+            for name, layer in layers.items()
         }
         if any(map(len, flips.values())):
             _add_frame(history, Frame(step, 0, head["seconds"]), flips)
         return
-    history.layers, history.frames = masks, []
-    history.metrics = [each for each in history.metrics if each.step < step]
+    history.layers, history.frames = layers, []
+    history.metrics = [metrics for metrics in history.metrics if metrics.step < step]
     _add_frame(
         history,
         Frame(step, 0, head["seconds"]),
-        {name: np.empty(0, dtype=np.int32) for name in masks},
+        {name: np.empty(0, dtype=np.int32) for name in layers},
     )
 
 
-def _update(history: History, head: dict[str, Any], body: bytes) -> None:
+def _add_update(history: History, head: dict[str, Any], body: bytes) -> None:
     flips = {}
     for name, layer in history.layers.items():
         n_bytes = -(-layer.grid[0] * layer.grid[1] // 8)
@@ -257,7 +256,7 @@ def _update(history: History, head: dict[str, Any], body: bytes) -> None:
     _add_frame(history, Frame(head["step"], head["number"], head["seconds"]), flips)
 
 
-def _scores(history: History, head: dict[str, Any], body: bytes) -> None:
+def _add_scores(history: History, head: dict[str, Any], body: bytes) -> None:
     frame = len(history.frames) - 1
     for (lowest, highest), layer in zip(head["ranges"], history.layers.values(), strict=True):
         mask = layer._last
@@ -278,10 +277,10 @@ def _add_frame(history: History, frame: Frame, flips: Mapping[str, NDArray[np.in
         layer._last.reshape(-1)[flips[name]] ^= True
 
 
-def _forget_after(history: History, step: int) -> None:
+def _discard_after(history: History, step: int) -> None:
     kept = sum(frame.step <= step for frame in history.frames)
     history.frames = history.frames[:kept]
-    history.metrics = [each for each in history.metrics if each.step <= step]
+    history.metrics = [metrics for metrics in history.metrics if metrics.step <= step]
     for layer in history.layers.values():
         layer.flips = layer.flips[:kept]
         layer._last = layer.mask(-1) if kept else layer.first.copy()
@@ -294,7 +293,7 @@ def _unpack(packed: bytes, grid: tuple[int, int]) -> Bools:
 
 
 def quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
-    """Return the lowest and highest of scores `[n]`, and the level of each: 1 to 255; 0 is none."""
+    """Return the lowest and highest score, and each score's level: 1 to 255, 0 if not finite."""
     finite = np.isfinite(scores)
     if not finite.any():
         return 0.0, 0.0, np.zeros(len(scores), dtype=np.uint8)
@@ -305,7 +304,7 @@ def quantise(scores: Floats) -> tuple[float, float, NDArray[np.uint8]]:
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield the head and the bytes of each record, up to the first that is not whole."""
+    """Yield the JSON head and the data of each record, up to the first incomplete one."""
     for body in _bodies(file, path):
         line, _, rest = zlib.decompress(body).partition(b"\n")
         yield json.loads(line), rest
@@ -314,7 +313,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], bytes
 def _bodies(file: BinaryIO, path: Path) -> Iterator[bytes]:
     if file.read(len(MAGIC)) != MAGIC:
         raise ValueError(
-            f"'{path}' must be a history of block masks that a training wrote; got another file."
+            f"'{path}' must be a history of block masks written by a training; got another file."
         )
     while len(head := file.read(_HEAD.size)) == _HEAD.size:
         length, checksum = _HEAD.unpack(head)
@@ -324,6 +323,6 @@ def _bodies(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield body
 
 
-def _whole_length(file: BinaryIO, path: Path) -> int:
-    """Return up to which byte a file is whole."""
+def _valid_length(file: BinaryIO, path: Path) -> int:
+    """Return the length in bytes of a file's complete records."""
     return len(MAGIC) + sum(_HEAD.size + len(body) for body in _bodies(file, path))

@@ -1,4 +1,4 @@
-"""`sparse-lightning inspect`: the block-sparse layers of a checkpoint, and their masks."""
+"""`sparse-lightning inspect`: show the block-sparse layers of a checkpoint and their masks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sparse_lightning.masks import mask_image, mask_text
 from sparse_lightning.tables import Section, show
 
 EXAMPLES = """examples:
-  all block-sparse layers, and what the training was told:
+  all block-sparse layers, and the configuration of the training:
     sparse-lightning inspect last.ckpt
-  the block mask of one, in letters and as a picture:
+  the block mask of one layer, as text and as an image:
     sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0
     sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0 --png mask.png
 """
@@ -29,39 +29,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT",
-        help="a checkpoint of Lightning, or a state dict saved by torch.save")  # fmt: skip
+        help="a Lightning checkpoint, or a state dict saved by torch.save")  # fmt: skip
     add("--layer", metavar="NAME", help="show the block mask of this layer")
     add("--png", type=Path, metavar="FILE",
-        help="write the mask as a picture; needs --layer, and pillow")  # fmt: skip
+        help="write the mask as a PNG image; needs --layer and pillow")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what the options ask for.
+    """Print the layers and the training's configuration, or show one layer's mask.
 
     Raises:
         ValueError: for wrong options, or a checkpoint without block-sparse layers.
         RuntimeError: if pillow is missing.
-        OSError: if the picture cannot be written.
+        OSError: if the image cannot be written.
     """
     if options.png and not options.layer:
-        raise ValueError("`--png` must come with `--layer`: a picture shows one layer.")
+        raise ValueError("`--png` must come with `--layer`: an image shows one layer.")
     checkpoint = read_checkpoint(options.checkpoint)
     layers = find_layers(state_dict_of(checkpoint))
     if options.layer is None:
         print_layers(layers)
         print_training(checkpoint)
         return
-    layer = _find(layers, options.layer)
+    layer = _get_layer(layers, options.layer)
     if options.png:
         _write_png(options.png, layer)
         print(f"Wrote {options.png}")
     else:
-        print(describe(options.layer, layer))
+        print(mask_title(options.layer, layer))
         print(mask_text(layer.topology.mask.numpy(), shutil.get_terminal_size().columns))
 
 
 def print_layers(layers: Mapping[str, SavedLayer]) -> None:
-    """Print a table of saved layers: sizes, block rows and columns without a block, norms."""
+    """Print a table of saved layers: sizes, empty block rows and columns, norms of the blocks."""
     header = (
         "layer", "shape", "blocks", "density", "dead rows", "columns", "dtype",
         "min norm", "median", "max",
@@ -69,29 +69,29 @@ def print_layers(layers: Mapping[str, SavedLayer]) -> None:
     rows = []
     present = total = 0
     for name, layer in layers.items():
-        at = layer.topology
-        norms = _norms(layer)
+        topology = layer.topology
+        norms = _block_norms(layer)
         quantiles = (norms.min(), norms.median(), norms.max()) if len(norms) else ()
         rows.append(
             (
                 name,
-                f"{at.out_features}x{at.in_features}",
-                f"{at.n_blocks} of {at.block_size}x{at.block_size}",
-                f"{at.density:.3f}",
-                *(str(int((~at.mask.any(axis)).sum())) for axis in (1, 0)),
+                f"{topology.out_features}x{topology.in_features}",
+                f"{topology.n_blocks} of {topology.block_size}x{topology.block_size}",
+                f"{topology.density:.3f}",
+                *(str(int((~topology.mask.any(axis)).sum())) for axis in (1, 0)),
                 str(layer.values.dtype).removeprefix("torch."),
                 *(f"{float(norm):.3g}" for norm in quantiles),
                 *("-" for _ in range(3 - len(quantiles))),
             )
         )
-        present += at.n_blocks * at.block_size**2
-        total += at.out_features * at.in_features
+        present += topology.n_blocks * topology.block_size**2
+        total += topology.out_features * topology.in_features
     rows.append(("total", "", f"{present:,} weights", f"{present / total:.3f}", *[""] * 6))
     show([Section("Block-sparse layers", header, rows)])
 
 
 def print_training(checkpoint: Mapping[str, Any]) -> None:
-    """Print how far the training was, and what `SparsityCallback` was told, if the file says so."""
+    """Print the progress and configuration that `SparsityCallback` saved, if there is any."""
     states = [
         state
         for name, state in checkpoint.get("callbacks", {}).items()
@@ -99,31 +99,31 @@ def print_training(checkpoint: Mapping[str, Any]) -> None:
     ]
     for state in states:
         print()
-        for course in state["courses"]:  # of each optimizer
-            following = course["next_update"]
-            when = "no more" if following is None else f"the next after step {following}"
-            print(f"Step {course['steps']}, {state['n_updates']} topology updates, {when}")
+        for optimizer in state["courses"]:
+            next_update = optimizer["next_update"]
+            when = "none left" if next_update is None else f"the next after step {next_update}"
+            print(f"Step {optimizer['steps']}, {state['n_updates']} topology updates, {when}")
         for key, value in state["config"].items():
             print(f"  {key}: {value}")
 
 
-def describe(name: str, layer: SavedLayer) -> str:
-    """Return a line that says what a mask is of."""
-    at = layer.topology
-    rows, columns = at.grid
+def mask_title(name: str, layer: SavedLayer) -> str:
+    """Return the line printed above a layer's mask."""
+    topology = layer.topology
+    size, (rows, columns) = topology.block_size, topology.grid
     return (
-        f"{name}: {at.out_features}x{at.in_features}, {at.n_blocks} of {rows}x{columns} blocks of "
-        f"{at.block_size}x{at.block_size}, density {at.density:.3f}"
+        f"{name}: {topology.out_features}x{topology.in_features}, {topology.n_blocks} of "
+        f"{rows}x{columns} blocks of {size}x{size}, density {topology.density:.3f}"
     )
 
 
-def _norms(layer: SavedLayer) -> Tensor:
-    used = layer.topology.slots[layer.topology.mask].long()
-    norms: Tensor = layer.values[used].float().flatten(1).norm(dim=1)
+def _block_norms(layer: SavedLayer) -> Tensor:
+    slots = layer.topology.slots[layer.topology.mask].long()
+    norms: Tensor = layer.values[slots].float().flatten(1).norm(dim=1)
     return norms
 
 
-def _find(layers: Mapping[str, SavedLayer], name: str) -> SavedLayer:
+def _get_layer(layers: Mapping[str, SavedLayer], name: str) -> SavedLayer:
     if name not in layers:
         near = get_close_matches(name, layers, n=3) or list(layers)[:3]
         raise ValueError(
@@ -137,5 +137,5 @@ def _write_png(path: Path, layer: SavedLayer) -> None:
     try:
         from PIL import Image
     except ImportError:
-        raise RuntimeError("A picture needs pillow: pip install pillow") from None
+        raise RuntimeError("`--png` needs pillow: pip install pillow") from None
     Image.fromarray(mask_image(layer.topology.mask.numpy())).save(path, format="png")

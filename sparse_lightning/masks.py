@@ -1,4 +1,4 @@
-"""Pictures of block masks: as pixels, and as text."""
+"""Block masks as grey images and as text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 Bools = NDArray[np.bool_]
 Pixels = NDArray[np.uint8]
 
-_ENLARGED = 512  # pixels that the longer side of a small mask may take; a block would be a speck
-_MOST = 1024  # pixels of the longer side of any image
-# Grey levels that both stand out from a page, be it white or black.
+_ENLARGED_SIDE = 512  # pixels; smaller masks are enlarged to at most this side
+_MAX_SIDE = 1024  # pixels of the longer side of any image
+# Both grey levels contrast with white and with black pages.
 _ABSENT, _PRESENT = 224, 32
 
 
 def mask_image(mask: Bools) -> Pixels:
     """Return a block mask as a grey image, dark where blocks are present.
 
-    A small mask is enlarged by a whole factor, so that every block is a square of one size. Of a
-    large one each pixel is the share of present blocks in a square of blocks.
+    A small mask is enlarged by an integer factor, so all blocks have the same size. In the image of
+    a large mask, each pixel is the share of present blocks in a square of blocks.
 
     Args:
         mask: bool `[out_blocks, in_blocks]`.
@@ -32,27 +32,27 @@ def mask_image(mask: Bools) -> Pixels:
     (1, 1024)
     """
     longer = max(mask.shape)
-    side = -(-longer // _MOST)
-    shares = _mean_of(mask, side, side)
+    side = -(-longer // _MAX_SIDE)
+    shares = _block_means(mask, side, side)
     image = (_ABSENT + shares * (_PRESENT - _ABSENT)).round().astype(np.uint8)
-    scale = max(1, _ENLARGED // longer)
+    scale = max(1, _ENLARGED_SIDE // longer)
     return image.repeat(scale, 0).repeat(scale, 1)
 
 
 def mask_text(mask: Bools, columns: int = 80) -> str:
-    """Return a mask in letters: two block rows a line, or shades where blocks share a letter.
+    """Return a mask as text: two block rows per line, or shades if several blocks share a letter.
 
     Args:
         mask: bool `[out_blocks, in_blocks]`.
-        columns: letters in a line, at most.
+        columns: maximum number of letters in a line.
 
     >>> print(mask_text(np.array([[True, False, True], [True, True, False]])))
     █▄▀
     """
     factor = -(-mask.shape[1] // columns)
-    density = _mean_of(mask, 2 * factor if factor > 1 else 1, factor)
+    density = _block_means(mask, 2 * factor if factor > 1 else 1, factor)
     if factor > 1:
-        # Nothing is blank but emptiness, and nothing full but fullness.
+        # Only density 0 is blank, and only density 1 is a full block.
         shades = np.where(density == 1, 4, np.ceil(density * 3)).astype(int)
         lines = [[" ░▒▓█"[shade] for shade in row] for row in shades]
     else:
@@ -64,8 +64,8 @@ def mask_text(mask: Bools, columns: int = 80) -> str:
     return "\n".join("".join(line).rstrip() for line in lines)
 
 
-def _mean_of(mask: Bools, rows: int, columns: int) -> NDArray[np.float64]:
-    """Return the mean of each `rows` x `columns` blocks, at the edges of those that are there."""
+def _block_means(mask: Bools, rows: int, columns: int) -> NDArray[np.float64]:
+    """Return the mean over each tile of `rows` x `columns` blocks; edge tiles may be smaller."""
     sums = mask.astype(np.float64)
     for axis, size in ((0, rows), (1, columns)):
         starts = np.arange(0, mask.shape[axis], size)

@@ -1,4 +1,4 @@
-"""Tables for people: plain text, Markdown, and in a terminal what `rich` makes of them."""
+"""Tables as plain text, as Markdown, and in a terminal by `rich`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _WIDTH = 100
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:
-    """Return an aligned table: the first column to the left, the others to the right.
+    """Return an aligned text table: the first column left-aligned, the others right-aligned.
 
     Args:
-        header: a title a column.
-        rows: a cell a column.
-        total: whether the last row sums up the others, and stands apart.
+        header: column titles.
+        rows: rows of cells, one per column.
+        total: whether the last row is a total, set off by a rule.
 
     >>> print(text_table(("layer", "blocks"), [("fc", "8"), ("total", "8")], total=True))
     layer  blocks
@@ -41,13 +41,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool
 
 @dataclass(frozen=True)
 class Section:
-    """A title, and below it a table, remarks, or both.
+    """A title, followed by a table, remarks, or both.
 
     Attributes:
-        title: of the section.
-        header: of the table; none without it.
-        rows: as many cells each.
-        remarks: sentences, a paragraph each.
+        title: title of the section.
+        header: column titles of the table; empty if there is no table.
+        rows: rows of cells, one per column.
+        remarks: paragraphs below the table.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Section:
 
 
 def as_text(sections: Sequence[Section]) -> str:
-    """Return sections as text, with tables that are aligned, and Markdown.
+    """Return sections as text with aligned Markdown tables.
 
     >>> print(as_text([Section("Costs", ["layer", "size"], [["up", "10"]], ["It is small."])]))
     Costs
@@ -72,13 +72,13 @@ def as_text(sections: Sequence[Section]) -> str:
     for section in sections:
         paragraphs.append(section.title)
         if section.header:
-            paragraphs.append(_table(section.header, section.rows))
+            paragraphs.append(_markdown_table(section.header, section.rows))
         paragraphs += [textwrap.fill(remark, _WIDTH) for remark in section.remarks]
     return "\n\n".join(paragraphs)
 
 
 def show(sections: Sequence[Section]) -> None:
-    """Print sections, by rich on a terminal; as text elsewhere, or without rich."""
+    """Print sections with rich on a terminal; as text elsewhere or if rich is not installed."""
     if not sys.stdout.isatty():
         print(as_text(sections))
         return
@@ -88,15 +88,15 @@ def show(sections: Sequence[Section]) -> None:
     except ImportError:
         print(as_text(sections))
         return
-    # What is in brackets is text, and stays.
+    # Brackets in cells are text, not rich markup.
     console = Console(markup=False, highlight=False)
     for section in sections:
         console.print(section.title, style="bold")
         if section.header:
             table = Table()
-            right = _of_numbers(section.rows, len(section.header))
-            for name, is_right in zip(section.header, right, strict=True):
-                table.add_column(name, justify="right" if is_right else "left")
+            numeric = _numeric_columns(section.rows, len(section.header))
+            for name, is_numeric in zip(section.header, numeric, strict=True):
+                table.add_column(name, justify="right" if is_numeric else "left")
             for row in section.rows:
                 table.add_row(*row)
             console.print(table)
@@ -105,19 +105,19 @@ def show(sections: Sequence[Section]) -> None:
         console.print()
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    right = _of_numbers(rows, len(header))
+    numeric = _numeric_columns(rows, len(header))
 
     def line(row: Sequence[str]) -> str:
-        columns = zip(row, widths, right, strict=True)
-        return f"| {' | '.join(c.rjust(w) if r else c.ljust(w) for c, w, r in columns)} |"
+        columns = zip(row, widths, numeric, strict=True)
+        return f"| {' | '.join(c.rjust(w) if n else c.ljust(w) for c, w, n in columns)} |"
 
-    rule = ["-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
+    rule = ["-" * (w + 1) + (":" if n else "-") for w, n in zip(widths, numeric, strict=True)]
     return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])
 
 
-def _of_numbers(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
-    """Tell which columns hold numbers, and perhaps nothing in some rows."""
+def _numeric_columns(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
+    """Return which columns hold only numbers and empty cells, and at least one number."""
     cells = [[row[i] for row in rows if row[i]] for i in range(columns)]
     return [bool(column) and all(c.lstrip("+-")[0].isdigit() for c in column) for column in cells]

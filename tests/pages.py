@@ -1,4 +1,4 @@
-"""The pages that users read, and what stands in them to be tried."""
+"""The documentation pages, and the code blocks and commands in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """A page's ```language blocks, each behind as many empty lines as stand before it there."""
+    """A page's ```language blocks, each padded with empty lines to keep its line numbers."""
     text = page.read_text(encoding="utf-8")
     return [
         "\n" * text.count("\n", 0, match.start(1)) + match[1]
@@ -28,7 +28,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """The command lines of a page's ```console blocks, without comments, each in one line."""
+    """The commands of a page's ```console blocks, one per line, without comments."""
     for block in blocks(page, "console"):
         for line in block.replace("\\\n", " ").splitlines():
             command = re.sub(r"(^|\s)#.*", "", line).strip()
@@ -37,13 +37,13 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def inline_code(page: Path) -> list[str]:
-    """What stands in backticks in a page's text."""
+    """The inline code of a page's text."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
 
 
 def example(containing: str) -> dict[str, Any]:
-    """What the one Python block with these words defines, for tests of what it does."""
+    """The names defined by the only Python block that contains a text."""
     found = [code for page in PAGES for code in blocks(page, "python") if containing in code]
     (code,) = found
     defined: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""LightningCLI: the same keywords, in its file and on its command line."""
+"""LightningCLI accepts the callback's keywords in its file and on its command line."""
 
 import inspect
 import sys
@@ -20,7 +20,7 @@ from sparse_lightning import (
 )
 from sparse_lightning.config import SparsityConfig
 
-# Every keyword of the callback, none at its default.
+# All keywords of the callback with values that differ from the defaults.
 KEYWORDS: dict[str, Any] = {
     "block_size": 32,
     "include": ["fc*", "re:.*mlp"],
@@ -34,7 +34,7 @@ KEYWORDS: dict[str, Any] = {
     "drop": "sparse_lightning.policy.criteria.movement",
     "grow": "random",
     "regrow": False,
-    "rule": None,  # which would be given in place of `drop` and `grow`
+    "rule": None,  # an alternative to `drop` and `grow`
     "token_stride": 2,
     "init": "magnitude",
     "shrink": False,
@@ -77,7 +77,7 @@ def test_the_callback_takes_the_fields_of_the_configuration() -> None:
     assert list(parameters) == [field.name for field in fields(SparsityConfig)] == list(KEYWORDS)
     assert SparsityCallback().config == SparsityConfig()
     assert SparsityCallback(**KEYWORDS).config == SparsityConfig(**KEYWORDS)
-    # Defaults are shared by every callback, so none may be the object that a callback keeps.
+    # Callbacks must copy the defaults, which are shared objects.
     SparsityCallback().config.update.every_n_steps = 3
     assert SparsityCallback().config.update.every_n_steps == 100
 
@@ -134,7 +134,7 @@ def test_values_on_the_command_line(cli) -> None:
     assert config == SparsityConfig(**expected)
 
 
-def test_a_number_over_a_mapping(cli) -> None:
+def test_a_number_overrides_a_mapping(cli) -> None:
     config = cli(KEYWORDS, "--trainer.callbacks.density=0.2")
     assert config.density == DensitySchedule("constant", 0.2, 0.2)
 

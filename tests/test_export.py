@@ -1,4 +1,4 @@
-"""What leaves block sparsity loads into the untouched dense model, and computes the same."""
+"""Exported weights load into the unchanged dense model, and compute the same outputs."""
 
 import sys
 from collections.abc import Callable
@@ -21,22 +21,22 @@ from sparse_lightning.export import (
     Input,
     bsr_state_dict,
     dense_state_dict,
+    describe_layers,
     find_layers,
     graph,
     part_of,
     read_checkpoint,
-    report,
     state_dict_of,
     uncompiled_state_dict,
-    with_state_dict,
     write_checkpoint,
     write_onnx,
     write_safetensors,
 )
+from sparse_lightning.export.files import with_state_dict
 
 
 class Net(L.LightningModule):
-    """Layers to swap, buffers, and a head that is tied to the embedding."""
+    """A model with layers to swap, buffers, and a head tied to the embedding."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ SPARSE = {"mlp.0", "mlp.2", "out"}
 
 
 def fit(folder: Path, *callbacks: L.Callback) -> tuple[L.Trainer, Net]:
-    """A real training in which blocks are dropped and grown, and the density falls."""
+    """Train with topology updates and a falling density."""
     sparsity = SparsityCallback(
         block_size=16,
         density={"schedule": "cubic", "initial": 1.0, "final": 0.5, "until": 0.5},
         update={"every_n_steps": 3},
         exclude=["lm_head"],
-        shrink=False,  # so that there are empty slots
+        shrink=False,  # keeps empty slots
         monitor=None,
     )
     trainer = L.Trainer(
@@ -93,7 +93,7 @@ def fit(folder: Path, *callbacks: L.Callback) -> tuple[L.Trainer, Net]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """The checkpoint of a fit, and what the model computes."""
+    """The checkpoint of a fit, and the model's outputs."""
     folder = tmp_path_factory.mktemp("fit")
     torch.manual_seed(0)
     trainer, model = fit(folder)
@@ -106,7 +106,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
 
 @pytest.fixture
 def checkpoint(trained: tuple[Path, Tensor], tmp_path: Path) -> Path:
-    """The fit's checkpoint, in a folder of the test's own."""
+    """A copy of the fit's checkpoint in the test's folder."""
     path = tmp_path / "last.ckpt"
     path.write_bytes(trained[0].read_bytes())
     return path
@@ -139,7 +139,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def sparse_layer(mask: list[list[int]], capacity: int, dtype: torch.dtype) -> BlockSparseLinear:
-    """A layer of blocks of 16 whose slots are in no order, some of them empty."""
+    """A layer with blocks of 16 and shuffled slots, some of them empty."""
     topology = BlockTopology.from_mask(torch.tensor(mask) > 0, 16, capacity=capacity)
     shuffled = topology.coords[torch.randperm(capacity)]
     topology = BlockTopology(shuffled, topology.grid, 16)
@@ -161,7 +161,7 @@ def sparse_layer(mask: list[list[int]], capacity: int, dtype: torch.dtype) -> Bl
         ([[0, 0], [0, 0]], 3),
     ],
 )
-def test_weights_are_the_layer_s(mask: list, capacity: int, dtype: torch.dtype) -> None:
+def test_weights_equal_the_layers(mask: list, capacity: int, dtype: torch.dtype) -> None:
     layer = sparse_layer(mask, capacity, dtype)
     saved = layer.state_dict()
     weight = dense_state_dict(saved)["weight"]
@@ -174,19 +174,19 @@ def test_weights_are_the_layer_s(mask: list, capacity: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("capacity", [4, 7])
-def test_weights_that_lie_transposed(capacity: int) -> None:
-    """As those of transformers' `Conv1D`, whose class the layer notes."""
+def test_transposed_weights(capacity: int) -> None:
+    """Weights stored like those of Transformers' `Conv1D`, whose class the layer records."""
     layer = sparse_layer([[1, 0, 1], [0, 0, 0], [1, 1, 0]], capacity, torch.float32)
-    layer.dense_class = nn.Bilinear  # any other than nn.Linear
+    layer._dense_class = nn.Bilinear  # any class other than nn.Linear
     saved = layer.state_dict()
     weight = dense_state_dict(saved)["weight"]
     assert torch.equal(weight, layer.dense_weight().T) and weight.is_contiguous()
-    # PyTorch cannot compute with it in the other form.
+    # PyTorch does not support the transposed BSR product.
     assert torch.equal(bsr_state_dict(saved)["weight"], weight)
-    assert report(find_layers(saved)).layers[""].shape == (48, 48)
+    assert describe_layers(find_layers(saved)).layers[""].shape == (48, 48)
 
 
-def test_blocks_under_the_name_that_save_pretrained_gives() -> None:
+def test_blocks_named_as_by_save_pretrained() -> None:
     model = Net()
     sparsify(model, block_size=16, density=0.5)
     saved = model.state_dict()
@@ -218,7 +218,7 @@ def test_the_rest_is_untouched() -> None:
     assert [*dense] == [*Net().state_dict()]
     for name, tensor in dense.items():
         assert name.removesuffix(".weight") in SPARSE or tensor is saved[name]
-    # Loading reads the modules' versions.
+    # `load_state_dict` reads the modules' versions.
     assert dense._metadata == Net().state_dict()._metadata
 
 
@@ -227,7 +227,7 @@ def test_layers_are_found_and_reported() -> None:
     expected = sparsify(model, block_size=16, density=0.5)
     layers = find_layers(model.state_dict())
     assert {*layers} == SPARSE
-    assert report(layers).layers == expected.layers
+    assert describe_layers(layers).layers == expected.layers
 
 
 def test_other_modules_may_have_such_names() -> None:
@@ -246,7 +246,7 @@ def test_tied_layers_share_a_weight(tmp_path: Path) -> None:
     torch.manual_seed(1)
     sparse = tied(BlockSparseLinear(32, 32, block_size=16, density=0.5))
     x = torch.randn(3, 32)
-    # By the file, as pickling keeps what shares memory.
+    # Through a file, as pickling preserves shared memory.
     write_checkpoint(tmp_path / "tied.pt", sparse.state_dict())
     saved = read_checkpoint(tmp_path / "tied.pt")
     for convert in (dense_state_dict, bsr_state_dict):
@@ -270,7 +270,7 @@ def test_equal_layers_that_are_not_tied_stay_apart() -> None:
     layers = [BlockSparseLinear(32, 32, block_size=16, density=1.0) for _ in range(2)]
     with torch.no_grad():
         layers[1].values.copy_(layers[0].values)
-    # Nor layers of one parameter with blocks at different places.
+    # The same holds for layers that share a parameter but have different topologies.
     layers += [BlockSparseLinear(32, 32, topology=topology(place)) for place in range(2)]
     layers[3].values = layers[2].values
     dense = dense_state_dict(nn.Sequential(*layers).state_dict())
@@ -307,12 +307,12 @@ def test_names_of_compiled_modules() -> None:
     dense.load_state_dict(uncompiled)
     close(outputs(dense), outputs(model))
     assert uncompiled._metadata == dense.state_dict()._metadata
-    # A part of a name only where it is all of it.
+    # Only a complete part of a name is removed.
     assert [*uncompiled_state_dict({"a._orig_mod_b.weight": 0})] == ["a._orig_mod_b.weight"]
 
 
 def broken(**changes: Any) -> dict[str, Any]:
-    """The state dict of a layer `fc` with other pieces; None leaves one out."""
+    """The state dict of a layer `fc` with entries replaced, or removed if None."""
     layer = nn.ModuleDict({"fc": BlockSparseLinear(32, 48, block_size=16, density=0.5)})
     pieces = {**layer.state_dict(), **{f"fc.{key}": value for key, value in changes.items()}}
     return {key: value for key, value in pieces.items() if value is not None}
@@ -349,7 +349,7 @@ def test_a_damaged_layer_is_named(convert: Callable, changes: dict, says: str) -
         convert(broken(**changes))
 
 
-def test_what_dcp_to_torch_makes_of_a_sharded_checkpoint() -> None:
+def test_a_sharded_checkpoint_joined_by_dcp_to_torch() -> None:
     saved = Net().state_dict()
     sharded = {"state_dict": saved, "optimizer_0": {"state": {}}, "optimizer_1": {"state": {}}}
     assert state_dict_of(sharded) is saved
@@ -387,7 +387,7 @@ def test_dense_checkpoint_of_a_fit(trained, checkpoint: Path, run) -> None:
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_what_a_user_saved_is_kept() -> None:
+def test_entries_of_the_user_are_kept() -> None:
     state = {"fc.weight": torch.ones(1)}
     saved = {"state_dict": {}, "mine": 3, "callbacks": {}, "averaging_state": {}}
     assert with_state_dict(saved, state) == {"state_dict": state, "mine": 3}
@@ -468,13 +468,13 @@ def test_a_state_dict_stays_one(tmp_path: Path, run) -> None:
 
 @pytest.mark.parametrize("form", ["dense", "bsr", "safetensors", "onnx"])
 def test_a_part_of_a_checkpoint(checkpoint: Path, run, form: str) -> None:
-    """The MLP alone, without the name that the model has it by."""
+    """Export only the MLP, without its name as a prefix."""
     more = ["--model", "project:mlp", "--input", "n,32"] if form == "onnx" else []
     checkpoint.with_name("project.py").write_text(PROJECT)
     status, _, errors = run(checkpoint, "--to", form, "--prefix", "mlp", "--output", "part", *more)
     assert status == 0, errors
     if form == "onnx":
-        return  # it has been compared with the model
+        return  # the command has compared it with the model
     read = safetensors.torch.load_file if form == "safetensors" else torch.load
     part, whole = read("part"), dense_state_dict(state_dict_of(read_checkpoint(checkpoint)))
     assert {*part} == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -510,7 +510,7 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=8, vocab_size=32))
 
 
-def test_compiled_names_are_told(tmp_path: Path, run) -> None:
+def test_compiled_names_are_reported(tmp_path: Path, run) -> None:
     model = Net()
     sparsify(model, block_size=16, density=0.5)
     torch.save(torch.compile(model).state_dict(), tmp_path / "weights.pt")
@@ -520,7 +520,7 @@ def test_compiled_names_are_told(tmp_path: Path, run) -> None:
     Net().load_state_dict(torch.load("weights.dense.pt", weights_only=True))
 
 
-def test_no_file_is_replaced_unasked(checkpoint: Path, run) -> None:
+def test_files_are_replaced_only_with_force(checkpoint: Path, run) -> None:
     there = checkpoint.with_name("last.dense.ckpt")
     there.write_text("precious")
     for form, ending in [("dense", "dense.ckpt"), ("bsr", "bsr.pt"), ("safetensors",) * 2]:
@@ -562,7 +562,7 @@ def lightning_of(state_dict: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "must be a file that is there"),
+        (None, "must be an existing file"),
         ("folder", "dcp_to_torch"),
         (b"", "written by torch.save"),
         (b"PK\x03\x04 a zip that ends", "written by torch.save"),
@@ -689,7 +689,7 @@ def test_onnx_of_a_fit(trained, checkpoint: Path, run) -> None:
 
 
 class Two(nn.Module):
-    """Two inputs, one of a fixed size; outputs of several kinds, some infinite."""
+    """A model with two inputs, one of fixed size, and outputs of several dtypes, some infinite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -723,13 +723,13 @@ class Twice(nn.Linear):
 @pytest.mark.parametrize(
     ("other", "rows", "says"),
     [
-        (nn.Linear(16, 8), None, "must compute what the model does; got .*Mismatched"),
-        (nn.Linear(16, 1), None, "must compute what the model does; got .*shape"),
-        (Twice(16, 8), None, "must have the model's 1 outputs, .* got 2"),
+        (nn.Linear(16, 8), None, "must compute the model's outputs; .*Mismatched"),
+        (nn.Linear(16, 1), None, "must compute the model's outputs; .*shape"),
+        (Twice(16, 8), None, "must have the model's 1 tensor outputs; got 2"),
         (nn.Linear(16, 8), 3, "onnxruntime cannot run the graph: .*Expected: 3"),
     ],
 )
-def test_a_wrong_graph_is_seen(
+def test_a_wrong_graph_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: nn.Module, rows: int | None, says: str
 ) -> None:
     export = torch.onnx.export
@@ -773,14 +773,14 @@ def test_a_size_that_cannot_vary(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_large_weights_lie_beside_the_graph(
+def test_large_weights_are_written_next_to_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "SINGLE_FILE_BYTES", 0)
     path, model = tmp_path / "x.onnx", nn.Linear(64, 64)
     data = tmp_path / "x.onnx.data"
     data.write_text("precious")
-    with pytest.raises(ValueError, match=r"x.onnx.data', which is there"):
+    with pytest.raises(ValueError, match=r"x.onnx.data', which exists"):
         write_onnx(path, model, [Input((2, 64))])
     assert data.read_text() == "precious" and not path.exists()
     write_onnx(path, model, [Input((2, 64))], force=True)
@@ -815,6 +815,6 @@ def test_an_input_is_read(text: str, shape: tuple, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "text", ["", "1,,2", "0,3", "-1,3", "1x3", "2,int46", "int64,3,float8", "1.5"]
 )
-def test_an_input_that_says_nothing(text: str) -> None:
+def test_invalid_inputs_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="`--input` must be sizes"):
         Input.parse(text)

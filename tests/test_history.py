@@ -1,4 +1,4 @@
-"""What is read is what was written, however a process ended."""
+"""Histories are read back as written, even after a process was killed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_masks_metrics_and_scores(tmp_path: Path) -> None:
     assert np.isnan(history.layers["b"].scores[3]).all()
 
 
-def test_every_cut_leaves_what_is_whole_and_can_be_written_on(tmp_path: Path) -> None:
+def test_a_truncated_file_is_readable_and_can_be_continued(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     written(whole)
     data = whole.read_bytes()
@@ -56,7 +56,7 @@ def test_every_cut_leaves_what_is_whole_and_can_be_written_on(tmp_path: Path) ->
         try:
             history = read_history(path)
         except ValueError as error:
-            assert "without a beginning" in str(error)
+            assert "without a start" in str(error)
             continue
         seen.add(len(history.frames))
         for name, layer in history.layers.items():
@@ -64,10 +64,10 @@ def test_every_cut_leaves_what_is_whole_and_can_be_written_on(tmp_path: Path) ->
     assert seen == {1, 2, 3, 4}
     path.write_bytes(data[:-1])
     HistoryWriter(path).metrics(40, {"loss": 0.0})
-    assert [each.step for each in read_history(path).metrics] == [10, 20, 40]
+    assert [metrics.step for metrics in read_history(path).metrics] == [10, 20, 40]
 
 
-def test_a_wrong_byte_ends_what_is_read(tmp_path: Path) -> None:
+def test_reading_stops_at_a_corrupt_record(tmp_path: Path) -> None:
     path = tmp_path / "pattern.history"
     written(path)
     data = bytearray(path.read_bytes())
@@ -76,7 +76,7 @@ def test_a_wrong_byte_ends_what_is_read(tmp_path: Path) -> None:
     assert len(read_history(path).metrics) == 2
 
 
-def test_a_resumed_training_writes_over_what_it_does_anew(tmp_path: Path) -> None:
+def test_a_resumed_training_replaces_repeated_steps(tmp_path: Path) -> None:
     path = tmp_path / "pattern.history"
     written(path)
     writer = HistoryWriter(path)
@@ -87,14 +87,14 @@ def test_a_resumed_training_writes_over_what_it_does_anew(tmp_path: Path) -> Non
     assert [m.step for m in history.metrics] == [10, 20]
     assert (history.layers["a"].mask(-1) == masks(7)["a"]).all()
     assert history.about == {"block": "again"}
-    # From another mask than was written last: that is a frame too.
+    # A start with a mask that differs from the last one adds a frame.
     HistoryWriter(path).start(35, masks(8), SIZES, {})
     history = read_history(path)
     assert [(f.step, f.number) for f in history.frames][-1] == (35, 0)
     assert (history.layers["b"].mask(-1) == masks(8)["b"]).all()
 
 
-def test_scores_are_those_of_the_masks_after_a_resume(tmp_path: Path) -> None:
+def test_scores_belong_to_the_masks_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "pattern.history"
     writer = written(path)
     for step, number in ((10, 1), (0, 0)):
@@ -105,12 +105,12 @@ def test_scores_are_those_of_the_masks_after_a_resume(tmp_path: Path) -> None:
         history = read_history(path)
         for name, layer in history.layers.items():
             np.testing.assert_array_equal(layer.scores[number + 1], scores[name])
-    # Before all that is known: everything begins anew.
+    # A start before all recorded steps begins a new history.
     writer.start(-5, masks(3), SIZES, {})
     assert [frame.step for frame in read_history(path).frames] == [-5]
 
 
-def test_other_layers_begin_anew(tmp_path: Path) -> None:
+def test_different_layers_start_a_new_history(tmp_path: Path) -> None:
     path = tmp_path / "pattern.history"
     written(path)
     other = {"c": np.ones((2, 2), bool)}
@@ -131,8 +131,8 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_a_thousand_updates_of_a_billion_parameters(tmp_path: Path, block_size: int) -> None:
-    # 16 layers of 16384 x 4096 at density .25, of which by cosine .1 and less are exchanged for
-    # blocks anywhere else. Of ten updates one is written, and counts ten times.
+    # 16 layers of 16384 x 4096 at density .25, of whose blocks a share that falls from .1 by a
+    # cosine is replaced by random others. One of ten updates is written, and counts ten times.
     path, generator = tmp_path / "pattern.history", np.random.default_rng(0)
     grid, updates, every = (16384 // block_size, 4096 // block_size), 100, 10
     now = {str(i): generator.random(grid) < 0.25 for i in range(16)}

@@ -1,4 +1,4 @@
-"""Pictures show every block, or the share of those that share a pixel or a letter."""
+"""Images and text show every block, or the density of blocks that share a pixel or a letter."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def test_the_image_of_a_large_layer(block_size: int) -> None:
     image = mask_image(mask)
     assert 512 <= image.shape[0] <= 1024 and image.shape[0] == 4 * image.shape[1]
     scale = image.shape[0] // mask.shape[0]
-    assert (image[::scale, ::scale] == np.where(mask, 32, 224)).all(), "all can be told apart"
+    assert (image[::scale, ::scale] == np.where(mask, 32, 224)).all(), (
+        "all blocks are distinguishable"
+    )
 
 
 def test_a_mask_that_is_too_large_is_averaged() -> None:
-    mask = np.zeros((2050, 4), bool)  # in squares of 3: 683 full rows of them, and one of 1
+    mask = np.zeros((2050, 4), bool)  # 683 rows of 3 x 3 squares, and one of height 1
     mask[:3, 0] = mask[2049, 3] = True
     image = mask_image(mask)
     assert image.shape == (684, 2)

@@ -1,4 +1,4 @@
-"""The wheel, and the editable install, carry all that the package needs at run time."""
+"""The wheel and the editable install contain all files needed at run time."""
 
 import importlib.resources
 import os
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Run where neither the tree nor its working directory is in reach; prints where things were found.
+# Runs outside the source tree, and prints where the package and its configs were found.
 PROBE = """
 from importlib.metadata import version
 from importlib.resources import files
@@ -36,7 +36,7 @@ print(configs)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """The command's standard output; a failure shows what it printed."""
+    """Return the command's standard output; fail with its output if it fails."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -50,7 +50,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def shipped_files(root: Path) -> set[str]:
-    """What belongs in the wheel of the two folders: modules, kernels and their tables, configs."""
+    """The files that belong in the wheel: modules, kernels and their tables, configs."""
     folders = {"sparse_lightning": "sparse_lightning", "configs": "sparse_lightning/configs"}
     return {
         f"{shipped_as}/{path.relative_to(root / folder).as_posix()}"
@@ -63,13 +63,13 @@ def shipped_files(root: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by way of the source archive, and from a copy: a stale build/ would leak into it."""
+    """A wheel built via the source archive from a copy, so that a stale build/ cannot leak in."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("sparse_lightning", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Without isolation, so that building needs no network.
+    # Building without isolation needs no network.
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source, cwd=dist)
     (built,) = dist.glob("*.whl")
     return built
@@ -87,7 +87,7 @@ def test_the_wheel_works_away_from_the_tree(wheel: Path, tmp_path: Path) -> None
     empty.mkdir()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     run(*pip, "--no-deps", "--no-index", "--target", target, wheel, cwd=empty)
-    # PYTHONPATH comes before the editable install's finder; the paths show that it was used.
+    # PYTHONPATH precedes the editable install's finder; the paths show that it was used.
     path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
     found = run(sys.executable, "-c", PROBE, cwd=empty, PYTHONPATH=path)
     package, configs = found.splitlines()[-2:]
@@ -103,6 +103,6 @@ def test_the_editable_install_works_away_from_the_tree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rigl", "set", "cubic", "static"])
-def test_every_variant_is_a_resource_here_too(name: str) -> None:
+def test_every_preset_is_a_resource(name: str) -> None:
     configs = importlib.resources.files("sparse_lightning.configs")
     assert configs.joinpath("callbacks", "sparsity", f"{name}.yaml").is_file()

@@ -1,4 +1,4 @@
-"""How a plan reads: on a terminal, in a file, and what is marked."""
+"""Plans as text and on a terminal, and the remarks in their tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sparse_lightning.planning import Check, Choice, Cost, Plan, PlannedLayer
+from sparse_lightning.planning import Check, Cost, Plan, PlannedLayer, Setting
 from sparse_lightning.tables import Section, as_text, show
 
 SECTIONS = [
@@ -26,12 +26,12 @@ A remark.
 """
 
 
-def choice(block_size: int, density: float, speedup: float) -> Choice:
+def setting(block_size: int, density: float, speedup: float) -> Setting:
     step = 0.1 / speedup
-    return Choice(1000, 1000, 16_000, 6000, step, block_size, density, speedup)
+    return Setting(1000, 1000, 16_000, 6000, step, block_size, density, speedup)
 
 
-def plan(*choices: Choice, **keywords: object) -> Plan:
+def plan(*settings: Setting, **keywords: object) -> Plan:
     return Plan(
         model="Net",
         layers={"blocks.0.up": PlannedLayer((64, 32), (16, 32), 1024)},
@@ -39,7 +39,7 @@ def plan(*choices: Choice, **keywords: object) -> Plan:
         unfit={},
         precision="bf16-mixed",
         dense=Cost(4000, 4000, 64_000, 24_000, 0.1),
-        choices=choices,
+        settings=settings,
         **{"launch": 0.0, "measured": False, **keywords},
     )
 
@@ -70,10 +70,10 @@ def test_a_terminal_without_rich(
 
 
 def test_the_best_are_marked() -> None:
-    best = choice(64, 0.1, 4.0)
-    found = plan(choice(32, 0.5, 0.9), choice(64, 0.5, 1.1), choice(32, 0.1, 2.0), best)
-    assert found.best is best
-    marks = {(row[0], row[1]): row[-1] for row in found.sections()[1].rows if row[0] != "dense"}
+    best = setting(64, 0.1, 4.0)
+    result = plan(setting(32, 0.5, 0.9), setting(64, 0.5, 1.1), setting(32, 0.1, 2.0), best)
+    assert result.best is best
+    marks = {(row[0], row[1]): row[-1] for row in result.sections()[1].rows if row[0] != "dense"}
     assert marks == {
         ("blocks of 32", "0.5"): "slower than dense",
         ("blocks of 64", "0.5"): "fastest at 0.5",
@@ -82,16 +82,16 @@ def test_the_best_are_marked() -> None:
     }
 
 
-def test_it_says_where_speedups_are_from_and_what_bounds_them() -> None:
-    text = " ".join(str(plan(choice(32, 0.5, 1.2))).split())
+def test_remarks_name_the_source_and_bound_of_speedups() -> None:
+    text = " ".join(str(plan(setting(32, 0.5, 1.2))).split())
     assert "by the table of kernels measured on such a GPU" in text
-    assert "to launch a step" not in text and "No choice should be faster" not in text
-    text = " ".join(str(plan(choice(32, 0.5, 0.8), measured=True, launch=0.0123)).split())
-    assert "measured here one by one" in text and "12.3 ms to launch a step" in text
-    assert "No choice should be faster than the dense model" in text
+    assert "to launch a step" not in text and "No setting is expected" not in text
+    text = " ".join(str(plan(setting(32, 0.5, 0.8), measured=True, launch=0.0123)).split())
+    assert "measured one by one" in text and "12.3 ms to launch a step" in text
+    assert "No setting is expected to be faster than dense" in text
 
 
-def test_checks_say_by_how_much_a_step_was_off() -> None:
+def test_checks_show_the_error_of_the_expected_step() -> None:
     check = Check(32, 0.5, expected=0.045, measured=0.05)
-    row = plan(choice(32, 0.5, 1.2), checks=[check]).sections()[-1].rows[0]
+    row = plan(setting(32, 0.5, 1.2), checks=[check]).sections()[-1].rows[0]
     assert row == ("blocks of 32", "0.5", "45.0 ms", "50.0 ms", "-10.0%", "2.00")

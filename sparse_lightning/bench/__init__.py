@@ -1,1 +1,1 @@
-"""What users run to measure their machine: `sparse-lightning bench kernels`."""
+"""Measure block-sparse products on this machine: `sparse-lightning bench kernels` and `tune`."""

@@ -1,4 +1,4 @@
-"""The options of `sparse-lightning bench kernels`, and what it prints and writes."""
+"""Options and output of `sparse-lightning bench kernels`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-from sparse_lightning.bench.environment import as_line, describe
-from sparse_lightning.bench.kernels import Row, measure_all, table_head, table_row
-from sparse_lightning.bench.options import (
-    check_count,
-    check_writable,
-    find_device,
-    prepare,
-    write_text,
+from sparse_lightning.arguments import check_count, find_device
+from sparse_lightning.bench.environment import (
+    describe_environment,
+    environment_line,
+    prepare_device,
 )
-from sparse_lightning.bench.peers import PEERS, installed
+from sparse_lightning.bench.kernels import Row, measure_all, table_head, table_row
+from sparse_lightning.bench.peers import PEERS, installed_peers
 from sparse_lightning.bench.problem import OPS
+from sparse_lightning.files import check_writable, write_text
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -28,9 +27,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXAMPLES = """examples:
   all products, on this machine's GPU or CPU:
     sparse-lightning bench kernels
-  from which density on blocks of 64 pay, as a picture:
+  the densities at which blocks of 64 are faster than dense, as a plot:
     sparse-lightning bench kernels --block-sizes 64 --plot speed.png
-  whole layers of a shape of your own:
+  whole layers of another shape:
     sparse-lightning bench kernels --shape 16384 2048 8192 --ops layer --densities .25 .1
 """
 
@@ -40,45 +39,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shape", type=int, nargs=3, metavar=("TOKENS", "IN", "OUT"),
-        help="8192 4096 4096 on CUDA, 1024 1024 1024 on a CPU")  # fmt: skip
-    ops = "; ".join(f"{name}: {what}" for name, what in OPS.items())
+        help="default: 8192 4096 4096 on CUDA, 1024 1024 1024 on a CPU")  # fmt: skip
+    ops = "; ".join(f"{name}: {description}" for name, description in OPS.items())
     add("--ops", nargs="+", choices=OPS, metavar="OP",
         help=f"default: fwd dx dw on CUDA, layer on a CPU. {ops}")  # fmt: skip
     add("--block-sizes", type=int, nargs="+", choices=BLOCK_SIZES, default=BLOCK_SIZES, metavar="B")
     add("--densities", type=float, nargs="+", default=(0.5, 0.25, 0.1, 0.05), metavar="D",
-        help="shares of present blocks, in (0, 1]")  # fmt: skip
+        help="densities in (0, 1]")  # fmt: skip
     add("--dtype", choices=_DTYPES, help="default: bf16 on CUDA, fp32 on a CPU")
     add("--peers", nargs="+", choices=(*PEERS, "none"), metavar="PEER",
-        help=f"of {', '.join(PEERS)}, on CUDA; or none. Default: all installed")  # fmt: skip
-    add("--repeats", type=int, default=21, help="turns to take the median of")
-    add("--threads", type=int, help="of the CPU; default: PyTorch's")
+        help=f"other libraries to time, on CUDA: {', '.join(PEERS)}, or none; "
+        "default: all that are installed")  # fmt: skip
+    add(
+        "--repeats",
+        type=int,
+        default=21,
+        help="rounds of which the median is taken; default: %(default)s",
+    )
+    add("--threads", type=int, help="CPU threads; default: PyTorch's")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, metavar="FILE", help="write environment and rows")
-    add("--plot", type=Path, metavar="FILE", help="draw speed-up over density (needs matplotlib)")
+    add("--json", type=Path, metavar="FILE", help="write the environment and the rows")
+    add("--plot", type=Path, metavar="FILE", help="plot speed-up over density (needs matplotlib)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print and write what the options ask for.
+    """Measure, print and write the rows.
 
     Raises:
         ValueError: for options that do not fit together, before anything is measured.
-        AssertionError: if a kernel's result is wrong.
+        AssertionError: if the result of a kernel is wrong.
     """
     device = find_device(options.device)
     on_cuda = device.type == "cuda"
     shape = tuple(options.shape or ((8192, 4096, 4096) if on_cuda else (1024, 1024, 1024)))
     ops = options.ops or (["fwd", "dx", "dw"] if on_cuda else ["layer"])
     dtype_name = options.dtype or ("bf16" if on_cuda else "fp32")
-    peers = [] if options.peers == ["none"] else options.peers or (installed() if on_cuda else [])
+    peers = (
+        [] if options.peers == ["none"] else options.peers or (installed_peers() if on_cuda else [])
+    )
     _check(options, device, shape, peers)
-    prepare(device)
+    prepare_device(device)
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    environment = describe(device)
+    environment = describe_environment(device)
     title = f"{'x'.join(map(str, shape))} (tokens x in x out), {dtype_name}"
-    print(as_line(environment))
-    print(f"{title}; speed-up: dense time / time, of the same run\n\n{table_head(peers)}")
+    print(environment_line(environment))
+    print(f"{title}; speed-up: dense time / time, measured in the same run\n\n{table_head(peers)}")
     rows: list[Row] = []
     for row in measure_all(
         shape, ops, options.block_sizes, options.densities,
@@ -87,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     ):  # fmt: skip
         rows.append(row)
         print(table_row(row), flush=True)
-    for remark in dict.fromkeys(f"{n}: {why}" for row in rows for n, why in row.remarks.items()):
+    for remark in dict.fromkeys(f"{k}: {v}" for row in rows for k, v in row.remarks.items()):
         print(f"\nn/a: {remark}", end="")
     print()
 
@@ -119,13 +126,13 @@ def _check(
     for density in options.densities:
         check_density(density, "--densities")
     if peers and device.type != "cuda":
-        raise ValueError("`--peers` must be none on a CPU: they run on CUDA only.")
+        raise ValueError("`--peers` must be none on a CPU: these libraries run on CUDA only.")
     for name in peers:
-        if name not in installed():
-            raise ValueError(f"`--peers` must be installed; got '{name}', which is not.")
-    for path in (options.json, options.plot):
+        if name not in installed_peers():
+            raise ValueError(f"`--peers` must be installed; got '{name}', which is not installed.")
+    for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:
-            check_writable(path)
+            check_writable(path, option)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "`--plot` needs matplotlib, which is not installed. "

@@ -1,4 +1,4 @@
-"""What a measurement was made on: device, driver, versions, commit."""
+"""The environment of a measurement: device, driver, versions, commit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from pathlib import Path
 import torch
 
 
-def describe(device: torch.device) -> dict[str, str]:
-    """Return the names and versions of all that a timing depends on; what is not there is left out.
+def prepare_device(device: torch.device) -> None:
+    """Make a device current, and disable TF32 so that dense fp32 products are exact."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and streams belong to the current device
+    # Some containers enable TF32, which makes the reference and the dense product inexact.
+    torch.backends.cuda.matmul.allow_tf32 = False
 
-    Args:
-        device: that was measured.
-    """
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Return the names and versions that a timing on the device depends on, as far as known."""
     found = {"device": _device_name(device)}
     if device.type == "cuda":
-        found["driver"] = _printed_by(
+        found["driver"] = _first_output_line(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
         found["CUDA"] = torch.version.cuda or ""
@@ -29,16 +33,16 @@ def describe(device: torch.device) -> dict[str, str]:
         found[name] = _version(name)
     found["sparse-lightning"] = _version("sparse-lightning")
     git = ("git", "-C", str(Path(__file__).parent))
-    # Installed below somebody else's repository, the package has no commit.
-    if _printed_by(*git, "ls-files", Path(__file__).name):
-        found["commit"] = _printed_by(*git, "describe", "--always", "--dirty")
+    # An installed package can lie in another project's repository, whose commit is not its own.
+    if _first_output_line(*git, "ls-files", Path(__file__).name):
+        found["commit"] = _first_output_line(*git, "describe", "--always", "--dirty")
     return {name: value for name, value in found.items() if value}
 
 
-def as_line(environment: dict[str, str]) -> str:
-    """Return what `describe` found as one line, the device first.
+def environment_line(environment: dict[str, str]) -> str:
+    """Return the result of `describe_environment` as one line.
 
-    >>> as_line({"device": "NVIDIA H100", "torch": "2.11.0"})
+    >>> environment_line({"device": "NVIDIA H100", "torch": "2.11.0"})
     'NVIDIA H100, torch 2.11.0'
     """
     return ", ".join(f"{k} {v}" if k != "device" else v for k, v in environment.items())
@@ -62,7 +66,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _printed_by(*command: str) -> str:
+def _first_output_line(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""`sparse-lightning bench kernels`: every product against its dense one, parity first."""
+"""Time every product against its dense counterpart, after checking its result."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from sparse_lightning.bench.timing import Times, device_times, host_times, speed
 
 @dataclass(frozen=True)
 class Row:
-    """One op at one block size and density.
+    """Measurement of one op at one block size and density.
 
     Attributes:
-        op, block_size, density: what was timed; the density as it came out in whole blocks.
-        sparse, dense: `Times` of our op and of the dense product, in ms.
-        tflops: 10^12 floating-point operations a second, on present blocks.
-        speedup: median over the turns of dense / sparse.
-        peers: each peer's speed-up over the same dense product; None where it gave none.
-        peer_times: `Times` of the peers that gave one, in ms.
-        remarks: why a peer gave none.
+        op: key of `problem.OPS`.
+        block_size: block size of the layer.
+        density: density of the layer after rounding to whole blocks.
+        sparse: `Times` of the block-sparse op in ms.
+        dense: `Times` of the dense product in ms.
+        tflops: 10^12 floating-point operations per second on the present blocks.
+        speedup: median over the rounds of dense time / block-sparse time.
+        peers: speed-up of each peer over the same dense product; None if the peer failed.
+        peer_times: `Times` in ms of the peers that did not fail.
+        remarks: reasons why peers failed.
     """
 
     op: str
@@ -44,28 +47,28 @@ class Row:
 
 
 def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Row:
-    """Check and then time one op, its dense product and the peers, in turns.
+    """Check one op, its dense product and the peers, then time them in alternation.
 
     Args:
-        problem: the operands.
-        op: a key of `problem.OPS`.
+        problem: operands of the product.
+        op: key of `problem.OPS`.
         peers: names in `peers.PEERS`.
-        repeats: turns.
+        repeats: number of rounds.
 
     Raises:
-        AssertionError: if our result, or the dense one, is wrong; nothing is timed then.
+        AssertionError: if the block-sparse or the dense result is wrong; nothing is timed then.
     """
     contenders = {"ours": problem.ours(op), "dense": problem.dense(op)}
-    for who, contender in contenders.items():
+    for name, contender in contenders.items():
         try:
             problem.check(op, contender)
         except AssertionError as error:
-            raise AssertionError(f"{who}: {error}") from None
+            raise AssertionError(f"{name}: {error}") from None
     remarks = {}
     for name in peers:
         try:
             contenders[name] = _checked_peer(problem, op, name)
-        # A peer may fail in any way; that is its result.
+        # A peer can raise anything; the message becomes its remark.
         except Exception as error:
             remarks[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
@@ -97,7 +100,7 @@ def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Ro
 
 def _checked_peer(problem: Problem, op: str, name: str) -> Contender:
     if op not in ("fwd", "dx", "dw"):
-        raise NotImplementedError(f"is compared on fwd, dx and dw, not on {op}")
+        raise NotImplementedError(f"is compared on fwd, dx and dw only, not on {op}")
     contender = PEERS[name](problem, op)
     problem.check(op, contender)
     return contender
@@ -115,7 +118,7 @@ def measure_all(
     repeats: int,
     seed: int,
 ) -> Iterator[Row]:
-    """Yield a row for every op, block size and density, as soon as it is measured."""
+    """Yield the row of every op, block size and density as soon as it is measured."""
     for block_size in block_sizes:
         for density in densities:
             problem = Problem(shape, block_size, density, dtype=dtype, device=device, seed=seed)
@@ -129,15 +132,15 @@ def measure_all(
 
 
 def table_head(peers: Sequence[str]) -> str:
-    """Return the first two lines of the Markdown table."""
+    """Return the header of the Markdown table."""
     columns = ["op", "B", "density", "ms (10-90 %)", "TFLOP/s", "speed-up", *peers]
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
 def table_row(row: Row) -> str:
-    """Return a row of the Markdown table; the peers' columns are their speed-ups."""
+    """Return a row of the Markdown table; the peers' columns hold their speed-ups."""
     time = f"{row.sparse.median:.3f} ({row.sparse.low:.3f}-{row.sparse.high:.3f})"
-    # The time of the calls says nothing of how fast the arithmetic is.
+    # Host time is not a measure of arithmetic throughput.
     tflops = "" if row.op == "host" else f"{row.tflops:.3g}"
     cells = [row.op, str(row.block_size), f"{row.density:.2f}", time, tflops, f"{row.speedup:.2f}"]
     cells += ["n/a" if ratio is None else f"{ratio:.2f}" for ratio in row.peers.values()]

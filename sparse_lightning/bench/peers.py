@@ -1,7 +1,7 @@
-"""Other block-sparse libraries, as installed, measured beside ours in the same run.
+"""Other block-sparse libraries, timed in the same run if they are installed.
 
-Each peer is a function of a problem and an op ("fwd", "dx" or "dw") that prepares its operands and
-returns a `Contender`; NotImplementedError where it lacks the op or block size.
+Each peer is a function of a problem and an op ("fwd", "dx" or "dw") that prepares the operands and
+returns a `Contender`. It raises NotImplementedError if it does not support the op or block size.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from sparse_lightning.topology import BlockTopology
 
 
 def torch_bsr(problem: Problem, op: str) -> Contender:
-    """Return PyTorch's own BSR tensors, which run on its Triton kernels."""
+    """Return the product of PyTorch's BSR tensors, which use its Triton kernels."""
     from torch.sparse import _triton_ops as triton_ops
 
-    at, x, dy = problem.layer.topology, problem.x, problem.dy
-    weight, size = problem.linear.weight.detach(), (at.block_size, at.block_size)
+    topology, x, dy = problem.layer.topology, problem.x, problem.dy
+    weight, size = problem.linear.weight.detach(), (topology.block_size, topology.block_size)
     if op == "dw":
-        # `sampled_addmm` computes at the blocks that its first operand has.
-        ones = at.unpack(torch.ones_like(problem.layer.values.detach())).to_sparse_bsr(size)
+        # `sampled_addmm` computes only the blocks present in its first operand.
+        ones = topology.unpack(torch.ones_like(problem.layer.values.detach())).to_sparse_bsr(size)
         dy_t = dy.T.contiguous()
         return Contender(
             lambda: triton_ops.sampled_addmm(ones, dy_t, x, beta=0.0, skip_checks=True),
-            lambda out: (at.pack(out.to_dense()),),
+            lambda out: (topology.pack(out.to_dense()),),
         )
     matrix = (weight if op == "fwd" else weight.T.contiguous()).to_sparse_bsr(size)
     tokens = x if op == "fwd" else dy
 
     def product() -> Tensor:
-        # What `linear` calls, but it fills a tensor like the result with zeros first, and may
-        # silently use something else than the kernels.
+        # `linear` calls this too, but it zero-fills an output tensor first, and may silently use
+        # other code than the Triton kernels.
         y = tokens.new_empty(tokens.shape[0], matrix.shape[0])
         triton_ops.bsr_dense_mm(matrix, tokens.T, out=y.T)
         return y
@@ -44,21 +44,22 @@ def torch_bsr(problem: Problem, op: str) -> Contender:
 
 
 def stk(problem: Problem, op: str) -> Contender:
-    """Return stk (MegaBlocks), which has blocks of 128 only."""
+    """Return the product of stk (MegaBlocks), which supports only blocks of 128."""
     from stk.matrix import Matrix
     from stk.ops import dds, sdd
 
-    at, x, dy = problem.layer.topology, problem.x, problem.dy
-    if at.block_size != 128:
-        raise NotImplementedError("has blocks of 128 only")
-    rows, cols, blocks = _by_row(problem)
-    offsets = at.row_offsets.clone()
-    matrix = Matrix((at.out_features, at.in_features), blocks, rows.short(), cols.short(), offsets)
+    topology, x, dy = problem.layer.topology, problem.x, problem.dy
+    if topology.block_size != 128:
+        raise NotImplementedError("supports blocks of 128 only")
+    shape = (topology.out_features, topology.in_features)
+    rows, cols, blocks = _row_major(problem)
+    offsets = topology.row_offsets.clone()
+    matrix = Matrix(shape, blocks, rows.short(), cols.short(), offsets)
     if op == "dw":
-        dy_t = dy.T  # it takes transposed views as they are
+        dy_t = dy.T  # stk accepts transposed views without a copy
         return Contender(
             lambda: sdd(dy_t, x, matrix),
-            lambda out: (_by_slot(problem, out.data),),
+            lambda out: (_slot_order(problem, out.data),),
         )
     if op == "fwd":
         transposed = matrix.t()
@@ -67,39 +68,40 @@ def stk(problem: Problem, op: str) -> Contender:
 
 
 def blksprs(problem: Problem, op: str) -> Contender:
-    """Return blksprs, where dense operands are sparse ones with every block present."""
+    """Return the product of blksprs, whose dense operands are sparse ones with all blocks."""
     from blksprs.ops.matmul import matmul
     from blksprs.utils.blksprs_tensor import BlksprsTensor
     from blksprs.utils.validation import disable_validation
 
-    # It reads sums back from the device: each call would wait, and be timed with its launch.
+    # Validation reads sums back from the device, so every call would synchronize.
     disable_validation()
-    at, x, dy = problem.layer.topology, problem.x, problem.dy
-    size, mask = at.block_size, at.mask
-    rows, cols, blocks = _by_row(problem)
+    topology, x, dy = problem.layer.topology, problem.x, problem.dy
+    size, mask = topology.block_size, topology.mask
+    rows, cols, blocks = _row_major(problem)
 
-    def everywhere(rows: int, cols: int) -> BlockTopology:
+    def full_topology(rows: int, cols: int) -> BlockTopology:
         ones = torch.ones(rows // size, cols // size, dtype=torch.bool, device=x.device)
         return BlockTopology.from_mask(ones, size)
 
     def dense(matrix: Tensor) -> tuple[BlksprsTensor, Tensor]:
-        full = everywhere(*matrix.shape)
+        full = full_topology(*matrix.shape)
         return BlksprsTensor.wrap(full.pack(matrix)), _layout(full.mask)
 
     if op == "fwd":
-        by_col = (cols.long() * at.grid[0] + rows.long()).argsort()
-        sparse = blocks[by_col].transpose(1, 2).contiguous()
+        column_major = (cols.long() * topology.grid[0] + rows.long()).argsort()
+        sparse = blocks[column_major].transpose(1, 2).contiguous()
         left, right = dense(x), (BlksprsTensor.wrap(sparse), _layout(mask.T))
     elif op == "dx":
         left, right = dense(dy), (BlksprsTensor.wrap(blocks), _layout(mask))
     else:
         left, right = dense(dy.T.contiguous()), dense(x)
-    out = everywhere(x.shape[0], at.out_features if op == "fwd" else at.in_features)
+    width = topology.out_features if op == "fwd" else topology.in_features
+    out = full_topology(x.shape[0], width)
     out_layout = _layout(mask if op == "dw" else out.mask)
     cache: dict[str, Tensor] = {}
 
     def read(blocks: Tensor) -> tuple[Tensor]:
-        return (_by_slot(problem, blocks) if op == "dw" else out.unpack(blocks),)
+        return (_slot_order(problem, blocks) if op == "dw" else out.unpack(blocks),)
 
     return Contender(lambda: matmul(*left, *right, out_layout, size, cache), read)
 
@@ -109,21 +111,21 @@ PEERS: dict[str, Peer] = {"torch_bsr": torch_bsr, "stk": stk, "blksprs": blksprs
 _PACKAGES = {"torch_bsr": "triton", "stk": "stk", "blksprs": "blksprs"}
 
 
-def installed() -> list[str]:
-    """Return the names of the peers whose package is there."""
+def installed_peers() -> list[str]:
+    """Return the names of the peers whose package is installed."""
     return [name for name, package in _PACKAGES.items() if importlib.util.find_spec(package)]
 
 
-def _by_row(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows, columns and values of the present blocks, in row-major order."""
-    at = problem.layer.topology
-    cols, slots = at.row_entries.long().unbind(1)
-    rows = torch.repeat_interleave(at.row_offsets.diff().long())
+def _row_major(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows, columns and values of the present blocks in row-major order."""
+    topology = problem.layer.topology
+    cols, slots = topology.row_entries.long().unbind(1)
+    rows = torch.repeat_interleave(topology.row_offsets.diff().long())
     return rows, cols, problem.layer.values.detach()[slots]
 
 
-def _by_slot(problem: Problem, blocks: Tensor) -> Tensor:
-    """Return blocks that are in row-major order as `values` has them; no slot is empty."""
+def _slot_order(problem: Problem, blocks: Tensor) -> Tensor:
+    """Return row-major blocks in the slot order of `values`; all slots must be filled."""
     slots = problem.layer.topology.row_entries[:, 1].long()
     out = torch.empty_like(blocks)
     out[slots] = blocks

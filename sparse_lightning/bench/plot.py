@@ -1,4 +1,4 @@
-"""The picture of a benchmark: speed-up over density, one panel an op, one line a block size."""
+"""Plot the speed-up over the density: one panel per op, one line per block size."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#3a8f5c", "#8a5aa8")
 
 
 def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float | None:
-    """Return the density at which the speed-up passes 1, on straight lines in log-log.
+    """Return the density at which the speed-up crosses 1, by linear interpolation in log-log.
 
-    None where it stays on one side.
+    Return None if it does not cross 1.
 
     >>> round(break_even([0.5, 0.125], [0.5, 2.0]), 3)
     0.25
@@ -35,10 +35,10 @@ def break_even(densities: Sequence[float], speedups: Sequence[float]) -> float |
 
 
 def check_format(path: Path) -> None:
-    """Raise ValueError unless matplotlib can write such a file.
+    """Raise ValueError unless matplotlib can write files with the path's suffix.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -50,10 +50,10 @@ def check_format(path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], environment: dict[str, str], title: str, path: Path) -> None:
-    """Draw the speed-ups of all rows, with the break-even marked, into an image file.
+    """Plot the speed-ups of all rows into an image file, and mark the break-even densities.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
@@ -75,7 +75,7 @@ def _panel(axes: Axes, op: str, rows: Sequence[Row]) -> None:
     axes.axhline(1, color="0.35", linewidth=1)
     densities: list[float] = []
     for density in sorted({round(row.density, 3) for row in rows}, reverse=True):
-        # Block sizes round a density differently: labels of near ones would overlap.
+        # Block sizes round a density differently; labels of nearby densities would overlap.
         if not densities or density < 0.85 * densities[-1]:
             densities.append(density)
     sizes = sorted({row.block_size for row in rows})

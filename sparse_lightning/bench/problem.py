@@ -1,4 +1,4 @@
-"""One product to be timed: its operands, who computes it, and whether what they return is right."""
+"""A product to time: its operands, the ways to compute it, and a check of their results."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ OPS = {
     "fwd": "y = x W^T",
     "dx": "dx = dy W",
     "dw": "dW = dy^T x, at the present blocks",
-    "norms": "the norm of every block of dy^T x, absent ones too",
+    "norms": "the norms of all blocks of dy^T x, present and absent",
     "layer": "forward and backward of a layer with bias, through autograd",
-    "host": "as layer, but the time until the calls return",
+    "host": "like layer, but the host time until the calls return",
 }
 
-# Relative error, in the Frobenius norm, that rounding operands and results may cause.
+# Largest relative error in the Frobenius norm that rounding of operands and results can cause.
 _MAX_ERROR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody's way to compute an op: `run` is timed, `read` brings its results into our form."""
+    """A way to compute an op: `run` is timed, `read` converts its result for comparison."""
 
     run: Callable[[], Any]
     read: Callable[[Any], tuple[Tensor, ...]] = lambda result: (result,)
 
 
 class Problem:
-    """The operands of a layer's products, on a device.
+    """The operands of a layer's products on a device.
 
     Attributes:
-        layer: `BlockSparseLinear` with bias and uniformly random blocks, all slots filled.
-        linear: the `nn.Linear` of the same function.
-        x: `[tokens, in_features]`; dy: `[tokens, out_features]`.
+        layer: `BlockSparseLinear` with bias and uniformly random blocks; all slots are filled.
+        linear: `nn.Linear` that computes the same function.
+        x: input `[tokens, in_features]`.
+        dy: gradient of the output `[tokens, out_features]`.
 
     Args:
         shape: (tokens, in_features, out_features).
-        block_size, density: of the layer.
+        block_size: block size of the layer.
+        density: density of the layer.
         dtype: fp32, bf16 or fp16.
-        device: of all tensors.
-        seed: of the blocks and operands.
+        device: device of all tensors.
+        seed: seed of the blocks and the operands.
     """
 
     def __init__(
@@ -74,23 +76,23 @@ class Problem:
         self.dy = torch.randn(tokens, out_features, dtype=dtype, device=device)
 
     def flops(self, op: str) -> float:
-        """Return the floating-point operations of an op, on present blocks (norms: on all)."""
+        """Return the floating-point operations of an op on the present blocks (norms: on all)."""
         topology = self.layer.topology
         blocks = topology.mask.numel() if op == "norms" else topology.n_blocks
         products = 3 if op in ("layer", "host") else 1
         return 2.0 * products * self.x.shape[0] * blocks * topology.block_size**2
 
     def ours(self, op: str) -> Contender:
-        """Return this package's way."""
+        """Return the contender that calls this package's ops."""
         layer, x, dy = self.layer, self.x, self.dy
-        at, values = layer.topology, layer.values.detach()
+        topology, values = layer.topology, layer.values.detach()
         indices = (
-            at.coords,
-            at.row_offsets,
-            at.row_entries,
-            at.col_offsets,
-            at.col_entries,
-            at.slots,
+            topology.coords,
+            topology.row_offsets,
+            topology.row_entries,
+            topology.col_offsets,
+            topology.col_entries,
+            topology.slots,
         )
         armed = torch.ones((), dtype=torch.bool, device=x.device)
         step = Contender(self._step(layer), lambda out: out)
@@ -98,27 +100,27 @@ class Problem:
             "fwd": Contender(lambda: ops.block_linear(x, values, None, *indices, None, None, 1)),
             "dx": Contender(lambda: ops.block_linear_dx(dy, values, *indices, None, None, 1)),
             "dw": Contender(lambda: ops.block_linear_dw(dy, x, *indices)),
-            "norms": Contender(lambda: ops.block_norms(dy, x, armed, at.block_size)),
+            "norms": Contender(lambda: ops.block_norms(dy, x, armed, topology.block_size)),
             "layer": step,
             "host": step,
         }[op]
 
     def dense(self, op: str) -> Contender:
-        """Return the dense product, by cuBLAS or its like, with zeros at absent blocks."""
+        """Return the contender that computes densely, with zeros at absent blocks."""
         x, dy, weight = self.x, self.dy, self.linear.weight.detach()
         step = Contender(self._step(self.linear), lambda out: (*out[:3], self._pack(out[3])))
         return {
             "fwd": Contender(lambda: F.linear(x, weight)),
             "dx": Contender(lambda: dy @ weight),
             "dw": Contender(lambda: dy.T @ x, lambda dw: (self._pack(dw),)),
-            # A plain dW: what the norms cost beyond it is what they cost.
+            # The dense counterpart is dW alone, so the comparison shows the extra cost of norms.
             "norms": Contender(lambda: dy.T @ x, lambda dw: (self._norms(dw.float()),)),
             "layer": step,
             "host": step,
         }[op]
 
     def expected(self, op: str) -> tuple[Tensor, ...]:
-        """Return the results in fp32 arithmetic, computed densely."""
+        """Return the results of dense fp32 arithmetic."""
         x, dy, weight = self.x.float(), self.dy.float(), self.linear.weight.detach().float()
         if op == "fwd":
             return (x @ weight.T,)
@@ -133,14 +135,14 @@ class Problem:
         return y, dy @ weight, dy.sum(0), self._pack(dw)
 
     def check(self, op: str, contender: Contender) -> None:
-        """Raise AssertionError unless what a contender computes is right, within rounding."""
+        """Raise AssertionError unless a contender's results are right within rounding."""
         with poisoned_memory():
             results = contender.read(contender.run())
         for actual, expected in zip(results, self.expected(op), strict=True):
             if actual.shape != expected.shape:
                 raise AssertionError(f"shape {list(actual.shape)}, not {list(expected.shape)}")
             error = float((actual.detach().float() - expected).norm() / expected.norm())
-            if not error <= _MAX_ERROR[self.x.dtype]:  # a NaN is not
+            if not error <= _MAX_ERROR[self.x.dtype]:  # also true for NaN
                 raise AssertionError(f"relative error {error:.2g}")
 
     def _step(self, layer: nn.Module) -> Callable[[], tuple[Tensor, ...]]:
@@ -163,10 +165,10 @@ class Problem:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill fresh memory with NaN (integers: the largest), for a while.
+    """Make PyTorch fill newly allocated memory with NaN (integers: the maximum) in this context.
 
-    Else memory that was just freed may still hold the right result, and a kernel that writes
-    nothing would be found right, and very fast.
+    Otherwise reused memory can still hold the right result, and a kernel that writes nothing would
+    pass the check.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,4 +1,4 @@
-"""Times of functions that take turns, so that each meets the machine in the same state."""
+"""Time functions in alternation, so that all of them run under the same machine conditions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 Function = Callable[[], object]
 
 _WARM_UP = 2
-_FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU
-_FLUSHES = 16  # over a millisecond: longer than any contender's host takes to launch its work
+_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
+_FLUSHES = 16  # over a millisecond: longer than the host takes to launch any contender's work
 _HOST_CALLS = 100
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of the repetitions of one function: median, 10th and 90th percentile."""
+    """Median, 10th and 90th percentile of one function's times in milliseconds."""
 
     median: float
     low: float
@@ -27,7 +27,7 @@ class Times:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Times:
-        """Summarise samples, in ms.
+        """Summarise samples in ms.
 
         >>> Times.of([3.0, 1.0, 2.0])
         Times(median=2.0, low=1.0, high=3.0)
@@ -38,7 +38,7 @@ class Times:
 
 
 def speedup(dense: Sequence[float], ours: Sequence[float]) -> float:
-    """Return the median of the ratios of two functions' samples, turn by turn.
+    """Return the median ratio of two functions' samples, paired by round.
 
     >>> speedup([2.0, 3.0, 8.0], [1.0, 1.0, 1.0])
     3.0
@@ -49,21 +49,20 @@ def speedup(dense: Sequence[float], ours: Sequence[float]) -> float:
 def device_times(
     functions: Sequence[Function], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Return the ms that each function's work takes on a device, by repetition.
+    """Return the samples in ms of each function's work on a device.
 
-    On CUDA the L2 cache is flushed before each call: of the operands, by writing other memory,
-    several times over, which keeps the device busy while the host launches the work, so that launch
-    times stay out of the figures; and then of what was written, by reading, so that the work does
-    not wait for the write-back of what is not its own.
+    On CUDA the L2 cache is flushed before each call. Writing a large buffer several times evicts
+    the operands and keeps the device busy while the host launches the work, which excludes launch
+    times. Reading the buffer afterwards writes its dirty lines back before the work is timed.
     """
     timer = _cuda_ms if device.type == "cuda" else _cpu_ms
-    return _in_turns(functions, repeats, lambda function: timer(function, device))
+    return _alternate(functions, repeats, lambda function: timer(function, device))
 
 
 def host_times(
     functions: Sequence[Function], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Return the ms until a call of each function returns, without waiting for the device."""
+    """Return the samples in ms until each call returns, without device synchronization."""
 
     def ms(function: Function) -> float:
         _wait(device)
@@ -74,17 +73,17 @@ def host_times(
         _wait(device)
         return 1e3 * elapsed / _HOST_CALLS
 
-    return _in_turns(functions, repeats, ms)
+    return _alternate(functions, repeats, ms)
 
 
-def _in_turns(
+def _alternate(
     functions: Sequence[Function], repeats: int, ms: Callable[[Function], float]
 ) -> list[list[float]]:
     for _ in range(_WARM_UP):
         for function in functions:
             ms(function)
-    turns = [[ms(function) for function in functions] for _ in range(repeats)]
-    return [list(samples) for samples in zip(*turns, strict=True)]
+    rounds = [[ms(function) for function in functions] for _ in range(repeats)]
+    return [list(samples) for samples in zip(*rounds, strict=True)]
 
 
 def _cuda_ms(function: Function, device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""`sparse-lightning tune`: times every kind of kernels, and saves which is the fastest where."""
+"""`sparse-lightning tune`: time every kind of kernel, and save the table for kernel choice."""
 
 from __future__ import annotations
 
@@ -11,21 +11,16 @@ from pathlib import Path
 
 import torch
 
-from sparse_lightning.bench.environment import describe
-from sparse_lightning.bench.options import (
-    check_count,
-    check_writable,
-    find_device,
-    prepare,
-    write_text,
-)
+from sparse_lightning.arguments import check_count, find_device
+from sparse_lightning.bench.environment import describe_environment, prepare_device
 from sparse_lightning.bench.problem import Contender, Problem
 from sparse_lightning.bench.timing import device_times, speedup
+from sparse_lightning.files import check_writable, write_text
 from sparse_lightning.kernels import choice
 from sparse_lightning.kernels.choice import STEP, Measured, Shape
 from sparse_lightning.topology import BLOCK_SIZES
 
-# Tokens, in and out: few tokens, a middle, many; and the two halves of an MLP.
+# (tokens, in_features, out_features): few, some and many tokens, and the two layers of an MLP.
 SHAPES: dict[torch.dtype, tuple[Shape, ...]] = {
     torch.bfloat16: (
         (256, 1024, 1024),
@@ -43,30 +38,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("--device", default="cuda")
-    add("--repeats", type=int, default=11, help="turns to take the median of")
+    add(
+        "--repeats",
+        type=int,
+        default=11,
+        help="rounds of which the median is taken; default: %(default)s",
+    )
     add("--output", type=Path, metavar="FILE",
-        help="default: where training on this machine looks for it")  # fmt: skip
+        help="default: the file that training on this machine reads")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print and save.
+    """Measure, print and save the table.
 
     Raises:
         ValueError: for wrong options, before anything is measured.
-        AssertionError: if a kernel's result is wrong.
+        AssertionError: if the result of a kernel is wrong.
     """
     device = find_device(options.device) if torch.cuda.is_available() else torch.device("cpu")
     if device.type != "cuda":
         raise ValueError(
-            f"`--device` must be a CUDA GPU that is there; got '{options.device}'. "
+            f"`--device` must be an available CUDA GPU; got '{options.device}'. "
             "On a CPU there is nothing to tune."
         )
     check_count("repeats", options.repeats)
-    path = options.output or choice.user_file(torch.cuda.get_device_name(device))
-    with suppress(OSError):  # the check says so
+    path = options.output or choice.user_table_file(torch.cuda.get_device_name(device))
+    with suppress(OSError):  # reported by the check
         path.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(path)
-    prepare(device)
+    check_writable(path, "--output")
+    prepare_device(device)
 
     rows = []
     print(f"| op | dtype | B | tokens x in x out | density | {' | '.join(choice.KINDS)} |")
@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> None:
     for row in measure_all(SHAPES, BLOCK_SIZES, DENSITIES, device, options.repeats):
         rows.append(row)
         print(table_row(row), flush=True)
-    write_table(path, rows, describe(device))
-    choice.forget_tables()
+    write_table(path, rows, describe_environment(device))
+    choice.clear_table_cache()
     print(f"\nSaved in {path}")
 
 
@@ -86,9 +86,9 @@ def measure_all(
     device: torch.device,
     repeats: int,
 ) -> Iterator[Measured]:
-    """Yield every product's measurement, as soon as it is there."""
-    for dtype, of_dtype in shapes.items():
-        for shape in of_dtype:
+    """Yield the measurement of each product as soon as it is made."""
+    for dtype, dtype_shapes in shapes.items():
+        for shape in dtype_shapes:
             for block_size in block_sizes:
                 for density in densities:
                     problem = Problem(
@@ -100,18 +100,18 @@ def measure_all(
 
 
 def measure(problem: Problem, op: str, repeats: int) -> Measured:
-    """Check and then time every kind of kernels, and the dense product, in turns.
+    """Check every kind of kernel, then time all kinds and the dense product in alternation.
 
     Raises:
-        AssertionError: naming the kind whose result is wrong.
+        AssertionError: if the result of a kind is wrong; the message names the kind.
     """
     layer, x = problem.layer, problem.x
     capability = torch.cuda.get_device_capability(x.device)
-    kinds = choice.serving(op, x.dtype, capability)
+    kinds = choice.available_kinds(op, x.dtype, capability)
     contenders = {}
     for kind in kinds:
         ours = problem.ours(op)
-        contenders[kind] = _by(kind, ours)
+        contenders[kind] = _forced(kind, ours)
         try:
             problem.check(op, Contender(contenders[kind], ours.read))
         except AssertionError as error:
@@ -132,12 +132,12 @@ def measure(problem: Problem, op: str, repeats: int) -> Measured:
 
 
 def write_table(path: Path, rows: Sequence[Measured], environment: dict[str, str]) -> None:
-    """Write measurements, and what they were made on, for `choice.read_table`."""
+    """Write measurements and their environment for `choice.read_table`."""
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
     write_text(path, f'{{"environment": {json.dumps(environment)},\n "rows": [\n{lines}\n ]}}\n')
 
 
-def _by(kind: str, contender: Contender) -> Callable[[], object]:
+def _forced(kind: str, contender: Contender) -> Callable[[], object]:
     def run() -> object:
         with choice.forced(kind):
             return contender.run()

@@ -1,4 +1,4 @@
-"""Files: checkpoints are read, and what is made of them is written, never over another file."""
+"""Read checkpoints, and write weights without replacing a file by accident."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lightning.export.state_dicts import is_same
+from sparse_lightning.files import atomic_write, check_writable
 
-# In what `dcp_to_torch` makes of a sharded checkpoint each optimizer has a key: optimizer_0, ...
-_OF_AN_OPTIMIZER = "optimizer_"
+# `dcp_to_torch` joins a sharded checkpoint with one key per optimizer: optimizer_0, ...
+_OPTIMIZER_PREFIX = "optimizer_"
 
-# What a Lightning checkpoint has for going on with the sparse run. It fits no dense model.
-_OF_THE_RUN = (
+# The entries of a Lightning checkpoint that only resume the sparse run and fit no dense model.
+_RESUME_KEYS = (
     "lr_schedulers",
     "loops",
     "callbacks",
@@ -30,12 +31,12 @@ _OF_THE_RUN = (
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Read a checkpoint of Lightning, or the file of a state dict, onto the CPU.
+    """Read a Lightning checkpoint, or a saved state dict, onto the CPU.
 
-    Nothing but tensors and plain values is unpickled: the file cannot run code.
+    Only tensors and plain values are unpickled, so the file cannot run code.
 
     Raises:
-        ValueError: if it is not there, or not such a file.
+        ValueError: if the file does not exist, or is not such a file.
     """
     path = Path(path)
     if path.is_dir():
@@ -44,22 +45,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE."
         )
     if not path.is_file():
-        raise ValueError(f"`checkpoint` must be a file that is there; got '{path}'.")
+        raise ValueError(f"`checkpoint` must be an existing file; got '{path}'.")
     try:
         checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file, any
-        raise ValueError(_why_unreadable(path, error)) from error
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(_explain_unreadable(path, error)) from error
     state_dict_of(checkpoint)
     return checkpoint
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the model's state dict: that in a checkpoint of Lightning, else the argument.
+    """Return the model's state dict: the one in a Lightning checkpoint, else the argument itself.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no state dict.
     """
-    found = checkpoint["state_dict"] if _is_of_lightning(checkpoint) else checkpoint
+    found = checkpoint["state_dict"] if _is_lightning_checkpoint(checkpoint) else checkpoint
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ValueError(
             "`checkpoint` must hold a state dict, from names to tensors; "
@@ -74,15 +75,15 @@ def with_state_dict(
 ) -> Mapping[str, Any]:
     """Return a checkpoint of the same form with another state dict.
 
-    Of a checkpoint of Lightning all is kept, as hyper-parameters, but what only serves to go on
-    with the run: the state of optimizers, of callbacks and of loops.
+    A Lightning checkpoint keeps its other entries, such as hyper-parameters, except those that only
+    resume the run: the state of optimizers, callbacks and loops.
     """
-    if not _is_of_lightning(checkpoint):
+    if not _is_lightning_checkpoint(checkpoint):
         return state_dict
     kept = {
         key: value
         for key, value in checkpoint.items()
-        if key not in _OF_THE_RUN and not key.startswith(_OF_AN_OPTIMIZER)
+        if key not in _RESUME_KEYS and not key.startswith(_OPTIMIZER_PREFIX)
     }
     return kept | {"state_dict": state_dict}
 
@@ -90,15 +91,15 @@ def with_state_dict(
 def write_checkpoint(
     path: str | os.PathLike[str], checkpoint: Mapping[str, Any], *, force: bool = False
 ) -> None:
-    """Write a file for `torch.load(path, weights_only=True)`, all at once.
+    """Write a file for `torch.load(path, weights_only=True)` atomically.
 
     Args:
-        path: of the file.
-        checkpoint: a state dict, or one of the form of Lightning's.
-        force: replace a file that is there.
+        path: path of the file.
+        checkpoint: a state dict or a Lightning checkpoint.
+        force: replace an existing file.
 
     Raises:
-        ValueError: if it is there, or cannot be.
+        ValueError: if the file exists or cannot be written.
     """
     with new_file(path, force) as file:
         torch.save(checkpoint, file)
@@ -107,20 +108,20 @@ def write_checkpoint(
 def write_safetensors(
     path: str | os.PathLike[str], state_dict: Mapping[str, Any], *, force: bool = False
 ) -> None:
-    """Write a state dict in the format of safetensors, all at once, for `load_model(model, path)`.
+    """Write a state dict in safetensors format atomically, for `load_model(model, path)`.
 
-    A tensor that has several names, as of tied layers, is written under the first; the metadata
-    has the others, `{other: first}`. So does `safetensors.torch.save_model`, and its `load_model`
-    ties them again. Other tensors that overlap in memory are written each.
+    A tensor with several names, such as a tied weight, is written under the first; the metadata
+    maps the other names to it. `safetensors.torch.save_model` does the same, and `load_model` ties
+    the tensors again. Other tensors that overlap in memory are written separately.
 
     Args:
-        path: of the file.
-        state_dict: of dense tensors.
-        force: replace a file that is there.
+        path: path of the file.
+        state_dict: dense tensors by name.
+        force: replace an existing file.
 
     Raises:
-        ValueError: if the file is there, or cannot be; or for an entry that is no dense tensor.
-        RuntimeError: without the package safetensors.
+        ValueError: if the file exists or cannot be written, or an entry is not a dense tensor.
+        RuntimeError: if the package safetensors is not installed.
     """
     library = require("safetensors.torch", "safetensors")
     first: dict[str, Tensor] = {}
@@ -130,14 +131,14 @@ def write_safetensors(
             what = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
                 f"`state_dict` must hold dense tensors only for safetensors; got {what} for "
-                f"'{name}'. Leave it out, or write a file of PyTorch's."
+                f"'{name}'. Remove the entry, or write a PyTorch file instead."
             )
         same = next((other for other in first if is_same(tensor, first[other])), None)
         if same is None:
             first[name] = tensor
         else:
             metadata[name] = same
-    # The library refuses tensors that share memory, or are not contiguous.
+    # The library rejects tensors that share memory or are not contiguous.
     copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in first.items()}
     with new_file(path, force) as file:
         library.save_file(copies, file, metadata=metadata)
@@ -146,25 +147,26 @@ def write_safetensors(
 def write_transformers(
     folder: str | os.PathLike[str], model: nn.Module, *, force: bool = False
 ) -> None:
-    """Write a Transformers model's folder, all at once, for `from_pretrained(folder)`.
+    """Write a folder for Transformers' `from_pretrained(folder)` atomically.
 
     Args:
-        folder: of the model.
-        model: dense, with Transformers' `save_pretrained`.
-        force: replace the files of the model in a folder that is there; its other files stay.
+        folder: path of the folder.
+        model: dense model with Transformers' `save_pretrained`.
+        force: replace the model's files in an existing folder; its other files stay.
 
     Raises:
-        ValueError: if the folder is there, or cannot be; or for a model without `save_pretrained`.
+        ValueError: if the folder exists or cannot be written, or the model has no
+            `save_pretrained`.
     """
     folder = Path(folder)
     save = getattr(model, "save_pretrained", None)
     if save is None:
         raise ValueError(
             "`model` must be a Transformers model, which has `save_pretrained`; got a "
-            f"{type(model).__name__}. Of a module that holds one, take that alone: give the "
+            f"{type(model).__name__}. If a module holds one, export that submodule: give a "
             "function that builds it, and its name by --prefix."
         )
-    check_folder(folder, force)
+    check_output(folder, force, kind="folder")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
         written = Path(work, folder.name)
         save(written)
@@ -175,50 +177,30 @@ def write_transformers(
             os.replace(written, folder)
 
 
-def check_folder(folder: Path, force: bool) -> None:
-    """Raise ValueError if a folder may not be written: it is there, or its parent is not."""
-    if not os.access(folder.parent, os.W_OK) or folder.is_file():
-        raise ValueError(
-            f"`output` must be a folder in one that can be written to; got '{folder}'."
-        )
-    if folder.exists() and not force:
-        raise ValueError(
-            f"`output` must be a new folder; got '{folder}', which is there. "
-            "Give another with --output, or --force to replace the model in it."
-        )
-
-
 @contextmanager
 def new_file(path: str | os.PathLike[str], force: bool) -> Iterator[Path]:
-    """Give a path to write to; `path` gets the file if nothing fails, and else stays as it is.
-
-    Files written beside the given one come along, to beside `path`, and before it.
+    """Yield a temporary path whose file becomes `path`, as `atomic_write` does.
 
     Raises:
-        ValueError: as for `check_output`.
+        ValueError: if `path`, or a file written next to it, exists and `force` is false, or
+            cannot be written.
     """
     path = Path(path)
     check_output(path, force)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        file = Path(folder, path.name)
+    with atomic_write(path) as file:
         yield file
-        for beside in Path(folder).iterdir():
-            if beside != file:
-                check_output(path.with_name(beside.name), force)
-                os.replace(beside, path.with_name(beside.name))
-        os.replace(file, path)
+        for extra in file.parent.iterdir():
+            check_output(path.with_name(extra.name), force)
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Raise ValueError if a file may not be written: it is there, or its folder is not."""
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise ValueError(
-            f"`output` must be a file in a folder that can be written to; got '{path}'."
-        )
+def check_output(path: Path, force: bool, *, kind: str = "file") -> None:
+    """Raise ValueError if a file or folder cannot be written, or exists and `force` is false."""
+    check_writable(path, "output", kind=kind)
     if path.exists() and not force:
+        replaced = "it" if kind == "file" else "the model in it"
         raise ValueError(
-            f"`output` must be a new file; got '{path}', which is there. "
-            "Give another with --output, or --force to replace it."
+            f"`output` must be a new {kind}; got '{path}', which exists. "
+            f"Give another with --output, or --force to replace {replaced}."
         )
 
 
@@ -228,27 +210,27 @@ def require(module: str, *packages: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise RuntimeError(
-            f"This form needs the package {packages[0]}: {error}. "
+            f"This format needs the package {packages[0]}: {error}. "
             f"Install it: pip install {' '.join(packages)}"
         ) from error
 
 
-def _is_of_lightning(checkpoint: Mapping[str, Any]) -> bool:
+def _is_lightning_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
     return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping)
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
+def _explain_unreadable(path: Path, error: Exception) -> str:
     classes: list[str] = []
     with suppress(Exception):
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     if not classes:
         return (
-            f"`checkpoint` must be a whole file written by torch.save; got '{path}', which "
-            f"torch.load refuses: {type(error).__name__}: {str(error).partition('. ')[0]}"
+            f"`checkpoint` must be a complete file written by torch.save; got '{path}', which "
+            f"torch.load rejects: {type(error).__name__}: {str(error).partition('. ')[0]}"
         )
     return (
-        "`checkpoint` must hold tensors and plain values only, as others could run code when they "
-        f"are loaded; got '{path}' with {', '.join(sorted(classes))}. If you trust the file, take "
-        'the weights out of it: torch.save(torch.load(path, weights_only=False)["state_dict"], '
+        "`checkpoint` must hold tensors and plain values only, as other objects could run code "
+        f"when loaded; got '{path}' with {', '.join(sorted(classes))}. If you trust the file, "
+        'extract its weights: torch.save(torch.load(path, weights_only=False)["state_dict"], '
         "'weights.pt')."
     )

@@ -1,4 +1,4 @@
-"""State dicts: the blocks of saved layers, and the weights that they stand for."""
+"""Find block-sparse layers in a state dict, and convert them to dense or BSR weights."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from sparse_lightning.patching import LayerReport, SparsityReport
-from sparse_lightning.topology import BLOCK_SIZES, BlockTopology
+from sparse_lightning.swap_report import LayerReport, SparsityReport
+from sparse_lightning.topology import BLOCK_SIZES, BlockTopology, is_transposed_state
 
 _COMPILED = "_orig_mod"
 
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """A block-sparse layer as a state dict holds it.
+    """A block-sparse layer read from a state dict.
 
     Attributes:
-        topology: which block each slot holds, on the device of `values`.
-        values: `[capacity, block_size, block_size]`, the blocks by slot.
-        bias: `[out_features]`, or None.
-        transposed: whether its dense weight lies as `[in_features, out_features]`, as that of
-            transformers' `Conv1D`.
+        topology: the layer's topology, on the device of `values`.
+        values: the blocks by slot, `[capacity, block_size, block_size]`.
+        bias: the bias `[out_features]`, or None.
+        transposed: whether the dense weight is stored as `[in_features, out_features]`, like
+            that of Transformers' `Conv1D`.
     """
 
     topology: BlockTopology
@@ -35,23 +35,23 @@ class SavedLayer:
 
 
 def find_layers(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
-    """Return the block-sparse layers of a state dict, by name, in its order.
+    """Return the block-sparse layers of a state dict by name, in the state dict's order.
 
     Raises:
-        ValueError: if there is none, or one is incomplete or damaged.
+        ValueError: if there are none, or one is incomplete or damaged.
     """
     layers = layers_in(state_dict)
     if not layers:
         raise ValueError(
             "`checkpoint` must hold at least one block-sparse layer ('<name>.values' and "
-            f"'<name>._extra_state'); got {len(state_dict)} other entries. A dense one needs no "
-            "export; and of a fit, check that SparsityCallback was among the callbacks."
+            f"'<name>._extra_state'); got {len(state_dict)} other entries. A dense checkpoint "
+            "needs no export; if it comes from a fit, check that SparsityCallback was used."
         )
     return layers
 
 
 def layers_in(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
-    """Return what `find_layers` does; nothing if there is no block-sparse layer."""
+    """Return the same as `find_layers`, but an empty dict if there are no block-sparse layers."""
     layers: dict[str, SavedLayer] = {}
     for key in state_dict:
         prefix, _, last = key.rpartition(".")
@@ -65,18 +65,19 @@ def layers_in(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
     return layers
 
 
-def report(layers: Mapping[str, SavedLayer]) -> SparsityReport:
-    """Return the layers' shapes, densities and parameters, as `sparsify` reports them."""
+def describe_layers(layers: Mapping[str, SavedLayer]) -> SparsityReport:
+    """Return the layers' shapes, densities and parameter counts in the form of `sparsify`."""
     reports = {}
     for name, layer in layers.items():
-        at, bias = layer.topology, 0 if layer.bias is None else layer.bias.numel()
+        topology = layer.topology
+        n_bias = 0 if layer.bias is None else layer.bias.numel()
         reports[name] = LayerReport(
-            shape=(at.out_features, at.in_features),
-            block_size=at.block_size,
-            n_blocks=at.n_blocks,
-            density=at.density,
-            parameters_before=at.out_features * at.in_features + bias,
-            parameters_after=at.n_blocks * at.block_size**2 + bias,
+            shape=(topology.out_features, topology.in_features),
+            block_size=topology.block_size,
+            n_blocks=topology.n_blocks,
+            density=topology.density,
+            parameters_before=topology.out_features * topology.in_features + n_bias,
+            parameters_after=topology.n_blocks * topology.block_size**2 + n_bias,
         )
     return SparsityReport(reports)
 
@@ -85,16 +86,16 @@ def dense_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state dict of the dense model, with zeros at absent blocks.
 
     Args:
-        state_dict: of a model with block-sparse layers; not changed.
+        state_dict: state dict of a model with block-sparse layers; it is not modified.
 
     Returns:
-        With `<name>.weight` `[out_features, in_features]`, of the dtype and on the device of the
-        layer's `<name>.values`, in its place; `[in_features, out_features]` of what was a `Conv1D`.
-        Tied layers share one weight. All else is the same objects.
-        `load_state_dict(..., strict=True)` of the dense model takes it.
+        A state dict for `load_state_dict(..., strict=True)` of the dense model. Each layer's
+        `<name>.values` is replaced by `<name>.weight` `[out_features, in_features]` (transposed for
+        a former `Conv1D`) of the same dtype and device. Tied layers share one weight. All other
+        entries are the same objects.
 
     Raises:
-        ValueError: if there is no block-sparse layer, or one is incomplete or damaged.
+        ValueError: if there are no block-sparse layers, or one is incomplete or damaged.
 
     >>> from sparse_lightning.linear import BlockSparseLinear
     >>> layer = BlockSparseLinear(64, 32, block_size=16, density=0.5)
@@ -110,17 +111,17 @@ def dense_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def bsr_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state dict of the dense model with weights of layout `torch.sparse_bsr`.
 
-    Args and raises: as for `dense_state_dict`. The weights hold the present blocks only, in the
-    order of their columns. `load_state_dict(..., assign=True)` of the dense model takes it, and
-    `nn.Linear` computes with such a weight where PyTorch can; or take `weight.to_dense()`. The
-    weights of what was a `Conv1D` are dense, as PyTorch computes with no such weight on the right
-    of a product.
+    Arguments and errors are those of `dense_state_dict`. The weights hold only the present blocks,
+    sorted by column within each block row. Load the result by `load_state_dict(..., assign=True)`
+    of the dense model: `nn.Linear` supports BSR weights where PyTorch does; elsewhere call
+    `weight.to_dense()`. The weights of a former `Conv1D` stay dense, because PyTorch does not
+    multiply by a BSR matrix on the right.
     """
     return _with_weights(state_dict, _to_bsr)
 
 
 def uncompiled_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict without the `_orig_mod` that `torch.compile` puts into names.
+    """Return a state dict without the `_orig_mod` that `torch.compile` inserts into names.
 
     >>> list(uncompiled_state_dict({"net._orig_mod.0.bias": torch.zeros(8)}))
     ['net.0.bias']
@@ -133,14 +134,14 @@ def uncompiled_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def part_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the state dict of a part of a model, as of what a LightningModule holds.
+    """Return the state dict of a submodule, such as the network held by a LightningModule.
 
     Args:
-        state_dict: of the whole model; not changed.
-        prefix: the part's name; it is taken off the names. A dot at its end may be left out.
+        state_dict: state dict of the whole model; it is not modified.
+        prefix: name of the submodule, with or without a trailing dot; it is removed from the names.
 
     Raises:
-        ValueError: if no name begins with it.
+        ValueError: if no name begins with the prefix.
 
     >>> list(part_of({"net.0.bias": 1, "net.0.weight": 2, "loss.weight": 3}, "net"))
     ['0.bias', '0.weight']
@@ -153,14 +154,14 @@ def part_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     )
     if not part:
         depth = prefix.count(".") + 1
-        there = {
+        available = {
             ".".join(name.split(".")[:n]) + "."
             for name in state_dict
             for n in range(1, min(depth, name.count(".")) + 1)
         }
         raise ValueError(
             f"`prefix` must begin names of the checkpoint; got '{prefix}'. Names begin with "
-            f"{', '.join(sorted(there)) or 'no prefix'}."
+            f"{', '.join(sorted(available)) or 'no prefix'}."
         )
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
@@ -173,28 +174,28 @@ def part_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def is_compiled(state_dict: Mapping[str, Any]) -> bool:
-    """Tell whether a name has a part that `torch.compile` put there."""
+    """Return whether any name contains the `_orig_mod` of `torch.compile`."""
     return any(_COMPILED in name.split(".") for name in state_dict)
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors are the same memory, read the same way."""
+    """Return whether two tensors share storage, offset, shape, strides, dtype and device."""
     return a.dtype == b.dtype and a.device == b.device and a.is_set_to(b)
 
 
 def _with_weights(
-    state_dict: Mapping[str, Any], make: Callable[[SavedLayer], Tensor]
+    state_dict: Mapping[str, Any], convert: Callable[[SavedLayer], Tensor]
 ) -> dict[str, Any]:
-    """Replace the pieces of each layer by the weight that `make` makes of them."""
+    """Replace the entries of each layer by the weight that `convert` returns for it."""
     layers = find_layers(state_dict)
-    made: list[tuple[SavedLayer, Tensor]] = []
+    weights: list[tuple[SavedLayer, Tensor]] = []
 
     def weight_of(layer: SavedLayer) -> Tensor:
-        for other, weight in made:
+        for other, weight in weights:
             if _is_tied(layer, other):
                 return weight
-        made.append((layer, make(layer)))
-        return made[-1][1]
+        weights.append((layer, convert(layer)))
+        return weights[-1][1]
 
     converted: OrderedDict[str, Any] = OrderedDict()
     for key, value in state_dict.items():
@@ -205,41 +206,41 @@ def _with_weights(
             converted[key.removesuffix(last) + "weight"] = weight_of(layers[name])
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
-        # Dense layers are of no lineage.
-        own = {name: {**of} for name, of in metadata.items()}
-        for of in own.values():
-            for key in ("lineage", "label", "has_learnt"):
-                of.pop(key, None)
-        metadata = own
+        # Dense layers do not record which layers they are copies of.
+        copy_keys = ("lineage", "label", "has_learnt")
+        metadata = {
+            name: {key: value for key, value in entries.items() if key not in copy_keys}
+            for name, entries in metadata.items()
+        }
     return _with_metadata(converted, metadata)
 
 
 def _read_layer(state_dict: Mapping[str, Any], prefix: str) -> SavedLayer | None:
-    """Return the layer of a prefix; None if neither of its pieces looks like a layer's."""
+    """Return the layer with a prefix; None if no entry looks like one of a block-sparse layer."""
     values, state = state_dict.get(prefix + "values"), state_dict.get(prefix + "_extra_state")
-    # Modules of other kinds may have an entry of one of these names.
+    # Other modules may have entries of the same names.
     blocks = values if _is_blocks(values) else None
     vector = state if _is_topology(state) else None
     weight = state_dict.get(prefix + "weight")
     if values is None and vector is not None and _is_blocks(weight):
-        # As the files of `save_pretrained` have it.
+        # Files written by `save_pretrained` store the blocks as `weight`.
         return _saved_layer(prefix, vector, weight, state_dict)
     if blocks is None and vector is None:
         return None
     if vector is None:
         raise ValueError(
             f"`{prefix}_extra_state` must be the topology of `{prefix}values`, an int32 vector; "
-            f"got {_describe(state)}. Save with state_dict(), and keep every key of it."
+            f"got {_describe(state)}. Save state_dict() with all its keys."
         )
     if blocks is None:
         raise ValueError(
             f"`{prefix}values` must be the blocks of the topology in `{prefix}_extra_state`; "
-            f"got {_describe(values)}. Save with state_dict(), and keep every key of it."
+            f"got {_describe(values)}. Save state_dict() with all its keys."
         )
     if prefix + "weight" in state_dict:
         raise ValueError(
             f"`{prefix}values` must stand in place of `{prefix}weight`; got both. "
-            "Leave out the one that is not the layer's."
+            "Remove the one that does not belong to the layer."
         )
     return _saved_layer(prefix, vector, blocks, state_dict)
 
@@ -251,10 +252,10 @@ def _saved_layer(
     expected = [topology.capacity, topology.block_size, topology.block_size]
     if list(blocks.shape) != expected:
         raise ValueError(
-            f"`{prefix}values` must have shape {expected} by the saved topology; "
+            f"`{prefix}values` must have shape {expected} to match the saved topology; "
             f"got {list(blocks.shape)}. The checkpoint is damaged."
         )
-    bias, transposed = state_dict.get(prefix + "bias"), BlockTopology.is_transposed(vector)
+    bias, transposed = state_dict.get(prefix + "bias"), is_transposed_state(vector)
     return SavedLayer(topology.to_(blocks.device), blocks.detach(), bias, transposed)
 
 
@@ -272,8 +273,10 @@ def _is_topology(value: object) -> TypeGuard[Tensor]:
 
 
 def _is_tied(a: SavedLayer, b: SavedLayer) -> bool:
-    same_place = torch.equal(a.topology.slots, b.topology.slots) and a.transposed == b.transposed
-    return same_place and is_same(a.values, b.values)
+    is_same_layout = a.transposed == b.transposed and torch.equal(
+        a.topology.slots, b.topology.slots
+    )
+    return is_same_layout and is_same(a.values, b.values)
 
 
 def _to_dense(layer: SavedLayer) -> Tensor:
@@ -284,13 +287,13 @@ def _to_dense(layer: SavedLayer) -> Tensor:
 def _to_bsr(layer: SavedLayer) -> Tensor:
     if layer.transposed:
         return _to_dense(layer)
-    at = layer.topology
-    columns, slots = at.row_entries[: at.n_blocks].long().T.contiguous()
+    topology = layer.topology
+    columns, slots = topology.row_entries[: topology.n_blocks].long().T.contiguous()
     return torch.sparse_bsr_tensor(
-        at.row_offsets.long(),
+        topology.row_offsets.long(),
         columns,
         layer.values[slots],
-        size=(at.out_features, at.in_features),
+        size=(topology.out_features, topology.in_features),
         check_invariants=True,
     )
 
@@ -298,7 +301,7 @@ def _to_bsr(layer: SavedLayer) -> Tensor:
 def _with_metadata(
     state_dict: OrderedDict[str, Any], metadata: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Attach the versions of the modules, which loading reads, as `Module.state_dict` does."""
+    """Attach the modules' metadata, which `load_state_dict` reads, as `Module.state_dict` does."""
     if metadata is not None:
         state_dict._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
     return state_dict

@@ -1,7 +1,7 @@
-"""Advice before training: what block-sparse layers would save a model, in memory and time."""
+"""Estimate before training what memory and time block-sparse layers would save for a model."""
 
-from sparse_lightning.planning.costs import Check, Choice, Cost
+from sparse_lightning.planning.costs import Check, Cost, Setting
 from sparse_lightning.planning.planner import plan
 from sparse_lightning.planning.result import Plan, PlannedLayer
 
-__all__ = ["Check", "Choice", "Cost", "Plan", "PlannedLayer", "plan"]
+__all__ = ["Check", "Cost", "Plan", "PlannedLayer", "Setting", "plan"]

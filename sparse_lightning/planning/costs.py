@@ -1,4 +1,4 @@
-"""What a model costs, dense and block-sparse: arithmetic on counts and measured times."""
+"""Cost of a dense or block-sparse model: arithmetic on counts and measured times."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sparse_lightning.kernels.choice import Shape
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.selection import linear_layers
 
-# A weight, its gradient, and AdamW's two moments: all of the parameter's dtype.
+# Copies of a parameter in memory: a trained one has a gradient and AdamW's two moments.
 _TRAINED, _FROZEN = 4, 1
-# A multiplication and an addition, in each of forward, dX and dW.
+# A multiplication and an addition in each of forward, dX and dW.
 _FLOPS_PER_WEIGHT = 6
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """Cost of a model.
 
     Attributes:
-        parameters: of the whole model.
-        trained: of these, those that an optimizer changes.
+        parameters: number of parameters of the whole model.
+        trained: number of parameters that an optimizer updates.
         memory: bytes of weights, gradients and AdamW's two moments.
-        flops: of the linear layers, for one token, in forward and backward.
-        step: seconds of a training step, measured of the dense model and expected of a
-            block-sparse one; None if no input was given to measure with.
+        flops: FLOPs of the linear layers per token, in forward and backward.
+        step: seconds of a training step: measured for the dense model, expected for a block-sparse
+            one; None if no input was given to measure with.
     """
 
     parameters: int
@@ -39,13 +39,13 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Choice(Cost):
-    """What a model costs with block-sparse layers.
+class Setting(Cost):
+    """Cost of a model with block-sparse layers of one block size and density.
 
     Attributes:
-        block_size: of the layers.
-        density: present blocks / all blocks of the layers.
-        speedup: step of the dense model / expected step; None without them.
+        block_size: block size of the layers.
+        density: density of the layers.
+        speedup: measured dense step / expected step; None if no step was measured.
     """
 
     block_size: int
@@ -55,7 +55,7 @@ class Choice(Cost):
 
 @dataclass(frozen=True)
 class Check:
-    """A choice that was tried: seconds of a training step, expected and measured."""
+    """Expected and measured seconds of a training step with one setting."""
 
     block_size: int
     density: float
@@ -64,7 +64,7 @@ class Check:
 
     @property
     def error(self) -> float:
-        """By which part of the measured step the expected one is too long.
+        """Relative error of the expected step.
 
         >>> Check(64, 0.25, expected=0.9, measured=1.0).error
         -0.1
@@ -74,27 +74,27 @@ class Check:
 
 @dataclass(frozen=True)
 class Product:
-    """One product of a layer: an op of `kernels.choice.STEP`, what it is of, and its dtype."""
+    """One product of a layer: its op (of `kernels.choice.STEP`), shape and dtype."""
 
     op: str
     shape: Shape
     dtype: torch.dtype
 
 
-# How often a step computes which products, by layer.
-Work = Mapping[str, Mapping[Product, int]]
+# How often a step computes each product, by layer.
+ProductCounts = Mapping[str, Mapping[Product, int]]
 
 
 @dataclass(frozen=True)
 class DenseTimes:
-    """Seconds of the dense model's training.
+    """Measured times of the dense model in seconds.
 
     Attributes:
-        step: forward, backward and the optimizer's step.
-        optimizer: of these, the optimizer's.
-        launch: until the host has launched a step's work, below which no step falls; 0 on a CPU.
-        products: of each product that block-sparse layers would compute otherwise, in a step.
-        casts: of bringing a layer's weight into the dtype of autocast, and its gradient back.
+        step: time of a training step: forward, backward and optimizer.
+        optimizer: time of the optimizer within the step.
+        launch: time in which the host launches a step, a lower bound of any step; 0 on a CPU.
+        products: time of each product that block-sparse layers would replace.
+        casts: time to cast a layer's weight to the autocast dtype, and its gradient back.
     """
 
     step: float
@@ -110,13 +110,13 @@ def model_cost(
     n_blocks: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Cost:
-    """Return what a model costs, but for time, if some layers had only some of their blocks.
+    """Return the cost, except time, of a model in which some layers have only some blocks.
 
     Args:
-        model: dense, on any device; not changed.
-        block_size: of those layers.
-        n_blocks: by layer.
-        dtype: that floating-point parameters would be brought to; None for their own.
+        model: dense model on any device; it is not modified.
+        block_size: block size of those layers.
+        n_blocks: number of present blocks by layer.
+        dtype: dtype to which floating-point parameters are cast; None keeps theirs.
 
     >>> layer = nn.Sequential(nn.Linear(32, 32, bias=False))
     >>> model_cost(layer)
@@ -126,8 +126,8 @@ def model_cost(
     """
 
     def memory(parameter: nn.Parameter, numel: int) -> int:
-        of = dtype if dtype and parameter.is_floating_point() else parameter.dtype
-        return numel * of.itemsize * (_TRAINED if parameter.requires_grad else _FROZEN)
+        stored = dtype if dtype and parameter.is_floating_point() else parameter.dtype
+        return numel * stored.itemsize * (_TRAINED if parameter.requires_grad else _FROZEN)
 
     present = n_blocks or {}
     parameters = sum(p.numel() for p in model.parameters())
@@ -148,36 +148,36 @@ def model_cost(
 
 def expected_step(
     dense: DenseTimes,
-    work: Work,
+    counts: ProductCounts,
     densities: Mapping[str, float],
     speedup: Callable[[Product, float], float],
-    kept: float,
+    trained_share: float,
 ) -> float:
-    """Return the seconds that a step should take with block-sparse layers.
+    """Return the expected seconds of a step with block-sparse layers.
 
-    It is the dense step, in which the dense products of these layers are exchanged for block-sparse
-    ones; casts shrink with the layers, and the optimizer's part with the model.
+    In the dense step, the dense products of these layers are replaced by block-sparse ones. The
+    time of casts scales with the density, and that of the optimizer with the trained parameters.
 
     Args:
         dense: times of the dense model.
-        work: of its step.
-        densities: of the layers that would be block-sparse.
-        speedup: dense time / time of a block-sparse product of a density.
-        kept: of the parameters that are trained, the part that is left.
+        counts: products of a step.
+        densities: densities of the block-sparse layers by name.
+        speedup: function that returns dense time / block-sparse time of a product at a density.
+        trained_share: share of the trained parameters that remain.
 
     >>> fwd = Product("fwd", (8, 16, 16), torch.float32)
     >>> times = DenseTimes(step=10.0, optimizer=2.0, launch=0.0, products={fwd: 3.0}, casts={})
-    >>> expected_step(times, {"up": {fwd: 2}}, {"up": 0.5}, lambda product, density: 3.0, kept=0.5)
+    >>> expected_step(times, {"up": {fwd: 2}}, {"up": 0.5}, lambda product, density: 3.0, 0.5)
     5.0
     """
     before = dense.optimizer
-    after = dense.optimizer * kept
+    after = dense.optimizer * trained_share
     for name, density in densities.items():
         casts = dense.casts.get(name, 0.0)
         before += casts
         after += casts * density
-        for product, times in work[name].items():
-            before += times * dense.products[product]
-            after += times * dense.products[product] / speedup(product, density)
-    # Taken one by one, parts may sum to more than the whole.
+        for product, count in counts[name].items():
+            before += count * dense.products[product]
+            after += count * dense.products[product] / speedup(product, density)
+    # Parts measured separately can sum to more than the step.
     return max(max(0.0, dense.step - before) + after, dense.launch)

@@ -1,4 +1,4 @@
-"""Times on this device: of a model's training step, and of the products of its layers."""
+"""Measure the time of a model's training step, and of its layers' products, on a device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparse_lightning.arguments import Input, random_inputs
 from sparse_lightning.bench.problem import Problem
 from sparse_lightning.bench.timing import device_times, speedup
-from sparse_lightning.export.graph import Input, random_inputs
 from sparse_lightning.kernels import choice
 from sparse_lightning.linear import dense_shape
-from sparse_lightning.planning.costs import DenseTimes, Product, Work
+from sparse_lightning.planning.costs import DenseTimes, Product, ProductCounts
 
 Result = TypeVar("Result")
 
-# As Lightning's: the dtype that parameters are brought to, and that of autocast.
+# For each of Lightning's precisions, the dtype of the parameters and that of autocast.
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32-true": (None, None),
     "bf16-mixed": (None, torch.bfloat16),
@@ -32,27 +32,27 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
 }
 
 _WARM_UP, _ROUNDS = 2, 5
-_MAX_STEPS, _SECONDS_A_ROUND = 10, 0.5
+_MAX_STEPS, _SECONDS_PER_ROUND = 10, 0.5
 _REPEATS = {"cuda": 11, "cpu": 3}
 
-# The clock of products makes launches slower by less than this factor; and no GPU is faster.
+# Upper bounds: the factor by which the product clock slows launches, and the clock rate of a GPU.
 _CLOCKED_LAUNCH, _CYCLES_PER_SECOND = 4, 2e9
 
-# Rows, columns that are summed over, columns, and the dtype.
+# (M, K, N, dtype) of a matrix product.
 _Sizes = tuple[int, int, int, torch.dtype]
 
 
 class Training:
-    """A model's training steps on a device, on random inputs.
+    """Training steps of a model on a device with random inputs.
 
-    The loss is the output's `loss`, if it has one, else the mean square of each float output. The
-    optimizer is AdamW, fused on CUDA. Its learning rate is 0, so that nothing can diverge.
+    The loss is the output's `loss` if it has one, else the sum of the mean squares of its float
+    tensors. The optimizer is AdamW, fused on CUDA, with learning rate 0 to prevent divergence.
 
     Args:
-        model: changed: brought to the device and the precision, in training mode.
-        inputs: what its `forward` takes.
+        model: model; it is moved to the device, cast to the precision and put into training mode.
+        inputs: inputs of its `forward`.
         precision: one of `PRECISIONS`.
-        device: to train on.
+        device: device to train on.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Training:
         self._optimizer = torch.optim.AdamW(trained, lr=0.0, fused=fused)
 
     def step(self) -> None:
-        """Make one training step."""
+        """Run one training step."""
         self.forward().backward()
         self.update()
 
@@ -80,35 +80,34 @@ class Training:
         """Return the loss.
 
         Raises:
-            ValueError: if the model fails with the inputs, or returns nothing to train by.
-            RuntimeError: if memory ends.
+            ValueError: if the model rejects the inputs, or its output has no usable loss.
+            torch.OutOfMemoryError: if memory is exhausted.
         """
         try:
             with self._autocast():
                 return _loss(self.model(*self._inputs))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # the model is the user's
+        except Exception as error:  # user code can raise anything
             shapes = ", ".join(f"{list(x.shape)} {x.dtype}" for x in self._inputs)
             raise ValueError(
-                f"`--input` must say what the model takes; got {shapes}, for which it raised "
+                f"`--input` must describe the model's inputs; got {shapes}, for which it raised "
                 f"{type(error).__name__}: {error}"
             ) from error
 
     def update(self) -> None:
-        """Make the optimizer's step."""
+        """Run the optimizer's step."""
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def seconds(self) -> float:
-        """Return the seconds of a step: the median of rounds of several, which do not wait."""
+        """Return the seconds of a step: the median over rounds of unsynchronized steps."""
         for _ in range(_WARM_UP):
             self.step()
-        one = self._timed(1)
-        steps = max(1, min(_MAX_STEPS, int(_SECONDS_A_ROUND / one)))
-        return statistics.median(self._timed(steps) / steps for _ in range(_ROUNDS))
+        steps = max(1, min(_MAX_STEPS, int(_SECONDS_PER_ROUND / self._time_steps(1))))
+        return statistics.median(self._time_steps(steps) / steps for _ in range(_ROUNDS))
 
-    def _timed(self, steps: int) -> float:
+    def _time_steps(self, steps: int) -> float:
         self._wait()
         begin = time.perf_counter()
         for _ in range(steps):
@@ -116,59 +115,60 @@ class Training:
         self._wait()
         return time.perf_counter() - begin
 
-    def parts(self) -> tuple[float, float]:
+    def optimizer_and_launch_seconds(self) -> tuple[float, float]:
         """Return the seconds of the optimizer's step, and those in which the host launches a step.
 
-        The device is waited for between forward, backward and optimizer, so that the host does
-        not wait for a place in its queue while it launches.
+        The device is synchronized between forward, backward and optimizer, so that launches do not
+        wait for space in the device's queue.
         """
         optimizer, launch = [], []
         for _ in range(_ROUNDS):
-            loss, forward = self._launched(self.forward)
-            _, backward = self._launched(loss.backward)
+            loss, forward = self._time_launch(self.forward)
+            _, backward = self._time_launch(loss.backward)
             self._wait()
             begin = time.perf_counter()
-            _, update = self._launched(self.update)
+            _, update = self._time_launch(self.update)
             self._wait()
             optimizer.append(time.perf_counter() - begin)
             launch.append(forward + backward + update)
         on_cuda = self.device.type == "cuda"
         return statistics.median(optimizer), statistics.median(launch) if on_cuda else 0.0
 
-    def _launched(self, function: Callable[[], Result]) -> tuple[Result, float]:
+    def _time_launch(self, function: Callable[[], Result]) -> tuple[Result, float]:
         self._wait()
         begin = time.perf_counter()
         result = function()
         return result, time.perf_counter() - begin
 
-    def work(self, layers: Iterable[str]) -> dict[str, Counter[Product]]:
-        """Make a forward and a backward, and return the products that linear layers computed.
+    def count_products(self, layers: Iterable[str]) -> dict[str, Counter[Product]]:
+        """Run a forward and a backward, and return the products computed by each linear layer.
 
-        What is compiled runs eagerly here, so that each call is seen.
+        Compiled modules run eagerly here, so that their layers call the hooks.
         """
-        seen: dict[str, Counter[Product]] = {name: Counter() for name in layers}
+        counts: dict[str, Counter[Product]] = {name: Counter() for name in layers}
         hooks = [
             self.model.get_submodule(name).register_forward_hook(
-                _counting(counter), with_kwargs=True
+                _counting_hook(counter), with_kwargs=True
             )
-            for name, counter in seen.items()
+            for name, counter in counts.items()
         ]
         with torch.compiler.set_stance("force_eager"):
             self.forward().backward()
         for hook in hooks:
             hook.remove()
         self._optimizer.zero_grad()
-        return seen
+        return counts
 
-    def products(
-        self, wanted: Iterable[Product], step: float, launch: float
+    def product_seconds(
+        self, products: Iterable[Product], step: float, launch: float
     ) -> dict[Product, float]:
-        """Return the seconds of dense products, as they are within a step.
+        """Return the seconds of dense products within a training step.
 
         Args:
-            wanted: those to return.
-            step: seconds of a step, and `launch` those of the host for it: if it might fall behind,
-                the device is kept from beginning, so that the clock sees nothing of launches.
+            products: products to time.
+            step: seconds of a step.
+            launch: seconds in which the host launches a step. If the host could fall behind the
+                device, the device sleeps first, so that launch times do not affect the result.
         """
         clock = _ProductClock(self.device)
         behind = _CLOCKED_LAUNCH * launch - step
@@ -178,10 +178,10 @@ class Training:
                     torch.cuda._sleep(int(behind * _CYCLES_PER_SECOND))
                 self.step()
         self._wait()
-        return {product: clock.seconds(product) or self._alone(product) for product in wanted}
+        return {p: clock.seconds(p) or self._isolated_seconds(p) for p in products}
 
-    def _alone(self, product: Product) -> float:
-        """Return the seconds of a dense product by itself, for one that the clock did not see."""
+    def _isolated_seconds(self, product: Product) -> float:
+        """Return the seconds of a single dense product that the clock did not record in a step."""
         tokens, in_features, out_features = product.shape
         x, dy, weight = (
             torch.randn(sizes, device=self.device).to(product.dtype)
@@ -192,26 +192,26 @@ class Training:
             "dx": lambda: dy @ weight,
             "dw": lambda: dy.T @ x,
         }
-        return _seconds([functions[product.op]], self.device)[0]
+        return _median_seconds([functions[product.op]], self.device)[0]
 
-    def casts(self, layers: Iterable[str]) -> dict[str, float]:
-        """Return the seconds of bringing each weight into autocast's dtype, and a gradient back.
+    def cast_seconds(self, layers: Iterable[str]) -> dict[str, float]:
+        """Return the seconds to cast each weight to autocast's dtype and its gradient back.
 
-        A frozen weight has none.
+        Frozen weights have no gradient. Layers whose weights are not cast are omitted.
         """
-        to = self._autocast_dtype
-        times: dict[tuple[object, ...], float] = {}
-        found = {}
+        dtype = self._autocast_dtype
+        cache: dict[tuple[object, ...], float] = {}
+        seconds = {}
         for name in layers:
             weight = self.model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            if to is None or weight.dtype == to:
+            if dtype is None or weight.dtype == dtype:
                 continue
             key = (weight.shape, weight.dtype, weight.requires_grad)
-            if key not in times:
-                times[key] = _cast_seconds(weight, to, self.device)
-            found[name] = times[key]
-        return found
+            if key not in cache:
+                cache[key] = _cast_seconds(weight, dtype, self.device)
+            seconds[name] = cache[key]
+        return seconds
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype is None:
@@ -223,42 +223,42 @@ class Training:
             torch.cuda.synchronize(self.device)
 
 
-class Speedups:
-    """How much faster than dense block-sparse products are on a device, each found out once.
+class ProductSpeedups:
+    """Speed-ups of block-sparse over dense products on a device, from a table or measured.
 
     Attributes:
-        measured: whether some were measured here, for want of a table of such a GPU.
+        measured: whether any product was measured, because there is no table for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.measured = False
-        self._found: dict[tuple[Product, int, float], float] = {}
+        self._cache: dict[tuple[Product, int, float], float] = {}
 
-    def of(self, product: Product, block_size: int, density: float) -> float:
-        """Return dense time / time of a block-sparse product."""
+    def get(self, product: Product, block_size: int, density: float) -> float:
+        """Return dense time / block-sparse time of a product."""
         key = (product, block_size, density)
-        if key not in self._found:
-            known = self._by_table(*key)
-            if known is None:
+        if key not in self._cache:
+            from_table = self._from_table(*key)
+            if from_table is None:
                 self._measure(*key)
             else:
-                self._found[key] = known
-        return self._found[key]
+                self._cache[key] = from_table
+        return self._cache[key]
 
-    def _by_table(self, product: Product, block_size: int, density: float) -> float | None:
+    def _from_table(self, product: Product, block_size: int, density: float) -> float | None:
         if self.device.type != "cuda":
             return None
-        # Tables are relative to exact products of fp32.
+        # Tables are relative to exact fp32 products.
         if product.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
             return None
         index = torch.cuda.current_device()
-        return choice.expected_speedup(
+        return choice.product_speedup(
             product.op, product.dtype, block_size, product.shape, density, index
         )
 
     def _measure(self, product: Product, block_size: int, density: float) -> None:
-        """Measure all products of such a layer."""
+        """Measure all products of a layer of the same shape."""
         self.measured = True
         problem = Problem(
             product.shape, block_size, density, dtype=product.dtype, device=self.device, seed=0
@@ -267,21 +267,22 @@ class Speedups:
         ours = [problem.ours(op).run for op in choice.STEP]
         samples = _samples([*dense, *ours], self.device)
         for i, op in enumerate(choice.STEP):
-            of = Product(op, product.shape, product.dtype)
-            self._found[of, block_size, density] = speedup(samples[i], samples[i + len(dense)])
+            measured = Product(op, product.shape, product.dtype)
+            ratio = speedup(samples[i], samples[i + len(dense)])
+            self._cache[measured, block_size, density] = ratio
 
 
 class _ProductClock(TorchDispatchMode):
-    """Times the dense products of what runs under it, where they run, by their sizes.
+    """Records the times of dense products in this context by their sizes.
 
-    Between other work a product takes longer than alone: caches hold other things, and a GPU that
-    is busy for long runs slower.
+    Within a step a product takes longer than in isolation, because caches hold other data and a GPU
+    under sustained load clocks lower.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
-        self._seen: dict[_Sizes, list[tuple[Any, Any]]] = defaultdict(list)
+        self._recorded: dict[_Sizes, list[tuple[Any, Any]]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
@@ -289,11 +290,11 @@ class _ProductClock(TorchDispatchMode):
         a, b = args[-2:]
         begin = self._now()
         result = func(*args, **(kwargs or {}))
-        self._seen[a.shape[0], a.shape[1], b.shape[1], a.dtype].append((begin, self._now()))
+        self._recorded[a.shape[0], a.shape[1], b.shape[1], a.dtype].append((begin, self._now()))
         return result
 
     def _now(self) -> float | torch.cuda.Event:
-        """Return the time, or on CUDA what will know when the device was here."""
+        """Return the current time, or on CUDA an event recorded in the current stream."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -301,41 +302,41 @@ class _ProductClock(TorchDispatchMode):
         return event
 
     def seconds(self, product: Product) -> float | None:
-        """Return the median over what was seen, once the device is done; None if nothing was."""
+        """Return the median of the recorded times, or None; call it after synchronization."""
         tokens, in_features, out_features = product.shape
-        of = {
+        sizes = {
             "fwd": [(tokens, in_features, out_features)],
             "dx": [(tokens, out_features, in_features)],
-            # Or the transposed one, as the weight's strides have it.
+            # PyTorch computes dW or its transpose, depending on the weight's strides.
             "dw": [(out_features, tokens, in_features), (in_features, tokens, out_features)],
         }[product.op]
-        seen = [pair for sizes in of for pair in self._seen.get((*sizes, product.dtype), ())]
-        if not seen:
+        recorded = [pair for mkn in sizes for pair in self._recorded.get((*mkn, product.dtype), ())]
+        if not recorded:
             return None
         on_cuda = self._device.type == "cuda"
         return statistics.median(
             float(begin.elapsed_time(end)) / 1e3 if on_cuda else float(end - begin)
-            for begin, end in seen
+            for begin, end in recorded
         )
 
 
-def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, Work]:
-    """Measure the dense model, and return its times with the products of the layers."""
-    work = training.work(layers)
-    of_layers = {product for counter in work.values() for product in counter}
+def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, ProductCounts]:
+    """Measure the dense model; return its times and the product counts of the layers."""
+    counts = training.count_products(layers)
+    products = {product for counter in counts.values() for product in counter}
     step = training.seconds()
-    optimizer, launch = training.parts()
-    products = training.products(of_layers, step, launch)
-    casts = training.casts(name for name in layers if work[name])
-    return DenseTimes(step, optimizer, launch, products, casts), work
+    optimizer, launch = training.optimizer_and_launch_seconds()
+    seconds = training.product_seconds(products, step, launch)
+    casts = training.cast_seconds(name for name in layers if counts[name])
+    return DenseTimes(step, optimizer, launch, seconds, casts), counts
 
 
-def tokens_of(work: Mapping[Product, int]) -> int:
-    """Return the tokens that a layer's forward saw in a step."""
-    return sum(n * product.shape[0] for product, n in work.items() if product.op == "fwd")
+def count_tokens(counts: Mapping[Product, int]) -> int:
+    """Return the number of tokens in the forward calls of a layer during a step."""
+    return sum(n * product.shape[0] for product, n in counts.items() if product.op == "fwd")
 
 
-def _seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+def _median_seconds(functions: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     return [statistics.median(ms) / 1e3 for ms in _samples(functions, device)]
 
 
@@ -344,16 +345,16 @@ def _samples(functions: Sequence[Callable[[], object]], device: torch.device) ->
         return device_times(functions, _REPEATS[device.type], device)
 
 
-def _cast_seconds(weight: Tensor, to: torch.dtype, device: torch.device) -> float:
-    narrow = weight.detach().to(to)
-    casts: list[Callable[[], object]] = [lambda: weight.to(to)]
+def _cast_seconds(weight: Tensor, dtype: torch.dtype, device: torch.device) -> float:
+    gradient = weight.detach().to(dtype)
+    casts: list[Callable[[], object]] = [lambda: weight.to(dtype)]
     if weight.requires_grad:
-        casts.append(lambda: narrow.to(weight.dtype))
-    return sum(_seconds(casts, device))
+        casts.append(lambda: gradient.to(weight.dtype))
+    return sum(_median_seconds(casts, device))
 
 
-def _counting(counter: Counter[Product]) -> Callable[..., None]:
-    """Return a forward hook that counts a linear layer's products, also those of the backward."""
+def _counting_hook(counter: Counter[Product]) -> Callable[..., None]:
+    """Return a forward hook that counts a linear layer's products in forward and backward."""
 
     def hook(
         linear: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor
@@ -363,11 +364,11 @@ def _counting(counter: Counter[Product]) -> Callable[..., None]:
         shape = (x.numel() // in_features, in_features, out_features)
         backward = [
             Product(op, shape, y.dtype)
-            for op, of in (("dx", x), ("dw", linear.weight))
-            if of.requires_grad
+            for op, tensor in (("dx", x), ("dw", linear.weight))
+            if tensor.requires_grad
         ]
         counter[Product("fwd", shape, y.dtype)] += 1
-        # Not every forward has a backward: some are made again for it.
+        # Activation checkpointing runs some forwards without a backward.
         if y.requires_grad:
             y.register_hook(lambda _: counter.update(backward))
 

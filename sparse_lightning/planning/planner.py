@@ -1,4 +1,4 @@
-"""`plan`: what block-sparse layers would save a model, before it is trained."""
+"""`plan`: estimate what block-sparse layers would save for a model before it is trained."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sparse_lightning.bench.options import find_device
-from sparse_lightning.export.graph import Input
+from sparse_lightning.arguments import Input, find_device
 from sparse_lightning.linear import dense_shape
-from sparse_lightning.names import DEFAULT_EXCLUDE, check_choice, check_follow
+from sparse_lightning.names import DEFAULT_EXCLUDE, check_follow, check_option
 from sparse_lightning.patching import sparsify
-from sparse_lightning.planning.costs import Check, Choice, Product, expected_step, model_cost
+from sparse_lightning.planning.costs import Check, Product, Setting, expected_step, model_cost
 from sparse_lightning.planning.measure import (
     PRECISIONS,
-    Speedups,
+    ProductSpeedups,
     Training,
+    count_tokens,
     dense_times,
-    tokens_of,
 )
 from sparse_lightning.planning.result import Plan, PlannedLayer
 from sparse_lightning.policy.distributions import share
-from sparse_lightning.selection import select_layers, sparse_layers
+from sparse_lightning.selection import SwapOptions, select_layers, sparse_layers
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_block_size, check_density
 
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
-# "global" shares by scores, which there are in a training only.
+# "global" distributes blocks by scores, which exist only in a training.
 DISTRIBUTIONS = ("uniform", "erdos_renyi")
 CHECKS = ("best", "all")
 
@@ -51,57 +50,55 @@ def plan(
     device: str | torch.device | None = None,
     check: str | None = None,
 ) -> Plan:
-    """Say which layers of a model would be block-sparse, and what that would save.
+    """Return which layers of a model can be block-sparse, and what that would save.
 
-    With inputs, the dense model's training step is measured on the device. The steps of
-    block-sparse models are expected from it, and from how fast their products are: by the table of
-    measured kernels, if there is one of such a GPU, else measured here. That kernels fuse
-    activations is left out. Copies, as the layers of a target network, have the density of their
-    originals.
+    With inputs, the dense model's training step is measured on the device. The expected step of a
+    block-sparse model follows from it and from the speed-ups of the layers' products, which come
+    from the table of measured kernels or, without a table for the device, are measured. Activations
+    fused into kernels are not accounted for. Copies, such as the layers of a target network, have
+    the density of their source layers.
 
     Args:
-        model: dense; not changed, as a copy is measured. Or a function that builds it, which saves
-            the copy; without inputs it is built on the meta device, if it can be.
-        inputs: what its `forward` takes: sizes and perhaps a dtype, as "8,128,int64", once for
-            each input. Without them nothing is measured.
-        block_sizes, densities: to choose from.
-        include, exclude: patterns of layers, as for `sparsify`.
-        distribution: how the budget is shared, as for `sparsify`.
-        follow: copies that are not to be told from their weights, as for `sparsify`; on the meta
-            device no copy is.
-        precision: "32-true", "bf16-mixed" or "bf16-true", as Lightning's; by default "bf16-mixed"
-            on CUDA, "32-true" on a CPU.
-        device: to measure on; by default CUDA, if it is there.
-        check: "best" also makes training steps of the model with the best choice, and measures
-            them; "all" with every choice.
+        model: dense model, of which a copy is measured, or a function that builds it, which avoids
+            the copy. Without inputs the function runs on the meta device, if possible.
+        inputs: inputs of its `forward`: sizes and an optional dtype, as "8,128,int64", one string
+            per input. Without them nothing is measured.
+        block_sizes, densities: block sizes and densities to compare.
+        include, exclude: name patterns of layers, as for `sparsify`.
+        distribution: distribution of the budget among layers, as for `sparsify`.
+        follow: copies that cannot be recognised by their weights, as for `sparsify`; on the meta
+            device no copy can.
+        precision: "32-true", "bf16-mixed" or "bf16-true", as in Lightning; by default "bf16-mixed"
+            on CUDA and "32-true" on a CPU.
+        device: device to measure on; by default CUDA if available.
+        check: "best" also measures training steps with the fastest setting, "all" with every one.
 
     Raises:
-        ValueError: for a model without layers that can be block-sparse, one that does not take
-            the inputs, or an argument out of range.
-        RuntimeError: if memory ends, or a model cannot be trained.
+        ValueError: if no layer can be block-sparse, the model rejects the inputs, or an argument is
+            out of range.
+        RuntimeError: if memory is exhausted, or a model cannot be trained.
 
     >>> net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-    >>> found = plan(net, block_sizes=[16, 32], densities=[0.25])
-    >>> [choice.parameters for choice in found.choices], found.dense.parameters
+    >>> result = plan(net, block_sizes=[16, 32], densities=[0.25])
+    >>> [setting.parameters for setting in result.settings], result.dense.parameters
     ([8512, 8512], 33088)
     """
     specs = _parse_inputs(inputs)
-    where = find_device(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    precision = precision or ("bf16-mixed" if where.type == "cuda" else "32-true")
+    device = find_device(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    precision = precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
     follow = follow or {}
     check_follow(follow)
     _check(specs, block_sizes, densities, distribution, precision, check)
     dtype = PRECISIONS[precision][0]
 
-    with _nothing_left_behind(where):
-        dense = _built(model, where) if specs else _outline(model)
+    with _restored_state(device):
+        dense = _build(model, device) if specs else _outline(model)
         if any(True for _ in sparse_layers(dense)):
             raise ValueError("`model` must be dense; got block-sparse layers. Call densify(model).")
         layers, follows, skipped, unfit = _find_layers(
             dense, sorted({*block_sizes}), include, exclude, follow
         )
-        # Of each choice, the density of each layer.
-        own: dict[Choice, dict[str, float]] = {}
+        layer_densities: dict[Setting, dict[str, float]] = {}
         for block_size in sorted({*block_sizes} - unfit.keys()):
             grids = {
                 name: block_grid(*layer.shape, block_size)
@@ -110,14 +107,16 @@ def plan(
             }
             for density in sorted({*densities}, reverse=True):
                 blocks = share(distribution, density, grids, {})
-                shares = {name: blocks[name] / (i * j) for name, (i, j) in grids.items()}
-                for name, original in follows.items():
-                    if original in grids:
-                        blocks[name], shares[name] = blocks[original], shares[original]
+                own = {name: blocks[name] / (rows * cols) for name, (rows, cols) in grids.items()}
+                for name, source in follows.items():
+                    if source in grids:
+                        blocks[name], own[name] = blocks[source], own[source]
                 cost = model_cost(dense, block_size, blocks, dtype)
-                choice = Choice(**vars(cost), block_size=block_size, density=density, speedup=None)
-                own[choice] = shares
-        found = Plan(
+                setting = Setting(
+                    **vars(cost), block_size=block_size, density=density, speedup=None
+                )
+                layer_densities[setting] = own
+        result = Plan(
             model=type(dense).__name__,
             layers=layers,
             follows=follows,
@@ -125,67 +124,68 @@ def plan(
             unfit=unfit,
             precision=precision,
             dense=model_cost(dense, dtype=dtype),
-            choices=[*own],
+            settings=[*layer_densities],
         )
         if not specs:
-            return found
+            return result
         try:
-            found = _with_times(found, own, Training(dense, specs, precision, where))
-            del dense
+            training = Training(dense, specs, precision, device)
+            result = _add_steps(result, layer_densities, training)
+            del dense, training
 
-            def seconds(choice: Choice) -> float:
-                gc.collect()  # a model may hold itself
-                made = _built(model, where).to(where, dtype)
+            def check_setting(setting: Setting) -> Check:
+                gc.collect()  # a model can contain reference cycles
+                sparse = _build(model, device).to(device, dtype)
                 sparsify(
-                    made,
-                    block_size=choice.block_size,
-                    density=choice.density,
+                    sparse,
+                    block_size=setting.block_size,
+                    density=setting.density,
                     include=include,
                     exclude=exclude,
                     distribution=distribution,
                     follow=follow,
                 )
-                return Training(made, specs, precision, where).seconds()
+                assert setting.step is not None
+                measured = Training(sparse, specs, precision, device).seconds()
+                return Check(setting.block_size, setting.density, setting.step, measured)
 
-            best = [found.best] if found.best else []
-            tried = {"best": best, "all": found.choices, None: []}[check]
-            return replace(found, checks=[_check_of(choice, seconds(choice)) for choice in tried])
+            best = [result.best] if result.best else []
+            to_check = {"best": best, "all": result.settings, None: []}[check]
+            return replace(result, checks=[check_setting(setting) for setting in to_check])
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                f"A training step must fit into the memory of {where}; it did not: {error} Give "
+                f"A training step must fit into the memory of {device}; it did not: {error} Give "
                 "smaller sizes as `--input`, or none: then nothing is measured."
             ) from error
 
 
-def _with_times(found: Plan, own: Mapping[Choice, Mapping[str, float]], training: Training) -> Plan:
-    """Return a plan with the dense model's measured step, and those expected of its choices."""
-    times, work = dense_times(training, [*found.layers, *found.follows])
-    speedups = Speedups(training.device)
-    choices = []
-    for choice, densities in own.items():
+def _add_steps(
+    result: Plan, layer_densities: Mapping[Setting, Mapping[str, float]], training: Training
+) -> Plan:
+    """Return a plan with the dense model's measured step, and the expected step of each setting."""
+    times, counts = dense_times(training, [*result.layers, *result.follows])
+    speedups = ProductSpeedups(training.device)
+    settings = []
+    for setting, densities in layer_densities.items():
 
-        def of(product: Product, density: float, block_size: int = choice.block_size) -> float:
-            return speedups.of(product, block_size, density)
+        def speedup(product: Product, density: float, size: int = setting.block_size) -> float:
+            return speedups.get(product, size, density)
 
-        kept = choice.trained / found.dense.trained
-        step = expected_step(times, work, densities, of, kept)
-        choices.append(replace(choice, step=step, speedup=times.step / step))
+        trained_share = setting.trained / result.dense.trained
+        step = expected_step(times, counts, densities, speedup, trained_share)
+        settings.append(replace(setting, step=step, speedup=times.step / step))
     layers = {
-        name: replace(layer, tokens=tokens_of(work[name])) for name, layer in found.layers.items()
+        name: replace(layer, tokens=count_tokens(counts[name]))
+        for name, layer in result.layers.items()
     }
     return replace(
-        found,
+        result,
         layers=layers,
-        dense=replace(found.dense, step=times.step),
-        choices=choices,
+        dense=replace(result.dense, step=times.step),
+        settings=settings,
         launch=times.launch,
         measured=speedups.measured,
     )
-
-
-def _check_of(choice: Choice, measured: float) -> Check:
-    assert choice.step is not None
-    return Check(choice.block_size, choice.density, choice.step, measured)
 
 
 def _find_layers(
@@ -202,7 +202,7 @@ def _find_layers(
     unfit: dict[int, str] = {}
     for block_size in block_sizes:
         try:
-            found = select_layers(model, block_size, include, exclude, follow)
+            found = select_layers(model, SwapOptions(block_size, include, exclude, follow=follow))
         except ValueError as error:
             unfit[block_size] = str(error)
             continue
@@ -213,7 +213,7 @@ def _find_layers(
         follows |= found.follows
         for name, reason in found.skipped.items():
             if reason == "frozen" and _is_on_meta(model, name):
-                reason = "frozen; that it is a copy only `follow` tells, without its weights"
+                reason = "frozen; without weights, copies must be named in `follow`"
             skipped.setdefault(name, reason)
     if not layers:
         raise ValueError(unfit[block_sizes[0]])
@@ -225,12 +225,12 @@ def _is_on_meta(model: nn.Module, name: str) -> bool:
     return next(model.get_submodule(name).parameters()).is_meta
 
 
-def _built(model: Model, device: torch.device) -> nn.Module:
-    """Return a copy of a model, or what a function builds, on a device where that can be."""
+def _build(model: Model, device: torch.device) -> nn.Module:
+    """Return a copy of a model, or the model that a function builds, if possible on a device."""
     if isinstance(model, nn.Module):
         try:
             return copy.deepcopy(model)
-        except Exception as error:  # the model is the user's
+        except Exception as error:  # user code can raise anything
             raise ValueError(
                 f"`model` must be one that can be copied; copying it raised "
                 f"{type(error).__name__}: {error}. Give the function that builds it."
@@ -239,27 +239,27 @@ def _built(model: Model, device: torch.device) -> nn.Module:
         raise ValueError(
             f"`model` must be an nn.Module, or a function that builds one; got {model!r}."
         )
-    made: object
+    built: object
     try:
         with nullcontext() if device.type == "cpu" else device:
-            made = model()
-    except Exception:  # of the user's code, any: it may count on the CPU
+            built = model()
+    except Exception:  # user code can require the CPU
         if device.type == "cpu":
             raise
-        made = model()
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"`model` must build an nn.Module; got a {type(made).__name__} from it.")
-    return made
+        built = model()
+    if not isinstance(built, nn.Module):
+        raise ValueError(f"`model` must build an nn.Module; got a {type(built).__name__} from it.")
+    return built
 
 
 def _outline(model: Model) -> nn.Module:
-    """Return a model to look at."""
-    return model if isinstance(model, nn.Module) else _built(model, torch.device("meta"))
+    """Return the model itself, or the one that a function builds, if possible without weights."""
+    return model if isinstance(model, nn.Module) else _build(model, torch.device("meta"))
 
 
 @contextmanager
-def _nothing_left_behind(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device the current one, keep the program's random state, and free memory."""
+def _restored_state(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device current; restore it and the random state, and free memory, at the end."""
     on_cuda = device.type == "cuda"
     try:
         with torch.cuda.device(device) if on_cuda else nullcontext():
@@ -274,12 +274,12 @@ def _nothing_left_behind(device: torch.device) -> Iterator[None]:
 
 def _parse_inputs(inputs: str | Sequence[str]) -> list[Input]:
     parsed = [Input.parse(text) for text in ([inputs] if isinstance(inputs, str) else inputs)]
-    for one in parsed:
-        for size in one.shape:
+    for spec in parsed:
+        for size in spec.shape:
             if isinstance(size, str):
                 raise ValueError(
                     f"`--input` must have numbers as sizes, since a step is measured; got "
-                    f"'{size}' in '{one}'. Write how large it is in training."
+                    f"'{size}' in '{spec}'. Write its size in training."
                 )
     return parsed
 
@@ -292,11 +292,11 @@ def _check(
     precision: str,
     check: str | None,
 ) -> None:
-    """Raise ValueError for what no plan can be made of."""
-    check_choice("precision", precision, PRECISIONS)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
+    """Raise ValueError for arguments out of range."""
+    check_option("precision", precision, PRECISIONS)
+    check_option("distribution", distribution, DISTRIBUTIONS)
     if check is not None:
-        check_choice("check", check, CHECKS)
+        check_option("check", check, CHECKS)
         if not inputs:
             raise ValueError("`--check` must come with `--input`, for a step to measure; got none.")
     for name, values in (("block_sizes", block_sizes), ("densities", densities)):

@@ -1,11 +1,11 @@
-"""`Plan`: what `plan` returns, and how it reads."""
+"""`Plan`: the result of `plan`, and its tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparse_lightning.planning.costs import Check, Choice, Cost
+from sparse_lightning.planning.costs import Check, Cost, Setting
 from sparse_lightning.tables import Section, as_text
 
 
@@ -15,8 +15,8 @@ class PlannedLayer:
 
     Attributes:
         shape: (out_features, in_features).
-        block_sizes: those of the plan that it can have.
-        tokens: that its forward sees in a step; None if that was not measured.
+        block_sizes: block sizes of the plan that divide its shape.
+        tokens: number of tokens that its forward processes in a step; None if not measured.
     """
 
     shape: tuple[int, int]
@@ -26,23 +26,22 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found; `print` it.
+    """The result of `plan`; print it to read its tables.
 
     Attributes:
-        model: the name of its class.
-        layers: that would be block-sparse, with one block size of the plan or another.
-        skipped: the linear layers that would stay dense, with the reason.
-        unfit: block sizes of which there are no choices, with the reason.
-        precision: of the training, as Lightning's.
-        dense: what the model costs as it is.
-        choices: what it costs with block-sparse layers, by block size and density.
-        launch: seconds that the host takes to launch the dense step, below which none is expected
-            to fall; 0 on a CPU. None if no input was given to measure with, as `measured`.
-        measured: whether block-sparse products were measured on the spot; else their speed-ups are
-            from a table of such a GPU.
-        checks: choices that were tried.
-        follows: layers that would have the blocks of one of `layers`, as copies:
-            `{copy: original}`.
+        model: class name of the model.
+        layers: layers that can be block-sparse with at least one block size of the plan.
+        skipped: linear layers that stay dense, with the reason.
+        unfit: block sizes without settings, with the reason.
+        precision: precision of the training, as in Lightning.
+        dense: cost of the dense model.
+        settings: cost with block-sparse layers for each block size and density.
+        launch: seconds in which the host launches the dense step, a lower bound of every expected
+            step; 0 on a CPU. None, like `measured`, if no input was given to measure with.
+        measured: whether the speed-ups of block-sparse products were measured; otherwise they come
+            from a table for the GPU.
+        checks: comparisons of expected with measured steps.
+        follows: copies that would have the blocks of one of `layers`: `{copy: source}`.
     """
 
     model: str
@@ -51,36 +50,36 @@ class Plan:
     unfit: Mapping[int, str]
     precision: str
     dense: Cost
-    choices: Sequence[Choice]
+    settings: Sequence[Setting]
     launch: float | None = None
     measured: bool | None = None
     checks: Sequence[Check] = ()
     follows: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def best(self) -> Choice | None:
-        """The choice whose step should be the fastest; None if times are not known."""
-        timed = [(choice.step, choice) for choice in self.choices if choice.step is not None]
+    def best(self) -> Setting | None:
+        """The setting with the shortest expected step; None if no step was measured."""
+        timed = [(setting.step, setting) for setting in self.settings if setting.step is not None]
         return min(timed, key=lambda pair: pair[0])[1] if timed else None
 
     def sections(self) -> list[Section]:
-        """Return tables and remarks, to be printed."""
-        found = [self._layers()]
+        """Return the tables and remarks to print."""
+        sections = [self._layer_section()]
         if self.follows:
-            found.append(self._copies())
+            sections.append(self._copy_section())
         if self.skipped or self.unfit:
-            found.append(self._left_dense())
-        found.append(self._costs())
+            sections.append(self._dense_section())
+        sections.append(self._cost_section())
         if self.checks:
-            found.append(self._checks())
-        return found
+            sections.append(self._check_section())
+        return sections
 
     def __str__(self) -> str:
         return as_text(self.sections())
 
-    def _layers(self) -> Section:
+    def _layer_section(self) -> Section:
         timed = self.launch is not None
-        rows = _alike(
+        rows = _merge_similar(
             (
                 name,
                 (
@@ -93,82 +92,84 @@ class Plan:
         )
         return Section(
             f"{self.model}: layers that can be block-sparse",
-            ("layer", "number", "shape", "block sizes", *(["tokens a step"] if timed else [])),
+            ("layer", "number", "shape", "block sizes", *(["tokens per step"] if timed else [])),
             rows,
         )
 
-    def _copies(self) -> Section:
-        pairs = _alike((f"{copy}.{_FOLLOWS}.{of}", ()) for copy, of in self.follows.items())
+    def _copy_section(self) -> Section:
+        pairs = _merge_similar(
+            (f"{copy}.{_FOLLOWS}.{source}", ()) for copy, source in self.follows.items()
+        )
         return Section(
-            "Copies, which have the blocks of their originals",
+            "Copies, which keep the same blocks as their source layers",
             ("layer", "number"),
             [(name.replace(f".{_FOLLOWS}.", f" {_FOLLOWS} "), number) for name, number in pairs],
         )
 
-    def _left_dense(self) -> Section:
+    def _dense_section(self) -> Section:
         return Section(
-            "Left dense",
+            "Layers that stay dense",
             ("layer", "number", "reason") if self.skipped else (),
-            _alike((name, (reason,)) for name, reason in self.skipped.items()),
+            _merge_similar((name, (reason,)) for name, reason in self.skipped.items()),
             [
-                f"There are no choices with blocks of {block_size}, which fit no layer, or not all "
-                "that were named."
+                f"There are no settings with blocks of {block_size}, which do not divide any layer "
+                "or not all layers that were named."
                 for block_size in self.unfit
             ],
         )
 
-    def _costs(self) -> Section:
+    def _cost_section(self) -> Section:
         timed = self.launch is not None
         rows = [("dense", "", *_cells(self.dense), *(["1.00", ""] if timed else []))]
-        for choice in self.choices:
-            speedup = [f"{choice.speedup:.2f}", self._mark(choice)] if choice.speedup else []
-            label = f"blocks of {choice.block_size}"
-            rows.append((label, f"{choice.density:g}", *_cells(choice), *speedup))
-        header = ("layers", "density", "parameters", "memory", "FLOPs a token")
+        for setting in self.settings:
+            speedup = [f"{setting.speedup:.2f}", self._remark(setting)] if setting.speedup else []
+            label = f"blocks of {setting.block_size}"
+            rows.append((label, f"{setting.density:g}", *_cells(setting), *speedup))
+        header = ("layers", "density", "parameters", "memory", "FLOPs per token")
         times = ("step", "speed-up", "remark") if timed else ()
-        return Section("What the model costs", header + times, rows, self._remarks())
+        return Section("Cost of the model", header + times, rows, self._remarks())
 
-    def _mark(self, choice: Choice) -> str:
-        if choice.speedup is None or choice.speedup < 1:
+    def _remark(self, setting: Setting) -> str:
+        if setting.speedup is None or setting.speedup < 1:
             return "slower than dense"
-        if choice == self.best:
+        if setting == self.best:
             return "fastest"
-        rivals = [other for other in self.choices if other.density == choice.density]
+        rivals = [other for other in self.settings if other.density == setting.density]
         fastest = max(rivals, key=lambda other: other.speedup or 0.0)
-        is_fastest = len(rivals) > 1 and choice == fastest
-        return f"fastest at {choice.density:g}" if is_fastest else ""
+        is_fastest = len(rivals) > 1 and setting == fastest
+        return f"fastest at {setting.density:g}" if is_fastest else ""
 
     def _remarks(self) -> list[str]:
         remarks = [
-            "Memory is that of weights, gradients and AdamW's two moments, each of the parameter's "
-            f"dtype under {self.precision}; activations come on top. FLOPs are those of the linear "
-            "layers, in forward and backward: 6 a weight."
+            "Memory includes weights, gradients and AdamW's two moments, each in the parameter's "
+            f"dtype under {self.precision}, but no activations. FLOPs are those of the linear "
+            "layers in forward and backward: 6 per weight."
         ]
         if self.launch is None:
-            remarks.append("No times: without --input nothing was measured.")
+            remarks.append("Step times are unknown: without --input nothing was measured.")
         else:
             products = (
-                "measured here one by one, as there is no table of such a device"
+                "measured one by one, as there is no table for this device"
                 if self.measured
                 else "by the table of kernels measured on such a GPU"
             )
             remarks.append(
-                f"The dense step was measured here: forward, backward and AdamW, {self.precision}. "
-                "The other steps are expected from it, with the dense products of the layers "
-                f"exchanged for block-sparse ones ({products}), and AdamW's part in proportion to "
-                "the parameters. That kernels fuse activations in an nn.Sequential is left out."
+                f"The dense step was measured: forward, backward and AdamW, {self.precision}. The "
+                "other steps are expected from it, with the dense products of the layers replaced "
+                f"by block-sparse ones ({products}) and AdamW's time in proportion to the "
+                "parameters. Activations fused into kernels are not accounted for."
             )
             if self.launch:
                 remarks.append(
-                    f"The host takes {_milliseconds(self.launch)} to launch a step; none is "
-                    "expected to be faster."
+                    f"The host takes {_milliseconds(self.launch)} to launch a step; no step is "
+                    "expected to be shorter."
                 )
-            if all((choice.speedup or 0) < 1 for choice in self.choices):
-                remarks.append("No choice should be faster than the dense model, on this device.")
-        remarks.append("At which density the model still learns what it should, no plan can tell.")
+            if all((setting.speedup or 0) < 1 for setting in self.settings):
+                remarks.append("No setting is expected to be faster than dense on this device.")
+        remarks.append("A plan does not predict how well the model learns at a density.")
         return remarks
 
-    def _checks(self) -> Section:
+    def _check_section(self) -> Section:
         return Section(
             "Expected and measured steps",
             ("layers", "density", "expected", "measured", "error", "speed-up"),
@@ -183,7 +184,7 @@ class Plan:
                 )
                 for check in self.checks
             ],
-            ["The speed-up is the dense step over the measured one."],
+            ["The speed-up is the dense step divided by the measured step."],
         )
 
 
@@ -196,7 +197,7 @@ def _cells(cost: Cost) -> list[str]:
 
 
 def _milliseconds(seconds: float) -> str:
-    """Write seconds as ms, with as many digits as can be told apart.
+    """Format seconds as milliseconds with three significant digits.
 
     >>> _milliseconds(0.1234), _milliseconds(0.0012345)
     ('123 ms', '1.23 ms')
@@ -206,7 +207,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _scaled(number: int, unit: str) -> str:
-    """Write a number with three digits or more, in thousands, millions, ...
+    """Format a number with three significant digits and an SI prefix.
 
     >>> _scaled(1234, "B"), _scaled(56_700_000, "FLOP")
     ('1.23 kB', '56.7 MFLOP')
@@ -218,17 +219,19 @@ def _scaled(number: int, unit: str) -> str:
     return f"{value:.3g} {prefix}{unit}"
 
 
-def _alike(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
-    """Merge rows of layers that differ in a number of their names only; insert how many they are.
+def _merge_similar(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Merge rows of layers whose names differ only in numbers, and insert their count.
 
-    >>> _alike([("layers.0.up.1", ("8x4",)), ("layers.1.up.1", ("8x4",)), ("head", ("2x4",))])
+    >>> _merge_similar(
+    ...     [("layers.0.up.1", ("8x4",)), ("layers.1.up.1", ("8x4",)), ("head", ("2x4",))]
+    ... )
     [('layers.*.up.1', '2', '8x4'), ('head', '1', '2x4')]
     """
     groups: dict[tuple[str, tuple[str, ...]], list[list[str]]] = {}
     for name, cells in rows:
         parts = name.split(".")
-        alike = ".".join("*" if part.isdigit() else part for part in parts)
-        groups.setdefault((alike, cells), []).append(parts)
+        pattern = ".".join("*" if part.isdigit() else part for part in parts)
+        groups.setdefault((pattern, cells), []).append(parts)
     return [
         (
             ".".join(part[0] if len({*part}) == 1 else "*" for part in zip(*names, strict=True)),

@@ -1,12 +1,12 @@
 "use strict";
-// Films are drawn by hand, one pixel a block; curves by Plotly. All text goes in as text, never as
-// HTML, since names of layers and metrics may be anything.
+// Masks are drawn on canvases, one pixel per block; curves by Plotly. Text is never inserted as HTML,
+// because names of layers and metrics can contain anything.
 
-const story = JSON.parse(document.getElementById("story").textContent);
+const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const last = story.frames.length - 1;
+const last = data.frames.length - 1;
 const state = { frame: 0, layer: 0, colour: "presence", zoom: 1, playing: false, cell: null,
-  hidden: new Set() }; // names of lines that are left out of the curves
+  hidden: new Set() }; // names of hidden lines in the curves
 
 const number = (value, digits = 4) =>
   value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits });
@@ -40,26 +40,26 @@ async function unpack(base64) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-const SNAPSHOT = 16; // frames between what is kept to go back from
+const SNAPSHOT = 16; // frames between the snapshots for seeking backwards
 
-/** The mask of one layer, which can be moved to any frame. */
-class Film {
+/** The mask of one layer at the current frame, with seeking to any frame. */
+class MaskAnimation {
   constructor(layer, bits, levels) {
     this.layer = layer;
     [this.rows, this.columns] = layer.grid;
     this.blocks = this.rows * this.columns;
-    this.bits = bits; // of each frame, which blocks changed
+    this.bits = bits; // the changed blocks of each frame, one bit per block
     this.stride = Math.ceil(this.blocks / 8);
-    this.levels = levels; // of each scored frame, a byte a block
+    this.levels = levels; // the scores of each scored frame, one byte per block
     this.mask = new Uint8Array(this.blocks);
-    this.since = new Uint16Array(this.blocks); // the frame of the last change
+    this.since = new Uint16Array(this.blocks); // the frame of each block's last change
     this.snapshots = [];
-    this.ends = []; // of each scored frame
+    this.scales = []; // the colour scale of each scored frame
     this.frame = -1;
     this.step();
-    this.lying = this.rows > this.columns; // on its long side, as screens do
-    this.width = this.lying ? this.rows : this.columns;
-    this.height = this.lying ? this.columns : this.rows;
+    this.transposed = this.rows > this.columns; // tall masks are drawn transposed, to fit screens
+    this.width = this.transposed ? this.rows : this.columns;
+    this.height = this.transposed ? this.columns : this.rows;
   }
 
   seek(frame) {
@@ -90,20 +90,20 @@ class Film {
     }
   }
 
-  /** The latest scored frame until now, or null; {low, high}: between which levels colours change. */
+  /** The latest scores up to this frame, or null; {low, high} are the ends of the colour scale. */
   scores() {
-    const { from, ranges, steps, levels } = this.layer.scores;
+    const { from, ranges, steps } = this.layer.scores;
     let i = from.length - 1;
     while (i >= 0 && from[i] > this.frame) i--;
     if (i < 0) return null;
-    const of = this.levels.subarray(i * this.blocks, (i + 1) * this.blocks);
+    const levels = this.levels.subarray(i * this.blocks, (i + 1) * this.blocks);
     const [lowest, highest] = ranges[i];
     const value = (level) => lowest + ((level - 1) / 254) * (highest - lowest);
-    this.ends[i] ??= middle(of);
-    return { step: steps[i], levels: of, value, ...this.ends[i] };
+    this.scales[i] ??= colourScale(levels);
+    return { step: steps[i], levels, value, ...this.scales[i] };
   }
 
-  /** What is known of one block: read from the film, whatever frame it was moved to before. */
+  /** State and history of one block up to the current frame. */
   block(row, column) {
     const index = row * this.columns + column;
     const changes = [];
@@ -114,29 +114,28 @@ class Film {
     const present = this.mask[index] === 1;
     const scores = this.scores();
     const level = scores ? scores.levels[index] : 0;
-    const came = present ? Math.ceil(changes.length / 2) : Math.floor(changes.length / 2);
+    const grown = present ? Math.ceil(changes.length / 2) : Math.floor(changes.length / 2);
     return {
       present,
       since: changes.length ? changes.at(-1) : 0,
-      came,
-      went: changes.length - came,
-      score: present && level
-        ? scores.value(level) : null,
+      grown,
+      dropped: changes.length - grown,
+      score: present && level ? scores.value(level) : null,
       scored: scores && scores.step,
     };
   }
 
-  /** Blocks present, and of these those that came with this frame; and those that went. */
+  /** Numbers of present blocks, and of blocks grown and dropped in this frame. */
   count() {
-    let present = 0, came = 0, went = 0;
+    let present = 0, grown = 0, dropped = 0;
     for (let i = 0; i < this.blocks; i++) {
-      const moved = this.frame > 0 && this.since[i] === this.frame;
-      if (this.mask[i]) { present++; if (moved) came++; } else if (moved) went++;
+      const changed = this.frame > 0 && this.since[i] === this.frame;
+      if (this.mask[i]) { present++; if (changed) grown++; } else if (changed) dropped++;
     }
-    return { present, came, went };
+    return { present, grown, dropped };
   }
 
-  /** Draw the frame, one pixel a block. */
+  /** Draw the frame, one pixel per block. */
   draw(canvas, colour) {
     if (canvas.width !== this.width || canvas.height !== this.height) {
       canvas.width = this.width;
@@ -148,7 +147,7 @@ class Film {
     const paint = this.painter(colour);
     for (let row = 0, i = 0; row < this.rows; row++) {
       for (let column = 0; column < this.columns; column++, i++) {
-        pixels[this.lying ? column * this.rows + row : i] = paint(i);
+        pixels[this.transposed ? column * this.rows + row : i] = paint(i);
       }
     }
     context.putImageData(image, 0, 0);
@@ -158,25 +157,25 @@ class Film {
     const { mask, since } = this;
     const { absent, kept, grown, dropped, unknown, ramp } = palette;
     if (colour === "presence") {
-      const now = this.frame || -1; // nothing came or went with the first frame
+      const now = this.frame || -1; // no block is grown or dropped in the first frame
       return (i) => mask[i] ? (since[i] === now ? grown : kept) : since[i] === now ? dropped : absent;
     }
     if (colour === "age") {
-      const step = story.frames[this.frame].step;
-      const of = story.frames.map((frame) => ramp[Math.round((255 * Math.max(0, step - frame.step)) / span)]);
-      return (i) => (mask[i] ? of[since[i]] : absent);
+      const step = data.frames[this.frame].step;
+      const colours = data.frames.map((frame) => ramp[Math.round((255 * Math.max(0, step - frame.step)) / span)]);
+      return (i) => (mask[i] ? colours[since[i]] : absent);
     }
     const scores = this.scores();
     if (!scores) return (i) => (mask[i] ? unknown : absent);
     const { levels, low, high } = scores;
-    const of = Array.from({ length: 256 }, (_, level) =>
+    const colours = Array.from({ length: 256 }, (_, level) =>
       ramp[Math.round(255 * Math.min(1, Math.max(0, (level - low) / Math.max(1, high - low))))]);
-    return (i) => (!mask[i] ? absent : levels[i] ? of[levels[i]] : unknown);
+    return (i) => (!mask[i] ? absent : levels[i] ? colours[levels[i]] : unknown);
   }
 }
 
-/** The levels that 2 and 98 of 100 blocks stay below: single outliers would take all the colours. */
-function middle(levels) {
+/** The 2nd and 98th percentile of the levels, so that outliers do not use up the colour scale. */
+function colourScale(levels) {
   const counts = new Uint32Array(256);
   for (const level of levels) counts[level]++;
   const scored = levels.length - counts[0];
@@ -190,8 +189,8 @@ function middle(levels) {
 
 // -- colours --------------------------------------------------------------------------------------
 
-const span = Math.max(1, story.frames[last].step - story.frames[0].step);
-// From young or low to old or high; of Cividis, which colour-blind eyes read as others do.
+const span = Math.max(1, data.frames[last].step - data.frames[0].step);
+// From young or low to old or high, based on Cividis, which is readable with colour blindness.
 const RAMPS = {
   light: ["#f2cf3b", "#c0b060", "#93907a", "#6a7280", "#3f5580", "#122c5c"],
   dark: ["#ffe25e", "#cfbf68", "#a3a07c", "#7f8898", "#5f7db5", "#4468b8"],
@@ -203,7 +202,7 @@ function rgb(hex) {
   return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 }
 
-// Pixels lie in memory as red, green, blue, alpha.
+// Pixels are stored as red, green, blue, alpha.
 const pixel = ([red, green, blue]) =>
   new Uint32Array(new Uint8ClampedArray([red, green, blue, 255]).buffer)[0];
 
@@ -233,26 +232,26 @@ function setTheme(name) {
 
 // -- the layer shown large ------------------------------------------------------------------------
 
-const film = () => films[state.layer];
-let films = [];
+const animation = () => animations[state.layer];
+let animations = [];
 let scale = 1;
 
-/** Choose how many CSS pixels a block takes, and lay out all that depends on it. */
+/** Set the CSS pixels per block, and the layout that depends on it. */
 function layOut() {
-  const { width, height, lying, layer } = film();
+  const { width, height, transposed, layer } = animation();
   const room = Math.max(120, $("window").clientWidth - 6);
   const fit = Math.min(room / width, Math.max(260, 0.56 * innerHeight) / height, 64);
   scale = (fit > 1 ? Math.floor(fit) : fit) * state.zoom;
   const canvas = $("mask");
   canvas.style.width = `${width * scale}px`;
   canvas.style.height = `${height * scale}px`;
-  // Several blocks to a pixel are averaged, else some would be left out.
+  // If a pixel covers several blocks, they are averaged; nearest neighbour would omit some.
   canvas.style.imageRendering = scale * devicePixelRatio < 1 ? "auto" : "pixelated";
   $("lines").hidden = scale < 6;
   $("lines").style.backgroundSize = `${scale}px ${scale}px`;
   const [outputs, inputs] = layer.grid.map((n) => n * layer.block_size);
-  const across = lying ? `${whole(outputs)} outputs` : `${whole(inputs)} inputs`;
-  const down = lying ? `${whole(inputs)} inputs` : `${whole(outputs)} outputs`;
+  const across = transposed ? `${whole(outputs)} outputs` : `${whole(inputs)} inputs`;
+  const down = transposed ? `${whole(inputs)} inputs` : `${whole(outputs)} outputs`;
   $("across").textContent = `${across} →`;
   $("down").textContent = `← ${down}`;
   $("smaller").disabled = state.zoom <= 1;
@@ -267,25 +266,25 @@ function zoom(factor) {
 }
 
 function showCell() {
-  const { lying, layer } = film();
+  const { transposed, layer } = animation();
   $("cursor").hidden = state.cell === null;
   $("readout").setAttribute("aria-live", state.playing ? "off" : "polite");
   if (state.cell === null) {
     $("readout").replaceChildren(element("span",
-      `Point at a block, or tap it: each is ${layer.block_size} × ${layer.block_size} weights.`));
+      `Point at a block or tap it. Each block is ${layer.block_size} × ${layer.block_size} weights.`));
     return;
   }
   const [row, column] = state.cell;
-  const [x, y] = lying ? [row, column] : [column, row];
+  const [x, y] = transposed ? [row, column] : [column, row];
   Object.assign($("cursor").style, {
     left: `${x * scale}px`, top: `${y * scale}px`,
     width: `${Math.max(3, scale)}px`, height: `${Math.max(3, scale)}px`,
   });
-  const block = film().block(row, column);
+  const block = animation().block(row, column);
   const size = layer.block_size;
-  const since = story.frames[block.since].step;
-  const age = story.frames[state.frame].step - since;
-  const atLeast = story.recorded > story.frames.length ? "at least " : "";
+  const since = data.frames[block.since].step;
+  const age = data.frames[state.frame].step - since;
+  const atLeast = data.recorded > data.frames.length ? "at least " : "";
   const times = (n) => `${atLeast}${many(n, "time")}`;
   const parts = [
     block.since === 0
@@ -295,9 +294,9 @@ function showCell() {
   ];
   if (block.present) {
     parts.push(block.score === null
-      ? "not scored" : `score ${number(block.score, 4)} (of step ${whole(block.scored)})`);
+      ? "not scored" : `score ${number(block.score, 4)} (at step ${whole(block.scored)})`);
   }
-  parts.push(`came ${times(block.came)}, went ${times(block.went)}`);
+  parts.push(`grown ${times(block.grown)}, dropped ${times(block.dropped)}`);
   $("readout").replaceChildren(
     element("b", `Block ${row}, ${column}`),
     element("span", ` · outputs ${whole(row * size)}–${whole((row + 1) * size - 1)},`
@@ -313,11 +312,11 @@ function choose(cell) {
 }
 
 function cellAt(event) {
-  const { width, height, lying } = film();
+  const { width, height, transposed } = animation();
   const box = $("mask").getBoundingClientRect();
   const x = Math.min(width - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * width)));
   const y = Math.min(height - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * height)));
-  return lying ? [x, y] : [y, x];
+  return transposed ? [x, y] : [y, x];
 }
 
 function showLegend() {
@@ -337,17 +336,17 @@ function showLegend() {
   };
   let items;
   if (state.colour === "presence") {
-    items = [key(style.kept, "present"), key(style.grown, "came with this frame"),
-      key(style.dropped, "went with it"), key(style.absent, "absent")];
+    items = [key(style.kept, "present"), key(style.grown, "grown in this frame"),
+      key(style.dropped, "dropped in this frame"), key(style.absent, "absent")];
   } else if (state.colour === "age") {
     items = [ramp("new", `${many(span, "step")} old`), key(style.absent, "absent")];
   } else {
-    const scores = film().scores();
+    const scores = animation().scores();
     items = scores
       ? [ramp(`${scores.low > 1 ? "≤ " : ""}${number(scores.value(scores.low), 3)}`,
         `${scores.high < 255 ? "≥ " : ""}${number(scores.value(scores.high), 3)}`), key(style.unknown, "not scored"),
-        key(style.absent, "absent"), element("span", `scores of step ${whole(scores.step)}`)]
-      : [element("span", "No block has been scored by this frame."), key(style.unknown, "not scored")];
+        key(style.absent, "absent"), element("span", `scores at step ${whole(scores.step)}`)]
+      : [element("span", "No block has been scored up to this frame."), key(style.unknown, "not scored")];
   }
   $("legend").replaceChildren(...items);
 }
@@ -364,12 +363,12 @@ function buildGallery() {
       if (tile.visible) drawTile(tile);
     }
   });
-  story.layers.forEach((layer, index) => {
+  data.layers.forEach((layer, index) => {
     const button = element("button", "", {
       type: "button", class: "tile", "data-layer": index, title: layer.name,
     });
     const canvas = element("canvas", "", { "aria-hidden": "true" });
-    // From 70 blocks on the browser makes the picture smaller, and should average.
+    // From 70 blocks on, the browser shrinks the image and should average pixels.
     button.classList.toggle("coarse", Math.max(...layer.grid) < 70);
     const name = element("span", "", { class: "name" });
     name.append(element("bdi", layer.name));
@@ -381,29 +380,29 @@ function buildGallery() {
     seen.observe(button);
   });
   const { classList } = document.querySelector(".stage");
-  classList.toggle("alone", story.layers.length < 2);
-  classList.toggle("wide", story.layers.some((layer) => Math.max(...layer.grid) > 400));
+  classList.toggle("alone", data.layers.length < 2);
+  classList.toggle("wide", data.layers.some((layer) => Math.max(...layer.grid) > 400));
 }
 
 function drawTile(tile) {
-  const of = films[tile.index];
-  of.seek(state.frame);
-  of.draw(tile.canvas, state.colour);
-  tile.share.textContent = percent(of.count().present / of.blocks);
+  const masks = animations[tile.index];
+  masks.seek(state.frame);
+  masks.draw(tile.canvas, state.colour);
+  tile.share.textContent = percent(masks.count().present / masks.blocks);
 }
 
-// -- moving about ---------------------------------------------------------------------------------
+// -- navigation -----------------------------------------------------------------------------------
 
 /** Show the frame, layer and colour of the state. */
 function draw() {
-  const of = film();
-  of.seek(state.frame);
-  of.draw($("mask"), state.colour);
-  const { present, came, went } = of.count();
-  $("layer-state").textContent = `${whole(present)} of ${whole(of.blocks)} blocks, `
-    + `${percent(present / of.blocks)}${state.frame ? ` · ${whole(came)} came, ${whole(went)} went` : ""}`;
-  const frame = story.frames[state.frame];
-  const what = frame.number ? `update ${whole(frame.number)}` : state.frame ? "went on" : "start";
+  const masks = animation();
+  masks.seek(state.frame);
+  masks.draw($("mask"), state.colour);
+  const { present, grown, dropped } = masks.count();
+  $("layer-state").textContent = `${whole(present)} of ${whole(masks.blocks)} blocks, `
+    + `${percent(present / masks.blocks)}${state.frame ? ` · ${whole(grown)} grown, ${whole(dropped)} dropped` : ""}`;
+  const frame = data.frames[state.frame];
+  const what = frame.number ? `update ${whole(frame.number)}` : state.frame ? "resumed" : "start";
   const when = `step ${whole(frame.step)} · ${what}`;
   $("when").textContent = when;
   $("slider").value = state.frame;
@@ -420,11 +419,11 @@ function showFrame(frame) {
 }
 
 function chooseLayer(index) {
-  if (index < 0 || index >= story.layers.length) return;
+  if (index < 0 || index >= data.layers.length) return;
   state.layer = index;
   state.cell = null;
   state.zoom = 1;
-  const { layer } = film();
+  const { layer } = animation();
   const [outputs, inputs] = layer.grid.map((n) => n * layer.block_size);
   $("layer-name").textContent = layer.name;
   $("sheet").setAttribute("aria-label",
@@ -434,7 +433,7 @@ function chooseLayer(index) {
   tiles.forEach((tile) => tile.button.setAttribute("aria-pressed", tile.index === index));
   const { button } = tiles[index];
   const { parentElement: shelf } = button;
-  // Only the shelf scrolls; scrollIntoView would move the page too.
+  // Scroll only the shelf; scrollIntoView would also scroll the page.
   shelf.scrollTop += Math.min(0, button.offsetTop - shelf.offsetTop - shelf.scrollTop)
     || Math.max(0, button.offsetTop - shelf.offsetTop + button.offsetHeight - shelf.scrollTop - shelf.clientHeight);
   shelf.scrollLeft += Math.min(0, button.offsetLeft - shelf.offsetLeft - shelf.scrollLeft)
@@ -465,7 +464,7 @@ function play(on) {
 
 function advance(now) {
   if (!state.playing) return;
-  // A slow machine leaves frames out, and keeps the pace.
+  // Skip frames on slow machines to keep the speed.
   const due = Math.floor(((now - shownAt) / 1000) * Number($("speed").value));
   if (due > 0) {
     shownAt = now;
@@ -476,7 +475,7 @@ function advance(now) {
 }
 
 function moveCell(rows, columns) {
-  const [maxRow, maxColumn] = film().layer.grid;
+  const [maxRow, maxColumn] = animation().layer.grid;
   const [row, column] = state.cell ?? [0, 0];
   const inside = (value, size) => Math.min(size - 1, Math.max(0, value));
   choose(state.cell === null ? [0, 0] : [inside(row + rows, maxRow), inside(column + columns, maxColumn)]);
@@ -486,7 +485,7 @@ function moveCell(rows, columns) {
 function onKey(event) {
   if (event.altKey || event.ctrlKey || event.metaKey) return;
   const { target, key } = event;
-  const ways = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   const inMask = target === $("sheet");
   if (target.matches("select, [type=radio]") || target.closest(".plot")) return;
   if (key === " " && !target.matches("button, summary")) {
@@ -494,9 +493,9 @@ function onKey(event) {
   } else if (key === "Escape" && inMask) {
     choose(null);
     target.blur();
-  } else if (key in ways) {
-    const [down, right] = ways[key];
-    if (inMask && film().lying) moveCell(right, down);
+  } else if (key in moves) {
+    const [down, right] = moves[key];
+    if (inMask && animation().transposed) moveCell(right, down);
     else if (inMask) moveCell(down, right);
     else if (down) chooseLayer(state.layer + down);
     else { play(false); showFrame(state.frame + right); }
@@ -506,12 +505,12 @@ function onKey(event) {
 
 // -- curves ---------------------------------------------------------------------------------------
 
-// Okabe and Ito's, without black and yellow, which a background hides.
+// The palette of Okabe and Ito without black and yellow, which lack contrast with the backgrounds.
 const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a6fc8"];
 const SHARES = new Set(["density", "churn", "survival", "ever"]);
-const MOST_LAYERS = 24; // whose lines are shown at first
+const MAX_LAYERS = 24; // with more layers, their lines are hidden initially
 
-// Plotly reads tags in names, so they are written as entities.
+// Plotly interprets tags in names, so they are escaped.
 const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
 const panels = [];
@@ -523,18 +522,18 @@ const seenPanels = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "300px" });
 
-/** A plot that is drawn when it is first seen, with a line at the frame that the films show. */
+/** A plot that is drawn when it becomes visible, with a line at the displayed frame. */
 class Panel {
   /**
-   * @param lines makes Plotly's lines, in the colours of now
-   * @param ofLayers whether the legend is the one of all such plots
+   * @param lines function that returns Plotly's lines in the current colours
+   * @param sharedLegend whether the lines use the legend shared by all plots of layers
    */
-  constructor(parent, title, note, lines, { share = false, fromZero = true, ofLayers = false } = {}) {
+  constructor(parent, title, note, lines, { share = false, fromZero = true, sharedLegend = false } = {}) {
     this.root = element("div", "", { class: "panel", "data-panel": panels.length });
     this.plot = element("div", "", { class: "plot" });
     this.root.append(element("h3", title), element("p", note), this.plot);
     this.now = element("div", "", { class: "now" });
-    Object.assign(this, { share, fromZero, ofLayers, lines, visible: false, dirty: true, drawn: false });
+    Object.assign(this, { share, fromZero, sharedLegend, lines, visible: false, dirty: true, drawn: false });
     panels.push(this);
     parent.append(this.root);
     seenPanels.observe(this.root);
@@ -546,16 +545,16 @@ class Panel {
     const axis = { gridcolor: style.line, zeroline: false, linecolor: style.line, automargin: true };
     const lines = this.lines();
     await Plotly.react(this.plot, lines, {
-      uirevision: "kept", // what was hidden stays hidden
+      uirevision: "kept", // hidden lines stay hidden
       margin: { l: 8, r: 8, t: 8, b: 8 },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style.soft },
-      xaxis: { ...axis, range: [story.steps[0], Math.max(story.steps[0] + 1, story.steps[1])], title: { text: "step", standoff: 4 } },
+      xaxis: { ...axis, range: [data.steps[0], Math.max(data.steps[0] + 1, data.steps[1])], title: { text: "step", standoff: 4 } },
       yaxis: { ...axis, rangemode: this.fromZero ? "tozero" : "normal", tickformat: this.share ? ".0%" : undefined, hoverformat: this.share ? ".2%" : undefined },
       hovermode: "closest",
       hoverlabel: { namelength: -1, bgcolor: style.raised, bordercolor: style.line, font: { color: style.ink } },
-      showlegend: lines.length > 1 && !this.ofLayers,
+      showlegend: lines.length > 1 && !this.sharedLegend,
       legend: { orientation: "h", y: -0.24, yanchor: "top", font: { size: 11 }, itemwidth: 30 },
     }, {
       displaylogo: false, displayModeBar: false, responsive: true, doubleClick: "reset",
@@ -573,11 +572,11 @@ class Panel {
     this.mark();
   }
 
-  /** Move the line alone: drawing the plot anew at every frame would take the time of many frames. */
+  /** Move only the line; redrawing the plot at every frame would be too slow. */
   mark() {
     if (!this.drawn || !this.visible) return;
     const { xaxis, yaxis } = this.plot._fullLayout;
-    const x = xaxis.d2p(story.frames[state.frame].step);
+    const x = xaxis.d2p(data.frames[state.frame].step);
     this.now.hidden = x < 0 || x > xaxis._length;
     this.now.style.transform = `translate(${xaxis._offset + x - 0.75}px, ${yaxis._offset}px)`;
     this.now.style.height = `${yaxis._length}px`;
@@ -586,8 +585,8 @@ class Panel {
 
 function nearestFrame(step) {
   let best = 0;
-  story.frames.forEach((frame, i) => {
-    if (Math.abs(frame.step - step) < Math.abs(story.frames[best].step - step)) best = i;
+  data.frames.forEach((frame, i) => {
+    if (Math.abs(frame.step - step) < Math.abs(data.frames[best].step - step)) best = i;
   });
   return best;
 }
@@ -600,32 +599,32 @@ function refreshPanels() {
 }
 
 function buildCurves() {
-  const { step, total, layers } = story.curves;
+  const { step, total, layers } = data.curves;
   const sentence = (text) => $("curves").append(element("p", text, { class: "note" }));
-  if (story.recorded === 1) {
-    return sentence("Nothing changed yet: the history holds the masks the training began with, and no update after it.");
+  if (data.recorded === 1) {
+    return sentence("Nothing changed yet: the history holds the initial masks, and no update after them.");
   }
   const named = [
-    ["density", "Density", "share of blocks that are present"],
-    ["churn", "Churn", "share of the blocks exchanged for others by each update"],
-    ["survival", "Survival", "share of the blocks that each update kept"],
-    ["ever", "Ever active (Rs)", "share of all blocks that have been present so far"],
-    ["dead_rows", "Dead rows", "block rows without a block: outputs that get nothing"],
-    ["dead_columns", "Dead columns", "block columns without a block: inputs that are not read"],
+    ["density", "Density", "share of all blocks that are present"],
+    ["churn", "Churn", "share of the present blocks replaced by others in each update"],
+    ["survival", "Survival", "share of the present blocks kept by each update"],
+    ["ever", "Ever active (Rs)", "share of all blocks that were present at any time so far"],
+    ["dead_rows", "Dead rows", "block rows without a block: outputs without inputs"],
+    ["dead_columns", "Dead columns", "block columns without a block: unused inputs"],
   ];
-  const still = { // what is said instead of drawing a line that never leaves this value
-    churn: [0, "No block was ever exchanged for another."],
+  const constant = { // the text shown instead of a line that always has this value
+    churn: [0, "No block was ever replaced by another."],
     survival: [1, "No block was ever dropped."],
-    ever: [1, "Every block has been present: the training began with all of them."],
+    ever: [1, "Every block has been present: the training began dense."],
     dead_rows: [0, "Every block row always had a block."],
     dead_columns: [0, "Every block column always had a block."],
   };
   for (const [key, title, note] of named) {
-    // The start is no update: nothing was kept or exchanged by it.
+    // The first frame is no update, so it has no churn or survival.
     const from = key === "churn" || key === "survival" ? 1 : 0;
-    if (key in still && total[key].every((value) => value === still[key][0])) {
+    if (key in constant && total[key].every((value) => value === constant[key][0])) {
       const panel = element("div", "", { class: "panel" });
-      panel.append(element("h3", title), element("p", note), element("div", still[key][1], { class: "plot sentence" }));
+      panel.append(element("h3", title), element("p", note), element("div", constant[key][1], { class: "plot sentence" }));
       $("curves").append(panel);
       continue;
     }
@@ -633,7 +632,7 @@ function buildCurves() {
       const drawn = layers.map((layer, i) => layerLine(i, step.slice(from), layer[key].slice(from)));
       const all = line(step.slice(from), total[key].slice(from), ALL, style.accent, 3);
       return layers.length > 1 ? [{ ...all, visible: !state.hidden.has(ALL), zorder: 1 }, ...drawn] : drawn;
-    }, { share: SHARES.has(key), fromZero: key !== "survival", ofLayers: true });
+    }, { share: SHARES.has(key), fromZero: key !== "survival", sharedLegend: true });
   }
   if (layers.length > 1) buildLegend();
 }
@@ -646,16 +645,16 @@ function line(x, y, name, color, width) {
 }
 
 function layerLine(index, x, y) {
-  const { name } = story.layers[index];
+  const { name } = data.layers[index];
   const chosen = index === state.layer;
   return { ...line(x, y, name, chosen ? style.kept : style.unknown, chosen ? 2.5 : 1),
     visible: chosen || !state.hidden.has(name), zorder: chosen ? 2 : 0 };
 }
 
-/** One legend for all the plots that have a line a layer. */
+/** The shared legend of all plots with one line per layer. */
 function buildLegend() {
-  const names = story.layers.map((layer) => layer.name);
-  if (names.length > MOST_LAYERS) names.forEach((name) => state.hidden.add(name));
+  const names = data.layers.map((layer) => layer.name);
+  if (names.length > MAX_LAYERS) names.forEach((name) => state.hidden.add(name));
   const chips = [ALL, ...names].map((name) => {
     const chip = element("button", name, { type: "button", class: "chip" });
     const show = () => chip.setAttribute("aria-pressed", !state.hidden.has(name));
@@ -672,21 +671,21 @@ function buildLegend() {
 }
 
 function buildMetrics() {
-  const layers = new Map(story.layers.map((layer, index) => [layer.name, index]));
+  const layers = new Map(data.layers.map((layer, index) => [layer.name, index]));
   const groups = new Map();
-  for (const metric of story.metrics) {
+  for (const metric of data.metrics) {
     if (!groups.has(metric.panel)) groups.set(metric.panel, []);
     groups.get(metric.panel).push(metric);
   }
   if (!groups.size) {
-    $("metrics").append(element("p", "No metric was recorded: the training logged none, or it ended before one was known.", { class: "note" }));
+    $("metrics").append(element("p", "No metric was recorded: the training logged none, or it ended before the first one.", { class: "note" }));
   }
   for (const [title, metrics] of groups) {
     const indices = metrics.map(({ name }) => layers.get(name.slice(title.length + 1)));
     if (indices.every((index) => index !== undefined)) {
-      new Panel($("metrics"), title, "of each layer", () =>
+      new Panel($("metrics"), title, "by layer", () =>
         metrics.map((metric, i) => layerLine(indices[i], metric.step, metric.value)),
-      { ofLayers: true, fromZero: false });
+      { sharedLegend: true, fromZero: false });
       continue;
     }
     const names = metrics.map((metric) => metric.name).filter((name) => name !== title);
@@ -707,20 +706,20 @@ const COLUMNS = [
   ["Ever active", (layer) => layer.row.ever, percent],
   ["Dead rows", (layer) => layer.row.dead_rows, whole],
   ["Dead columns", (layer) => layer.row.dead_columns, whole],
-  ["Blocks exchanged in all", (layer) => layer.row.exchanged, whole],
+  ["Blocks replaced in total", (layer) => layer.row.replaced, whole],
   ["Mean age, steps", (layer) => layer.row.age, (n) => number(n, 4)],
   ["Mean score", (layer) => layer.row.score, (n) => number(n, 4)],
 ];
 
 function buildTable() {
-  $("table-note").textContent = `After the last frame, of step ${whole(story.frames[last].step)}. `
-    + "Ages are those of the present blocks; scores those of the last time they were recorded.";
+  $("table-note").textContent = `At the last frame, step ${whole(data.frames[last].step)}. `
+    + "Ages are averaged over the present blocks, scores over the last recorded ones.";
   const head = $("layers").tHead.insertRow();
   COLUMNS.forEach(([title, value], i) => {
     const cell = element("th", "", { scope: "col" });
     const button = element("button", title, { type: "button" });
     button.addEventListener("click", () => {
-      // Numbers begin with the largest, names with the first.
+      // Numbers are first sorted in descending order, names in ascending order.
       const sorted = cell.getAttribute("aria-sort");
       const down = sorted ? sorted === "ascending" : i !== 0;
       for (const other of head.cells) other.removeAttribute("aria-sort");
@@ -728,7 +727,7 @@ function buildTable() {
       const compare = (a, b) =>
         typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : (a ?? -Infinity) - (b ?? -Infinity);
       const rows = [...$("layers").tBodies[0].rows].sort((a, b) => {
-        const order = compare(value(story.layers[a.dataset.layer]), value(story.layers[b.dataset.layer]));
+        const order = compare(value(data.layers[a.dataset.layer]), value(data.layers[b.dataset.layer]));
         return (down ? -order : order) || a.dataset.layer - b.dataset.layer;
       });
       $("layers").tBodies[0].append(...rows);
@@ -736,7 +735,7 @@ function buildTable() {
     cell.append(button);
     head.append(cell);
   });
-  story.layers.forEach((layer, index) => {
+  data.layers.forEach((layer, index) => {
     const row = $("layers").tBodies[0].insertRow();
     row.dataset.layer = index;
     COLUMNS.forEach(([, value, show], i) => {
@@ -752,22 +751,22 @@ function buildTable() {
 // -- the header -----------------------------------------------------------------------------------
 
 function buildHeader() {
-  const { weights, layers, updates, frames, recorded } = story;
-  $("title").textContent = story.title;
-  const changed = story.layers.some((layer) => layer.row.exchanged > 0 || layer.row.ever !== layer.row.density);
+  const { weights, layers, updates, frames, recorded } = data;
+  $("title").textContent = data.title;
+  const changed = data.layers.some((layer) => layer.row.replaced > 0 || layer.row.ever !== layer.row.density);
   const first = weights.first / weights.dense;
   const end = weights.last / weights.dense;
   const density = percent(first) === percent(end)
     ? `stayed at ${percent(end)}` : `went from ${percent(first)} to ${percent(end)}`;
-  $("lede").textContent = `What became of the weight blocks of ${many(layers.length, "layer")}. Density ${density} in `
+  $("lede").textContent = `How the weight blocks of ${many(layers.length, "layer")} changed. The density ${density} in `
     + `${many(updates, "update")}.`;
   const facts = [
-    ["Steps", `${whole(story.steps[0])} to ${whole(story.steps[1])}`],
+    ["Steps", `${whole(data.steps[0])} to ${whole(data.steps[1])}`],
     ["Updates", whole(updates)],
     ["Weights of these layers", shorter(weights.last),
       weights.first === weights.last ? ` of ${shorter(weights.dense)} dense`
-        : ` at the end, ${shorter(weights.first)} at first, ${shorter(weights.dense)} dense`],
-    ["Time", duration(story.seconds[1] - story.seconds[0])],
+        : ` at the end, ${shorter(weights.first)} initially, ${shorter(weights.dense)} dense`],
+    ["Time", duration(data.seconds[1] - data.seconds[0])],
   ];
   for (const [name, value, aside] of facts) {
     const fact = element("div");
@@ -776,9 +775,9 @@ function buildHeader() {
     fact.append(element("dt", name), shown);
     $("facts").append(fact);
   }
-  const about = story.about.filter(([key]) => !key.startsWith("config."));
+  const about = data.about.filter(([key]) => !key.startsWith("config."));
   $("made").textContent = about.map(([key, value]) => `${key.replaceAll("_", " ")} ${value}`).join(" · ");
-  const config = story.about.filter(([key]) => key.startsWith("config."));
+  const config = data.about.filter(([key]) => key.startsWith("config."));
   $("about").hidden = config.length === 0;
   for (const [key, value] of config) {
     const pair = element("div");
@@ -786,11 +785,11 @@ function buildHeader() {
     $("config").append(pair);
   }
   const notes = [];
-  if (last === 0) notes.push("There is one frame only, as no update was recorded: nothing to play.");
-  else if (!changed) notes.push("The pattern is static: no block came or went.");
+  if (last === 0) notes.push("There is only one frame, because no update was recorded.");
+  else if (!changed) notes.push("The topology is static: no block was grown or dropped.");
   if (recorded > frames.length) {
-    notes.push(`${whole(recorded)} frames were recorded. The films show ${frames.length}, evenly spaced: each `
-      + `takes about ${number(recorded / frames.length, 2)} updates together. Curves and table count every update.`);
+    notes.push(`${whole(recorded)} frames were recorded. The animations show ${frames.length}, evenly spaced: each `
+      + `combines about ${number(recorded / frames.length, 2)} updates. Curves and table include every update.`);
   }
   $("still").textContent = notes.join(" ");
   $("still").hidden = notes.length === 0;
@@ -798,7 +797,7 @@ function buildHeader() {
   $("slider").max = last;
 }
 
-// -- all together ---------------------------------------------------------------------------------
+// -- start ----------------------------------------------------------------------------------------
 
 function listen() {
   $("play").addEventListener("click", () => play(!state.playing));
@@ -807,7 +806,7 @@ function listen() {
   $("smaller").addEventListener("click", () => zoom(1 / 2));
   $("larger").addEventListener("click", () => zoom(2));
   const sheet = $("sheet");
-  let held = false; // a block that was clicked, or reached by keys, stays
+  let held = false; // whether a block was selected by click or keys, and stays selected
   sheet.addEventListener("pointermove", (event) => { if (!held) choose(cellAt(event)); });
   sheet.addEventListener("pointerleave", () => { if (!held && document.activeElement !== sheet) choose(null); });
   sheet.addEventListener("click", (event) => { held = true; choose(cellAt(event)); });
@@ -829,12 +828,12 @@ async function begin() {
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   buildHeader();
   if (typeof DecompressionStream === "undefined") {
-    $("still").textContent = "This browser cannot unpack the films. Take one of 2023 or later.";
+    $("still").textContent = "This browser cannot decompress the data. Use a browser from 2023 or later.";
     $("still").hidden = false;
     return;
   }
-  films = await Promise.all(story.layers.map(async (layer) =>
-    new Film(layer, await unpack(layer.film), await unpack(layer.scores.levels))));
+  animations = await Promise.all(data.layers.map(async (layer) =>
+    new MaskAnimation(layer, await unpack(layer.animation), await unpack(layer.scores.levels))));
   buildTable();
   buildGallery();
   buildCurves();

@@ -1,4 +1,4 @@
-"""One HTML file out of the template, its style and script, the story, and the plotting library."""
+"""Render the page: one HTML file with the template, style, script, data and plotting library."""
 
 from __future__ import annotations
 
@@ -6,56 +6,57 @@ import html
 import json
 import os
 import re
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sparse_lightning.files import write_text
 from sparse_lightning.history import read_history
-from sparse_lightning.report.story import tell
+from sparse_lightning.report.page_data import page_data
 
 
 def write_report(
     history: str | os.PathLike[str], output: str | os.PathLike[str], *, title: str | None = None
 ) -> dict[str, Any]:
-    """Write the report of a training, all at once: one file that needs neither network nor server.
+    """Write the page of a training atomically: one file that needs neither network nor server.
 
     Args:
-        history: the file that the training recorded.
-        output: the HTML file; one that is there is replaced.
-        title: of the page; the names of the two folders that `history` lies in, if None.
+        history: history file recorded by the training.
+        output: HTML file to write; an existing file is replaced.
+        title: title of the page; if None, the names of the two innermost folders of `history`.
 
     Returns:
-        What the page shows, as `sparse_lightning.report.tell` returns it.
+        The data shown on the page, as primitives.
 
     Raises:
-        ValueError: if `history` is something else, or holds nothing.
+        ValueError: if `history` is another file, or holds no masks.
         RuntimeError: if plotly is not installed.
         OSError: if a file cannot be read or written.
     """
     history, output = Path(history), Path(output)
     library = plotting_library()
-    story = tell(read_history(history), title or "/".join(history.resolve().parent.parts[-2:]))
-    _write(output, render(story, library))
-    return story
+    title = title or "/".join(history.resolve().parent.parts[-2:])
+    data = page_data(read_history(history), title)
+    write_text(output, render(data, library))
+    return data
 
 
-def render(story: dict[str, Any], library: str) -> str:
-    """Return the page.
+def render(data: dict[str, Any], library: str) -> str:
+    """Return the HTML of the page.
 
     Args:
-        story: as `tell` returns it.
+        data: the result of `page_data`.
         library: plotly's JavaScript.
     """
     parts = {
-        "title": html.escape(story["title"]),
+        "title": html.escape(data["title"]),
         "style": _part("page.css"),
         "script": _part("page.js"),
         "library": library,
-        # A name in it may hold "</script>" or "<!--", which would end the element.
-        "story": json.dumps(story, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        # A name can contain "</script>" or "<!--", which would end the element.
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    # In one pass: what is put in is not looked through for more.
+    # A single pass does not expand placeholders in the inserted text.
     return re.sub(r"\{\{ (\w+) \}\}", lambda match: parts[match[1]], _part("page.html"))
 
 
@@ -69,7 +70,7 @@ def plotting_library() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise RuntimeError(
-            "The report needs plotly, which is not installed. "
+            "The run page needs plotly, which is not installed. "
             "Install it with: pip install 'sparse-lightning[report]'"
         ) from error
     return str(get_plotlyjs())
@@ -77,11 +78,3 @@ def plotting_library() -> str:
 
 def _part(name: str) -> str:
     return files("sparse_lightning.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file at once: who opens it meanwhile finds the old one, or the whole new one."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder, path.name)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""`sparse-lightning bench kernels`: parity before time, tables, files, peers, bad options."""
+"""`sparse-lightning bench kernels`: parity checks, tables, files, peers, wrong options."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def problem(dtype: torch.dtype = torch.float32, block_size: int = 16) -> Problem
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_ours_and_the_dense_product_pass_the_check(op: str, dtype: torch.dtype) -> None:
+def test_block_sparse_and_dense_products_pass_the_check(op: str, dtype: torch.dtype) -> None:
     p = problem(dtype)
-    # The norms add to what is there, so each contender is checked once.
+    # The norms are accumulated, so each contender is checked once.
     p.check(op, p.ours(op))
     p.check(op, p.dense(op))
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("part", range(4))
-def test_the_check_sees_each_part_of_a_result(op: str, part: int) -> None:
+def test_the_check_covers_every_part_of_a_result(op: str, part: int) -> None:
     p = problem()
     right = p.ours(op)
     results = list(right.read(right.run()))
@@ -67,10 +67,10 @@ def test_times_by_hand() -> None:
     assert Times.of([5.0]) == Times(5.0, 5.0, 5.0)
 
 
-def test_functions_take_turns() -> None:
+def test_functions_alternate() -> None:
     calls: list[str] = []
     samples = device_times([lambda: calls.append("a"), lambda: calls.append("b")], 3, CPU)
-    assert calls == ["a", "b"] * 5  # two turns to warm up
+    assert calls == ["a", "b"] * 5  # two warm-up rounds
     assert [len(times) for times in samples] == [3, 3]
 
 
@@ -126,7 +126,7 @@ def test_a_wrong_kernel_is_not_timed(
         (lambda p, op: Contender(lambda: p.x @ p.linear.weight.T * 2), None, "relative error 1"),
         (lambda p, op: Contender(lambda: p.x * torch.nan), None, "shape"),
         (lambda p, op: 1 / 0, None, "division by zero"),
-        # The memory that it gets held the right result a moment ago.
+        # The memory it gets held the right result before.
         (lambda p, op: Contender(lambda: torch.empty(64, 96)), None, "relative error nan"),
     ],
 )
@@ -153,10 +153,10 @@ def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | Non
         (("--peers", "torch_bsr"), "CUDA only"),
         (("--device", "meta"), "cuda or cpu; got 'meta'"),
         (("--device", "nonsense"), "cuda or cpu; got 'nonsense'"),
-        (("--json", "/nowhere/x.json"), "'/nowhere/x.json'.*written"),
-        (("--plot", "/nowhere/x.png"), "'/nowhere/x.png'.*written"),
-        (("--json", "."), "'.'.*must be a file"),
-        (("--plot", "."), "'.'.*must be a file"),
+        (("--json", "/nowhere/x.json"), "--json.*written to; got '/nowhere/x.json'"),
+        (("--plot", "/nowhere/x.png"), "--plot.*written to; got '/nowhere/x.png'"),
+        (("--json", "."), r"--json.*must be a file.*'\.'"),
+        (("--plot", "."), r"--plot.*must be a file.*'\.'"),
         (("--plot", "x.docx"), r"--plot.*must end in.*png.*got 'x.docx'"),
     ],
 )
@@ -190,18 +190,18 @@ def test_no_memory_left(
     assert capsys.readouterr().err == "sparse-lightning: out of memory\n"
 
 
-def test_a_gpu_that_is_not_there(
+def test_an_unavailable_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main([*ONE, "--device", "cuda:2", "--peers", "none"]) == 2
     printed = capsys.readouterr()
-    assert not printed.out and "one of the 2 that are there; got 'cuda:2'" in printed.err
+    assert not printed.out and "one of the 2 available GPUs; got 'cuda:2'" in printed.err
 
 
 def test_the_commit_is_that_of_the_package(tmp_path: Path) -> None:
-    """Not that of a repository that somebody has an environment in."""
+    """Not the commit of another repository that contains the installed package."""
     shutil.copytree(Path(kernels.__file__).parents[1], tmp_path / "site" / "sparse_lightning")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
@@ -209,7 +209,8 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import torch\nfrom sparse_lightning.bench import environment\n"
-        "print(environment.__file__, environment.describe(torch.device('cpu')).get('commit'))"
+        "found = environment.describe_environment(torch.device('cpu'))\n"
+        "print(environment.__file__, found.get('commit'))"
     )
     printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path)
     assert printed.startswith(str(tmp_path)) and printed.endswith(" None\n")
@@ -257,7 +258,12 @@ def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_blocks_of_a_peer_by_hand() -> None:
     p = problem()
-    rows, cols, blocks = peers._by_row(p)
-    dense: Tensor = p.layer.topology.unpack(peers._by_slot(p, blocks))
+    rows, cols, blocks = peers._row_major(p)
+    dense: Tensor = p.layer.topology.unpack(peers._slot_order(p, blocks))
     torch.testing.assert_close(dense, p.linear.weight.detach())
     assert (rows * 8 + cols).diff().min() > 0
+
+
+def test_the_command_does_not_import_lightning() -> None:
+    code = "import sys; import sparse_lightning.cli; print('lightning' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

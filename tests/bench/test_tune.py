@@ -16,14 +16,14 @@ from sparse_lightning.kernels.choice import Measured
 def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert "`--device` must be a CUDA GPU that is there; got 'cpu'" in error
+    assert "`--device` must be an available CUDA GPU; got 'cpu'" in error
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--device", "nonsense"), "cuda or cpu; got 'nonsense'"),
-        (("--device", "cuda:1"), "one of the 1 that are there; got 'cuda:1'"),
+        (("--device", "cuda:1"), "one of the 1 available GPUs; got 'cuda:1'"),
         (("--repeats", "0"), "`--repeats` must be at least 1; got 0"),
         (("--output", "/dev/null/new/table.json"), "in a folder that can be written to"),
     ],
@@ -34,7 +34,7 @@ def test_wrong_options(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Found before anything is measured, so also with a GPU that is not there."""
+    """Options are checked before measuring, so a fake GPU suffices."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert main(["tune", *options]) == 2

@@ -1,4 +1,4 @@
-"""The examples as a user runs them: each in a process of its own, small."""
+"""The examples as a user runs them: small, each in its own process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import csv
 import doctest
 import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +14,7 @@ import pytest
 
 import sparse_lightning
 from sparse_lightning.history import read_history
+from tests import processes
 
 pytestmark = pytest.mark.slow
 
@@ -25,21 +23,13 @@ TINY = ("model=tiny", "trainer.max_steps=20", "trainer.val_check_interval=10")
 
 
 def run(script: str, *arguments: str, cwd: Path) -> str:
-    """Run an example and return what it printed; fail with all of it if it failed."""
-    process = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    """Run an example and return its output; fail with the output if it fails."""
+    environment = {"COLUMNS": "200"}
+    return processes.run(EXAMPLES / script, *arguments, cwd=cwd, environment=environment).stdout
 
 
 def value(name: str, output: str) -> float:
-    """Return the number that stands after `name` in what an example printed."""
+    """Return the number printed after `name`."""
     found = re.search(rf"^{name} +([\d.]+)", output, re.MULTILINE)
     assert found, output
     return float(found[1])
@@ -54,7 +44,7 @@ def load(name: str) -> ModuleType:
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """Return width and height in pixels, from the header."""
+    """Return the width and height in pixels from the header."""
     header = path.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
@@ -62,7 +52,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Train the tiny GPT; return its directory and what it printed."""
+    """Train the tiny GPT; return its directory and output."""
     directory = tmp_path_factory.mktemp("tiny")
     return directory, run("train.py", *TINY, f"hydra.run.dir={directory}", cwd=directory)
 
@@ -74,7 +64,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert float(density) == pytest.approx(0.25, abs=0.01)
 
 
-def test_gpt_learns_and_leaves_everything_in_the_run_directory(
+def test_gpt_learns_and_writes_only_to_the_run_directory(
     first_run: tuple[Path, str],
 ) -> None:
     directory, output = first_run
@@ -89,7 +79,7 @@ def test_gpt_learns_and_leaves_everything_in_the_run_directory(
     assert {path.name for path in directory.iterdir()} <= {
         *(".hydra", "checkpoints", "masks.png", "sparse-lightning", "train.log", "wandb")
     }
-    (history,) = directory.glob("sparse-lightning/*/pattern.history")  # by W&B's project and run
+    (history,) = directory.glob("sparse-lightning/*/pattern.history")  # W&B's project and run
     assert read_history(history).frames[-1].number > 0
 
 
@@ -106,9 +96,9 @@ def test_gpt_resumes(first_run: tuple[Path, str], tmp_path: Path) -> None:
     assert steps and min(steps) >= 20 and max(steps) <= 30
 
 
-def test_choices_run_side_by_side(tmp_path: Path) -> None:
-    choices = ["callbacks/sparsity=rigl,set", "logger=csv", f"hydra.sweep.dir={tmp_path}"]
-    output = run("train.py", "--multirun", *TINY, *choices, cwd=tmp_path)
+def test_presets_run_in_a_sweep(tmp_path: Path) -> None:
+    overrides = ["callbacks/sparsity=rigl,set", "logger=csv", f"hydra.sweep.dir={tmp_path}"]
+    output = run("train.py", "--multirun", *TINY, *overrides, cwd=tmp_path)
     assert output.count("bits per byte") == 2
     for job in "01":
         assert (tmp_path / job / "masks.png").exists()
@@ -147,18 +137,10 @@ def test_throughput(tmp_path: Path) -> None:
     assert rows[-3].endswith(" | 1.00 |")
 
 
-def test_throughput_on_two_ranks(tmp_path: Path) -> None:
+def test_throughput_on_two_ranks() -> None:
     size = "--width 64 --layers 1 --heads 2 --context 64 --batch 2 --block-size 16"
     turns = "--steps 1 --rounds 1 --densities 0.5 --device cpu"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, EXAMPLES / "throughput.py", *size.split(), *turns.split()],
-        cwd=tmp_path,
-        check=True,
-        timeout=240,
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run_ranks(EXAMPLES / "throughput.py", *size.split(), *turns.split())
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and rows[-3].endswith(" | 1.00 |"), "printed once"
 
@@ -172,7 +154,7 @@ def test_doctests() -> None:
     [("gpt", 64, 808_159_232), ("mlp", 2, 335_740_938), ("encoder", 48, 304_324_584)],
 )
 def test_models_to_plan(name: str, layers: int, parameters: int) -> None:
-    """Built on the meta device, as they are large."""
+    """Build the large models on the meta device."""
     found = sparse_lightning.plan(load(name).build)
     assert len(found.layers) == layers and found.dense.parameters == parameters
 

@@ -19,7 +19,7 @@ from sparse_lightning.planning.costs import (
 UP = {op: Product(op, (8, 16, 64), torch.float32) for op in ("fwd", "dx", "dw")}
 DOWN = {op: Product(op, (8, 64, 16), torch.float32) for op in ("fwd", "dx", "dw")}
 # The first layer's input needs no gradient; the second is called twice.
-WORK = {"up": {UP["fwd"]: 1, UP["dw"]: 1}, "down": dict.fromkeys(DOWN.values(), 2)}
+COUNTS = {"up": {UP["fwd"]: 1, UP["dw"]: 1}, "down": dict.fromkeys(DOWN.values(), 2)}
 SECONDS = dict.fromkeys(UP.values(), 3.0) | dict.fromkeys(DOWN.values(), 4.0)
 
 
@@ -36,7 +36,7 @@ def test_the_cost_of_a_model() -> None:
     dense = model_cost(net)
     assert dense == Cost(parameters, parameters, 16 * parameters, 6 * 2 * 16 * 64, None)
 
-    # Of four blocks of 16x16 one is left in the first layer, and two in the second.
+    # The first layer keeps one of its four blocks of 16x16, the second keeps two.
     sparse = model_cost(net, 16, {"1": 1, "2": 2})
     parameters -= (3 + 2) * 256
     assert sparse == Cost(parameters, parameters, 16 * parameters, 6 * (1 + 2) * 256, None)
@@ -49,14 +49,14 @@ def test_memory_is_of_the_dtype_of_each_parameter() -> None:
     assert model_cost(net, dtype=torch.float64).memory == 2 * 256 * 32
 
 
-def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
+def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
     net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
     net[0].weight.requires_grad_(False)
     assert model_cost(net) == Cost(2048, 1024, 1024 * (4 + 16), 6 * 2048, None)
     assert model_cost(net, 16, {"0": 1, "1": 1}) == Cost(512, 256, 256 * (4 + 16), 6 * 512, None)
 
 
-def test_parameters_are_those_that_sparsify_leaves() -> None:
+def test_parameters_equal_those_after_sparsify() -> None:
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
     planned = model_cost(net, 16, {"0": 8, "2": 8})
     sparsify(net, block_size=16, density=0.25)
@@ -64,33 +64,37 @@ def test_parameters_are_those_that_sparsify_leaves() -> None:
 
 
 def test_a_step_by_hand() -> None:
-    # Of the dense step, products take 2 * 3 + 6 * 4 = 30, casts 3, the optimizer 6: 11 are left.
-    # At half the density: products 30 / 2, casts 0.5 + 1, and the optimizer 6 / 3.
-    step = expected_step(times(), WORK, {"up": 0.5, "down": 0.5}, lambda *_: 2.0, kept=1 / 3)
+    # In the dense step, products take 2 * 3 + 6 * 4 = 30, casts 3 and the optimizer 6; 11 remain.
+    # At half the density, products take 30 / 2, casts 0.5 + 1, and the optimizer 6 / 3.
+    step = expected_step(
+        times(), COUNTS, {"up": 0.5, "down": 0.5}, lambda *_: 2.0, trained_share=1 / 3
+    )
     assert step == pytest.approx(11 + 15 + 1.5 + 2)
 
 
-def test_only_layers_of_the_choice_change() -> None:
-    step = expected_step(times(), WORK, {"up": 0.1}, lambda *_: 3.0, kept=1.0)
+def test_only_block_sparse_layers_change() -> None:
+    step = expected_step(times(), COUNTS, {"up": 0.1}, lambda *_: 3.0, trained_share=1.0)
     assert step == pytest.approx(50 - (6 - 2) - (1 - 0.1))
 
 
-def test_the_speedup_is_that_of_the_product_and_the_density() -> None:
+def test_the_speedup_depends_on_product_and_density() -> None:
     def speedup(product: Product, density: float) -> float:
         return {"fwd": 3.0, "dx": 1.0, "dw": 0.5}[product.op] * (1 if density == 0.2 else 100)
 
-    step = expected_step(times(), WORK, {"up": 0.2}, speedup, kept=1.0)
+    step = expected_step(times(), COUNTS, {"up": 0.2}, speedup, trained_share=1.0)
     assert step == pytest.approx(50 - 6 + (1 + 6) - 0.8)  # slower than dense
 
 
-def test_parts_that_sum_to_more_than_the_step_leave_no_negative_rest() -> None:
-    step = expected_step(times(step=10.0), WORK, {"up": 1.0, "down": 1.0}, lambda *_: 3.0, kept=0.5)
+def test_the_remaining_time_is_never_negative() -> None:
+    step = expected_step(
+        times(step=10.0), COUNTS, {"up": 1.0, "down": 1.0}, lambda *_: 3.0, trained_share=0.5
+    )
     assert step == pytest.approx(30 / 3 + 3 + 3)
 
 
 def test_no_step_is_faster_than_its_launch() -> None:
     slow = times(launch=45.0)
-    assert expected_step(slow, WORK, {"up": 0.1}, lambda *_: 100.0, kept=0.1) == 45.0
+    assert expected_step(slow, COUNTS, {"up": 0.1}, lambda *_: 100.0, trained_share=0.1) == 45.0
 
 
 def test_the_error_of_a_check() -> None:

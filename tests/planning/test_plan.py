@@ -1,4 +1,4 @@
-"""`sparse_lightning.plan`, and the command: what is measured, what is printed, what is refused."""
+"""`sparse_lightning.plan` and its command: measurements, output and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from sparse_lightning.export import Input
 from sparse_lightning.kernels import choice
 from sparse_lightning.planning import measure
 from sparse_lightning.planning.costs import Product
-from sparse_lightning.planning.measure import Speedups, Training, dense_times, tokens_of
+from sparse_lightning.planning.measure import (
+    ProductSpeedups,
+    Training,
+    count_tokens,
+    dense_times,
+)
 
 CPU = torch.device("cpu")
 
@@ -94,7 +99,7 @@ class Argmax(nn.Module):
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder with a project, which is the current one."""
+    """The current folder, which contains a project."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("project", "project.model"):
@@ -120,7 +125,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few repetitions, as figures do not matter."""
+    """Few repetitions, as the measured values do not matter."""
     monkeypatch.setattr(measure, "_ROUNDS", 1)
     monkeypatch.setattr(measure, "_MAX_STEPS", 1)
     monkeypatch.setattr(measure, "_WARM_UP", 1)
@@ -171,9 +176,7 @@ def test_a_plan_and_its_check(run, quick) -> None:
         lines.index(["layers", "density", "expected", "measured", "error", "speed-up"]) :
     ]
     assert len([row for row in checks if row and row[0].startswith("blocks of")]) == 4
-    assert (
-        "measured here one by one" in " ".join(out.split()) and f"torch {torch.__version__}" in out
-    )
+    assert "measured one by one" in " ".join(out.split()) and f"torch {torch.__version__}" in out
 
 
 def test_the_best_is_checked(run, quick) -> None:
@@ -216,12 +219,20 @@ def test_the_installed_command_finds_the_current_folder(folder: Path) -> None:
         (["project.model:build", "--densities", "2"], 2, "densities` must be"),
         (["project.model:build", "--input", "4,16,int46"], 2, "`--input` must be sizes"),
         (["project.model:build", "--input", "batch,16,int64"], 2, "must have numbers as sizes"),
-        (["project.model:build", "--input", "4,16"], 2, "`--input` must say what the model takes"),
+        (
+            ["project.model:build", "--input", "4,16"],
+            2,
+            "`--input` must describe the model's inputs",
+        ),
         (["project.model:integers", "--input", "4,32"], 2, "no float tensor that depends on"),
         (["project.model:frozen", "--input", "4,32"], 2, "must have parameters to train"),
         (["project.model:build", "--check"], 2, "`--check` must come with `--input`"),
         (["project.model:taught", "--follow", "teacher"], 2, "`--follow` must be the names of two"),
-        (["project.model:taught", "--follow", "a=student"], 2, "got 'a', which is none of them"),
+        (
+            ["project.model:taught", "--follow", "a=student"],
+            2,
+            "got 'a', which the model does not have",
+        ),
         (["project.model:build", "--device", "tpu"], 2, "`--device` must be cuda or cpu"),
         (["project.model:build", "--block-sizes", "48"], 2, "invalid choice: 48"),
     ],
@@ -229,10 +240,10 @@ def test_the_installed_command_finds_the_current_folder(folder: Path) -> None:
 def test_what_is_wrong_is_said(run, arguments: list[str], status: int, says: str) -> None:
     found, out, err = run(*arguments)
     assert (found, says in err) == (status, True), err
-    assert "Traceback" not in err and "What the model costs" not in out
+    assert "Traceback" not in err and "Cost of the model" not in out
 
 
-def test_memory_that_ends_is_said(run, monkeypatch: pytest.MonkeyPatch, quick) -> None:
+def test_exhausted_memory_is_reported(run, monkeypatch: pytest.MonkeyPatch, quick) -> None:
     def ends(_: Training) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -249,7 +260,7 @@ def test_help_has_examples(run) -> None:
 # -- in Python ----------------------------------------------------------------------------------
 
 
-def test_a_model_and_the_program_stay_as_they_were(quick) -> None:
+def test_the_model_and_the_random_state_are_unchanged(quick) -> None:
     net = mlp().eval()
     net[0].weight.grad = torch.ones_like(net[0].weight)
     before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
@@ -266,19 +277,19 @@ def print_of(found: object) -> str:
     return f"{found}\n"
 
 
-def test_choices_are_those_of_sparsify() -> None:
+def test_settings_are_those_of_sparsify() -> None:
     net = mlp()
     found = sparse_lightning.plan(
         net, block_sizes=[16], densities=[0.4], distribution="erdos_renyi", device="cpu"
     )
-    (only,) = found.choices
+    (only,) = found.settings
     sparsify(net, block_size=16, density=0.4, distribution="erdos_renyi")
     assert only.parameters == sum(parameter.numel() for parameter in net.parameters())
     assert found.best is None and only.step is None and found.measured is None
 
 
 class Taught(nn.Module):
-    """A network with a copy of it."""
+    """A network and a copy of it."""
 
     def __init__(self, copy_of: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
@@ -298,9 +309,9 @@ class Taught(nn.Module):
         (lambda net: mlp(), {"target": "net"}, "target"),
         (lambda net: mlp().requires_grad_(False), {"target": "net"}, "target"),
     ],
-    ids=["frozen", "AveragedModel", "told", "frozen, told"],
+    ids=["frozen", "AveragedModel", "follow", "frozen, follow"],
 )
-def test_copies_have_the_density_of_their_originals(
+def test_copies_have_the_density_of_their_sources(
     copy_of: Callable[[nn.Module], nn.Module], follow: dict[str, str], copies: str, quick
 ) -> None:
     model = Taught(copy_of)
@@ -318,32 +329,32 @@ def test_copies_have_the_density_of_their_originals(
     expected = {f"{copies}.0": "net.0", f"{copies}.2": "net.2"}
     assert found.follows == expected and {*found.layers} == {*expected.values()}
     assert not found.skipped and f"{copies}.* follows net.*" in str(found)
-    for choice_ in found.choices:
+    for setting in found.settings:
         made = copy.deepcopy(model)
-        size, density = choice_.block_size, choice_.density
+        size, density = setting.block_size, setting.density
         sparsify(made, block_size=size, density=density, distribution="erdos_renyi", follow=follow)
-        assert choice_.parameters == sum(p.numel() for p in made.parameters())
-        assert choice_.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
+        assert setting.parameters == sum(p.numel() for p in made.parameters())
+        assert setting.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert all(check.expected > 0 and check.measured > 0 for check in found.checks)
 
 
-def test_copies_without_weights_are_told(run) -> None:
+def test_copies_without_weights_need_follow(run) -> None:
     status, out, _ = run("project.model:taught", "--block-sizes", "16")
-    assert status == 0 and "only `follow` tells" in out
+    assert status == 0 and "must be named in `follow`" in out
     status, out, _ = run("project.model:taught", "--follow", "teacher=student")
-    assert status == 0 and "teacher.* follows student.*" in out and "only" not in out
+    assert status == 0 and "teacher.* follows student.*" in out and "must be named" not in out
 
 
-def test_a_block_size_that_fits_nothing_has_no_choices() -> None:
+def test_a_block_size_that_fits_nothing_has_no_settings() -> None:
     found = sparse_lightning.plan(mlp(), densities=[0.5], device="cpu")
-    assert {choice.block_size for choice in found.choices} == {16, 32}
+    assert {setting.block_size for setting in found.settings} == {16, 32}
     assert set(found.unfit) == {64, 128} and "not divisible by block_size=64" in found.unfit[64]
-    assert "no choices with blocks of 128" in str(found)
+    assert "no settings with blocks of 128" in str(found)
 
 
 def test_a_model_that_cannot_be_copied() -> None:
     net = mlp()
-    net.noise = torch.ones(3, requires_grad=True) * 2  # no leaf
+    net.noise = torch.ones(3, requires_grad=True) * 2  # not a leaf
     with pytest.raises(ValueError, match=r"can be copied.*Give the function that builds it"):
         sparse_lightning.plan(net, "8,32", device="cpu")
 
@@ -363,7 +374,7 @@ def test_wrong_arguments(keywords: dict, says: str) -> None:
         sparse_lightning.plan(mlp(), device="cpu", **keywords)
 
 
-def test_what_is_no_model() -> None:
+def test_arguments_that_are_not_models() -> None:
     with pytest.raises(ValueError, match=r"an nn.Module, or a function that builds one; got 3"):
         sparse_lightning.plan(3)
     with pytest.raises(ValueError, match=r"must build an nn.Module; got a int"):
@@ -374,7 +385,7 @@ def test_what_is_no_model() -> None:
 
 
 class Shared(nn.Module):
-    """A layer that runs twice, in a checkpoint that runs it again for the backward."""
+    """A layer that runs twice, once under activation checkpointing, which repeats its forward."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -392,80 +403,81 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_products_of_a_step(reentrant: bool) -> None:
     training = Training(Shared(reentrant), [Input.parse("2,5,32")], "32-true", CPU)
-    work = training.work(["first", "twice", "unused"])
+    counts = training.count_products(["first", "twice", "unused"])
 
     def product(op: str, *shape: int) -> Product:
         return Product(op, shape, torch.float32)
 
     # The model's input needs no gradient.
-    assert work["first"] == {product("fwd", 10, 32, 64): 1, product("dw", 10, 32, 64): 1}
-    assert work["twice"] == {
+    assert counts["first"] == {product("fwd", 10, 32, 64): 1, product("dw", 10, 32, 64): 1}
+    assert counts["twice"] == {
         product("fwd", 10, 64, 64): 3,
         product("dx", 10, 64, 64): 2,
         product("dw", 10, 64, 64): 2,
     }
-    assert not work["unused"] and tokens_of(work["unused"]) == 0
-    assert tokens_of(work["first"]) == 10
+    assert not counts["unused"] and count_tokens(counts["unused"]) == 0
+    assert count_tokens(counts["first"]) == 10
     assert not training.model.first._forward_hooks and training.model.first.weight.grad is None
 
 
-def test_products_are_timed_where_they_run(quick, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of layers without bias, of inputs of three dimensions."""
+def test_products_are_timed_within_a_step(quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock records layers without bias and inputs of three dimensions too."""
 
-    def alone(*_: object) -> float:
+    def isolated(*_: object) -> float:
         raise AssertionError("the clock did not see a product")
 
-    monkeypatch.setattr(Training, "_alone", alone)
+    monkeypatch.setattr(Training, "_isolated_seconds", isolated)
     layers = nn.Linear(32, 64, bias=False), nn.Linear(64, 128), nn.Linear(128, 32, bias=False)
     for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
         net = nn.Sequential(*copy.deepcopy(layers))
         training = Training(net, [Input.parse("2,5,32")], precision, CPU)
-        times, work = dense_times(training, ["0", "1", "2"])
-        assert {product.dtype for counter in work.values() for product in counter} == {dtype}
+        times, counts = dense_times(training, ["0", "1", "2"])
+        assert {product.dtype for counter in counts.values() for product in counter} == {dtype}
         assert len(times.products) == 8 and min(times.products.values()) > 0
         assert set(times.casts) == (set() if dtype == torch.float32 else {"0", "1", "2"})
         assert times.launch == 0 and times.optimizer > 0 and times.step > 0
 
 
-def test_a_product_that_the_clock_does_not_see_is_timed_alone(quick) -> None:
+def test_an_unrecorded_product_is_timed_in_isolation(quick) -> None:
     training = Training(mlp(), [Input.parse("8,32")], "32-true", CPU)
     unseen = [Product(op, (7, 32, 48), torch.float32) for op in choice.STEP]
-    times = training.products(unseen, step=1.0, launch=0.0)
+    times = training.product_seconds(unseen, step=1.0, launch=0.0)
     assert set(times) == set(unseen) and min(times.values()) > 0
 
 
 def test_without_a_table_speedups_are_measured(quick) -> None:
-    speedups = Speedups(CPU)
+    speedups = ProductSpeedups(CPU)
     product = Product("dw", (16, 64, 32), torch.float32)
-    found = speedups.of(product, 16, 0.25)
+    found = speedups.get(product, 16, 0.25)
     assert found > 0 and speedups.measured
-    assert speedups.of(product, 16, 0.25) == found, "once is enough"
+    assert speedups.get(product, 16, 0.25) == found, "once is enough"
 
 
-def test_a_table_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def expected(*of: object) -> float:
         asked.append(of)
         return 2.5
 
-    monkeypatch.setattr(choice, "expected_speedup", expected)
+    monkeypatch.setattr(choice, "product_speedup", expected)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    speedups = Speedups(torch.device("cuda"))
-    assert speedups.of(Product("dx", (8, 64, 32), torch.bfloat16), 32, 0.1) == 2.5
+    speedups = ProductSpeedups(torch.device("cuda"))
+    assert speedups.get(Product("dx", (8, 64, 32), torch.bfloat16), 32, 0.1) == 2.5
     assert asked == [("dx", torch.bfloat16, 32, (8, 64, 32), 0.1, 1)] and not speedups.measured
 
 
-def test_a_table_of_exact_products_is_not_taken_for_others(
-    quick, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(choice, "expected_speedup", lambda *_: 2.5)
+def test_the_table_is_not_used_with_tf32(quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "product_speedup", lambda *_: 2.5)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    speedups, product = Speedups(torch.device("cuda")), Product("dx", (8, 32, 32), torch.float32)
-    assert speedups._by_table(product, 16, 0.5) == 2.5
+    speedups, product = (
+        ProductSpeedups(torch.device("cuda")),
+        Product("dx", (8, 32, 32), torch.float32),
+    )
+    assert speedups._from_table(product, 16, 0.5) == 2.5
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert speedups._by_table(product, 16, 0.5) is None
+        assert speedups._from_table(product, 16, 0.5) is None
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -492,7 +504,7 @@ def test_losses(wrap: Callable[[Tensor], object]) -> None:
 
 
 def test_compiled_blocks_are_planned(quick) -> None:
-    """What `build` compiles is measured compiled, and its products are seen nevertheless."""
+    """Compiled modules are measured compiled, and their products are counted nevertheless."""
 
     def build() -> nn.Sequential:
         net = nn.Sequential(mlp(), nn.Linear(32, 32))

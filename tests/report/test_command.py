@@ -1,4 +1,4 @@
-"""`sparse-lightning report`: which history, where to, and what it says of what is wrong."""
+"""`sparse-lightning report`: choice of the history, output, and error messages."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def record(path: Path, name: str = "fc", updates: int = 2, metric: str = "loss")
     return path
 
 
-def story_in(file: Path) -> dict:
+def data_in(file: Path) -> dict:
     (text,) = re.findall(
-        r'<script type="application/json" id="story">(.*?)</script>', file.read_text(), re.DOTALL
+        r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.DOTALL
     )
     return json.loads(text)
 
 
-def test_the_page_lies_in_the_run_and_leaves_nothing_beside_it(tmp_path: Path, capsys) -> None:
+def test_the_page_is_written_to_the_run_without_leftovers(tmp_path: Path, capsys) -> None:
     record(tmp_path / "logs" / "version_3" / "pattern.history")
     assert main(["report", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -48,23 +48,23 @@ def test_the_page_lies_in_the_run_and_leaves_nothing_beside_it(tmp_path: Path, c
         "<title>logs/version_3 · block masks</title>" in text
         and "{{ " not in text.split("<script>")[0]
     )
-    assert story_in(tmp_path / "report.html")["updates"] == 2
-    assert main(["report", str(tmp_path)]) == 0  # one that is there is replaced
+    assert data_in(tmp_path / "report.html")["updates"] == 2
+    assert main(["report", str(tmp_path)]) == 0  # an existing file is replaced
 
 
 def test_a_file_and_an_output(tmp_path: Path) -> None:
     path = record(tmp_path / "run" / "pattern.history")
     assert main(["report", str(path)]) == 0 and (path.parent / "report.html").is_file()
     assert main(["report", str(path), "--output", str(tmp_path / "x.html")]) == 0
-    assert story_in(tmp_path / "x.html")["layers"][0]["name"] == "fc"
+    assert data_in(tmp_path / "x.html")["layers"][0]["name"] == "fc"
 
 
-def test_of_several_the_newest(tmp_path: Path, capsys) -> None:
+def test_the_newest_history_is_used(tmp_path: Path, capsys) -> None:
     for age, name in enumerate(("newest", "older", "oldest")):
         path = record(tmp_path / name / "pattern.history", name=name)
         os.utime(path, (1e9 - age, 1e9 - age))
     assert main(["report", str(tmp_path)]) == 0
-    assert story_in(tmp_path / "report.html")["layers"][0]["name"] == "newest"
+    assert data_in(tmp_path / "report.html")["layers"][0]["name"] == "newest"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3].startswith("Older histories")
     assert lines[-2:] == [
@@ -84,10 +84,10 @@ def test_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["{tmp}/nowhere"], ["`RUN_DIR` must", "nowhere", "not there"]),
+        (["{tmp}/nowhere"], ["`RUN_DIR` must", "nowhere", "does not exist"]),
         (["{tmp}/empty"], ["`RUN_DIR` must hold a pattern.history", "monitor.record", "logger"]),
         (["{tmp}/text.history"], ["text.history", "must be a history"]),
-        (["{tmp}/cut.history"], ["cut.history", "without a beginning"]),
+        (["{tmp}/cut.history"], ["cut.history", "without a start"]),
         (["{tmp}/run", "--output", "{tmp}/empty"], ["`--output` must be a file", "empty"]),
         (["{tmp}/run", "--output", "{tmp}/no/x.html"], ["`--output` must be a file", "no/x.html"]),
     ],
@@ -113,17 +113,17 @@ def test_without_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_names_end_no_element(tmp_path: Path) -> None:
+def test_names_cannot_end_an_element(tmp_path: Path) -> None:
     path = record(tmp_path / "h", name=EVIL, metric=EVIL)
     write_report(path, tmp_path / "x.html", title=EVIL)
     text = (tmp_path / "x.html").read_text()
     assert "<b>a</b>" not in text and "<!--<script>" not in text
-    story = story_in(tmp_path / "x.html")
-    assert story["layers"][0]["name"] == story["metrics"][0]["name"] == story["title"] == EVIL
-    assert story["metrics"][0]["value"] == [None, 1.0]
+    data = data_in(tmp_path / "x.html")
+    assert data["layers"][0]["name"] == data["metrics"][0]["name"] == data["title"] == EVIL
+    assert data["metrics"][0]["value"] == [None, 1.0]
 
 
-def test_what_looks_like_a_place_in_the_template_is_kept() -> None:
+def test_placeholders_in_data_are_not_expanded() -> None:
     assert '"title":"{{ library }}"' in page.render({"title": "{{ library }}"}, "var x;")
 
 
@@ -139,7 +139,7 @@ def test_a_failed_write_leaves_the_old_page(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["h", "x.html"]
 
 
-def test_the_help_teaches(capsys) -> None:
+def test_the_help_has_examples(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         main(["report", "--help"])
     text = capsys.readouterr().out

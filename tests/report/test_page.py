@@ -1,4 +1,4 @@
-"""The page in headless Chromium: everything is clicked, and what it says is the history's truth."""
+"""The page in headless Chromium: all controls work, and the page shows what the history holds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """Opens the page of a history; at the end nothing may have gone wrong, or gone out."""
+    """Opens the page of a history; neither an error nor a network request may occur."""
     wrong: list[str] = []
     opened = []
 
@@ -97,21 +97,21 @@ def text(page: Any, selector: str) -> str:
 
 
 def point_at(page: Any, grid: tuple[int, int], row: int, column: int, touch: bool = False) -> None:
-    """Go to the middle of a block; masks lie on their long side."""
-    lying = grid[0] > grid[1]
-    x, y = (row, column) if lying else (column, row)
+    """Point at the middle of a block; tall masks are drawn transposed."""
+    transposed = grid[0] > grid[1]
+    x, y = (row, column) if transposed else (column, row)
     page.locator("#mask").scroll_into_view_if_needed()
     box = page.locator("#mask").bounding_box()
-    width, height = (grid[0], grid[1]) if lying else (grid[1], grid[0])
-    at = (
+    width, height = (grid[0], grid[1]) if transposed else (grid[1], grid[0])
+    point = (
         box["x"] + (x + 0.5) * box["width"] / width,
         box["y"] + (y + 0.5) * box["height"] / height,
     )
-    (page.touchscreen.tap if touch else page.mouse.move)(*at)
+    (page.touchscreen.tap if touch else page.mouse.move)(*point)
 
 
 def truth(history: History, name: str, frame: int, row: int, column: int) -> str:
-    """What the page has to say of a block."""
+    """The expected readout of a block."""
     layer = history.layers[name]
     seen = [bool(layer.mask(i)[row, column]) for i in range(frame + 1)]
     changes = [i for i in range(1, frame + 1) if seen[i] != seen[i - 1]]
@@ -128,11 +128,11 @@ def truth(history: History, name: str, frame: int, row: int, column: int) -> str
         parts.append(
             "not scored"
             if np.isnan(score)
-            else f"score {float(f'{score:.4g}'):g} (of step {step:,})"
+            else f"score {float(f'{score:.4g}'):g} (at step {step:,})"
         )
-    came = sum(seen[i] for i in changes)
-    times = [f"{n} time{'' if n == 1 else 's'}" for n in (came, len(changes) - came)]
-    parts.append(f"came {times[0]}, went {times[1]}")
+    grown = sum(seen[i] for i in changes)
+    times = [f"{n} time{'' if n == 1 else 's'}" for n in (grown, len(changes) - grown)]
+    parts.append(f"grown {times[0]}, dropped {times[1]}")
     size = layer.block_size
     where = (
         f"Block {row}, {column} · outputs {row * size:,}–{(row + 1) * size - 1:,}, "
@@ -141,7 +141,7 @@ def truth(history: History, name: str, frame: int, row: int, column: int) -> str
     return f"{where}\n{' · '.join(parts)}"
 
 
-def test_what_is_pointed_at_is_the_truth(show, history: Path) -> None:
+def test_the_readout_shows_the_history_of_a_block(show, history: Path) -> None:
     page, known = show(history), read_history(history)
     for index, (name, grid) in enumerate(GRIDS.items()):
         page.click(f".tile[data-layer='{index}']")
@@ -156,14 +156,14 @@ def test_what_is_pointed_at_is_the_truth(show, history: Path) -> None:
                 assert text(page, "#readout") == truth(known, name, frame, row, column)
 
 
-def test_the_film_shows_every_mask(show, history: Path) -> None:
+def test_the_animation_shows_every_mask(show, history: Path) -> None:
     page, known = show(history), read_history(history)
     is_present = """() => {
-        const { width, height } = film();
+        const { width, height } = animation();
         const copy = new OffscreenCanvas(width, height).getContext("2d");
         copy.drawImage(document.getElementById("mask"), 0, 0);
-        const of = [...copy.getImageData(0, 0, width, height).data];
-        const pixels = of.flatMap((_, i) => i % 4 ? [] : [of.slice(i, i + 3).join()]);
+        const data = [...copy.getImageData(0, 0, width, height).data];
+        const pixels = data.flatMap((_, i) => i % 4 ? [] : [data.slice(i, i + 3).join()]);
         const shown = ["kept", "grown"].map((name) => rgb(style[name]).join());
         return pixels.map((pixel) => shown.includes(pixel));
     }"""
@@ -190,7 +190,7 @@ def test_play_pause_and_the_slider(show, history: Path) -> None:
     page.click("#play")
     page.wait_for_function(f"state.frame === {UPDATES} && !state.playing")
     assert text(page, "#when") == f"step {100 * UPDATES} · update {UPDATES}"
-    page.click("#play")  # from the end it begins anew
+    page.click("#play")  # at the end, play starts over
     page.wait_for_function(f"state.frame < {UPDATES}")
     page.locator("#slider").fill("5")
     assert text(page, "#when") == "step 500 · update 5" and not page.evaluate("state.playing")
@@ -216,7 +216,7 @@ def test_keys(show, history: Path) -> None:
     page.keyboard.press("Space")
     assert not page.evaluate("state.playing")
     page.evaluate("showFrame(4)")
-    # 'fc.0' lies on its side: to the right is the next row.
+    # 'fc.0' is drawn transposed: the right arrow moves to the next row.
     page.focus("#sheet")
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft"):
         page.keyboard.press(key)
@@ -250,13 +250,13 @@ def test_colours_of_age_and_score(show, history: Path) -> None:
     pixels = "document.getElementById('mask').toDataURL()"
     page.evaluate("showFrame(5)")
     pictures = {page.evaluate(pixels)}
-    page.click(".choice span:text-is('age')")
+    page.click(".segmented span:text-is('age')")
     pictures.add(page.evaluate(pixels))
     assert "900 steps old" in text(page, "#legend")
-    page.click(".choice span:text-is('score')")
+    page.click(".segmented span:text-is('score')")
     pictures.add(page.evaluate(pixels))
     assert len(pictures) == 3
-    assert "scores of step 500" in text(page, "#legend")
+    assert "scores at step 500" in text(page, "#legend")
     page.evaluate("showFrame(1)")
     assert "No block has been scored" in text(page, "#legend")
 
@@ -272,7 +272,7 @@ def test_the_mask_is_enlarged(show, history: Path) -> None:
     assert page.is_disabled("#smaller")
 
 
-def test_the_table_sorts_and_chooses(show, history: Path) -> None:
+def test_the_table_sorts_and_selects(show, history: Path) -> None:
     page, known = show(history), read_history(history)
     names = (
         "[...document.querySelectorAll('#layers tbody tr td:first-child')].map(c => c.innerText)"
@@ -292,7 +292,7 @@ def test_the_table_sorts_and_chooses(show, history: Path) -> None:
     assert page.locator("#layers tr[aria-selected=true]").inner_text().startswith("fc.1")
 
 
-def test_curves_are_drawn_and_followed_and_lead_back(show, history: Path) -> None:
+def test_curves_follow_the_frame_and_clicks_go_to_a_frame(show, history: Path) -> None:
     page = show(history)
     for panel in page.locator(".panel").all():
         panel.scroll_into_view_if_needed()
@@ -302,7 +302,7 @@ def test_curves_are_drawn_and_followed_and_lead_back(show, history: Path) -> Non
     assert titles[:4] == ["Density", "Churn", "Survival", "Ever active (Rs)"]
     assert "loss" in titles and EVIL in titles
     loss = "panels.find((panel) => panel.root.innerText.startsWith('loss'))"
-    # A loss that is no number leaves a gap.
+    # A NaN loss leaves a gap.
     assert page.evaluate(f"{loss}.plot.data[0].y")[:3] == [1.0, None, 0.333333]
     assert page.evaluate(f"{loss}.plot.data.map((line) => line.name)") == ["train_loss", "val_loss"]
     page.evaluate(f"{loss}.root.scrollIntoView()")
@@ -312,16 +312,16 @@ def test_curves_are_drawn_and_followed_and_lead_back(show, history: Path) -> Non
     before = page.evaluate(where)
     page.keyboard.press("ArrowRight")
     assert page.evaluate(where) > before
-    # The line stands where the plot has that step, of which the second has no point.
+    # The line is at the position of that step; the second step has no point.
     point = "plot.querySelector('.points path:nth-child({})').getBoundingClientRect().toJSON()"
     page.keyboard.press("ArrowRight")
     box = page.evaluate(f"(({{plot}}) => {point.format(2)})({loss})")
     assert abs(page.evaluate(where) + 0.75 - box["x"] - box["width"] / 2) < 1.5
     box = page.evaluate(f"(({{plot}}) => {point.format(7)})({loss})")
-    at = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(at[0], at[1] - 1)
+    point = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(point[0], point[1] - 1)
     page.wait_for_timeout(200)
-    page.mouse.click(*at)
+    page.mouse.click(*point)
     page.wait_for_function("state.frame === 8")
     # Its legend hides a line.
     page.locator(".panel", has_text="train_loss").locator(".legendtoggle").first.click()
@@ -373,7 +373,7 @@ def test_names_are_text(show, history: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [390, 320])
-def test_on_a_phone_nothing_is_wider_than_it(show, history: Path, width: int) -> None:
+def test_nothing_is_wider_than_a_phone(show, history: Path, width: int) -> None:
     page = show(history, viewport={"width": width, "height": 844}, has_touch=True, is_mobile=True)
     known = read_history(history)
     for panel in page.locator(".panel").all():
@@ -403,23 +403,23 @@ def test_a_grid_of_1024_by_256_blocks(show, tmp_path: Path) -> None:
 def test_many_updates_are_merged_and_the_page_says_so(show, tmp_path: Path) -> None:
     path = record(tmp_path / "h", {"a": (4, 4)}, 450)
     page = show(path)
-    assert "451 frames were recorded. The films show 200" in page.inner_text("#still")
+    assert "451 frames were recorded. The animations show 200" in page.inner_text("#still")
     page.evaluate("showFrame(last)")
     assert text(page, "#when") == "step 45,000 · update 450"
-    shown = page.evaluate("[...film().mask]")
+    shown = page.evaluate("[...animation().mask]")
     assert shown == read_history(path).layers["a"].mask(-1).reshape(-1).astype(int).tolist()
     point_at(page, (4, 4), 1, 2)
-    assert re.search(r"came at least \d+ times", page.inner_text("#readout"))
+    assert re.search(r"grown at least \d+ times", page.inner_text("#readout"))
 
 
 @pytest.mark.parametrize(
     ("updates", "options", "says"),
     [
-        (0, {}, ["one frame only", "Nothing changed yet", "No metric was recorded"]),
-        (3, {"moves": False, "metrics": False}, ["The pattern is static", "No block was ever"]),
+        (0, {}, ["only one frame", "Nothing changed yet", "No metric was recorded"]),
+        (3, {"moves": False, "metrics": False}, ["The topology is static", "No block was ever"]),
     ],
 )
-def test_instead_of_empty_axes_a_sentence(
+def test_a_sentence_replaces_empty_axes(
     show, tmp_path: Path, updates: int, options: dict, says: list[str]
 ) -> None:
     page = show(record(tmp_path / "h", {"a": (3, 3)}, updates, **options))

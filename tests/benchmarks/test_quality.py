@@ -1,23 +1,24 @@
-"""`sparse-lightning bench quality`: what is compared, that runs repeat, tables, files, errors."""
+"""`benchmarks/quality.py`: the runs and their repeatability, tables, files, errors."""
 
 from __future__ import annotations
 
+import doctest
 import gzip
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import quality
+import quality_tasks
 import torch
-
-from sparse_lightning.bench import quality, quality_command, quality_tasks
-from sparse_lightning.bench.quality import (
+from quality import Result, main
+from quality_tasks import (
     COLD_START,
     DENSE,
     EQUAL_FLOPS,
@@ -25,16 +26,17 @@ from sparse_lightning.bench.quality import (
     METHODS,
     SMALL_DENSE,
     TASKS,
-    Result,
+    Batches,
+    GPTSize,
     Run,
+    nearest_width,
+    task_runs,
 )
-from sparse_lightning.bench.quality_fit import Batches
-from sparse_lightning.bench.quality_tasks import GPTSize, nearest_width
-from sparse_lightning.cli import main
+
 from sparse_lightning.config import SparsityConfig
 
 CPU = torch.device("cpu")
-PLANTED = ("bench", "quality", "planted", "--device", "cpu", "--steps", "20")
+PLANTED = ("planted", "--device", "cpu", "--steps", "20")
 
 
 def train(run: Run, folder: Path = Path()) -> dict[str, float]:
@@ -47,12 +49,12 @@ def train(run: Run, folder: Path = Path()) -> dict[str, float]:
 
 
 def test_runs_by_hand() -> None:
-    assert quality.runs("planted", [4, 5], steps=7) == [
+    assert task_runs("planted", [4, 5], steps=7) == [
         Run("planted", method, 16, 0.1, seed, 7)
         for seed in (4, 5)
         for method in ("static", "set", "rigl", LARGE_DROPS)
     ]
-    fashion = quality.runs("fashion", range(3))
+    fashion = task_runs("fashion", range(3))
     # 5 sparse methods and the small dense network at 2 x 4 sizes, and one dense network.
     assert len(fashion) == len(set(fashion)) == 3 * (6 * 8 + 1)
     assert [str(run) for run in fashion[:3]] == [
@@ -63,9 +65,11 @@ def test_runs_by_hand() -> None:
     assert {run.steps for run in fashion} == {2814}
 
 
-def test_methods_differ_in_what_their_names_say_only() -> None:
+def test_methods_share_all_other_options() -> None:
     config = {
-        method: SparsityConfig(**quality.keywords(Run("fashion", method, 16, 0.05, 3, 400)))
+        method: SparsityConfig(
+            **quality_tasks.callback_keywords(Run("fashion", method, 16, 0.05, 3, 400))
+        )
         for method in METHODS
     }
     assert {method: c.grow for method, c in config.items()} == {
@@ -110,7 +114,7 @@ def test_steps_of_equal_flops_by_hand() -> None:
     assert size.dense_steps(1, 0.25) == 1
 
 
-def test_batches_are_each_pass_in_another_order() -> None:
+def test_batches_are_reordered_in_every_epoch() -> None:
     batches = Batches(torch.arange(5), torch.arange(5) * 2, size=2, seed=0)
     passes = [list(batches) for _ in range(2)]
     assert [len(x) for x, _ in passes[0]] == [2, 2, 1]
@@ -124,8 +128,8 @@ def test_batches_are_each_pass_in_another_order() -> None:
 # -- trainings ----------------------------------------------------------------------------------
 
 
-def test_a_run_repeats_and_growth_finds_blocks() -> None:
-    static, _, _, rigl = quality.runs("planted", [0], steps=120)
+def test_a_run_is_reproducible_and_growth_finds_blocks() -> None:
+    static, _, _, rigl = task_runs("planted", [0], steps=120)
     first, again, other_seed = train(rigl), train(rigl), train(replace(rigl, seed=1))
     assert first == again != other_seed
     without = train(static)
@@ -134,14 +138,14 @@ def test_a_run_repeats_and_growth_finds_blocks() -> None:
     assert 1 < first["loss"] < 0.85 * without["loss"]
 
 
-def test_a_cold_start_is_another_training() -> None:
+def test_a_cold_start_changes_the_training() -> None:
     rigl = Run("planted", "rigl", 16, 0.1, seed=0, steps=40)
     assert train(rigl)["loss"] != train(replace(rigl, method=COLD_START))["loss"]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fashion-MNIST's four files, but a picture is noise with a bright row that tells its class."""
+    """Fashion-MNIST's four files with noise images, in which a bright row encodes the class."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for split, n in (("train", 1280), ("t10k", 200)):
@@ -154,7 +158,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_fashion_networks_learn_and_are_of_equal_size(pictures: Path) -> None:
+def test_fashion_networks_learn_and_have_equal_sizes(pictures: Path) -> None:
     methods = (DENSE, SMALL_DENSE, "static", "granet")
     dense, small, static, granet = (
         train(
@@ -200,7 +204,7 @@ def test_a_table_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "fashion", task)
     accuracies = iter([90, 80, 70, 92, 83, 70])
     results = [
-        result(run, accuracy=next(accuracies)) for run in quality.runs("fashion", [0, 5], steps=9)
+        result(run, accuracy=next(accuracies)) for run in task_runs("fashion", [0, 5], steps=9)
     ]
     assert quality.tables(results).splitlines() == [
         "fashion: test accuracy, %; mean ± sample sd of seeds 0 5; 9 steps",
@@ -213,7 +217,7 @@ def test_a_table_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_metric_has_a_table() -> None:
-    results = [result(run, found=50.0, loss=3.0) for run in quality.runs("planted", [0])]
+    results = [result(run, found=50.0, loss=3.0) for run in task_runs("planted", [0])]
     first, second = quality.tables(results).split("\n\nplanted: ")
     assert "blocks found" in first and first.endswith("| rigl, drop .3 | 50.0 |")
     assert second.startswith("held-out loss") and second.endswith("| rigl, drop .3 | 3.00 |")
@@ -227,7 +231,7 @@ def test_finished_runs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[st
         printed.out + printed.err
     )
     command, environment = printed.out.splitlines()[-2:]
-    assert command == "sparse-lightning bench quality planted --seeds 0 --steps 20"
+    assert command == "python benchmarks/quality.py planted --seeds 0 --steps 20"
     assert f"torch {torch.__version__}" in environment
     first = r"1 of 4: planted, static, B=16, d=.1, seed 0: found [\d.]+, loss .* \([\d.]+ s\)\n"
     assert re.match(first, printed.err) and printed.err.count("\n") == 4
@@ -244,7 +248,7 @@ def test_finished_runs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(file.read_text())["results"][:4] == kept
 
 
-def test_an_interrupted_command_goes_on(
+def test_an_interrupted_command_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[str] = []
@@ -259,32 +263,32 @@ def test_an_interrupted_command_goes_on(
     command = [*PLANTED, "--seeds", "0", "--json", str(tmp_path / "x.json")]
     assert main(command) == 1
     printed = capsys.readouterr()
-    assert not printed.out and printed.err.endswith("sparse-lightning: out of memory\n")
+    assert not printed.out and printed.err.endswith("quality.py: out of memory\n")
     assert main(command) == 0
     assert made == ["static", "set", "set", "rigl", LARGE_DROPS]
     assert "| static | 1.00 |\n| set | 3.00 |\n| rigl | 4.00 |\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_workers_get_the_same(tmp_path: Path) -> None:
+def test_workers_give_the_same_results(tmp_path: Path) -> None:
     def metrics(name: str, *options: str) -> dict[Run, dict[str, float]]:
         file = tmp_path / name
         assert main([*PLANTED, "--seeds", "0", "--json", str(file), *options]) == 0
-        return {run: result.metrics for run, result in quality.read(file).items()}
+        return {run: result.metrics for run, result in quality.read_results(file).items()}
 
     assert metrics("one.json") == metrics("two.json", "--workers", "2")
 
 
-def test_only_what_can_run_is_run_by_default(
+def test_only_runnable_tasks_run_by_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[Sequence[Run]] = []
-    monkeypatch.setattr(quality_command, "_train_all", lambda missing, *_: made.append(missing))
-    options = ("bench", "quality", "--device", "cpu", "--fashion-mnist", str(tmp_path))
-    with pytest.raises(TypeError):  # nothing came of the runs
+    monkeypatch.setattr(quality, "_train_all", lambda missing, *_: made.append(missing))
+    options = ("--device", "cpu", "--fashion-mnist", str(tmp_path))
+    with pytest.raises(TypeError):  # there are no results
         main(options)
     assert {run.task for run in made[0]} == {"planted", "fashion"}
-    assert "gpt is left out. It needs a GPU" in capsys.readouterr().err
+    assert "gpt is skipped: it needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -295,10 +299,10 @@ def test_only_what_can_run_is_run_by_default(
         (("planted", "--steps", "0"), "`--steps` must be at least 1; got 0"),
         (("planted", "--workers", "0"), "`--workers` must be at least 1; got 0"),
         (("planted", "--device", "nonsense"), "cuda or cpu; got 'nonsense'"),
-        (("planted", "--json", "/nowhere/x.json"), "'/nowhere/x.json'.*written"),
+        (("planted", "--json", "/nowhere/x.json"), "--json.*written to; got '/nowhere/x.json'"),
         (
             ("planted", "--json", __file__),
-            "`--json` must be a new file, or one that .*test_quality",
+            "`--json` must be a new file, or one written by .*test_quality",
         ),
         (("fashion", "--fashion-mnist", "/nowhere"), "'/nowhere'.*'dataset-fashion-mnist'.*give"),
         (("gpt", "--device", "cpu"), "`gpt` needs a GPU.*gpt-tiny"),
@@ -307,19 +311,11 @@ def test_only_what_can_run_is_run_by_default(
 def test_bad_options(
     options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "quality", *options]) == 2
+    assert main(options) == 2
     printed = capsys.readouterr()
     assert not printed.out and re.search(says, printed.err), printed.err
 
 
-def test_without_the_repository(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(quality_tasks, "EXAMPLES_FOLDER", tmp_path)
-    assert main(["bench", "quality", "gpt-tiny"]) == 2
-    assert "needs the repository's examples. Clone it" in capsys.readouterr().err
-
-
-def test_other_commands_do_not_import_lightning() -> None:
-    code = "import sys; import sparse_lightning.cli; print('lightning' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+@pytest.mark.parametrize("module", [quality, quality_tasks])
+def test_doctests(module: ModuleType) -> None:
+    assert doctest.testmod(module, raise_on_error=True).attempted > 0

@@ -1,4 +1,4 @@
-"""What `bench callback` measures and prints."""
+"""`benchmarks/updates.py`: what it measures and prints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import math
 
 import pytest
 import torch
-
-from sparse_lightning.bench.callback import measure
-from sparse_lightning.bench.callback_command import RULES
-from sparse_lightning.cli import main
+from updates import RULES, main, measure
 
 SMALL = [
     "--device",
@@ -26,14 +23,14 @@ SMALL = [
 
 
 def test_a_row_for_each_pair_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "callback", *SMALL]) == 0
+    assert main(SMALL) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in lines[0]
     assert lines[1].startswith("1 MLPs 64 -> 256 -> 64, 16 tokens, blocks of 16, density 0.25")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[5:]]
     assert [tuple(row[:3]) for row in rows] == [tuple(map(str, rule)) for rule in RULES]
     for *_, step, host, update in rows:
-        # Times of so small a network are noise, an update's too.
+        # The times of such a small network are noise, and an update's can be negative.
         assert float(host) > 0 and float(step) > 0 and math.isfinite(float(update))
 
 
@@ -56,5 +53,5 @@ def test_only_gathering_costs_a_window() -> None:
 def test_options_out_of_range(
     options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "callback", *SMALL, *options]) == 2
+    assert main([*SMALL, *options]) == 2
     assert says in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the page is told, against histories worked out by hand."""
+"""The data of the page, against histories worked out by hand."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ import numpy as np
 import pytest
 
 from sparse_lightning.history import Frame, History, HistoryWriter, LayerHistory, read_history
-from sparse_lightning.report import story as told
-from sparse_lightning.report.story import Track, curves, follow, panel_of, tell
+from sparse_lightning.report import page_data as module
+from sparse_lightning.report.page_data import (
+    BlockCounts,
+    count_blocks,
+    curves,
+    page_data,
+    panel_name,
+)
 
 
-def flips(*of: list[int]) -> list[np.ndarray]:
-    return [np.array(each, dtype=np.int32) for each in of]
+def flips(*frames: list[int]) -> list[np.ndarray]:
+    return [np.array(blocks, dtype=np.int32) for blocks in frames]
 
 
 def small() -> History:
-    """Two layers, three updates: 'a' of 2 x 3 blocks, 'b' of one block that never moves."""
+    """Two layers and three updates: 'a' has 2 x 3 blocks, 'b' has one block that never changes."""
     first = np.array([[1, 1, 0], [0, 1, 0]], dtype=bool)
-    # 1 goes and 2 comes; 0 and 2 go; 3 comes.
+    # Block 1 is dropped and 2 grown; then 0 and 2 are dropped; then 3 is grown.
     a = LayerHistory((2, 3), 16, first, flips([], [1, 2], [0, 2], [3]))
     b = LayerHistory((1, 1), 32, np.ones((1, 1), dtype=bool), flips([], [], [], []))
     a.scores[1] = np.array([[2.0, np.nan, np.nan], [np.nan, 4.0, np.nan]], dtype=np.float32)
@@ -35,16 +41,16 @@ def unpacked(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
 
 
-def film(layer: dict, frames: int) -> np.ndarray:
-    """The masks that the page draws."""
+def animation(layer: dict, frames: int) -> np.ndarray:
+    """The masks drawn by the page."""
     size = math.prod(layer["grid"])
-    bits = np.unpackbits(unpacked(layer["film"]).reshape(frames, -1), axis=1)[:, :size]
+    bits = np.unpackbits(unpacked(layer["animation"]).reshape(frames, -1), axis=1)[:, :size]
     return (np.cumsum(bits, axis=0) % 2).astype(bool).reshape(frames, *layer["grid"])
 
 
-def test_what_is_counted_of_a_layer() -> None:
-    track, since = follow(small().layers["a"], [0, 10, 20, 30])
-    assert track == Track(
+def test_block_counts_of_a_layer() -> None:
+    counts, last_change = count_blocks(small().layers["a"], [0, 10, 20, 30])
+    assert counts == BlockCounts(
         present=[3, 3, 1, 2],
         grown=[0, 1, 0, 1],
         dropped=[0, 1, 2, 0],
@@ -52,13 +58,13 @@ def test_what_is_counted_of_a_layer() -> None:
         dead_rows=[0, 0, 1, 1],
         dead_columns=[1, 0, 2, 1],
     )
-    assert track.exchanged() == [0, 1, 0, 0]
-    assert since.tolist() == [20, 10, 20, 30, 0, 0]
+    assert counts.replaced() == [0, 1, 0, 0]
+    assert last_change.tolist() == [20, 10, 20, 30, 0, 0]
 
 
 def test_the_curves_are_shares() -> None:
-    track, _ = follow(small().layers["a"], [0, 10, 20, 30])
-    assert curves(track, 6) == {
+    counts, _ = count_blocks(small().layers["a"], [0, 10, 20, 30])
+    assert curves(counts, 6) == {
         "density": [0.5, 0.5, 0.166667, 0.333333],
         "churn": [0, 0.333333, 0, 0],
         "survival": [1, 0.666667, 0.333333, 1],
@@ -68,36 +74,36 @@ def test_the_curves_are_shares() -> None:
     }
 
 
-def test_the_whole_story() -> None:
-    story = tell(small(), "a run")
-    a, b = story["layers"]
+def test_all_data_of_the_page() -> None:
+    data = page_data(small(), "a run")
+    a, b = data["layers"]
     assert a["row"] == {
         "present": 2, "density": 0.333333, "ever": 0.833333, "dead_rows": 1, "dead_columns": 1,
-        "exchanged": 1, "age": 15, "score": 3,
+        "replaced": 1, "age": 15, "score": 3,
     }  # fmt: skip
-    assert b["row"]["age"] == 30 and b["row"]["score"] is None and b["row"]["exchanged"] == 0
-    assert story["weights"] == {
+    assert b["row"]["age"] == 30 and b["row"]["score"] is None and b["row"]["replaced"] == 0
+    assert data["weights"] == {
         "dense": 6 * 256 + 1024,
         "first": 3 * 256 + 1024,
         "last": 2 * 256 + 1024,
     }
-    assert story["curves"]["total"]["density"] == [round(n / 7, 6) for n in (4, 4, 2, 3)]
-    assert story["curves"]["total"]["dead_columns"] == [1, 0, 2, 1]
-    assert story["updates"] == 3 and story["recorded"] == 4
-    assert story["steps"] == [0, 30] and story["seconds"] == [1000, 1003]
-    for name, layer in zip("ab", story["layers"], strict=True):
-        masks = film(layer, 4)
+    assert data["curves"]["total"]["density"] == [round(n / 7, 6) for n in (4, 4, 2, 3)]
+    assert data["curves"]["total"]["dead_columns"] == [1, 0, 2, 1]
+    assert data["updates"] == 3 and data["recorded"] == 4
+    assert data["steps"] == [0, 30] and data["seconds"] == [1000, 1003]
+    for name, layer in zip("ab", data["layers"], strict=True):
+        masks = animation(layer, 4)
         for frame in range(4):
             assert (masks[frame] == small().layers[name].mask(frame)).all()
 
 
-def test_scores_are_known_from_their_frame_on() -> None:
-    scores = tell(small(), "")["layers"][0]["scores"]
+def test_scores_start_at_their_frame() -> None:
+    scores = page_data(small(), "")["layers"][0]["scores"]
     assert scores["from"] == [1] and scores["steps"] == [10] and scores["ranges"] == [[2.0, 4.0]]
     assert unpacked(scores["levels"]).tolist() == [1, 0, 0, 0, 255, 0]
 
 
-def test_metrics_by_name_and_none_for_what_is_no_number(tmp_path: Path) -> None:
+def test_metrics_are_grouped_and_non_finite_values_are_none(tmp_path: Path) -> None:
     writer = HistoryWriter(tmp_path / "h")
     writer.start(
         0, {"a": np.ones((2, 2), dtype=bool)}, {"a": 16}, {"config": {"seed": 0, "x": [1, 2]}}
@@ -105,14 +111,14 @@ def test_metrics_by_name_and_none_for_what_is_no_number(tmp_path: Path) -> None:
     writer.metrics(3, {"train_loss": 1.5, "val/loss": float("nan")})
     writer.metrics(9, {"train_loss": 0.5})
     writer.metrics(9, {"train_loss": float("inf")})
-    story = tell(read_history(tmp_path / "h"), "")
-    assert story["metrics"] == [
+    data = page_data(read_history(tmp_path / "h"), "")
+    assert data["metrics"] == [
         {"panel": "loss", "name": "train_loss", "step": [3, 9], "value": [1.5, None]},
         {"panel": "loss", "name": "val/loss", "step": [3], "value": [None]},
     ]
-    assert story["about"] == [["config.seed", "0"], ["config.x", "1, 2"]]
-    assert story["updates"] == 0 and story["recorded"] == 1 and story["steps"] == [0, 9]
-    json.dumps(story, allow_nan=False)
+    assert data["about"] == [["config.seed", "0"], ["config.x", "1, 2"]]
+    assert data["updates"] == 0 and data["recorded"] == 1 and data["steps"] == [0, 9]
+    json.dumps(data, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -129,36 +135,36 @@ def test_metrics_by_name_and_none_for_what_is_no_number(tmp_path: Path) -> None:
         ("step", "step"),
     ],
 )
-def test_panels_hold_what_is_to_be_compared(metric: str, panel: str) -> None:
-    assert panel_of(metric) == panel
+def test_panels_group_comparable_metrics(metric: str, panel: str) -> None:
+    assert panel_name(metric) == panel
 
 
-def test_many_frames_are_merged_in_the_films_and_nowhere_else(
+def test_many_frames_are_merged_only_in_the_animations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(told, "MOST_FRAMES", 3)
+    monkeypatch.setattr(module, "MAX_FRAMES", 3)
     generator = np.random.default_rng(0)
     layer = LayerHistory((5, 4), 16, generator.random((5, 4)) < 0.5, flips([]))
     for _ in range(8):
         layer.flips.append(np.sort(generator.choice(20, 6, replace=False)).astype(np.int32))
     layer.scores = {5: np.where(layer.mask(5), 1.0, np.nan).astype(np.float32)}
     history = History({}, [Frame(i, i, 0.0) for i in range(9)], {"a": layer})
-    story = tell(history, "")
-    assert [frame["step"] for frame in story["frames"]] == [0, 4, 8]
-    assert story["recorded"] == 9 and story["updates"] == 8
-    masks = film(story["layers"][0], 3)
+    data = page_data(history, "")
+    assert [frame["step"] for frame in data["frames"]] == [0, 4, 8]
+    assert data["recorded"] == 9 and data["updates"] == 8
+    masks = animation(data["layers"][0], 3)
     assert all((masks[i] == layer.mask(4 * i)).all() for i in range(3))
-    assert len(story["curves"]["step"]) == 9
-    # Scored at step 5: the frame of step 4 must not show what was not yet known.
-    assert story["layers"][0]["scores"]["from"] == [2]
+    assert len(data["curves"]["step"]) == 9
+    # Scored at step 5: the frame of step 4 must not show later scores.
+    assert data["layers"][0]["scores"]["from"] == [2]
 
 
-def test_an_update_that_a_restart_undid_is_not_told(tmp_path: Path) -> None:
+def test_an_update_undone_by_a_restart_is_not_shown(tmp_path: Path) -> None:
     writer = HistoryWriter(tmp_path / "h")
     one, other = np.array([[1, 0]], dtype=bool), np.array([[0, 1]], dtype=bool)
     writer.start(0, {"a": one}, {"a": 16}, {})
     writer.update(10, 1, {"a": other})
     writer.start(5, {"a": one}, {"a": 16}, {})
     writer.update(10, 1, {"a": one})
-    story = tell(read_history(tmp_path / "h"), "")
-    assert story["updates"] == 1 and story["layers"][0]["row"]["exchanged"] == 0
+    data = page_data(read_history(tmp_path / "h"), "")
+    assert data["updates"] == 1 and data["layers"][0]["row"]["replaced"] == 0

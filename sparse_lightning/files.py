@@ -1,0 +1,46 @@
+"""Atomic writes, and checks of where a file can be written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_writable(path: Path, argument: str, *, kind: str = "file") -> None:
+    """Raise ValueError unless a file, or a folder (`kind="folder"`), can be written at a path.
+
+    Args:
+        path: the path to check.
+        argument: name of the argument in the error message.
+        kind: "file" or "folder".
+    """
+    is_other_kind = path.is_dir() if kind == "file" else path.is_file()
+    if is_other_kind or not os.access(path.parent, os.W_OK):
+        raise ValueError(
+            f"`{argument}` must be a {kind} in a folder that can be written to; got '{path}'."
+        )
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; the file written there replaces `path` unless an error is raised.
+
+    A concurrent reader sees either the old or the complete new file. Other files in the temporary
+    file's folder, such as the external weights of an ONNX graph, are moved next to `path` first.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        for extra in Path(folder).iterdir():
+            if extra != temporary:
+                os.replace(extra, path.with_name(extra.name))
+        os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path) as file:
+        file.write_text(text, encoding="utf-8")

@@ -1,0 +1,306 @@
+"""Convert a history to the data of the page: numbers for JSON, and packed animations of the masks.
+
+Curves and the table include every update. The animations do too, unless there are so many updates
+that the page would open slowly; then a displayed frame combines several updates.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparse_lightning.history import Frame, History, LayerHistory, Metrics, quantise
+
+MAX_FRAMES = 200  # enough for an animation of some seconds
+MAX_POINTS = 1000  # per curve, about the pixels of a screen
+# Limits of blocks times frames over all layers. If an update replaces a tenth of the blocks, a
+# frame takes half a bit per block after compression; a score takes 3 bits.
+_MAX_BLOCKS_IN_ANIMATIONS = 120_000_000
+_MAX_BLOCKS_IN_SCORES = 8_000_000
+
+_STAGE = re.compile(r"^(train|training|val|valid|validation|test)[/_.]|[/_.](step|epoch)$")
+
+
+@dataclass
+class BlockCounts:
+    """Numbers of blocks of one layer, or of all layers, at each frame of a history.
+
+    Attributes:
+        present: number of present blocks.
+        grown: number of blocks grown in the frame.
+        dropped: number of blocks dropped in the frame.
+        ever: number of blocks that were present in this or any earlier frame.
+        dead_rows: number of block rows without a block.
+        dead_columns: number of block columns without a block.
+    """
+
+    present: list[int] = field(default_factory=list)
+    grown: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    ever: list[int] = field(default_factory=list)
+    dead_rows: list[int] = field(default_factory=list)
+    dead_columns: list[int] = field(default_factory=list)
+
+    def replaced(self) -> list[int]:
+        """Return how many blocks were replaced by others at each frame."""
+        return [min(pair) for pair in zip(self.grown, self.dropped, strict=True)]
+
+
+def count_blocks(layer: LayerHistory, steps: list[int]) -> tuple[BlockCounts, NDArray[np.int64]]:
+    """Count the blocks of a layer at every frame.
+
+    Args:
+        layer: history of the layer.
+        steps: steps of its frames.
+
+    Returns:
+        The counts, and the step of each block's last change, int64 `[out_blocks * in_blocks]`.
+    """
+    rows, columns = layer.grid
+    mask = layer.first.reshape(-1).copy()
+    ever, last_change = mask.copy(), np.full(mask.size, steps[0])
+    in_row, in_column = layer.first.sum(1), layer.first.sum(0)
+    present, n_ever = int(mask.sum()), int(mask.sum())
+    counts = BlockCounts()
+    for step, flips in zip(steps, layer.flips, strict=True):
+        mask[flips] ^= True
+        last_change[flips] = step
+        is_grown = mask[flips]
+        grown = int(is_grown.sum())
+        present += 2 * grown - len(flips)
+        first_grown = flips[is_grown & ~ever[flips]]
+        ever[first_grown] = True
+        n_ever += len(first_grown)
+        change = np.where(is_grown, 1, -1)
+        in_row = in_row + np.bincount(flips // columns, change, rows).astype(int)
+        in_column = in_column + np.bincount(flips % columns, change, columns).astype(int)
+        counts.present.append(present)
+        counts.grown.append(grown)
+        counts.dropped.append(len(flips) - grown)
+        counts.ever.append(n_ever)
+        counts.dead_rows.append(int((in_row == 0).sum()))
+        counts.dead_columns.append(int((in_column == 0).sum()))
+    return counts, last_change
+
+
+def curves(counts: BlockCounts, n_blocks: int) -> dict[str, list[float]]:
+    """Return the curves over the steps by name.
+
+    `density` and `ever` are shares of all blocks; `churn` (replaced) and `survival` are shares of
+    the blocks that were present before the frame.
+    """
+    before = [max(1, n) for n in (counts.present[0], *counts.present[:-1])]
+    replaced, dropped = counts.replaced(), counts.dropped
+    return {
+        "density": [_round(n / n_blocks) for n in counts.present],
+        "churn": [_round(n / b) for n, b in zip(replaced, before, strict=True)],
+        "survival": [_round(1 - n / b) for n, b in zip(dropped, before, strict=True)],
+        "ever": [_round(n / n_blocks) for n in counts.ever],
+        "dead_rows": list(counts.dead_rows),
+        "dead_columns": list(counts.dead_columns),
+    }
+
+
+def evenly_spaced(n: int, limit: int) -> list[int]:
+    """Return at most `limit` evenly spaced indices below `n`, including the first and the last.
+
+    >>> evenly_spaced(5, 9), evenly_spaced(9, 3), evenly_spaced(9, 1)
+    ([0, 1, 2, 3, 4], [0, 4, 8], [8])
+    """
+    if n <= limit:
+        return list(range(n))
+    if limit == 1:
+        return [n - 1]
+    return [round(i * (n - 1) / (limit - 1)) for i in range(limit)]
+
+
+def panel_name(metric: str) -> str:
+    """Return the title of a metric's panel: its name without the training stage and the layer.
+
+    >>> panel_name("train_loss"), panel_name("val/loss"), panel_name("sparsity_density/fc.0")
+    ('loss', 'loss', 'sparsity_density')
+    >>> panel_name("sparsity/parameters")
+    'sparsity/parameters'
+    """
+    if re.match(r"sparsity_\w+/", metric):
+        return metric.partition("/")[0]
+    return _STAGE.sub("", metric) or metric
+
+
+def page_data(history: History, title: str) -> dict[str, Any]:
+    """Return the data of the page as primitives for JSON.
+
+    Args:
+        history: history with at least one frame.
+        title: title of the page.
+    """
+    steps = [frame.step for frame in history.frames]
+    sizes = [layer.first.size for layer in history.layers.values()]
+    limit = min(MAX_FRAMES, max(24, _MAX_BLOCKS_IN_ANIMATIONS // max(1, sum(sizes))))
+    shown = evenly_spaced(len(steps), limit)
+    points = evenly_spaced(len(steps), MAX_POINTS)
+    scored = sorted({frame for layer in history.layers.values() for frame in layer.scores})
+    limit = max(2, _MAX_BLOCKS_IN_SCORES // max(1, sum(sizes)))
+    scored = [scored[i] for i in evenly_spaced(len(scored), limit)]
+    layer_counts, layers = [], []
+    for name, layer in history.layers.items():
+        counts, last_change = count_blocks(layer, steps)
+        layer_counts.append(counts)
+        layers.append(
+            {
+                "name": name,
+                "grid": list(layer.grid),
+                "block_size": layer.block_size,
+                "row": _table_row(layer, counts, steps[-1] - last_change),
+                "animation": _animation(layer, shown),
+                "scores": _scores(layer, scored, shown, steps),
+            }
+        )
+    total = BlockCounts(
+        *(
+            [sum(values) for values in zip(*(getattr(c, key) for c in layer_counts), strict=True)]
+            for key in BlockCounts.__annotations__
+        )
+    )
+    moments: list[Frame | Metrics] = [*history.frames, *history.metrics]
+    return {
+        "title": title,
+        "about": [[key, _text(value)] for key, value in _flatten(history.about)],
+        "steps": [min(steps[0], *(m.step for m in moments)), max(m.step for m in moments)],
+        "seconds": [min(m.seconds for m in moments), max(m.seconds for m in moments)],
+        "updates": sum(frame.number > 0 for frame in history.frames),
+        "weights": _weights(history, layer_counts),
+        "recorded": len(steps),
+        "frames": [
+            {"step": frame.step, "number": frame.number, "seconds": frame.seconds}
+            for frame in (history.frames[i] for i in shown)
+        ],
+        "layers": layers,
+        "curves": {
+            "step": [steps[i] for i in points],
+            "total": _select(points, curves(total, max(1, sum(sizes)))),
+            "layers": [
+                _select(points, curves(counts, size))
+                for counts, size in zip(layer_counts, sizes, strict=True)
+            ],
+        },
+        "metrics": _metrics(history),
+    }
+
+
+def _table_row(layer: LayerHistory, counts: BlockCounts, ages: NDArray[np.int64]) -> dict[str, Any]:
+    """Return the row of the table for a layer at the last frame."""
+    mask = layer.mask(-1).reshape(-1)
+    scores = layer.scores[max(layer.scores)] if layer.scores else np.empty(0)
+    finite = scores[np.isfinite(scores)]
+    return {
+        "present": counts.present[-1],
+        "density": _round(counts.present[-1] / mask.size),
+        "ever": _round(counts.ever[-1] / mask.size),
+        "dead_rows": counts.dead_rows[-1],
+        "dead_columns": counts.dead_columns[-1],
+        "replaced": sum(counts.replaced()),
+        "age": _round(float(ages[mask].mean())) if mask.any() else None,
+        "score": _round(float(finite.mean())) if len(finite) else None,
+    }
+
+
+def _animation(layer: LayerHistory, shown: list[int]) -> str:
+    """Return the first mask and the changes up to each further displayed frame as packed bits."""
+    parts, before = [], np.zeros(layer.grid, dtype=bool)
+    is_shown = set(shown)
+    for frame, mask in enumerate(layer.masks()):
+        if frame in is_shown:
+            parts.append(np.packbits(mask ^ before).tobytes())
+            before = mask.copy()
+    return _packed(b"".join(parts))
+
+
+def _scores(
+    layer: LayerHistory, scored: list[int], shown: list[int], steps: list[int]
+) -> dict[str, Any]:
+    """Return scores in 255 levels (0 is no score), and the displayed frames at which they begin."""
+    known = [frame for frame in scored if frame in layer.scores]
+    from_frame = [int(np.searchsorted(shown, frame)) for frame in known]
+    ranges, levels = [], []
+    for frame in known:
+        lowest, highest, frame_levels = quantise(layer.scores[frame].reshape(-1))
+        ranges.append([lowest, highest])
+        levels.append(frame_levels.tobytes())
+    return {
+        "from": from_frame,
+        "steps": [steps[frame] for frame in known],
+        "ranges": ranges,
+        "levels": _packed(b"".join(levels)),
+    }
+
+
+def _weights(history: History, layer_counts: list[BlockCounts]) -> dict[str, int]:
+    """Return the number of weights of the dense layers, at the first frame, and at the last."""
+    pairs = list(zip(history.layers.values(), layer_counts, strict=True))
+    return {
+        "dense": sum(layer.first.size * layer.block_size**2 for layer, _ in pairs),
+        "first": sum(counts.present[0] * layer.block_size**2 for layer, counts in pairs),
+        "last": sum(counts.present[-1] * layer.block_size**2 for layer, counts in pairs),
+    }
+
+
+def _metrics(history: History) -> list[dict[str, Any]]:
+    lines: dict[str, tuple[list[int], list[float | None]]] = {}
+    for metrics in history.metrics:
+        for name, value in metrics.values.items():
+            steps, values = lines.setdefault(name, ([], []))
+            if steps and steps[-1] == metrics.step:  # recorded again after a validation
+                steps.pop()
+                values.pop()
+            steps.append(metrics.step)
+            values.append(_finite(value))
+    metrics_data = []
+    for name, (steps, values) in lines.items():
+        points = evenly_spaced(len(steps), MAX_POINTS)
+        metrics_data.append(
+            {
+                "panel": panel_name(name),
+                "name": name,
+                "step": [steps[i] for i in points],
+                "value": [values[i] for i in points],
+            }
+        )
+    return metrics_data
+
+
+def _flatten(about: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in about.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _finite(value: Any) -> float | None:
+    return _round(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _round(value: float) -> float:
+    """Return a number with six significant digits, to save space."""
+    return float(f"{value:.6g}")
+
+
+def _select(points: list[int], lines: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [values[i] for i in points] for name, values in lines.items()}
+
+
+def _packed(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data)).decode()
