@@ -1,4 +1,4 @@
-"""Doctests in docstrings are shown as the code that they are, for mkdocstrings."""
+"""Renders doctests in docstrings as code, for mkdocstrings."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import griffe
 
-# From a prompt to the next empty line.
+# A doctest reaches from a prompt to the next empty line.
 DOCTEST = re.compile(r"^( *)>>> .*(?:\n *\S.*)*", flags=re.MULTILINE)
 
 
 class Doctests(griffe.Extension):
-    """Puts a fence around each."""
+    """Puts a code fence around each doctest."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:

@@ -1,4 +1,4 @@
-"""Files of the repository that are pages, or pictures, of the site too."""
+"""Adds pages and pictures from the repository's root to the site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PICTURES = ("examples/masks.png", "examples/speed.png")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add them, as if they lay in this folder."""
+    """Add the files as if they were in `docs/`."""
     root = Path(config.config_file_path).parent
     for name in PAGES:
         text = (root / name).read_text(encoding="utf-8").replace("](docs/", "](")
@@ -24,7 +24,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links there: in the repository they lie one folder further up."""
+    """Rewrite links to these files, which are one folder further up in the repository."""
     for name in (*PAGES, *PICTURES):
         markdown = markdown.replace(f"../{name}", name)
     return markdown

@@ -1,4 +1,4 @@
-"""What README and docs/ print can be done: Python, commands, overrides, configurations, links."""
+"""README and docs/ work: their Python, commands, overrides, configurations and links."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests import pages
 from tests.pages import PAGES, ROOT
 from tests.test_hydra import USERS_CONFIG
 
-# Code of other tools, which are not installed, is fenced as ```py.
+# Pages with code of tools that are not installed, which is fenced as ```py and not run.
 OTHER_TOOLS = [ROOT / "docs" / "migration.md"]
 
 
 class Model(L.LightningModule):
-    """The reader's own `model`, which the pages do not spell out."""
+    """Stands for the reader's own `model`, which the pages use without defining it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,15 +53,15 @@ def with_any(language: str) -> list[Any]:
 
 @pytest.mark.parametrize("page", with_any("python"))
 def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A page's blocks one after the other, each with what those before it have defined."""
+    """Run the blocks of a page in order, in one namespace."""
     code = pages.blocks(page, "python")
     if any("transformers" in block for block in code):
         pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     if not any("ckpt_path" in block for block in code):
-        # Lightning's own short run, whatever the example asks for; it writes no checkpoints.
+        # Lightning's short run overrides the example's length; it writes no checkpoints.
         monkeypatch.setenv("PL_TRAINER_FAST_DEV_RUN", "8")
-    # On several GPUs it would start this process again for each of them.
+    # With several GPUs, Lightning would start this process again for each of them.
     monkeypatch.setenv("PL_TRAINER_DEVICES", "1")
     model = Model()
     given = {"model": model, "datamodule": model.train_dataloader(), "untrained": Model()}
@@ -70,15 +70,15 @@ def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         exec(compile(block, str(page), "exec"), given)
 
 
-def test_code_of_other_tools_is_python_and_stands_where_it_may() -> None:
+def test_code_of_other_tools_parses_and_is_on_known_pages() -> None:
     assert [page for page in PAGES if pages.blocks(page, "py")] == OTHER_TOOLS
     for page in OTHER_TOOLS:
         for block in pages.blocks(page, "py"):
             ast.parse(block)
-            assert "import sparse_lightning" not in block, "then it can be run: ```python"
+            assert "import sparse_lightning" not in block, "fence it as ```python, so it is run"
 
 
-def test_every_block_has_a_language_that_is_tested_or_needs_no_test() -> None:
+def test_every_code_block_has_a_known_language() -> None:
     for page in PAGES:
         opened = re.findall(r"^```(\w*).*\n(?:.*\n)*?```$", page.read_text("utf-8"), flags=re.M)
         assert set(opened) <= {"python", "py", "console", "yaml", "text"}, page
@@ -94,42 +94,42 @@ def our_commands() -> list[Any]:
 
 
 @pytest.mark.parametrize("command", our_commands())
-def test_commands_are_those_of_the_parser(
+def test_commands_parse(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = shlex.split(command)
-    asked: list[argparse.Namespace] = []
+    parsed: list[argparse.Namespace] = []
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(*arguments: Any) -> argparse.Namespace:
         options = parse(*arguments)
-        options.run = asked.append
+        options.run = parsed.append
         return options
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     try:
         cli.main(arguments[1:])
     except SystemExit:
-        # In a sentence a command may stand without what it works on.
-        in_a_sentence = not any(command in pages.commands(page) for page in PAGES)
-        assert in_a_sentence and "arguments are required" in capsys.readouterr().err
+        # Inline code may name a command without its required arguments.
+        is_inline = not any(command in pages.commands(page) for page in PAGES)
+        assert is_inline and "arguments are required" in capsys.readouterr().err
     else:
-        assert len(asked) == 1
+        assert len(parsed) == 1
 
 
-def test_what_else_is_run_is_there() -> None:
+def test_make_targets_and_scripts_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
         for command in pages.commands(page):
             program, argument, *_ = *shlex.split(command), ""
             if program == "make":
                 assert re.search(rf"^{argument}:", makefile, flags=re.M), f"{page}: {command}"
-            if argument.startswith("examples/"):
+            if argument.startswith(("examples/", "benchmarks/")):
                 assert (ROOT / argument).is_file(), f"{page}: {command}"
 
 
 def overrides_of(command: str) -> tuple[str, list[str]] | None:
-    """The Hydra app and the overrides of a command line; None if it is something else."""
+    """Return the Hydra app and the overrides of a command line, or None for other commands."""
     words = shlex.split(command)
     if words[:1] != ["python"] or words[1:2] not in (["app.py"], ["examples/train.py"]):
         return None
@@ -158,10 +158,10 @@ def test_overrides_compose(command: str, tmp_path: Path) -> None:
     if app == "app.py":
         (tmp_path / "config.yaml").write_text(USERS_CONFIG)
     folder, name = (tmp_path, "config") if app == "app.py" else (ROOT / "examples/conf", "train")
-    each = [choice.split(",")[0] if is_sweep(choice) else choice for choice in overrides]
-    for chosen in (each, *alternatives(overrides, each)):
+    first = [text.split(",")[0] if is_sweep(text) else text for text in overrides]
+    for values in (first, *alternatives(overrides, first)):
         with initialize_config_dir(str(folder), version_base="1.3"):
-            config = compose(name, overrides=chosen)
+            config = compose(name, overrides=values)
         callback = config.callbacks.get("sparsity")
         assert callback is None or isinstance(instantiate(callback), SparsityCallback)
 
@@ -170,14 +170,14 @@ def is_sweep(override: str) -> bool:
     return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
-def alternatives(overrides: list[str], each: list[str]) -> list[list[str]]:
-    """Of overrides that sweep, the other values, one at a time."""
+def alternatives(overrides: list[str], first: list[str]) -> list[list[str]]:
+    """Return `first` with one sweep override replaced, for each of its other values."""
     found = []
-    for at, override in enumerate(overrides):
+    for i, override in enumerate(overrides):
         if is_sweep(override):
             key, values = override.split("=", 1)
             for value in values.split(",")[1:]:
-                found.append([*each[:at], f"{key}={value}", *each[at + 1 :]])
+                found.append([*first[:i], f"{key}={value}", *first[i + 1 :]])
     return found
 
 
@@ -216,7 +216,7 @@ def check_lightning_cli(config: dict[str, Any], file: Path, *options: str) -> No
 def test_options_of_lightning_cli_are_accepted(tmp_path: Path) -> None:
     page = ROOT / "docs" / "how-to" / "lightning-cli.md"
     config, *_ = map(yaml.safe_load, pages.blocks(page, "yaml"))
-    tried = 0
+    n_tried = 0
     for command in pages.commands(page):
         *start, options = command.split("fit ")
         assert start == ["python main.py "]
@@ -224,12 +224,12 @@ def test_options_of_lightning_cli_are_accepted(tmp_path: Path) -> None:
         quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
         callbacks = config if given != options.split() else {}
         check_lightning_cli(callbacks, tmp_path / "config.yaml", *quiet, *given)
-        tried += 1
-    assert tried
+        n_tried += 1
+    assert n_tried
 
 
-def test_everything_that_can_be_set_is_shown() -> None:
-    """The page with all keys leaves none out."""
+def test_every_option_is_documented() -> None:
+    """The page on configuration lists every key."""
     from sparse_lightning.config import SparsityNode
 
     (block, *_) = pages.blocks(ROOT / "docs" / "how-to" / "configure.md", "yaml")
@@ -237,8 +237,8 @@ def test_everything_that_can_be_set_is_shown() -> None:
     assert list(shown) == list(SparsityNode.__dataclass_fields__)
 
 
-def test_links_lead_to_files_of_the_repository_too() -> None:
-    """Who reads the pages there, without the site."""
+def test_links_work_in_the_repository() -> None:
+    """Links also work for readers of the repository, without the site."""
     read = [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
     links = [
         (page, link)
@@ -249,20 +249,13 @@ def test_links_lead_to_files_of_the_repository_too() -> None:
     assert not [(page, link) for page, link in links if not (page.parent / link).exists()]
 
 
-def test_every_decision_has_a_page_in_each_list() -> None:
-    found = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md"))
-    assert [int(name[:2]) for name in found] == list(range(1, len(found) + 1))
-    for page in ("ARCHITECTURE.md", "docs/decisions/index.md", "mkdocs.yml"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        assert re.findall(r"(?:decisions/|\]\()(\d\d-[\w-]+\.md)", text) == found, page
-    for number, name in enumerate(found, 1):
-        first = (ROOT / "docs" / "decisions" / name).read_text(encoding="utf-8").splitlines()[0]
-        title = re.escape(first.removeprefix(f"# {number}. "))
-        index = (ROOT / "docs" / "decisions" / "index.md").read_text(encoding="utf-8")
-        assert re.search(rf"^{number}\. \[{title}\]", index, flags=re.M), name
+def test_decisions_are_numbered_in_order() -> None:
+    page = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    numbers = [int(number) for number in re.findall(r"^## (\d+)\. ", page, flags=re.M)]
+    assert numbers == list(range(1, 1 + len(numbers)))
 
 
-def test_the_site_is_built_without_a_warning_and_asks_for_no_network(tmp_path: Path) -> None:
+def test_the_site_builds_strictly_and_loads_nothing_from_a_network(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)
     done = subprocess.run(
@@ -275,7 +268,7 @@ def test_the_site_is_built_without_a_warning_and_asks_for_no_network(tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
     built = list(tmp_path.rglob("*.html"))
     assert len(built) > len(PAGES)
-    # What a browser would load; the plugin `offline` makes a local path of all that is ours.
+    # A browser would load these; the `offline` plugin makes the site's own links relative.
     loaded = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"')
     assert not [(path, found) for path in built if (found := loaded.findall(path.read_text()))]
     assert (tmp_path / "search" / "search_index.js").is_file()
