@@ -62,7 +62,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     """Train the selected tasks and print the tables.
 
     Raises:
-        ValueError: for options that do not fit together, before anything is trained.
+        ValueError: for invalid options, before anything is trained.
     """
     device = find_device(options.device)
     _check(options)
@@ -134,7 +134,7 @@ def _select_tasks(options: argparse.Namespace, device: torch.device) -> list[str
 def _missing_requirement(
     task: str, options: argparse.Namespace, device: torch.device
 ) -> str | None:
-    """Return what a task needs but does not find, with the remedy; None if it can run."""
+    """Return what a task lacks, with the remedy; None if it can run."""
     if task == "fashion" and not options.fashion_mnist.is_dir():
         return (
             f"Fashion-MNIST in '{options.fashion_mnist}'. Install the Debian package "

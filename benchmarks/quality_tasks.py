@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "granet": {"density": {"schedule": "cubic", "initial": 0.5}, "grow": "gradient"},
 }
-_UPDATES = 15  # updates would fit into a training; they end at three quarters of it
+_UPDATES = 15  # update intervals per training; updates end after three quarters of it
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def callback_keywords(run: Run) -> dict[str, Any]:
     """Return the keywords of `SparsityCallback` for a run of a sparse method.
 
     All methods share the update schedule, drop by magnitude, and use the same density in every
-    layer. All but one initially replace a tenth of the blocks at an update.
+    layer. The drop fraction starts at 0.1, except for `LARGE_DROPS`.
     """
     method = METHODS[run.method]
     return {
@@ -171,10 +171,10 @@ def callback_keywords(run: Run) -> dict[str, Any]:
 
 
 def train(run: Run, device: torch.device, fashion_mnist: Path) -> tuple[Metrics, float]:
-    """Train a run; return its metrics and the seconds it took.
+    """Perform one training; return its metrics and the seconds it took.
 
     Args:
-        run: the run.
+        run: the training to perform.
         device: the device to train on; a CPU uses one thread, so that results do not depend on the
             machine's load.
         fashion_mnist: folder with the data of the task `fashion`.
@@ -215,7 +215,7 @@ class Teacher:
         n = features // block_size
         scores = torch.rand(n, n)
         allowed = torch.ones_like(scores, dtype=torch.bool)
-        # A student keeps a block in every row and column, and should not have to waste any.
+        # The student's floor keeps a block in every row and column; none of these is wasted.
         self.mask = choose_blocks(scores, allowed, round(density * n**2), floor=(1, 1))
         mask = self.mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
         weight = mask * torch.randn(features, features) / (density * features) ** 0.5
@@ -301,7 +301,7 @@ class GPTSize:
     def flops(self, density: float) -> float:
         """Return the forward FLOPs per byte at a density of the MLPs; a training step takes 3x.
 
-        Counted are the matrix products: the projections of the attention (4 width^2 in all), its
+        It counts the matrix products: the projections of the attention (4 width^2 in all), its
         causal scores and sums, the two layers of the MLP, and the head. The dense gradients that
         RigL needs at its updates, in 2 % of the steps, are not counted.
 
@@ -451,7 +451,7 @@ def fit(
         batches: iterable of batches; every epoch iterates over it again.
         run: the run, whose method is used.
         device: device to train on.
-        include: name patterns of the layers to make sparse.
+        include: name patterns of the layers to make block-sparse.
         trainer_options: further options of the trainer.
     """
     on_cuda = device.type == "cuda"

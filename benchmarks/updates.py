@@ -1,4 +1,4 @@
-"""Train MLPs with each pair of rules, and time what topology updates cost.
+"""Train MLPs with several pairs of criteria, and time topology updates.
 
 The table shows the callback's host time per step between updates, and the duration that an update
 adds to the training.
@@ -35,7 +35,7 @@ from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 # The longest gathering window is ten steps, and the steps after an update can include warm-up.
 _UPDATE_INTERVAL, _UPDATES = 24, 8
 
-# (drop, grow, token_stride); the rules differ in what they gather, and so in their cost.
+# (drop, grow, token_stride); criteria differ in the statistics they gather, and so in cost.
 RULES = (
     ("magnitude", "none", 1),
     ("magnitude", "random", 1),
@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_rules(options: argparse.Namespace) -> None:
-    """Measure every pair of rules and print a table.
+    """Measure every pair of criteria and print a table.
 
     Raises:
-        ValueError: for options that do not fit together, before anything is measured.
+        ValueError: for invalid options, before anything is measured.
     """
     device = find_device(options.device)
     on_cuda = device.type == "cuda"

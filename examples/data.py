@@ -58,7 +58,7 @@ class StdlibBytes(L.LightningDataModule):
         for path in sorted(root.rglob("*.py")):
             name = path.relative_to(root).as_posix()
             if "site-packages" not in name:
-                # Splitting by a hash of the name keeps a file's side when Python gains other files.
+                # Splitting by a hash of the name keeps each file's split when Python gains files.
                 held_out = zlib.crc32(name.encode()) % 20 == 0
                 texts[held_out].append(path.read_bytes())
         train, val = (

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """Classify images by a pre-norm transformer encoder and the mean over its patches."""
+    """Classify images with a pre-norm transformer encoder and the mean over its patches."""
 
     def __init__(
         self, width: int, layers: int, heads: int, image: int, patch: int, classes: int = 1000

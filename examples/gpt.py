@@ -88,8 +88,8 @@ class GPT(L.LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [batch, time, 256] of the byte after each of `tokens` [batch, time]."""
-        # Adding the embeddings of the preceding bytes saves the slowly learning attention from
-        # learning to spell; this gains 0.3 bits per byte in a short training.
+        # Attention is slow to learn spelling; adding the embeddings of the preceding bytes supplies
+        # it, and gains 0.3 bits per byte in a short training.
         x = sum(
             embedding(F.pad(tokens, (distance, 0))[:, : tokens.shape[1]])
             for distance, embedding in enumerate(self.embeddings)
@@ -99,7 +99,7 @@ class GPT(L.LightningModule):
         return self.lm_head(self.norm(x))
 
     def bits_per_byte(self, windows: Tensor) -> Tensor:
-        """Return the mean bits per byte after the first one of `windows` [batch, context + 1]."""
+        """Return the mean bits per byte of `windows` [batch, context + 1] after the first byte."""
         logits = self(windows[:, :-1])
         nats = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
         return nats / math.log(2)
@@ -148,7 +148,11 @@ class GPT(L.LightningModule):
             logits = self(tokens[:, -self.hparams.context :])[:, -1].float()
             chances = (logits / temperature).softmax(-1)
             tokens = torch.cat((tokens, chances.multinomial(1, generator=generator)), dim=1)
-        return bytes(tokens[0].tolist()).decode(errors="replace")
+        text = bytes(tokens[0].tolist()).decode(errors="replace")
+        # An untrained model samples control characters, which a terminal would obey.
+        return "".join(
+            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+        )
 
 
 def build() -> GPT:

@@ -25,7 +25,7 @@ class MaskedLinear(BlockSparseLinear):
 
 
 class WithNorms(torch.autograd.Function):
-    """Identity of a weight; the squared norms of its gradient's blocks become a leaf's gradient."""
+    """Identity on a weight; the squared block norms of its gradient become a leaf's gradient."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, leaf: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class WithNorms(torch.autograd.Function):
 
 
 class MaskedDense(L.Callback):
-    """Makes all block-sparse layers multiply densely; place it after the `SparsityCallback`."""
+    """Makes block-sparse layers multiply densely; place it after the `SparsityCallback`."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replace the forward of the block-sparse layers; nothing else changes."""

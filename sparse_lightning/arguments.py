@@ -41,13 +41,13 @@ def find_device(name: str) -> torch.device:
 
 
 def check_count(name: str, value: int | None) -> None:
-    """Raise ValueError if the option `--name` is given and less than 1."""
+    """Raise ValueError if the option `--name` has a value below 1."""
     if value is not None and value < 1:
         raise ValueError(f"`--{name}` must be at least 1; got {value}.")
 
 
 def find_builder(argument: str, target: str) -> Callable[[], nn.Module]:
-    """Return a function that calls the named one without arguments and checks its result.
+    """Return a function that calls `target` without arguments and checks its result.
 
     Args:
         argument: name of the argument in error messages, such as `--model`.
@@ -55,8 +55,8 @@ def find_builder(argument: str, target: str) -> Callable[[], nn.Module]:
             folder are found.
 
     Raises:
-        ValueError: if there is no such function. The returned function raises it if the named one
-            fails, or returns anything but an `nn.Module`.
+        ValueError: if the function does not exist. The returned function raises it if `target`
+            fails or does not return an `nn.Module`.
     """
     module, _, name = target.replace(":", ".").rpartition(".")
     if not module:
@@ -98,7 +98,7 @@ class Input:
     """The shape and dtype of one input of a model.
 
     Attributes:
-        shape: the sizes; a name stands for a size that may vary.
+        shape: the sizes; a size that may vary has a name.
         dtype: one of `DTYPES`.
     """
 
@@ -119,7 +119,7 @@ class Input:
         dtype = DTYPES.get(last)
         if dtype is None:
             sizes.append(last)
-        # Names contain no digits, so a mistyped dtype such as int46 is not taken for one.
+        # Names contain no digits, so a mistyped dtype, like int46, is not mistaken for one.
         if not all(re.fullmatch("[1-9][0-9]*|[A-Za-z_]+", size) for size in sizes):
             raise ValueError(
                 "`--input` must be sizes, or names of sizes that may vary (letters only), "

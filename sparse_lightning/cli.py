@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tune,
         "find the fastest kernels for this machine's GPU",
         "Time every kind of kernel on this machine's GPU for every product, block size and "
-        "density, and save the table by which training chooses kernels. Takes some minutes.",
+        "density, and save the table that training uses to choose kernels. Takes minutes.",
     )
     _add(
         commands,
@@ -122,3 +122,7 @@ def _add(commands: Any, name: str, module: ModuleType, summary: str, description
     )
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -90,12 +90,12 @@ class UpdateSchedule:
     every_n_steps: int = 100
     begin: int | float = 0
     until: int | float = 0.75
-    times: Any = None  # OmegaConf has no type for a list, a string or a function.
+    times: Any = None  # OmegaConf has no type for a list, string or function.
 
 
 @dataclass
 class DropFractionSchedule:
-    """The share of a layer's blocks that an update exchanges, from `update.begin` to `.until`.
+    """The share of a layer's blocks that each update exchanges, over the update schedule.
 
     Attributes:
         schedule: "linear", "cosine", or "constant", which takes either `initial` or `final`; or a
@@ -258,8 +258,8 @@ class SparsityConfig:
     def training_options(self) -> dict[str, Any]:
         """Return the options that a resumed training must share, by dotted key, as primitives.
 
-        An option that has a name (`magnitude`) is stored under it, however the configuration gives
-        it; a user's function by its dotted path, and a rule object by that of its class. Logging
+        A built-in function is stored by its name (`magnitude`), however the configuration gives it;
+        a user's function by its dotted path, and a rule object by that of its class. Logging
         (`monitor`), memory (`shrink`), the initial blocks (`init`) and copies (`follow`) are left
         out, since they may change.
         """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-# Marks lineages of trivial weights such as zeros and identities, with which unrelated layers start.
+# Prefix of the lineages of trivial weights (zeros, identities), with which unrelated layers start.
 _TRIVIAL = "plain "
 _N_SIGNS = 64
 _N_VALUES = 4096
@@ -20,7 +20,7 @@ _N_VALUES = 4096
 
 @torch.no_grad()
 def assign_lineages(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return a random string for each weight; bitwise equal weights share theirs.
+    """Return a random string for each weight; bitwise equal weights share one.
 
     A weight also equals another one that rounds to it in a dtype of less precision. A weight on the
     meta device equals no other.
@@ -70,7 +70,7 @@ def _has_trivial_values(weight: Tensor) -> bool:
 
 
 def find_source(name: str, candidates: Iterable[str]) -> str | None:
-    """Return the layer of which another one is the copy, or None if that is ambiguous.
+    """Return the source of the copy `name` among candidates, or None if it is ambiguous.
 
     If several layers are equal, as in an encoder of cloned layers, the source is the layer whose
     name has the longest suffix in common with the copy's name.
@@ -107,7 +107,7 @@ def find_copies(
     Args:
         lineages: lineage of each layer, by name.
         shapes: (out_features, in_features) of each layer.
-        is_trained: predicate on names of layers; a trained layer is no copy.
+        is_trained: predicate on names of layers; a trained layer is not a copy.
     """
     sources: dict[tuple[object, ...], list[str]] = {}
     for name in filter(is_trained, lineages):

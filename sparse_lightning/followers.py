@@ -16,7 +16,7 @@ from sparse_lightning.sharding import local_part
 
 
 class Followers:
-    """Finds the copies of a model's layers, and the changes that are made to them.
+    """Finds the copies of a model's layers, and detects changes to them.
 
     Args:
         model: the model that holds the layers.
@@ -39,7 +39,7 @@ class Followers:
         self._external_sums: WeakKeyDictionary[BlockSparseLinear, float] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        # External layers belong to others, and weak references cannot be pickled.
+        # Weak references cannot be pickled, and a copy of the model has other external layers.
         return {key: value for key, value in vars(self).items() if key != "_external_sums"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class Followers:
         Args:
             held: ids of the parameters that optimizers hold.
             layers: layers that may have copies, by name.
-            evolving: layers among them that are not copies so far.
+            evolving: those of `layers` that are not copies so far.
         """
         present = dict(sparse_layers(self.model))
 
@@ -109,7 +109,7 @@ class Followers:
                 yield from self.external_copies(copy)
 
     def is_unchanged_copy(self, copy: BlockSparseLinear, source: BlockSparseLinear) -> bool:
-        """Return whether two layers still hold what the swap made of equal weights."""
+        """Return whether both layers still hold what the swap took from equal weights."""
         if copy._agrees_with(source):
             return True
         # Without a common block, they match as long as neither has been written to.
@@ -124,7 +124,7 @@ class Followers:
         return sorted(copy for copy, total in now.items() if self._sums.get(copy) == total)
 
     def record_sums(self, names: Collection[str]) -> None:
-        """Record the contents of the copies of some layers, right after an update of these."""
+        """Record the sums of the copies of some layers, right after an update of these layers."""
         self._sums.update(self._sums_of_copies(names))
 
     def _sums_of_copies(self, names: Collection[str]) -> dict[str, float]:
@@ -134,11 +134,11 @@ class Followers:
     def find_unregistered_copies(
         self, layers: Mapping[str, BlockSparseLinear], excluded: Iterable[BlockSparseLinear]
     ) -> list[str]:
-        """Return the layers that have copies outside the model which change but do not follow.
+        """Return the layers with copies outside the model that change but do not follow.
 
         Args:
-            layers: layers whose copies are searched, by name.
-            excluded: layers outside the model that are not such copies.
+            layers: layers whose copies to find, by name.
+            excluded: layers outside the model that do not count as copies.
         """
         names = {layer._lineage: name for name, layer in layers.items()}
         known = {id(module) for module in (*self.model.modules(), *excluded)}

@@ -35,10 +35,10 @@ _PER_SLOT = ("saliency", "movement")
 class NormAccumulator:
     """Accumulates a layer's squared block norms over the backward passes of one step.
 
-    While armed, the layer's backward returns them as the gradient of `layer.block_norms`. So they
-    accumulate exactly where gradients accumulate into `values.grad`. Gradients that are cleared
+    While armed, the layer's backward returns them as the gradient of `layer.block_norms`, so they
+    accumulate exactly when gradients accumulate into `values.grad`. Gradients that are cleared
     before the step, such as those that a critic receives while its generator is trained, must not
-    count either. So `values.grad` is checked at the step, and in each backward before anything is
+    count. So `values.grad` is checked at the step, and in each backward before anything is
     accumulated: if it is None or all zero, the norms accumulated so far are discarded.
 
     Args:
@@ -119,7 +119,7 @@ class Gatherer:
             layer.token_stride = token_stride
         # Number of steps, ending with the update, in which the dense gradient is gathered.
         self.window = MOMENTUM_STEPS if "momentum" in needs else int("gradient" in needs)
-        # Whether `read_gradients` has to be called.
+        # Whether `read_gradients` must be called.
         self.reads_gradients = not needs.isdisjoint(_PER_SLOT)
         self._accumulators: dict[str, NormAccumulator] = {}
         self._norms: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ class Gatherer:
     # Norms of the dense gradient.
 
     def arm(self, names: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Gather dense gradients in some layers of an optimizer, and in no others of it.
+        """Gather dense gradients in the named layers of an optimizer, and stop in its others.
 
         Args:
             names: names of the layers to arm, among `parameters`.
@@ -177,10 +177,10 @@ class Gatherer:
                 self._norms.pop(name, None)
             elif "momentum" in self.needs:
                 before = self._momentum.get(name)
-                if before is None:  # NaN keeps the layer from being scored until there is a value
+                if before is None:  # NaN prevents scoring until a finite step
                     before = torch.full_like(norms, torch.nan)
                 before = before.to(norms.device)
-                # A step with a non-finite gradient leaves the momentum as it is.
+                # A step with a non-finite gradient leaves the momentum unchanged.
                 new = before.nan_to_num() * MOMENTUM_DECAY + norms
                 self._momentum[name] = torch.where(norms.isfinite().all(), new, before)
 
@@ -238,7 +238,7 @@ class Gatherer:
         self._unconfirmed |= {n for n, values in parameters.items() if values.grad is not None}
 
     def confirm_step(self, names: Collection[str]) -> None:
-        """Count the gradients read for these layers, as their optimizer has taken its step."""
+        """Count the gradients read for these layers, after their optimizer has taken its step."""
         for name in self._unconfirmed & set(names):
             self._n_steps[name] = self._n_steps.get(name, 0) + 1
         self._unconfirmed -= set(names)
@@ -271,8 +271,8 @@ class Gatherer:
     ) -> dict[str, BlockScores]:
         """Return the statistics of the layers that can be scored, on the CPU.
 
-        A layer cannot be scored if a needed statistic is missing or not finite, as when it had no
-        gradient in the step.
+        A layer cannot be scored if a needed statistic is missing or not finite, for example because
+        it had no gradient in the step.
 
         Args:
             names: names of the layers; equal on every rank, and every rank must call this.

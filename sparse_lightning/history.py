@@ -70,7 +70,7 @@ class LayerHistory:
     first: Bools
     flips: list[NDArray[np.int32]] = field(default_factory=list)
     scores: dict[int, Floats] = field(default_factory=dict)
-    # The mask of the last frame, kept while reading: replaying all flips for it takes seconds.
+    # The mask of the last frame, cached because replaying all flips takes seconds.
     _last: Bools = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class History:
     """The contents of a history file.
 
     Attributes:
-        about: facts about the training, such as its configuration: primitives by key.
+        about: facts about the training, such as its configuration, as primitives by key.
         frames: frames in the order of their steps.
         layers: histories of the layers by name, in the model's order.
         metrics: metrics in the order of their steps.
@@ -142,7 +142,7 @@ class HistoryWriter:
             step: number of optimizer steps taken; readers discard earlier records of later steps.
             masks: masks by layer, bool `[out_blocks, in_blocks]`.
             block_sizes: block sizes by layer.
-            about: facts about the training: primitives by key.
+            about: facts about the training, as primitives by key.
         """
         self._masks = {name: np.array(mask, dtype=bool) for name, mask in masks.items()}
         layers = [

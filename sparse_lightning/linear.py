@@ -40,7 +40,7 @@ _ATTRIBUTES = (
     "_dense_class",
 )
 
-# All live layers of the process, among which the copies of a layer are searched.
+# All live layers of the process; the copies of a layer are searched for among these.
 LIVE_LAYERS: WeakSet[BlockSparseLinear] = WeakSet()
 
 # Available since PyTorch 2.7. Some versions of Dynamo evaluate it to True in any compilation.
@@ -62,8 +62,8 @@ class BlockSparseLinear(nn.Module):
     """y = x W^T + bias, where only some blocks of W are present.
 
     The blocks of a new layer are uniformly random. Its values are initialized as those of
-    `nn.Linear`, scaled to the number of inputs that each output has: uniform within
-    sqrt(1 / (density * in_features)).
+    `nn.Linear`, scaled to the average number of inputs per output: uniform within
+    +-sqrt(1 / (density * in_features)).
 
     Attributes:
         values: parameter `[capacity, block_size, block_size]`, the blocks by slot, each in the
@@ -75,7 +75,7 @@ class BlockSparseLinear(nn.Module):
             `block_norms.grad` the squared Frobenius norm of each block of the dense weight
             gradient, including absent blocks. The reader resets `grad` to None. Like the gradient
             of `values`, it is not changed by `autograd.grad(loss, x)` or `backward(inputs=[x])`.
-        armed: whether backwards compute block norms; set by `arm`.
+        armed: whether backward passes compute block norms; set by `arm`.
         token_stride: only every `token_stride`-th token contributes to the norms.
 
     Args:
@@ -99,7 +99,7 @@ class BlockSparseLinear(nn.Module):
     bias: nn.Parameter | None
 
     # True while an optimizer holds `values`. State dicts of another capacity are then refused,
-    # because the optimizer state could not follow.
+    # because the optimizer state would not fit.
     _is_locked: bool
     # Name of the layer in the model in which it was swapped, for messages.
     _label: str
@@ -188,7 +188,7 @@ class BlockSparseLinear(nn.Module):
             mask = largest_blocks(weight, grid, count_blocks(density, grid[0] * grid[1]))
             topology = BlockTopology.from_mask(mask, block_size)
         layer = cls.__new__(cls)
-        # On meta nothing is drawn, so the state of the random number generator does not change.
+        # On meta nothing is drawn, so the random number generator keeps its state.
         cls.__init__(
             layer,
             in_features,
@@ -203,7 +203,7 @@ class BlockSparseLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         if is_conv1d(linear):
             layer._dense_class = type(linear)
-            layer.nx, layer.nf = in_features, out_features  # read by the class once restored
+            layer.nx, layer.nf = in_features, out_features  # read by the restored `Conv1D`
         layer._move_attributes()
         return layer.train(linear.training)
 
@@ -255,7 +255,7 @@ class BlockSparseLinear(nn.Module):
         return f" (layer '{label}')" if label else ""
 
     def _operands(self, x: Tensor) -> LayerOperands:
-        """Return the operands that the ops take of this layer.
+        """Return this layer's operands for the ops.
 
         Args:
             x: the input, already `in_autocast_dtype`; only its dtype and device are used.
@@ -275,7 +275,7 @@ class BlockSparseLinear(nn.Module):
             )
         norms, armed = self._norm_operands(x)
         topology = self.topology
-        return LayerOperands(  # faster than by `topology.indices`
+        return LayerOperands(  # faster than unpacking `topology.indices`
             values,
             bias,
             topology.coords,
@@ -312,7 +312,7 @@ class BlockSparseLinear(nn.Module):
         code and CUDA graphs compute zeros, and eager code launches nothing.
 
         Args:
-            on: whether the backwards of subsequent forwards compute block norms.
+            on: whether the backward passes of later forward passes compute block norms.
         """
         self.armed = on
         self._armed_flag.fill_(on)
@@ -495,8 +495,8 @@ class BlockSparseLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not take part in the training, so its flags are reset. The tensors that only
-        # training uses are left out and recreated: a process started by pickling needs all tensors
-        # of the state to be alive when it unpickles them.
+        # training uses are left out and recreated: a spawned process needs all tensors of the
+        # state to be alive when it unpickles them.
         state = {**self.__dict__, "armed": False, "_is_locked": False, "_has_trained": False}
         return {k: v for k, v in state.items() if k not in ("block_norms", "_armed_flag")}
 
@@ -570,7 +570,7 @@ class BlockSparseLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # PyTorch's metadata of state dicts carries what identifies copies after loading.
+        # The metadata of PyTorch's state dicts identifies copies after loading.
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
             metadata["lineage"], metadata["label"] = self._lineage, self._label
@@ -691,7 +691,7 @@ class BlockSparseLinear(nn.Module):
             self._set_topology(topology)
 
     def _set_topology(self, topology: BlockTopology) -> None:
-        """Set another topology; `values` gets zeros if its shape changes."""
+        """Set the topology; `values` becomes zero if its shape changes."""
         old = self.topology
         if (topology.capacity, topology.block_size) == (old.capacity, old.block_size):
             coords = topology.coords.to(old.device)
@@ -707,7 +707,7 @@ class BlockSparseLinear(nn.Module):
         self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
         self.block_size = topology.block_size
         self.block_norms = _zero_norms(topology.grid, self.block_norms.device)
-        # The parameter object stays, so that ties and optimizers without state still hold it.
+        # The parameter object stays, so tied modules and optimizers without state still hold it.
         shape = (topology.capacity, topology.block_size, topology.block_size)
         _set_data(self.values, self.values.detach().new_zeros(shape))
         self._move_attributes()
@@ -778,13 +778,13 @@ def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
 
 
 def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Replace the data of a parameter by one of any shape, and clear its gradient."""
+    """Replace the data of a parameter, whose shape may change, and clear its gradient."""
     _prepare_data(parameter, data)()
 
 
 def _prepare_data(parameter: nn.Parameter, data: Tensor) -> Callable[[], None]:
     """Return a function that does what `_set_data` does, without allocating tensors."""
-    # As long as a graph is alive, autograd expects a gradient of the old shape for this parameter.
+    # While a graph is alive, autograd expects a gradient of the old shape for this parameter.
     # Changing the dtype in between resets the expectation.
     other_dtype = torch.float32 if data.dtype == torch.float64 else torch.float64
     placeholder = data.new_empty(0, dtype=other_dtype)

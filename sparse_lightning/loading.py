@@ -56,7 +56,7 @@ def load_sparse(
 
     Raises:
         ValueError: if the file cannot be read, or the model lacks a layer of the checkpoint.
-        RuntimeError: if `load_state_dict` raises it, or a layer is being trained.
+        RuntimeError: if `load_state_dict` raises it, or a layer to convert is being trained.
     """
     if isinstance(source, (str, os.PathLike)):
         source = _read(Path(source))

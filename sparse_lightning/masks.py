@@ -40,11 +40,11 @@ def mask_image(mask: Bools) -> Pixels:
 
 
 def mask_text(mask: Bools, columns: int = 80) -> str:
-    """Return a mask as text: two block rows per line, or shades if several blocks share a letter.
+    """Return a mask as text: two block rows per line, or shades if blocks share a character.
 
     Args:
         mask: bool `[out_blocks, in_blocks]`.
-        columns: maximum number of letters in a line.
+        columns: maximum number of characters in a line.
 
     >>> print(mask_text(np.array([[True, False, True], [True, True, False]])))
     █▄▀

@@ -17,7 +17,7 @@ def matches(pattern: str, name: str) -> bool:
     """Return whether a pattern matches a module's name.
 
     A pattern without a dot matches the last part of the name, and one with a dot the whole name;
-    "re:" introduces a regular expression of the whole name.
+    "re:" introduces a regular expression for the whole name.
 
     >>> matches("fc*", "blocks.0.fc1"), matches("blocks.*.fc1", "blocks.0.fc1")
     (True, True)
@@ -53,7 +53,7 @@ def is_selected(name: str, include: Iterable[str], exclude: Sequence[str]) -> bo
 
 
 def common_patterns(names: Sequence[str]) -> list[str]:
-    """Return patterns that match all names: one of their common prefix, else the names.
+    """Return patterns that match all names: "prefix.*" for a common prefix, else the names.
 
     >>> common_patterns(["target.0.fc", "target.2.fc"]), common_patterns(["up", "down"])
     (['target.*'], ['up', 'down'])
@@ -69,7 +69,7 @@ def is_exact(pattern: str) -> bool:
 
 
 def layer_densities(layer_density: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Return the density of each layer that has its own, by the first pattern that matches it.
+    """Return the density of each layer that a pattern matches; the first match counts.
 
     >>> layer_densities({"up": 0.5, "*.1.*": 0.1}, ["mlp.0.up", "mlp.1.up", "mlp.1.down"])
     {'mlp.0.up': 0.5, 'mlp.1.up': 0.5, 'mlp.1.down': 0.1}

@@ -5,8 +5,8 @@ late in training, a second moment that starts from zero without its bias correct
 updates reach several learning rates. So the first gradient of a grown slot also warm-starts its
 second moment (`warm_start`).
 
-A rule for the optimizer's class (`STATE_RULES`) says which state has slots; without a rule, the
-shape of the state does. Only the state in `optimizer.state[parameter]` is considered.
+A rule for the optimizer's class (`STATE_RULES`) declares which state has slots; without a rule, the
+shapes of the state decide. Only the state in `optimizer.state[parameter]` is considered.
 
 A layer that becomes block-sparse or dense keeps its parameter object, so an optimizer may hold
 state of the parameter's earlier shape. That state is discarded before the optimizer's next step
@@ -49,15 +49,15 @@ class StateRule:
             an option turns off may be missing. State that is not named is left unchanged.
         second_moments: names among `tensors` that are running means of g^2.
         bias_corrected: whether the second moments begin at zero and have a constant decay, the
-            smallest of `betas[1:]` of the parameter's group, so that after `step` steps they hold
+            smallest of the group's `betas[1:]`, so that after `step` steps they hold
             `1 - beta ** step` of the mean. False if they hold the whole mean at any time.
         starts_at: maps the name of a tensor to the option that holds its initial value, read from
             the parameter's group (for Adagrad, which ignores groups, from the defaults). Tensors
             without an entry begin at zero.
 
     Raises:
-        TypeError: if `tensors` or `second_moments` is a string, where a tuple of them is meant.
-        ValueError: for a second moment that is not among `tensors`.
+        TypeError: if `tensors` or `second_moments` is a string instead of a tuple.
+        ValueError: for a name in `second_moments` or `starts_at` that is not in `tensors`.
     """
 
     tensors: tuple[str, ...]
@@ -124,11 +124,11 @@ _SECOND_MOMENTS = {
 # CAME: mean squared deviations of normalised updates (divided by the root of a second moment) from
 # their mean. The normalised first update of a grown slot is about 1, whatever its gradient.
 _NORMALISED_MOMENTS = {"exp_avg_res_row", "exp_avg_res_col"}
-# Class names, since several libraries have such a class. The means begin as the first g^2.
+# Class names, since several libraries have these classes. Their means begin as the first g^2.
 _NOT_BIAS_CORRECTED = {"ADOPT", "Adopt"}
 _STARTS_AT = {"sum": "initial_accumulator_value", "step_size": "lr"}  # Adagrad's and Rprop's
 
-# Class names, since several libraries have such a class and older PyTorch has no Muon.
+# Class names, since several libraries have these classes and older PyTorch has no Muon.
 _REFUSED = {
     "Muon": "It orthogonalises whole matrices, which packed blocks are not. Put every `values` "
     "into AdamW, and keep Muon for dense matrices.",
@@ -269,7 +269,7 @@ def _has_slots(tensor: Tensor, parameter: nn.Parameter) -> bool:
 
 
 def _is_ambiguous(name: str, tensor: Tensor, parameter: nn.Parameter) -> bool:
-    """Return whether the first dimension of a tensor may be a block's instead of the slots."""
+    """Return whether the first dimension of a tensor may index rows of a block, not slots."""
     slots, block_size, _ = parameter.shape
     is_small = tensor.dim() < 3 and tensor.numel() < parameter.numel()
     return slots == block_size and is_small and "row" not in name and "col" not in name
@@ -331,7 +331,7 @@ def find_optimizer(
 
 
 def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """Check that an optimizer and its state, which may be restored, can follow a parameter.
+    """Check that an optimizer's state of a parameter, perhaps restored, can follow its slots.
 
     Args:
         optimizer: optimizer that holds `parameter`.
@@ -365,7 +365,7 @@ def _has_other_slots(tensor: Tensor, parameter: nn.Parameter) -> bool:
 def discard_dense_state(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dense_shape: tuple[int, int]
 ) -> bool:
-    """Discard the state that an optimizer has of a parameter from when it was a dense weight.
+    """Discard an optimizer's state of a parameter from when it was a dense weight.
 
     State of other shapes that `record_reshape` has recorded for this shape is discarded too.
 
@@ -386,9 +386,9 @@ def _discard_state_of_shapes(
 ) -> bool:
     """Discard an optimizer's state of a parameter if it belongs to an earlier shape of it.
 
-    The optimizer then creates new state in its next step, as for a new parameter. Adagrad creates
-    its state only when it is built, so its new state is created here; so is that of SGD, which if
-    fused steps either all parameters with a momentum buffer or none.
+    The optimizer then creates new state in its next step, as for a new parameter. Two classes get
+    it here: Adagrad, which creates state only in its constructor, and SGD, which if fused requires
+    a momentum buffer for either all parameters or none.
 
     Returns:
         True if learned state was discarded.
@@ -439,8 +439,8 @@ def record_reshape(before: torch.Size, now: torch.Size) -> None:
     """Record that a parameter changed shape, so that outdated optimizer state is discarded.
 
     An optimizer that steps with outdated state fails or, if fused, accesses memory beyond its
-    tensors. A pre-step hook checks each optimizer, as the optimizers of a parameter are not known
-    earlier. State that already has the new shape stays (`prepare_slot_removal`).
+    tensors. A pre-step hook checks each optimizer, since the optimizers of a parameter are unknown
+    until then. State that already has the new shape stays (`prepare_slot_removal`).
 
     Args:
         before: earlier shape of the parameter.
@@ -521,7 +521,7 @@ def prepare_reset(
 def prepare_slot_removal(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Tensor
 ) -> Callable[[], None]:
-    """Return a function that removes the state of all slots but some, and frees its memory.
+    """Return a function that removes the state of all slots but those kept, to free memory.
 
     The returned function allocates no memory and cannot fail. Removing empty slots leaves later
     steps unchanged, except with Adafactor: it takes the RMS of weights and updates over all slots,
@@ -559,8 +559,8 @@ def warm_start(
     """Initialise the second moment of grown slots from their first gradient.
 
     The moment becomes c * max(g^2, mean of g^2 over the block): the value that a constant gradient
-    of that size would have produced over the steps taken so far. So c is 1 - beta2^step where the
-    moment begins at zero and its betas and steps are known (the Adam family), and 1 elsewhere
+    of that size would have produced over the steps taken so far. So c is 1 - beta2^step if the
+    moment begins at zero and its betas and steps are known (the Adam family), and 1 otherwise
     (RMSprop, Adafactor). The mean protects elements whose first gradient happens to be small. If
     the optimizer keeps means over rows and columns (Adafactor), they are taken of that moment; an
     element may then begin with up to sqrt(2) times the update that its gradient causes later, if
@@ -568,7 +568,7 @@ def warm_start(
     steps.
 
     Args:
-        optimizer: optimizer that holds `parameter`; its class must have a rule.
+        optimizer: optimizer that holds `parameter`.
         group: parameter group of `parameter`.
         parameter: `[capacity, block_size, block_size]`, with its gradient.
         pending: bool `[capacity]`, the grown slots that have not had a gradient yet.
@@ -611,7 +611,7 @@ def _options(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mappi
 def _slot_state(
     rule: StateRule, optimizer: torch.optim.Optimizer, parameter: nn.Parameter
 ) -> dict[str, Tensor]:
-    """Return the per-slot state that the optimizer has created so far, by a checked rule."""
+    """Return the per-slot state that a rule names and the optimizer has created so far."""
     state = _tensors_by_name(optimizer, parameter)
     return {name: optimizer.state[parameter][name] for name in rule.tensors if name in state}
 
@@ -639,9 +639,9 @@ def _bias_correction(group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
 
 
 def _reduce_to_shape(moment: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """Reduce a moment, `[slots, block_size, block_size]`, to the means that state of a shape keeps.
+    """Reduce a moment, `[slots, block_size, block_size]`, to the means stored in a shape.
 
-    Rows and columns have the same size, so only the name tells which of them the state keeps.
+    Rows and columns have the same size, so only the name shows which of them the state keeps.
     """
     if len(shape) == 3:
         reduced = [d for d, size in enumerate(shape) if size != moment.shape[d]]

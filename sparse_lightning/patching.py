@@ -143,7 +143,7 @@ def swap_layers(
     options: SwapOptions,
     budgets: Callable[[Mapping[str, Grid]], tuple[Mapping[str, int], Mapping[str, int]]],
 ) -> SparsityReport:
-    """Do the work of `sparsify`, for budgets of any kind.
+    """Do the work of `sparsify` with arbitrary budgets.
 
     Args:
         model: model to change in place.
@@ -228,7 +228,7 @@ def _initial_topology(
     if options.init == "magnitude" and next(linear.parameters()).device.type != "meta":
         mask, scale = largest_blocks(dense_weight_of(linear), grid, n_blocks), 1.0
     else:
-        # The dtype is explicit as a half-precision default would change the draw and cause ties.
+        # The dtype is explicit, as a half-precision default would change the draw and cause ties.
         drawn = torch.rand(
             grid,
             generator=seeded_generator(options.seed, 0, name),
@@ -246,11 +246,11 @@ def _initial_topology(
 def initialize_from_dense(
     layer: BlockSparseLinear, weight: Tensor, init: str, source: BlockSparseLinear | None = None
 ) -> None:
-    """Initialize a swapped layer as if it had had another dense weight when it was swapped.
+    """Initialize a swapped layer as if its dense weight had been `weight` at the swap.
 
     Args:
         layer: layer to initialize. It keeps its number of blocks, and random blocks stay in place.
-        weight: weight in the layout of the dense layer.
+        weight: dense weight, in the layout of the dense layer.
         init: as in `sparsify`.
         source: source layer whose blocks to use if the layer is a copy.
     """
@@ -268,7 +268,7 @@ def initialize_from_dense(
 
 
 def update_containers(model: nn.Module) -> None:
-    """Adapt the modules that contain linear layers to which of these are block-sparse now.
+    """Adapt containers of linear layers after some have become block-sparse or dense.
 
     Modules change their class or a flag in place, so that references to them stay valid.
     """
@@ -290,7 +290,7 @@ def update_containers(model: nn.Module) -> None:
 
 
 # A false value disables the fused inference path of PyTorch's encoders, which reads the `weight` of
-# each layer. In the first flag it means an activation that the fused path does not support.
+# each layer. In the first flag it stands for an unsupported activation.
 _FAST_PATH_FLAGS = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",

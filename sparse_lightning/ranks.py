@@ -1,6 +1,6 @@
 """Communication between the ranks of a training, through `torch.distributed`.
 
-Without an initialised process group there is one rank, and each function returns its argument.
+Without an initialised process group there is one rank, and nothing is communicated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def broadcast_from_rank_zero(value: T) -> T:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the sum of the tensors that the ranks pass; every rank must call this."""
+    """Return the sum of a tensor over all ranks; every rank must call this."""
     if world_size() == 1:
         return tensor
     total = tensor.contiguous().clone()

@@ -23,13 +23,13 @@ def find_read_weights(model: nn.Module) -> dict[str, str]:
     the search looks for `self.layer.weight`, with any number of attributes in between, in the
     bytecode of `forward`, of the steps and hooks of a `LightningModule`, and of the methods that
     these call. It misses weights that are read in another way, for example from a local variable;
-    the error that the layer then raises says what to do. PyTorch's own modules are not searched.
+    the error that the layer then raises names the remedy. PyTorch's own modules are not searched.
 
     Args:
         model: any module; its parameters may be on the meta device.
 
     Returns:
-        Reason for each layer, an `nn.Linear` or a `Conv1D` of transformers, by its full name.
+        Reason for each layer, an `nn.Linear` or Transformers' `Conv1D`, by its full name.
 
     >>> class Tower(nn.Module):
     ...     def __init__(self):
@@ -59,7 +59,7 @@ def find_output_heads(model: nn.Module) -> dict[str, str]:
 
     A linear layer is an output head in any of these cases:
 
-    - The model says so by `get_output_embeddings` or `get_classifier`.
+    - A module's `get_output_embeddings` or `get_classifier` returns it.
     - It is the last one of a module that has an attribute for its number of classes, and has as
       many outputs.
     - It is the last one of the model, and has as many outputs as an embedding has entries.
@@ -108,12 +108,12 @@ def find_output_heads(model: nn.Module) -> dict[str, str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a dense linear layer: an `nn.Linear` or transformers' `Conv1D`."""
+    """Return whether a module is a dense linear layer: an `nn.Linear` or Transformers' `Conv1D`."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _linears_in(module: nn.Module) -> list[nn.Module]:
-    """Return the linear layers in a module, dense and block-sparse, in its order."""
+    """Return the linear layers in a module, dense and block-sparse, in order."""
     return [m for m in module.modules() if is_linear(m) or isinstance(m, BlockSparseLinear)]
 
 
@@ -135,7 +135,7 @@ def _class_counts(module: nn.Module, seen_configs: list[object]) -> Iterator[tup
     Args:
         module: module whose `num_classes`, `num_labels` and `config.num_labels` to read.
         seen_configs: configs to ignore; the module's config is appended. A submodule often has the
-            config of the model, but its last layer is no head.
+            config of the model, but its last layer is not a head.
     """
     config = getattr(module, "config", None)
     counts = [(name, getattr(module, name, None)) for name in ("num_classes", "num_labels")]

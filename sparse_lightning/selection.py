@@ -62,7 +62,7 @@ class Selection:
         layers: layers that get their own blocks.
         follows: layers that get the blocks of another, `{copy: source}`; the source is one of
             `layers`, or already block-sparse.
-        skipped: the reason why each other layer stays dense.
+        skipped: why each of the other layers stays dense.
         lineages: `BlockSparseLinear._lineage` of each layer that becomes block-sparse.
     """
 
@@ -80,7 +80,7 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, layer) of every dense linear layer: `nn.Linear`s and transformers' `Conv1D`s."""
+    """Yield (name, layer) of every dense linear layer: `nn.Linear`s and Transformers' `Conv1D`s."""
     for name, module in model.named_modules():
         if is_linear(module):
             yield name, module
@@ -92,7 +92,7 @@ def select_layers(model: nn.Module, options: SwapOptions) -> Selection:
     Warns about patterns that match no layer.
 
     Raises:
-        ValueError: if there is no layer to swap or an option is wrong, as `sparsify` does.
+        ValueError: if there is no layer to swap or an option is wrong.
     """
     if is_linear(model):
         kind = "nn.Linear" if isinstance(model, nn.Linear) else type(model).__name__
@@ -161,7 +161,7 @@ def find_sparse_copies(
 def _find_eligible(
     model: nn.Module, options: SwapOptions, tied: set[int]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the selected layers that can be block-sparse, and the reason to skip each other."""
+    """Return the selected layers that can be block-sparse, and why the others are skipped."""
     include, exclude = options.include, options.exclude
     eligible: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
-    """Return whether the tensor is a `DTensor`, of which each rank holds a part.
+    """Return whether the tensor is a `DTensor`, distributed over ranks.
 
     >>> is_sharded(torch.zeros(3))
     False
@@ -57,7 +57,7 @@ def local_slots(tensor: Tensor) -> slice:
 
 
 def check_whole_blocks(tensor: Tensor) -> None:
-    """Raise ValueError if a tensor is sharded such that ranks hold parts of blocks."""
+    """Raise ValueError if the sharding of a tensor splits blocks between ranks."""
     if is_sharded(tensor):
         from torch.distributed.tensor import Replicate, Shard
 
@@ -74,7 +74,7 @@ def gather_slots(part: Tensor, like: Tensor) -> Tensor:
 
     Args:
         part: `[local slots]`, one number for each slot of `like` on this rank.
-        like: `[slots, ...]`, the tensor whose sharding `part` has.
+        like: `[slots, ...]`, the tensor whose slots `part` describes.
 
     Returns:
         `[slots]`.

@@ -110,7 +110,7 @@ class Sparsifier:
         self.model = model
         self.total_steps = total_steps
         self._rule = self.config.update_rule
-        # The total by which fractions were resolved; a resumed training keeps the original one.
+        # `total_steps` when fractions were resolved; a resumed training keeps the original.
         self._resolved_by: int | None = None
         self._timetable: Timetable | None = None
         if total_steps is not None:  # raises for invalid times before the model is changed
@@ -123,8 +123,8 @@ class Sparsifier:
         self.layers = {
             name: layer for name, layer in self._selected_layers() if name not in self.follows
         }
-        # The layers that share the budget. Layers that turn out to be copies later stay among them,
-        # so that the budgets of the others do not change.
+        # The layers that share the budget. Layers that are later found to be copies stay here, so
+        # that the budgets of the others do not change.
         self._budgeted = dict(self.layers)
         swapped = {n: entry for n, entry in self.report.layers.items() if n in self.layers}
         self.report = replace(self.report, layers=swapped)
@@ -168,7 +168,7 @@ class Sparsifier:
         return self.config.budgets(grids)
 
     def _initial_grown_at(self) -> dict[str, Tensor]:
-        """Return the step at which the block of each slot was grown, 0: int32 `[capacity]`."""
+        """Return the initial `_grown_at`, 0 for every slot: int32 `[capacity]` by layer."""
         return {
             name: torch.zeros(layer.topology.capacity, dtype=torch.int32, device="cpu")
             for name, layer in self.layers.items()
@@ -214,16 +214,16 @@ class Sparsifier:
                 with it.
             copies: maps the name of a layer to further copies of it, such as averages, which then
                 follow its blocks.
-            planned: maps an optimizer and its number of counted steps to that number at the end of
-                the training; for a training whose length changes. Without it, the number is
-                `total_steps` less the steps that did not count.
+            planned: maps an optimizer and its number of counted steps to the number expected at the
+                end of the training; for a training whose length changes. Without it, that number
+                is `total_steps` less the steps that did not count.
             shrink: False if parameters must keep their shape, for example because the whole model
                 is compiled.
 
         Raises:
             ValueError, TypeError, RuntimeError: for an optimizer whose state cannot follow the
                 blocks, or whose steps cannot be observed; if a time is a fraction and `total_steps`
-                is None; if layers do not have the blocks that the schedule needs.
+                is None; if layers have fewer slots than the schedule needs.
         """
         for argument, value in (("rewrap", rewrap), ("copies", copies), ("planned", planned)):
             if value is not None and not callable(value):
@@ -266,7 +266,7 @@ class Sparsifier:
             self._global_watch = GlobalStepWatch(self._check_unattached_step)
 
     def replace_optimizers(self, old: Iterable[Any], new: Iterable[Any]) -> bool:
-        """Follow other optimizers in place of attached ones, without a break in the schedule.
+        """Replace attached optimizers, without a break in the schedule.
 
         Each new optimizer continues the schedule, the steps and the waiting layers of the old one
         at its position. Additional new optimizers continue those of the last old one.
@@ -282,26 +282,24 @@ class Sparsifier:
             ValueError, TypeError, RuntimeError: as `attach`.
         """
         # A list may contain an optimizer twice.
-        old_ones, new_ones = ([*dict.fromkeys(map(unwrap_optimizer, ones))] for ones in (old, new))
-        if old_ones == new_ones:
+        before, after = ([*dict.fromkeys(map(unwrap_optimizer, given))] for given in (old, new))
+        if before == after:
             return False
-        replaced = [t for t in self._attached() if t.optimizer in old_ones]
-        remaining = [
-            t for t in self._attached() if t not in replaced and t.optimizer not in new_ones
-        ]
+        replaced = [t for t in self._attached() if t.optimizer in before]
+        remaining = [t for t in self._attached() if t not in replaced and t.optimizer not in after]
         others = [tracked.optimizer for tracked in remaining]
         self._release(self._attached())
-        while len(replaced) < len(new_ones):
+        while len(replaced) < len(after):
             replaced.append(
                 TrackedOptimizer.from_state(replaced[-1].state_dict())
                 if replaced
                 else TrackedOptimizer()
             )
         # `attach` assigns the optimizers in this order.
-        first = [*replaced[: len(new_ones)], *remaining]
+        first = [*replaced[: len(after)], *remaining]
         rest = [tracked for tracked in [*replaced, *self._tracked] if tracked not in first]
         self._tracked = [*first, *dict.fromkeys(rest)]
-        self.attach(*new_ones, *others)
+        self.attach(*after, *others)
         return True
 
     def _attach(self, optimizer: Optimizer) -> None:
@@ -543,7 +541,7 @@ class Sparsifier:
         self._skip_step(tracked)
 
     def _is_copy_trained(self) -> bool:
-        """Return whether a copy has a gradient, as after it was unfrozen."""
+        """Return whether a copy has a gradient, as happens after it is unfrozen."""
         copies = [self._followers.get_layer(copy).values for copy in self.follows]
         return any(values.requires_grad and values.grad is not None for values in copies)
 
@@ -569,7 +567,7 @@ class Sparsifier:
         tracked.skipped += 1
         self._gatherer.discard_norms(tracked.armed)
         if self._planned is None and tracked.end is not None:
-            # The training will have one counted step less, so the next update may come earlier.
+            # The training will have one fewer counted step, so the next update may be earlier.
             self._set_end(tracked, max(tracked.end - 1, tracked.steps))
             self._arm(tracked)
 
@@ -597,7 +595,7 @@ class Sparsifier:
         self._arm(tracked)
 
     def _mark_trained(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Mark the layers that had a gradient in a step, so that they are not taken for copies."""
+        """Mark the layers that had a gradient in a step, so that they do not count as copies."""
         for name, values in parameters.items():
             if values.grad is not None:
                 self.layers[name]._has_trained = True
@@ -637,7 +635,7 @@ class Sparsifier:
 
     @torch.no_grad()
     def _update(self, tracked: TrackedOptimizer, is_due: bool) -> None:
-        """Update the layers that are due or waiting, as far as they can be scored."""
+        """Update the layers that are due or waiting and can be scored."""
         assert tracked.timetable is not None
         self._mark_trained(tracked.owned)
         copies = self._detect_copies()
@@ -661,7 +659,7 @@ class Sparsifier:
         if "unwritten copies" not in self._warned:
             self._followers.record_sums(tracked.owned)
         if "external copies" not in self._warned:
-            # Layers that are now copies or replaced in the model are no external copies.
+            # Layers that are now copies or were replaced in the model are not external copies.
             known = self._budgeted.values()
             names = self._followers.find_unregistered_copies(self.layers, known)
             self._warn_about(names, diagnostics.external_copies, once="external copies")
@@ -688,10 +686,10 @@ class Sparsifier:
             return {}
         parameters = [tracked.owned[name] for name in names]
         has_gradient = [values.grad is not None for values in parameters]
-        took_part = ranks.any_over_ranks(has_gradient, parameters[0].device)
+        has_gradient = ranks.any_over_ranks(has_gradient, parameters[0].device)
         step, seed = tracked.steps, self.config.seed
         return self._gatherer.scores_of(
-            [name for name, did in zip(names, took_part, strict=True) if did],
+            [name for name, has in zip(names, has_gradient, strict=True) if has],
             needs,
             step,
             lambda name: seeded_generator(seed, step, name),
@@ -707,8 +705,8 @@ class Sparsifier:
         fraction = config.drop_fraction_at(table.update_progress(step))
         is_armed = not self._gatherer.window or set(due) <= set(tracked.armed)
         if step == table.total_steps and (step < table.update_until or not is_armed):
-            # The training ends early, or this last step was not foreseen. The density still reaches
-            # its final value, but no block is grown, as it would not be trained.
+            # The training ends early, or this last step was not foreseen. The density still follows
+            # its schedule, but no blocks are exchanged, as grown ones would not be trained.
             fraction = 0.0
         budgets, needs = self._budgets(), self._gatherer.needs
         if not fraction and self._is_only_dropping(budgets, progress, due):
@@ -820,7 +818,7 @@ class Sparsifier:
 
     @torch.no_grad()
     def _shrink(self) -> None:
-        """Remove the slots that will stay empty, if it is time for that."""
+        """Remove the slots that will stay empty, if it is time to shrink."""
         if not self.config.shrink:
             return
         needed = self._needed_capacities()
@@ -839,7 +837,7 @@ class Sparsifier:
         try:
             for name, capacity in needed.items():
                 self._shrink_layer(name, capacity)
-        finally:  # also if memory ran out after some layers had shrunk
+        finally:  # even if memory ran out after some layers had shrunk
             if self._rewrap is not None:
                 self._rewrap()
         if torch.cuda.is_initialized():
@@ -848,8 +846,8 @@ class Sparsifier:
     def _shrink_layer(self, name: str, capacity: int) -> None:
         """Remove the slots of a layer beyond the capacity that it needs.
 
-        Layers shrink one after the other, each completely or not at all: shrinking all of them at
-        once would allocate as much memory as is to become free.
+        Layers shrink one after another, each completely or not at all: shrinking all of them at
+        once would hold the old and the new slots of all of them in memory.
         """
         layer = self.layers[name]
         # A layer may hold more than its budget: it was frozen, or had too few candidate blocks.
@@ -893,7 +891,7 @@ class Sparsifier:
     def reset_gathered(self) -> None:
         """Release the optimizers and discard gathered statistics, before another training.
 
-        The position in the schedule stays. The number of slots of the layers may have changed.
+        The position in the schedule stays. The capacities of the layers may have changed.
         """
         self._release(self._attached())
         self._gatherer.reset()
@@ -952,7 +950,7 @@ class Sparsifier:
     def _warn_about(
         self, names: Sequence[str], text: Callable[[Sequence[str]], str], once: str | None = None
     ) -> None:
-        """Warn about these names, if there are any."""
+        """Warn with a text about these names, if there are any."""
         self._warn(text(names) if names else None, once)
 
     # Saving and resuming.
@@ -984,7 +982,7 @@ class Sparsifier:
 
         Raises:
             ValueError: if the saved training had another configuration, or another version of this
-                package wrote it.
+                package wrote the state.
         """
         check_same_training(state, self.state_dict())
         attached = [tracked.optimizer for tracked in self._attached()]

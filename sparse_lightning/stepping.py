@@ -1,7 +1,7 @@
 """Observation of optimizer steps, through the hooks of the optimizer.
 
-An optimizer calls its own hooks when it steps, in any training loop. They tell when its gradients
-are final, whether the step is skipped and when the step is over.
+An optimizer calls its own hooks when it steps, in any training loop. They show when its gradients
+are final, whether the step is skipped and when it has ended.
 """
 
 from __future__ import annotations
@@ -53,16 +53,15 @@ def unwrap_optimizer(optimizer: object) -> Optimizer:
 class StepWatch:
     """Calls functions at each step of one optimizer, until it is removed.
 
-    Where the optimizer evaluates a closure that computes the gradients, they are read after each
-    evaluation, and the last reading counts. A subclass whose `step` calls that of its base class
-    takes one step, not two.
+    If the optimizer evaluates a closure that computes the gradients, they are read after each
+    evaluation, and the last reading counts. A `step` that calls its base class's counts once.
 
     Args:
         optimizer: the optimizer to watch.
         wants_gradients: called before each step; returns whether to call `on_gradients` in it.
         on_gradients: called when gradients are final (reduced, clipped and about to be applied),
             with the scale that they still carry: that of a GradScaler if the optimizer is fused,
-            else 1. Not called in a step that a GradScaler skips.
+            else 1; not called in a step that a GradScaler skips.
         on_step: called after each step, with whether it was skipped.
     """
 
@@ -163,7 +162,7 @@ def is_within(inner: Optimizer, outer: Optimizer) -> bool:
 
 
 def _optimizers_in(values: Iterable[object]) -> Iterator[Optimizer]:
-    """Yield the optimizers among values, including those in lists and dicts."""
+    """Yield the optimizers among values and in lists, tuples and mappings of them."""
     for value in values:
         if isinstance(value, Optimizer):
             yield value
@@ -180,7 +179,7 @@ def _overflows(optimizer: Optimizer) -> bool:
 
 
 def not_compiled(hook: Callable[P, R]) -> Callable[P, R]:
-    """Return a hook that breaks the graph of compiled code which steps an optimizer."""
+    """Return a hook that breaks the graph when compiled code steps an optimizer."""
     disabled = torch.compiler.disable(hook)
 
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

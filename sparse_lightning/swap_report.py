@@ -88,7 +88,7 @@ class SparsityReport:
 
     Attributes:
         layers: the block-sparse layers, without copies.
-        skipped: the reason why each other linear layer stayed dense.
+        skipped: why each of the other linear layers stayed dense.
         follows: the block-sparse layers that are copies, `{copy: source}`.
         coverage: the share of the model that is block-sparse, and the kinds of dense parameters.
     """

@@ -1,4 +1,4 @@
-"""Tables as plain text, as Markdown, and in a terminal by `rich`."""
+"""Tables as plain text, as Markdown, and in a terminal with `rich`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool
     Args:
         header: column titles.
         rows: rows of cells, one per column.
-        total: whether the last row is a total, set off by a rule.
+        total: whether the last row is a total, with a rule above it.
 
     >>> print(text_table(("layer", "blocks"), [("fc", "8"), ("total", "8")], total=True))
     layer  blocks

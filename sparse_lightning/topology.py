@@ -200,7 +200,7 @@ class BlockTopology:
 
         Args:
             transposed: whether the dense weight is stored as `[in_features, out_features]`. The
-                vector records it for code that builds dense weights from a state dict.
+                vector records this for code that builds dense weights from a state dict.
         """
         header = torch.tensor(
             [
@@ -276,8 +276,8 @@ class BlockTopology:
         return write
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Processes started by pickling share the memory of CPU tensors. Clone the indices, so that
-        # one process cannot change those of another, unless `share_memory_` was called.
+        # Spawned processes share the memory of pickled CPU tensors. Unless `share_memory_` was
+        # called, clone the indices, so that a process cannot change those of another.
         keep_shared = state.get("_shared", False) and _is_shared(state["coords"])
         for name, value in state.items():
             unshare = not keep_shared and isinstance(value, Tensor) and _is_shared(value)
@@ -404,7 +404,7 @@ class BlockTopology:
 
 
 def is_transposed_state(state: Tensor) -> bool:
-    """Return whether a vector of `to_state` belongs to a dense weight that is stored transposed."""
+    """Return whether a `to_state` vector describes a dense weight that is stored transposed."""
     return int(state[0]) < 0
 
 

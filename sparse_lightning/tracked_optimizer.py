@@ -33,8 +33,8 @@ class TrackedOptimizer:
     """The schedule position of one optimizer's layers and, while attached, the optimizer.
 
     Attributes:
-        steps: counted steps: those with a gradient of a layer of the optimizer, and not skipped.
-        length: `total_steps` of the training when `end` was last set.
+        steps: number of counted steps: not skipped, and with a gradient for a layer.
+        length: latest `total_steps` that `set_length` has applied.
         end: expected number of counted steps at the end of the training.
         timetable: timetable resolved for `end`.
         updated: step at which the latest topology update was due.
@@ -46,13 +46,13 @@ class TrackedOptimizer:
         optimizer: the optimizer while attached, else None.
         watch: watch on the steps of `optimizer`.
         groups: id and length of each parameter list when `held` was determined.
-        held: parameters of the layers that the optimizer holds, by layer.
-        owned: the part of `held` that no earlier optimizer holds; it follows these steps.
+        held: `values` of the layers that the optimizer holds, by layer.
+        owned: those of `held` that no earlier optimizer holds; they follow `steps`.
         unchecked: layers of `held` whose state the optimizer has not created yet.
         armed: layers whose dense gradient is gathered in the current step.
         work: accumulates the work of `owned` layers; None until it is needed.
         observed_steps: steps observed by `find_layers_without_gradient`.
-        without_gradient: layers that had no gradient in any of these.
+        without_gradient: layers that had no gradient in any of these steps.
         next_pending: value that `pending` takes if the current step counts.
     """
 
@@ -118,7 +118,7 @@ class TrackedOptimizer:
             self.set_end(replace(self.timetable, total_steps=total_steps - self.skipped))
 
     def set_end(self, timetable: Timetable) -> None:
-        """Follow a timetable that ends at another step from now on."""
+        """Replace the timetable by one that ends at another step."""
         self.end, self.timetable = timetable.total_steps, timetable
         self.next_update = timetable.next_update(self.updated)
 
@@ -132,7 +132,7 @@ class TrackedOptimizer:
             earlier: optimizers attached before; layers that they hold are not owned by this one.
 
         Returns:
-            The layers whose learned state was discarded, since it belonged to a dense weight.
+            The layers whose learned state was discarded, since it had an earlier shape.
 
         Raises:
             ValueError, RuntimeError: for state or a parameter that cannot follow the blocks.
@@ -205,7 +205,7 @@ class TrackedOptimizer:
             n_steps: number of steps to observe after attaching.
 
         Returns:
-            At the last of these steps, the layers without a gradient in any of them; else none.
+            At the last of these steps, the layers that had a gradient in none of them; else none.
         """
         if self.observed_steps >= n_steps:
             return set()
@@ -267,7 +267,7 @@ class TrackedOptimizer:
 
 @contextlib.contextmanager
 def name_layer_in_errors(layer: str) -> Iterator[None]:
-    """Append the name of a layer to the errors that occur in the context."""
+    """Append the name of a layer to errors raised in the context."""
     try:
         yield
     except (ValueError, RuntimeError) as error:

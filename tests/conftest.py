@@ -1,4 +1,4 @@
-"""What every test gets: the same random numbers each time, and one thread."""
+"""Fixtures for all tests: a fixed random seed and one thread."""
 
 from __future__ import annotations
 

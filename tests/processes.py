@@ -1,6 +1,6 @@
-"""Scripts in processes of their own, forked from a server that has imported what they need.
+"""Scripts in separate processes, forked from a server that has already imported Lightning.
 
-Importing Lightning takes some seconds, and a test that starts two ranks would do it twice.
+The import takes some seconds, and a test that starts two ranks would do it twice.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Script:
     """A script that runs in a forked process.
 
     Args:
-        path: its file, run as `__main__`.
-        arguments: its command line.
-        environment: added to this process's variables.
-        cwd: its working directory.
-        terminal: file descriptor for stdout and stderr; else they are kept for `wait`.
+        path: path of the script, run as `__main__`.
+        arguments: command-line arguments.
+        environment: variables added to this process's.
+        cwd: working directory.
+        terminal: file descriptor for stdout and stderr; if None, `wait` returns the output.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Script:
         self.process.start()
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Wait for the end; return the exit status and what was printed."""
+        """Wait until the script ends; return its exit status and output."""
         self.process.join(timeout)
         if (status := self.process.exitcode) is None:
             self.process.kill()
@@ -79,7 +79,7 @@ def run(
     cwd: Path = ROOT,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, as `subprocess.run` does; fail with its output if it failed."""
+    """Run a script to its end, like `subprocess.run`; if it fails, fail with its output."""
     done = Script(path, *arguments, environment=environment, cwd=cwd).wait(timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -105,7 +105,7 @@ def run_ranks(
         )
         for rank in (0, 1)
     ]
-    # A rank whose peer has failed may wait for it in vain.
+    # A rank whose peer has failed may wait for it forever.
     multiprocessing.connection.wait([rank.process.sentinel for rank in ranks], timeout=300)
     done = []
     for rank in ranks:
@@ -120,9 +120,9 @@ def run_ranks(
 
 
 def end_rank() -> None:
-    """End this process once all ranks are here, with what they leave behind written.
+    """End this process once all ranks have called this, and so have written their files.
 
-    At once, as PyTorch's gloo may crash or hang when the interpreter ends while a group is there.
+    It skips the interpreter's shutdown, in which gloo may crash or hang if a group exists.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print and write the rows.
 
     Raises:
-        ValueError: for options that do not fit together, before anything is measured.
+        ValueError: for incompatible options, before anything is measured.
         AssertionError: if the result of a kernel is wrong.
     """
     device = find_device(options.device)

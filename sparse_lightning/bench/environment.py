@@ -33,7 +33,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         found[name] = _version(name)
     found["sparse-lightning"] = _version("sparse-lightning")
     git = ("git", "-C", str(Path(__file__).parent))
-    # An installed package can lie in another project's repository, whose commit is not its own.
+    # An installed package can be inside another project's repository, with an unrelated commit.
     if _first_output_line(*git, "ls-files", Path(__file__).name):
         found["commit"] = _first_output_line(*git, "describe", "--always", "--dirty")
     return {name: value for name, value in found.items() if value}

@@ -23,11 +23,11 @@ class Row:
         density: density of the layer after rounding to whole blocks.
         sparse: `Times` of the block-sparse op in ms.
         dense: `Times` of the dense product in ms.
-        tflops: 10^12 floating-point operations per second on the present blocks.
+        tflops: TFLOP/s, from `Problem.flops` and the median time.
         speedup: median over the rounds of dense time / block-sparse time.
         peers: speed-up of each peer over the same dense product; None if the peer failed.
         peer_times: `Times` in ms of the peers that did not fail.
-        remarks: reasons why peers failed.
+        remarks: reason for failure by peer.
     """
 
     op: str

@@ -35,7 +35,7 @@ def torch_bsr(problem: Problem, op: str) -> Contender:
 
     def product() -> Tensor:
         # `linear` calls this too, but it zero-fills an output tensor first, and may silently use
-        # other code than the Triton kernels.
+        # code other than the Triton kernels.
         y = tokens.new_empty(tokens.shape[0], matrix.shape[0])
         triton_ops.bsr_dense_mm(matrix, tokens.T, out=y.T)
         return y
@@ -68,7 +68,7 @@ def stk(problem: Problem, op: str) -> Contender:
 
 
 def blksprs(problem: Problem, op: str) -> Contender:
-    """Return the product of blksprs, whose dense operands are sparse ones with all blocks."""
+    """Return the product of blksprs, whose dense operands are block-sparse with all blocks."""
     from blksprs.ops.matmul import matmul
     from blksprs.utils.blksprs_tensor import BlksprsTensor
     from blksprs.utils.validation import disable_validation

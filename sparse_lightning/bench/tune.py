@@ -1,4 +1,4 @@
-"""`sparse-lightning tune`: time every kind of kernel, and save the table for kernel choice."""
+"""`sparse-lightning tune`: time every kind of kernel, and save the table for the kernel choice."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def find_state(
     patterns = _patterns(config.training_options())
     matching = [k for k in unclaimed if _patterns(saved[k].get("config", {})) == patterns]
     if not matching and not others and len(unclaimed) == 1:
-        matching = unclaimed  # the only candidate; the check of its options names what differs
+        matching = unclaimed  # the only candidate; differing options are reported later
     if matching:
         states[key] = states.pop(matching[0])
         return states[key]  # type: ignore[no-any-return]
@@ -83,7 +83,7 @@ def check_none_missing(
     states = checkpoint.get("callbacks", {})
     saved = {k: s for key in configs for k, s in _states_of_same_class(states, key).items()}
     if len(saved) == len(configs) == 1:
-        return  # `find_state` pairs them; the check of their options names what differs
+        return  # `find_state` pairs them; differing options are reported later
     known = [_patterns(config.training_options()) for config in configs.values()]
     for key, state in saved.items():
         patterns = _patterns(state.get("config", {}))
@@ -134,12 +134,12 @@ def start_from_dense_weights(checkpoint: Mapping[str, Any], sparsifier: Sparsifi
 def keep_only_weights(
     checkpoint: dict[str, Any], state_dict: Mapping[str, Any], pending: Collection[str] = ()
 ) -> None:
-    """Reduce a checkpoint to a state dict, so that Lightning starts everything else anew.
+    """Reduce a checkpoint to a state dict, so that Lightning starts everything else from scratch.
 
     Args:
         checkpoint: Lightning's checkpoint, with dense weights; it is changed in place.
         state_dict: state dict of the model after `start_from_dense_weights`.
-        pending: names of layers that another callback has yet to initialise: the checkpoint keeps
+        pending: names of layers that another callback initialises later; the checkpoint keeps
             their dense weights.
     """
     dense = checkpoint["state_dict"]
@@ -189,7 +189,7 @@ def warn_if_not_final(trainer: pl.Trainer, state: Mapping[str, Any] | None) -> N
 
 
 def warn_if_best_differs(trainer: pl.Trainer) -> None:
-    """Warn of each best checkpoint whose density differs from that of the trained model."""
+    """Warn about each best checkpoint whose density differs from that of the trained model."""
     if not trainer.is_global_zero:
         return
     engines = sparsifiers(trainer)
@@ -201,8 +201,8 @@ def warn_if_best_differs(trainer: pl.Trainer) -> None:
             reason = str(error).partition("\n")[0]
             rank_zero_info(f"The density of the checkpoint '{path}' is unknown: {reason}")
             continue
-        now = {name: layers[name].topology.n_blocks for name in blocks}
-        if sum(blocks.values()) != sum(now.values()):
+        current = {name: layers[name].topology.n_blocks for name in blocks}
+        if sum(blocks.values()) != sum(current.values()):
             grids = [layers[name].topology.grid for name in blocks]
             saved = sum(blocks.values()) / sum(rows * columns for rows, columns in grids)
             rank_zero_warn(
@@ -229,7 +229,7 @@ def _best_paths(callbacks: Sequence[Any]) -> list[Path]:
 
 
 def _saved_blocks(path: Path, layers: Mapping[str, BlockSparseLinear]) -> dict[str, int]:
-    """Return the number of blocks in a checkpoint of each of the layers that it has.
+    """Return how many blocks each layer has in a checkpoint; layers it lacks are omitted.
 
     The file is memory-mapped and only the topologies are read.
     """

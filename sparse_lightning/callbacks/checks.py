@@ -101,8 +101,8 @@ def check_no_shared_layers(model: nn.Module, configs: Sequence[SparsityConfig]) 
 def check_launcher(trainer: pl.Trainer, model: nn.Module, config: SparsityConfig) -> None:
     """Raise ValueError if a fit runs in other processes while the model is still dense here.
 
-    After such a fit Lightning loads the trained weights into this process's model, which then has
-    no block-sparse layers to load them into.
+    Lightning then loads the trained weights into this process's model, which has no block-sparse
+    layers for them.
     """
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         return
@@ -123,7 +123,7 @@ def check_launcher(trainer: pl.Trainer, model: nn.Module, config: SparsityConfig
 def warn_of_slow_layers(
     trainer: pl.Trainer, config: SparsityConfig, layers: Mapping[str, BlockSparseLinear]
 ) -> None:
-    """Warn of layers that are predicted to be slower than dense ones on this GPU."""
+    """Warn about layers that are predicted to be slower than dense ones on this GPU."""
     # Only the final density counts: the schedule is meant to pass through higher ones.
     grids = {name: layer.topology.grid for name, layer in layers.items()}
     budgets = config.budgets(grids).at(1.0)

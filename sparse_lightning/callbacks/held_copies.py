@@ -41,12 +41,12 @@ class CopyFinder:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.trainer = trainer
-        # All copies by layer name, cached for one step, since an update asks for every layer.
+        # All copies by layer name, cached for one step, since an update looks up every layer.
         self._copies: dict[str, list[BlockSparseLinear]] = {}
         self._step = -1
 
     def __call__(self, name: str) -> list[BlockSparseLinear]:
-        """Return the copies of the layer with a name."""
+        """Return the copies of the layer of this name."""
         if self._step != self.trainer.global_step:
             self._step = self.trainer.global_step
             self._copies = self._find_all()
@@ -76,8 +76,8 @@ class CopyFinder:
 def swap_in_copies(trainer: pl.Trainer) -> None:
     """Load the swapped model into copies that were made before the swap.
 
-    Averaging callbacks copy the model in their `setup`; the swap of a model that builds its layers
-    in a hook of its own comes later.
+    Averaging callbacks copy the model in their `setup`; a model that builds its layers in a hook is
+    swapped later.
     """
     model = trainer.lightning_module
     layers = dict(sparse_layers(model))

@@ -1,4 +1,4 @@
-"""Calls around hooks of a LightningModule for which Lightning offers callbacks no hook."""
+"""Wrappers around a LightningModule's hooks, at points where callbacks have no hook."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WRAPPED = (*_BUILDING, "on_load_checkpoint")
 def call_when_built(model: pl.LightningModule, call: Callable[[], None]) -> None:
     """Call a function as soon as a model has all its layers and the weights that it loads itself.
 
-    That is after its `configure_model` or `setup`, whichever it has and runs last, or immediately.
+    That is after its last hook among `setup` and `configure_model`, or immediately if it has none.
     """
     hooks = [hook for hook in _BUILDING if is_overridden(hook, model)]
     if not hooks:
@@ -38,8 +38,8 @@ def _wrap(
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        # A model that copies itself in the hook must not copy the wrappers. They are put back
-        # afterwards because averaging callbacks may call `configure_model` again.
+        # Without the wrappers, a model that copies itself in the hook does not copy them. They are
+        # restored because averaging callbacks may call `configure_model` again.
         wrappers = {name: vars(model).pop(name) for name in _WRAPPED if name in vars(model)}
         try:
             original(*args, **kwargs)

@@ -98,7 +98,7 @@ class SparsityCallback(Callback):
             proportionally faster.
         init: "random" keeps random blocks of the initial weights, rescaled; "magnitude" keeps the
             blocks of largest norm.
-        shrink: whether memory is released as the density falls, in at most five steps per fit. Turn
+        shrink: whether memory is released as the density falls, at most five times per fit. Turn
             it off if you capture a CUDA graph yourself.
         seed: seed of random blocks and random growth.
         follow: copies of layers that cannot be recognised by their weights, as
@@ -169,7 +169,7 @@ class SparsityCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of the saved state, distinct for each of several callbacks of a trainer."""
+        """Key of the saved state, distinct among a trainer's callbacks."""
         include, exclude = self.config.include, self.config.exclude
         if (include, exclude) == (("*",), tuple(DEFAULT_EXCLUDE)):
             return super().state_key
@@ -190,7 +190,7 @@ class SparsityCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()  # an earlier fit may have been interrupted
         if stage != TrainerFn.FITTING:
-            # The model is evaluated as it is, or as it is in the checkpoint.
+            # An evaluation swaps nothing; loading a checkpoint converts the layers to match it.
             self._conversion_hook = register_conversion_hook(pl_module)
             return
         check_trainer(trainer, self)
@@ -226,7 +226,7 @@ class SparsityCallback(Callback):
     # Training: steps and updates run in the hooks that the engine registers with the optimizers.
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # From here on the model can be pickled and copied.
+        # The wrapped hooks have run; without wrappers the model can be pickled and copied.
         unwrap_hooks(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -263,8 +263,8 @@ class SparsityCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if skips_backward(trainer):
-            # The model holds the average by now, into which an update would write zeros. Observers
-            # stay active until the training ends.
+            # The model already holds the averaged weights; an update would write zeros into them.
+            # Observers stay active until the training ends.
             self._engine.detach()
             return
         if self._engine.is_attached and self._engine.replace_optimizers(
@@ -275,7 +275,7 @@ class SparsityCallback(Callback):
             rank_zero_info(
                 "The trainer's optimizers were replaced; block-sparse training continues with them."
             )
-        # Counted at its start, since an update during the batch reads the throughput.
+        # Count before the step, since an update in it reads the throughput.
         self._observers.count(batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -302,7 +302,7 @@ class SparsityCallback(Callback):
             warn_if_best_differs(trainer)
 
     def _label(self, trainer: pl.Trainer) -> str:
-        """Return a description that distinguishes this from other callbacks; "" without others."""
+        """Return a label that distinguishes this callback; "" if the trainer has only one."""
         callbacks = _sparsity_callbacks(trainer)
         if len(callbacks) == 1:
             return ""
@@ -369,8 +369,8 @@ class SparsityCallback(Callback):
         if self.sparsifier is None:
             return
         if state_dict.get("config") != self.config.training_options():
-            # Only an evaluation gets here, since a fit refuses another configuration. It needs the
-            # layers but not their schedule, and the next fit starts a schedule of its own.
+            # This is an evaluation, since a fit refuses another configuration. It needs the layers
+            # but not their schedule, and the next fit starts its own schedule.
             self._start_schedule(Sparsifier(self.sparsifier.model, config=self.config))
             return
         self.sparsifier.load_state_dict(state_dict)
@@ -395,7 +395,7 @@ def _are_same_layers(a: Mapping[str, nn.Module], b: Mapping[str, nn.Module]) -> 
 
 
 def _rebuild_ddp(strategy: DDPStrategy) -> None:
-    """Rebuild the buckets of DDP for parameters of other shapes."""
+    """Rebuild DDP's buckets after parameters have changed shape."""
     # Remove the old wrapper first, or both would reduce every gradient.
     strategy.model = strategy.lightning_module
     strategy.configure_ddp()

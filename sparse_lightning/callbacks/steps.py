@@ -27,7 +27,7 @@ def count_total_steps(trainer: pl.Trainer, steps: int) -> int | None:
 
     Args:
         trainer: the trainer, about to train.
-        steps: steps counted so far; not 0 if the fit is resumed, or fits a model another time.
+        steps: steps counted so far; nonzero if the fit is resumed, or not the model's first.
     """
     by_batches = _count_by_batches(trainer)
     by_steps = None
@@ -80,9 +80,9 @@ def _has_batch_norm_epoch(trainer: pl.Trainer) -> bool:
 class TotalStepsForecast:
     """Forecasts, while a training runs, the steps that an optimizer will have taken at its end.
 
-    Lightning counts a step that a GradScaler skips, so that one step less than computed is taken.
-    Under manual optimization, each optimizer is assumed to keep the pace that it has had since the
-    batch of its first step.
+    Lightning also counts steps that a GradScaler skips, so fewer are taken than computed. Under
+    manual optimization, each optimizer is assumed to keep its pace since the batch of its first
+    step.
 
     Args:
         trainer: the trainer, at the start of a fit that is new or resumed.
@@ -90,7 +90,7 @@ class TotalStepsForecast:
         steps: steps counted so far.
         first: for each optimizer, by its index in the trainer's list: its step count, the trainer's
             step and the trainer's batch right before its first step. The forecast fills it in; it
-            has to be saved with checkpoints.
+            must be saved with checkpoints.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TotalStepsForecast:
         self.trainer, self.total, self.first = trainer, total, first
         self.automatic = trainer.lightning_module.automatic_optimization
         self.before = _count_earlier_fits(trainer, steps)
-        # As `first`, right before the first step of each optimizer in its latest batch.
+        # Like `first`, but right before each optimizer's first step in its latest batch.
         self._latest: dict[int, list[int]] = {}
 
     def __call__(self, optimizer: Optimizer, steps: int) -> int:
@@ -109,14 +109,14 @@ class TotalStepsForecast:
             skipped = self.before + trainer.global_step + 1 - steps
             return max(steps, self.total - max(0, skipped))
         index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-        now = [steps - 1, trainer.global_step, trainer.fit_loop.epoch_loop.total_batch_idx]
-        first, latest = self.first.setdefault(index, now), self._latest.get(index, [0, 0, -1])
-        if latest[2] != now[2]:
-            latest = self._latest[index] = now
+        current = [steps - 1, trainer.global_step, trainer.fit_loop.epoch_loop.total_batch_idx]
+        first, latest = self.first.setdefault(index, current), self._latest.get(index, [0, 0, -1])
+        if latest[2] != current[2]:
+            latest = self._latest[index] = current
         progress, progress_at_first = self._progress(*latest[1:]), self._progress(*first[1:])
         if progress is None or progress_at_first is None:
             return self.total
-        # Its pace is unknown in its first batch; then assume one step in every batch to come.
+        # In the optimizer's first batch the pace is unknown: assume one step per batch.
         pace = Fraction(self.total - self.before)
         if progress > progress_at_first:
             pace = (latest[0] - first[0]) / (progress - progress_at_first)
@@ -125,7 +125,7 @@ class TotalStepsForecast:
     def _progress(self, step: int, batch: int) -> Fraction | None:
         """Return the share of the training that is over before a step in a batch; None if unknown.
 
-        The share is exact, since a forecast that is occasionally off by one moves the schedule.
+        The share is exact, since a rounding error of one step would shift the schedule.
         """
         trainer = self.trainer
         shares = []
@@ -142,8 +142,8 @@ def forecast_total_steps(
 ) -> TotalStepsForecast | None:
     """Return a `TotalStepsForecast`, or None if `total` is exact or unknown.
 
-    `total` is exact under automatic optimization without a GradScaler: then the engine sees every
-    step at the optimizer.
+    `total` is exact under automatic optimization without a GradScaler: then Lightning counts
+    exactly the steps that the optimizer takes.
     """
     manual = not trainer.lightning_module.automatic_optimization
     has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the requested format and print a summary.
 
     Raises:
-        ValueError: for options that do not fit together, or a checkpoint that cannot be exported.
+        ValueError: for incompatible options, or a checkpoint that cannot be exported.
         RuntimeError: if a package is missing, or a graph cannot be made.
     """
     path, to = options.checkpoint, options.to
@@ -162,7 +162,7 @@ def _build(target: str, state_dict: Mapping[str, Any]) -> nn.Module:
 
 
 def _describe_comparison(difference: float | None) -> str:
-    """Return a sentence on the result of `write_onnx`."""
+    """Return a sentence about the result of `write_onnx`."""
     if difference is None:
         return ". Not compared with the model: pip install onnxruntime"
     return f". Outputs are within {difference:.1e} of the model's."

@@ -19,7 +19,7 @@ from sparse_lightning.files import atomic_write, check_writable
 # `dcp_to_torch` joins a sharded checkpoint with one key per optimizer: optimizer_0, ...
 _OPTIMIZER_PREFIX = "optimizer_"
 
-# The entries of a Lightning checkpoint that only resume the sparse run and fit no dense model.
+# Entries of a Lightning checkpoint that serve only to resume the sparse run.
 _RESUME_KEYS = (
     "lr_schedulers",
     "loops",
@@ -36,7 +36,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     Only tensors and plain values are unpickled, so the file cannot run code.
 
     Raises:
-        ValueError: if the file does not exist, or is not such a file.
+        ValueError: if the file does not exist, or holds no state dict.
     """
     path = Path(path)
     if path.is_dir():
@@ -128,9 +128,9 @@ def write_safetensors(
     metadata = {"format": "pt"}
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            what = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"`state_dict` must hold dense tensors only for safetensors; got {what} for "
+                f"`state_dict` must hold dense tensors only for safetensors; got {kind} for "
                 f"'{name}'. Remove the entry, or write a PyTorch file instead."
             )
         same = next((other for other in first if is_same(tensor, first[other])), None)
@@ -179,7 +179,7 @@ def write_transformers(
 
 @contextmanager
 def new_file(path: str | os.PathLike[str], force: bool) -> Iterator[Path]:
-    """Yield a temporary path whose file becomes `path`, as `atomic_write` does.
+    """Yield a temporary path; its file becomes `path`, as with `atomic_write`.
 
     Raises:
         ValueError: if `path`, or a file written next to it, exists and `force` is false, or

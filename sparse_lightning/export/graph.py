@@ -19,7 +19,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # A protobuf holds at most 2 GiB including the graph; larger weights go into a separate file.
 SINGLE_FILE_BYTES = 2**31 - 2**27
 
-# Relative to the largest output: a different summation order stays below, a wrong graph exceeds it.
+# Relative to the largest output: above errors of summation order, below those of a wrong graph.
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -62,7 +62,7 @@ def write_onnx(
             program = torch.onnx.export(
                 model, example, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
             )
-        except Exception as error:  # the exporter raises many kinds
+        except Exception as error:  # the exporter raises many types
             raise RuntimeError(f"PyTorch cannot write the model as ONNX: {error}") from error
         assert program is not None
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -66,7 +66,7 @@ def layers_in(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
 
 
 def describe_layers(layers: Mapping[str, SavedLayer]) -> SparsityReport:
-    """Return the layers' shapes, densities and parameter counts in the form of `sparsify`."""
+    """Return the layers' shapes, densities and parameter counts as a swap report."""
     reports = {}
     for name, layer in layers.items():
         topology = layer.topology
@@ -216,7 +216,7 @@ def _with_weights(
 
 
 def _read_layer(state_dict: Mapping[str, Any], prefix: str) -> SavedLayer | None:
-    """Return the layer with a prefix; None if no entry looks like one of a block-sparse layer."""
+    """Return the layer with a prefix; None if no entry belongs to a block-sparse layer."""
     values, state = state_dict.get(prefix + "values"), state_dict.get(prefix + "_extra_state")
     # Other modules may have entries of the same names.
     blocks = values if _is_blocks(values) else None
@@ -239,7 +239,7 @@ def _read_layer(state_dict: Mapping[str, Any], prefix: str) -> SavedLayer | None
         )
     if prefix + "weight" in state_dict:
         raise ValueError(
-            f"`{prefix}values` must stand in place of `{prefix}weight`; got both. "
+            f"`{prefix}values` must replace `{prefix}weight`; got both. "
             "Remove the one that does not belong to the layer."
         )
     return _saved_layer(prefix, vector, blocks, state_dict)

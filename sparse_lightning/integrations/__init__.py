@@ -52,7 +52,7 @@ def connect_transformers() -> None:
 
 
 def _update_pretrained(model: Any = None) -> None:
-    """Import `pretrained` if Transformers is imported, and describe a changed model's layers."""
+    """Import `pretrained` if Transformers is imported, and update a changed model's configs."""
     if _MODELS not in sys.modules:
         return
     try:
@@ -60,7 +60,7 @@ def _update_pretrained(model: Any = None) -> None:
     except ImportError as error:
         warnings.warn(
             "`save_pretrained` must not be called for models with block-sparse layers, as this "
-            f"version of transformers cannot load them: {error}. Upgrade it to 5.0 or later.",
+            f"version of transformers cannot load them: {error}. Upgrade it to 5.4 or later.",
             stacklevel=2,
         )
         return

@@ -86,7 +86,7 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         super().__init__(quantization_config, **kwargs)
         # Names of `values` parameters, by the names of weights in the files.
         self._values_of_weights: dict[str, str] = {}
-        # Dtypes that the parameters are meant to have after loading.
+        # Dtypes that the parameters must have after loading.
         self._dtypes: dict[str, torch.dtype] = {}
         self._renaming: Any = None
         # Names in the files, with weights renamed to `values`.
@@ -147,7 +147,7 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         for _, layer in sparse_layers(model):
             # Transformers initializes modules that the files lack, and may access the weights of
-            # other layers in doing so. This placeholder is marked as initialized already.
+            # other layers to do so. This placeholder is marked as initialized already.
             shape = (layer.out_features, layer.in_features)
             placeholder = torch.empty(shape[::-1] if layer._is_transposed else shape, device="meta")
             placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
 
 class _QuantizerDescriptor:
-    """Provides `hf_quantizer` on models that have block-sparse layers, however they got these.
+    """Provides `hf_quantizer` on every model that has block-sparse layers.
 
     As a descriptor it is not stored in models, and so not in their copies or pickles either.
     """

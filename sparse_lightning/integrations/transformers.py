@@ -30,7 +30,7 @@ _STATE_FILE = "sparsity.pt"
 
 
 class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Train a model's linear layers with dynamic block sparsity, in transformers' `Trainer`.
+    """Train a model's linear layers with dynamic block sparsity, in Transformers' `Trainer`.
 
     Pass it to `Trainer(callbacks=[...])`. It swaps the layers when the Trainer is created, before
     there is an optimizer; topology updates then run in the hooks of the optimizer. Each checkpoint

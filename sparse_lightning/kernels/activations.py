@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # numbered as in activations.cuh
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # in the order of hopper/activations.cuh
 
 _aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 
 def activation_backward(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
-    """Return the gradient with respect to `h` from that with respect to its activation.
+    """Return the gradient of `h`, given that of its activation.
 
     >>> activation_backward(torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 2.0]), "relu")
     tensor([0., 3.])
@@ -39,7 +39,7 @@ def activation_backward(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
 
 
 def activation_backward_differentiable(gradient: Tensor, h: Tensor, activation: str) -> Tensor:
-    """Return `activation_backward` in terms that have derivatives of every order."""
+    """Return `activation_backward`, differentiable to every order."""
     if activation != "silu":
         return activation_backward(gradient, h, activation)
     gate = h.sigmoid()  # silu_backward has no derivative in PyTorch

@@ -3,8 +3,8 @@
 //   values, gradient          T [slots, chunks of 16 bytes]   16-byte aligned
 //   work, saliency, movement  float [slots]
 //
-// First folds the old `work` into the running sums: its magnitude into `saliency`, its negative
-// into `movement`. Grid (any, layers): each warp reduces one slot at a time, in a fixed order.
+// First adds the old `work` to the running sums: its magnitude to `saliency`, its negative to
+// `movement`. Grid (any, layers): each warp reduces one slot at a time, in a fixed order.
 
 #include "common.cuh"
 
@@ -15,8 +15,8 @@ struct Layer {
   const Chunk<T>* values;
   const Chunk<T>* gradient;
   float* work;
-  float* saliency;  // null where not wanted
-  float* movement;  // null where not wanted
+  float* saliency;  // null if not requested
+  float* movement;  // likewise
   int slots, chunks;
 };
 

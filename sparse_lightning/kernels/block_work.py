@@ -17,8 +17,8 @@ from sparse_lightning.kernels.launch import Kernel, build_once, packed
 from sparse_lightning.kernels.programs import DTYPES, Program, compiler_options
 from sparse_lightning.sharding import local_part
 
-_THREAD_BLOCKS_PER_SM = 4  # for all layers together
-_LAYERS = 64  # per launch: the driver takes 4 KiB of arguments
+_THREAD_BLOCKS_PER_SM = 4  # summed over all layers
+_LAYERS = 64  # per launch; arguments are limited to 4 KiB
 _LAYER = struct.Struct("PPPPPii")
 _MAX_CACHED = 64
 
@@ -28,7 +28,7 @@ _Launch = tuple[Kernel[Program], int, int, bytes]
 
 @dataclass(eq=False)
 class WorkSums:
-    """The work of a layer's slots on this rank, and its sums over steps; fp32, on their device.
+    """The work of a layer's slots on this rank, and its sums over steps, in fp32.
 
     Attributes:
         work: work of the latest step, not yet part of the sums.
@@ -42,13 +42,13 @@ class WorkSums:
 
     @classmethod
     def zeros(cls, capacity: int, device: torch.device, wanted: Collection[str]) -> WorkSums:
-        """Return zeros, with the sums whose names are in `wanted`."""
+        """Return zeros; only sums named in `wanted` are not None."""
         work = torch.zeros(capacity, dtype=torch.float32, device=device)
         names = ("saliency", "movement")
         return cls(work, *(torch.zeros_like(work) if n in wanted else None for n in names))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> WorkSums:
-        """Return the results of a function for each tensor."""
+        """Return the sums with a function applied to each tensor."""
         sums = (None if t is None else function(t) for t in (self.saliency, self.movement))
         return WorkSums(function(self.work), *sums)
 
@@ -66,8 +66,8 @@ class BlockWork:
     """Sums the work of the blocks of several layers, on a GPU in one launch.
 
     Args:
-        layers: for each layer its `values`, `[capacity, B, B]`, whose capacity and device must not
-            change, and its sums. For sharded values, each rank handles its own slots.
+        layers: each layer's `values`, `[capacity, B, B]`, and sums. The capacity and the device
+            must not change. For sharded values, each rank handles its own slots.
     """
 
     def __init__(self, layers: Iterable[tuple[nn.Parameter, WorkSums]]) -> None:
@@ -85,7 +85,7 @@ class BlockWork:
         Layers without a gradient are skipped; work that is not finite counts as zero.
 
         Args:
-            scale: factor by which the gradients are multiplied, as by a loss scaler.
+            scale: factor that a loss scaler has applied to the gradients.
         """
         for values, sums in self._on_cpu:
             if values.grad is not None:

@@ -1,9 +1,8 @@
 """The kernel choice: which kind of kernels computes a product on a CUDA device.
 
-The choice is the kind that was measured to be fastest. `sparse-lightning tune` measures every kind
-on a GPU and saves a table. If neither such a table nor one shipped with the package exists for a
-GPU, the portable kernels compute everything. A lookup uses the nearest measured shape and
-interpolates speed-ups between measured densities.
+The fastest measured kind is chosen. `sparse-lightning tune` measures every kind on a GPU and saves
+a table; the package ships a table for some GPUs. Without a table, the portable kernels compute
+everything. A lookup uses the nearest measured shape and interpolates speed-ups between densities.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class Table:
     def predict(
         self, op: str, dtype: str, block_size: int, shape: Shape, density: float
     ) -> dict[str, float]:
-        """Return the speed-up of each kind over the dense product; empty if nothing is known."""
+        """Return the speed-up of each kind over the dense product; empty if none is measured."""
         shapes = self._rows.get((op, dtype, block_size))
         if not shapes:
             return {}
@@ -116,7 +115,7 @@ def read_table(path: Path) -> Table:
     """Read a table that `sparse-lightning tune` wrote.
 
     Raises:
-        ValueError: if the file is not such a table; the message names the file.
+        ValueError: if the file holds no table; the message names the file.
     """
     try:
         rows = json.loads(path.read_text())["rows"]
@@ -180,7 +179,7 @@ def choose(
         op: one of `OPS`.
         dtype: dtype of the operands.
         block_size: block size of the layer.
-        capacity: number of slots; it stands in for the number of present blocks, which only the
+        capacity: number of slots, used in place of the number of present blocks, which only the
             device knows.
         grid: (out_blocks, in_blocks).
         tokens: number of tokens of the input.
@@ -191,7 +190,7 @@ def choose(
     if _forced is not None:
         capability = torch.cuda.get_device_capability(device)
         return _forced if _forced in available_kinds(op, dtype, capability) else PORTABLE
-    # Rounded to a power of two, so that inputs of varying length find their choice in the cache.
+    # Tokens are bucketed by bit length, so that inputs of varying length share cached choices.
     return _cached_choice(op, dtype, block_size, capacity, grid, tokens.bit_length(), device)
 
 
@@ -234,7 +233,7 @@ def choose_for_step(
         return {
             op: choose(op, dtype, block_size, topology.capacity, grid, tokens, index) for op in STEP
         }
-    # Each block of dW is a single product, so its sums do not depend on the dtype.
+    # Each block of dW is a single product, so no sums are rounded to the operands' dtype.
     accumulates_in = {"fwd": dtype, "dx": dtype, "dw": torch.float32}
     return {op: cpu.choose(tokens, block_size, topology.density, accumulates_in[op]) for op in STEP}
 

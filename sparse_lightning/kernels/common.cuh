@@ -1,4 +1,4 @@
-// What every kernel shares: scalar types, swizzled tiles in shared memory, the cp.async pipeline of
+// Shared by the kernels: scalar types, swizzled tiles in shared memory, the cp.async pipeline of
 // the portable kernels, and the launch facts that a kernel publishes.
 //
 // A portable kernel computes C[TM, TN] += A[TM, k] B[k, TN] in k-tiles of TK. It supplies the
@@ -8,12 +8,12 @@
 #pragma once
 
 // Publishes what the host must know to launch a kernel, as the array `ENTRY_launch` in the cubin;
-// `launch_facts` in compiler.py reads it. The last arguments are all members of the struct
+// `launch_facts` in compiler.py reads it. The variadic arguments are all members of the struct
 // `Arguments`, in order.
 #define LAUNCH_FACTS(ENTRY, THREADS, SHARED_BYTES, ...)             \
   extern "C" __device__ __constant__ const int ENTRY##_launch[] = { \
       THREADS, (int)(SHARED_BYTES), sizeof(Arguments), alignof(Arguments), __VA_ARGS__}
-// Size and alignment, of which the host makes offsets: older versions of NVRTC have no `offsetof`.
+// Size and alignment; the host derives offsets, since older versions of NVRTC lack `offsetof`.
 #define MEMBER(name) (int)sizeof(Arguments::name), (int)alignof(decltype(Arguments::name))
 
 struct bf16 {
@@ -59,7 +59,7 @@ __device__ fp16 round_to<fp16>(float x) {
   return out;
 }
 
-// 16 bytes of a dtype, the unit of every copy.
+// 16 bytes of elements, the unit of loads and stores.
 template <typename T>
 struct alignas(16) Chunk {
   static constexpr int SIZE = 16 / sizeof(T);
@@ -68,8 +68,8 @@ struct alignas(16) Chunk {
 
 // A matrix in shared memory, XOR-swizzled by chunks within each 128-byte line, so that the same
 // chunk of eight consecutive rows lies in eight different groups of banks. (Padding the rows does
-// that too, but a row that crosses a line makes cp.async fetch sectors twice: measured, half as
-// much again from L2.)
+// that too, but for a row that crosses a line cp.async fetches sectors twice: 1.5 times the traffic
+// from L2 was measured.)
 template <typename T, int ROWS_, int COLS_>
 struct Tile {
   typedef T Element;
@@ -105,7 +105,7 @@ __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Rows of a matrix in global memory, from a given column on; rows from `n` on count as zeros.
+// Rows of a matrix in global memory, from one column on; rows from `n` on count as zeros.
 template <typename T>
 struct Rows {
   const T* first;
@@ -162,7 +162,7 @@ __device__ void run_pipeline(Product& product, char* shared, int k_tiles, Source
   __syncthreads();
 }
 
-// Returns the shared memory of such a pipeline, which a tile of results reuses afterwards.
+// Returns the bytes of shared memory of `run_pipeline`, which the results reuse afterwards.
 template <int STAGES, typename Product, typename Result>
 __device__ constexpr int pipeline_shared_bytes() {
   constexpr int pipeline = STAGES * (Product::TileA::BYTES + Product::TileB::BYTES);

@@ -1,7 +1,7 @@
-"""From a `.cu` file to a loaded module: NVRTC, a cache of cubins on disk, CuPy's `RawModule`.
+"""Compiles `.cu` files with NVRTC, and caches the cubins on disk.
 
-NVRTC is called directly: CuPy would append its own `-arch`, while this also compiles without a GPU
-and for other architectures. CuPy is imported when a kernel is first needed.
+NVRTC is called directly, since CuPy would append its own `-arch`; sources thus compile without a
+GPU, and for any architecture. CuPy is imported when a kernel is first needed.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> Cubin:
     """Compile one `.cu` file of this folder.
 
     Args:
-        source: name of the file.
+        source: path of the file, relative to this folder.
         options: options for NVRTC, such as "-DNAME=value".
-        arch: the architecture, see `architecture`.
+        arch: name of the architecture; see `architecture`.
 
     Raises:
-        RuntimeError: if it does not compile; the message has NVRTC's log, with files and lines.
+        RuntimeError: if the file does not compile; the message contains NVRTC's log.
     """
     nvrtc = _nvrtc()
     path = FOLDER / source
@@ -84,7 +84,7 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> Cubin:
                 f"{nvrtc.getProgramLog(program)}\n"
                 f"options: {' '.join(flags)}\nNVRTC {'.'.join(map(str, nvrtc.getVersion()))}"
             ) from None
-        # CuPy's `getCUBIN` drops a trailing NUL, without which the driver rejects a file.
+        # CuPy's `getCUBIN` drops the trailing NUL, without which the driver rejects the file.
         return Cubin(nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
@@ -92,11 +92,11 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> Cubin:
 
 @dataclass(frozen=True)
 class LaunchFacts:
-    """What a kernel publishes by `LAUNCH_FACTS`, see common.cuh.
+    """What a kernel publishes by `LAUNCH_FACTS` of common.cuh.
 
     Attributes:
-        threads: threads of a thread block.
-        shared_bytes: bytes of its dynamic shared memory.
+        threads: threads per thread block.
+        shared_bytes: bytes of dynamic shared memory per thread block.
         argument_bytes, argument_alignment: size and alignment of the kernel's argument, a struct.
         offsets: offsets of the struct's members.
     """
@@ -113,7 +113,7 @@ def launch_facts(cubin: bytes, entry: str) -> LaunchFacts:
     symbol = f"{entry}_launch\0".encode()
     (table,) = struct.unpack_from("<Q", cubin, 40)
     (n_sections,) = struct.unpack_from("<H", cubin, 60)
-    # Of each section: name, type, flags, address, offset, size, link, info, alignment, entry size.
+    # Section header: name, type, flags, address, offset, size, link, info, alignment, entry size.
     sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(n_sections)]
     for _, kind, _, _, offset, size, link, *_ in sections:
         if kind == 2:  # SHT_SYMTAB, whose link is the string table
@@ -137,10 +137,10 @@ def launch_facts(cubin: bytes, entry: str) -> LaunchFacts:
 def cubin_file(source: str, options: tuple[str, ...], arch: str) -> Path:
     """Return the file of a compiled source, compiling it unless the cache has it.
 
-    The name of a file contains a hash of all inputs of the compilation, and the file ends in a hash
-    of its content, so a damaged one is compiled again. Files are moved into place, so processes
-    that compile the same source concurrently do not interfere. Where the cache cannot be written
-    to, a temporary folder of this process replaces it.
+    A file's name contains a hash of all inputs of the compilation, and the file ends in a hash of
+    its content, so a damaged file is compiled again. Writes are atomic, so processes that compile
+    the same source concurrently do not interfere. If the cache is not writable, a temporary folder
+    of this process replaces it.
     """
     stem = source.removesuffix(".cu").replace("/", "-")
     name = f"{stem}-{arch}-{_fingerprint(source, options, arch)}.cubin"
@@ -157,7 +157,7 @@ def cubin_file(source: str, options: tuple[str, ...], arch: str) -> Path:
 
 
 def device_cubin(source: str, options: tuple[str, ...], device: int) -> Path:
-    """Return the file of a source compiled for the CUDA device of that index.
+    """Return the file of a source compiled for a CUDA device, given its index.
 
     Raises:
         RuntimeError: if the device is too old, or CuPy or NVRTC is missing.
@@ -192,7 +192,7 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled kernels and of their measurements."""
+    """Return the folder for compiled kernels and measured tables."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)

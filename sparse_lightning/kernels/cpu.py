@@ -1,11 +1,11 @@
-"""The CPU backend, in plain PyTorch: a few large matrix products in place of many small ones.
+"""The CPU backend, in plain PyTorch.
 
 `choose` picks one of three methods from shape, dtype and density:
 
 - by block: one GEMM per block, added to its output block. Needs enough tokens to amortize the
   calls.
-- by row: one GEMM per block row, after gathering the inputs of its blocks side by side. Serves few
-  tokens, and half-precision outputs, which adding block by block would round at every addition.
+- by row: one GEMM per block row, on the gathered inputs of its blocks. For few tokens, and for
+  half-precision outputs, which adding block by block would round at every addition.
 - densify: one dense GEMM, for densities at which skipping absent blocks does not pay.
 """
 
@@ -37,7 +37,7 @@ def choose(tokens: int, block_size: int, density: float, accumulates_in: torch.d
     """Return "by block", "by row" or "densify" for one product.
 
     Args:
-        tokens: rows of the input.
+        tokens: number of tokens of the input.
         block_size: 16, 32, 64 or 128.
         density: present blocks / all blocks.
         accumulates_in: dtype in which the products of several blocks would be summed.
@@ -122,7 +122,7 @@ def _reshaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _initialized_targets(out: Tensor, bias: Tensor | None, block_size: int) -> Iterator[Tensor]:
-    """Yield each output block set to its bias, just before its use so that it is in the cache."""
+    """Yield each output block, set to its bias or zero just before its use, while it is cached."""
     biases = None if bias is None else bias.split(block_size)
     for o, target in enumerate(out.split(block_size, 1)):
         if biases is None:

@@ -1,7 +1,7 @@
 """The CUDA backend: checks the operands of each op and calls the chosen kind of kernels.
 
-Each kind offers `linear` and `linear_dw`, and, if it computes block norms, `norms` and
-`norms_kernel`. A new kind joins `choice.KINDS` and the table `_LAUNCHERS`. `ops` describes shapes.
+Each kind defines `linear` and `linear_dw` and, if it computes block norms, `norms` and
+`norms_kernel`. A new kind is added to `choice.KINDS` and `_LAUNCHERS`. `ops` describes shapes.
 
 Nothing here waits for the device or depends on the number of present blocks, which only the device
 knows; grids are sized for the capacity. A step can thus be captured in a CUDA graph once one step
@@ -101,7 +101,7 @@ def weight_gradient(dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
     kind = choice.choose("dw", x.dtype, block_size, capacity, grid, tokens, device)
     _LAUNCHERS[kind].linear_dw(dy, x, indices, dw, device)
     # Kernels cannot be loaded during the capture of a CUDA graph, and a captured step computes
-    # norms even if the steps before it did not. So their kernel is loaded with that of dW.
+    # norms even if the steps before it did not. So the norms kernel is loaded with dW's.
     launchers = _norms_launchers(x.dtype, block_size, grid, tokens, device)
     launchers.norms_kernel(x.dtype, device)
     return dw
@@ -160,7 +160,7 @@ def _check_pair(dy: Tensor, x: Tensor, out_features: int) -> None:
 def _packed_rows(tensor: Tensor) -> Tensor:
     """Return the tensor as aligned rows, `[n, features]`, with any pitch.
 
-    Only rows that are not aligned are copied: the copy takes its time even if no norms are wanted.
+    Rows are copied only if kernels cannot read them; a copy takes time even while not armed.
     """
     rows = tensor.reshape(-1, tensor.shape[-1])
     pitch = row_pitch(rows)

@@ -1,8 +1,8 @@
-"""Products by the dense library, on a dense copy of W or of its gradient; see `ops` for shapes.
+"""Products by cuBLAS, on a dense copy of W or of its gradient; see `ops` for shapes.
 
-For layers with so many present blocks, or such small ones, that skipping absent blocks does not
-pay. The copy lives for one product, and PyTorch's caching allocator reuses its memory for the next
-layer, so each stream needs memory for one copy only.
+Used where skipping absent blocks does not pay: at high density, or with small blocks. The copy
+lives for one product, and PyTorch's caching allocator reuses its memory for the next layer, so
+each stream needs memory for one copy only.
 
 Operands are contiguous, aligned to 16 bytes, of one dtype, and on the device of index `device`.
 """
@@ -30,7 +30,7 @@ def linear(
     *,
     forward: bool,
 ) -> None:
-    """Fill `y` with x W^T + bias, or with x W (not `forward`)."""
+    """Fill `y` with x W^T + bias if `forward`, else with x W."""
     block_size, slots = values.shape[1], lists.slots
     weight = values.new_empty(slots.shape[0] * block_size, slots.shape[1] * block_size)
     _move("unpack_blocks", values, weight, slots.data_ptr(), 0, device)

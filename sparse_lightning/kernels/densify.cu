@@ -1,4 +1,4 @@
-// Copies the blocks of W to and from a dense matrix, for products by a dense library.
+// Copies the blocks of W to and from a dense matrix, for products by cuBLAS.
 //
 //   values [capacity, B, B]                block by slot, any dtype of 2, 4 or 8 bytes
 //   dense  [out_blocks * B, in_blocks * B] same dtype

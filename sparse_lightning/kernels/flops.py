@@ -22,7 +22,7 @@ _ops = getattr(torch.ops, ops.NAMESPACE)
 
 
 def _product(x: Tensor, offsets: Tensor, slots: int, block_size: int) -> int:
-    """Return the operations of a product with the present blocks, or of their gradient.
+    """Return the number of operations of a product with the present blocks, or of dW.
 
     Args:
         x: `[..., features]`; its leading dimensions are the tokens.

@@ -1,7 +1,7 @@
-"""Loaded kernels, and launching them on PyTorch's current stream with little host time.
+"""Loads kernels, and launches them on PyTorch's current stream with little host time.
 
 A kernel takes one argument, a C struct. `Kernel.launch` packs it into a thread-local buffer
-(backward runs on threads of its own) and passes it to the driver, which copies it before returning.
+(autograd launches from its own threads) and passes it to the driver, which copies it immediately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from sparse_lightning.kernels import compiler
 from sparse_lightning.kernels.programs import Program
 
-_ARGUMENT_BYTES = 4096  # the limit of every driver
+_ARGUMENT_BYTES = 4096  # what every driver accepts
 
 Built = TypeVar("Built")
 AnyProgram = TypeVar("AnyProgram", bound=Program)
@@ -54,7 +54,7 @@ class Kernel(Generic[AnyProgram]):
         sm_count: number of multiprocessors of the device.
 
     Args:
-        program: program to compile, unless the cache has it.
+        program: program to compile unless it is cached.
         entry: name of the kernel in its source.
         layout: format of its argument for `struct`, with C's alignment: P for a pointer, q and i
             for 64-bit and 32-bit integers, f for a float, 128s for a tensor map.
@@ -68,7 +68,7 @@ class Kernel(Generic[AnyProgram]):
         path = compiler.device_cubin(program.source, program.options, device)
         facts = compiler.launch_facts(path.read_bytes(), entry)
         check_layout(entry, layout, facts)
-        # After the compiler, whose error names a missing CuPy.
+        # Imported after compiling, whose error names a missing CuPy.
         import cupy
         from cupy_backends.cuda.api import driver
 
@@ -86,7 +86,7 @@ class Kernel(Generic[AnyProgram]):
             self._function = kernel.kernel.ptr
 
     def launch(self, grid_x: int, grid_y: int, *arguments: float | bytes) -> None:
-        """Launch the kernel on PyTorch's current stream of its device."""
+        """Launch the kernel on its device's current PyTorch stream."""
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
                 self.launch(grid_x, grid_y, *arguments)
@@ -124,13 +124,13 @@ def check_layout(entry: str, layout: str, facts: compiler.LaunchFacts) -> None:
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy, contiguous and aligned to 16 bytes, as kernels load it."""
+    """Return the tensor, or a copy if it is not contiguous and aligned to 16 bytes."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def row_pitch(rows: Tensor) -> int:
-    """Return the elements between the rows of a matrix; PyTorch's stride is arbitrary for one row.
+    """Return a matrix's row stride in elements; for one row, PyTorch's stride is arbitrary.
 
     >>> row_pitch(torch.zeros(4, 6)[::2]), row_pitch(torch.zeros(1, 6).as_strided((1, 6), (1, 1)))
     (12, 6)

@@ -1,4 +1,4 @@
-"""The bundles of arguments that the ops and the backends take of a layer."""
+"""Bundles of a layer's arguments for the ops and the backends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class BlockLists(NamedTuple):
     Attributes:
         offsets: int32 `[output blocks + 1]`, where the list of each output block begins in
             `entries`.
-        entries: int32 `[capacity, 2]`, the (input block, slot) of each block.
+        entries: int32 `[capacity, 2]`, the (input block, slot) of each block; empty slots last.
         slots: int32 `[out_blocks, in_blocks]`, the slot of each block of W, in the orientation of
             W for both directions; -1 if the block is absent.
     """
@@ -26,7 +26,7 @@ class BlockLists(NamedTuple):
 
 
 class LayerOperands(NamedTuple):
-    """The arguments that the ops take of one layer, in the order of their schemas.
+    """One layer's arguments for the ops, in the order of their schemas.
 
     `norms` is the leaf whose gradient is the block norms and `armed` the flag that enables them;
     both are None if no norms are requested. `ops` describes them, `BlockTopology` the indices.

@@ -21,11 +21,11 @@ For two layers with an activation between them, fused ops save passes over memor
 `activations.ACTIVATIONS`. `block_norms` returns fp32 `[out_blocks, in_blocks]`; `armed` is a 0-dim
 bool tensor on the device of `x`.
 
-`norms`, fp32 `[out_blocks, in_blocks]`, is an argument only for the sake of its gradient. Its
-elements are never read. As its gradient, backward returns the `block_norms` of every
-`token_stride`-th row of `x` and `dy`. Autograd thus accumulates the norms as it accumulates
-gradients, and computes them only in backwards that request them. `norms` and `armed` are both None
-if no norms are requested.
+`norms`, fp32 `[out_blocks, in_blocks]`, is an argument only for the sake of its gradient; its
+elements are never read. As this gradient, backward returns the `block_norms` of every
+`token_stride`-th row of `x` and `dy`. Autograd thus accumulates the norms like any gradient, and
+only backwards that request them compute them. `norms` and `armed` are both None if no norms are
+requested.
 
 The derivatives of each of the three products are the other two, so gradients of every order exist.
 A backward calls the products below autograd. Only if it is itself differentiated (`create_graph`)
@@ -100,7 +100,7 @@ block_mlp = torch.ops.sparse_lightning.block_mlp.default
 
 
 class Backend(Protocol):
-    """The functions that a module must have to be the backend of a device type."""
+    """The functions that the backend module of a device type must define."""
 
     def multiply(
         self,
@@ -125,8 +125,8 @@ class Backend(Protocol):
             preactivation: h, of the shape of x W; required with an activation unless `forward`.
 
         Returns:
-            The product, and with `forward` the activation of it, or None. With `preactivation`,
-            the product is multiplied by the derivative of the activation at h.
+            The product and, with `forward` and an activation, its activation, else None. With
+            `preactivation`, the product is multiplied by the activation's derivative at h.
         """
 
     def weight_gradient(self, dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
@@ -237,7 +237,7 @@ class _BlockLinear(_Formula):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         ctx.save_for_backward(x, values, *args[:_N_INDICES])
-        # `armed` is written between forward and backward, which saved tensors do not permit.
+        # `armed` may be written before backward, which saved tensors do not permit.
         ctx.norm_operands = args[_N_INDICES:]
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = block_linear(x, values, bias, *args)
@@ -273,7 +273,7 @@ class _BlockLinearDx(_Formula):
                 dy_gradient = block_linear(gradient, values, None, *indices, *ctx.norm_operands)
             if requested[1]:
                 values_gradient = block_linear_dw(dy, gradient, *indices)
-            # The gradient of `values` from a penalty on gradients counts towards the norms, too.
+            # The gradient of `values` from a gradient penalty counts towards the norms, too.
             positions = 1, 1 + _DX_NORMS_OFFSET
             norms_gradient = _norms_gradient(
                 ctx, requested, positions, dy, gradient, indices[-1], ctx.norm_operands
@@ -425,8 +425,8 @@ def _norms_gradient(
     """Return the gradient of `norms` if it is requested: the block norms of dy^T x.
 
     `positions` are those of `values` and `norms` among the arguments of the op.
-    `backward(inputs=parameters)` does not request the gradient of `norms`, which is no parameter,
-    but does accumulate that of `values`. In that case the norms are accumulated here.
+    `backward(inputs=parameters)` accumulates the gradient of `values` but does not request that of
+    `norms`, which is not a parameter. In that case the norms are accumulated here.
     """
     values_at, norms_at = positions
     accumulate_here = not requested[norms_at]
@@ -449,8 +449,8 @@ def _norms_gradient(
 def _is_accumulated(ctx: Any, position: int) -> bool:
     """Return whether the running backward accumulates an argument's gradient in its leaf's `grad`.
 
-    Casts, such as those of autocast, may be between the two. `autograd.grad` returns the gradient
-    instead of accumulating it.
+    Casts, such as those of autocast, may be between argument and leaf. `autograd.grad` returns the
+    gradient instead of accumulating it.
     """
     node = next(itertools.islice(_nodes(ctx), sum(ctx.needs_input_grad[:position]), None))
     while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:

@@ -1,6 +1,6 @@
-"""What a *program* is: a `.cu` file with all its options set. Pure functions of dtypes and ints.
+"""Programs: `.cu` files with all their options set.
 
-`portable.programs` serves every device, `hopper.programs` half precision on compute capability 9.0.
+`portable.programs` has those for every device, `hopper.programs` those for Hopper.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Tiling:
         tm, tn: rows and columns of the result that a thread block computes.
         tk: extent of a k-tile, which one pipeline stage holds.
         stages: pipeline stages.
-        groups_m, groups_n: how many warps or warpgroups (threads, where the dtype has no tensor
-            cores) share the tile's rows and columns.
+        groups_m, groups_n: how many warps or warpgroups (threads for fp32 and fp64, which do not
+            use tensor cores) share the tile's rows and columns.
     """
 
     tm: int

@@ -1,4 +1,4 @@
-"""`Observer`: the base class of everything that watches a training, and what its methods get."""
+"""`Observer`: the base class of everything that watches a training, and its argument `Fit`."""
 
 from __future__ import annotations
 

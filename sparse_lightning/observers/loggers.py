@@ -120,7 +120,7 @@ class LoggerAdapter:
 
 
 class WandbAdapter(LoggerAdapter):
-    """Adapter for W&B: media share a row with the scalars, so that one step slider moves all."""
+    """Adapter for W&B: media share a row with the scalars, so that one slider moves both."""
 
     logger: WandbLogger
 
@@ -189,7 +189,7 @@ class TensorBoardAdapter(LoggerAdapter):
 
 
 def adapt_logger(logger: Logger, label: str) -> LoggerAdapter:
-    """Return the adapter for a logger; `label` is that of `LoggerAdapter`."""
+    """Return the adapter for a logger; `label` is as in `LoggerAdapter`."""
     if isinstance(logger, WandbLogger):
         return WandbAdapter(logger, label)
     if isinstance(logger, TensorBoardLogger):

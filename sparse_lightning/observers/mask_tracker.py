@@ -1,4 +1,4 @@
-"""`MaskTracker`: which blocks of each layer were present first, which ever, and which are now."""
+"""`MaskTracker`: the blocks of each layer that are present initially, at any time, and now."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def linear_weights(model: nn.Module) -> tuple[int, int]:
-    """Return the weights of a model's linear layers, without biases: present ones, and if dense."""
+    """Return the numbers of present and of dense weights in linear layers, without biases."""
     present = dense = 0
     for module in model.modules():
         if isinstance(module, BlockSparseLinear):
@@ -127,7 +127,7 @@ def linear_weights(model: nn.Module) -> tuple[int, int]:
 
 
 def relative_flops(model: nn.Module) -> float:
-    """Return the FLOPs per token of a model's linear layers, relative to all of them dense."""
+    """Return the FLOPs per token of a model's linear layers, relative to dense ones."""
     present, dense = linear_weights(model)
     return present / max(1, dense)
 
@@ -135,10 +135,10 @@ def relative_flops(model: nn.Module) -> float:
 def training_bytes(
     layer: BlockSparseLinear, optimizers: Iterable[torch.optim.Optimizer]
 ) -> tuple[int, int]:
-    """Return the bytes that a layer's weight takes in training, and would take if dense.
+    """Return the bytes of a layer's weight in training, and those of a dense weight.
 
-    They include weight, gradient and optimizer state, and the indices of the sparse layer; for a
-    sharded layer they are the sum over all ranks.
+    They include gradient and optimizer state, and the indices of the sparse layer; for a sharded
+    layer they are the sum over all ranks.
     """
     tensors = [layer.values] * (2 if layer.values.requires_grad else 1)
     found = find_optimizer(optimizers, layer.values)
@@ -164,7 +164,7 @@ def model_speedup(
         dtype: compute dtype of the layers.
 
     Returns:
-        Dense time / time, where the time of a dense layer is taken as proportional to its weights;
+        Dense time / sparse time, where a dense layer's time is assumed proportional to its weights;
         None if a layer has no measured speed-up, as on a CPU.
     """
     dense = sparse = 0.0
@@ -196,7 +196,7 @@ class LayerRow:
 
 
 def layer_row(name: str, layer: BlockSparseLinear, masks: MaskTracker) -> LayerRow:
-    """Describe a layer at the end of a training; `survival` is the share of its first blocks."""
+    """Describe a layer at the end of a training; `survival` is the share of initial blocks left."""
     first, present = masks.first[name], masks.present[name]
     report = LayerReport.from_layer(layer)
     rows, columns = count_dead(present)

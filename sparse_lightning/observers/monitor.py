@@ -58,7 +58,7 @@ class SparsityMonitor(Observer):
         if self._throughput is not None:
             self._throughput.count(batch)
 
-    # The time of a validation does not count.
+    # Time spent in validation does not count.
 
     def pause(self, fit: Fit) -> None:
         if self._throughput is not None:

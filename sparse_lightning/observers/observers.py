@@ -84,13 +84,13 @@ class Observers:
             self.monitor.count(batch)
 
     def pause(self) -> None:
-        """Pause if a training is running: a validation begins."""
+        """Pause the observers of a running training during a validation."""
         if self._running is not None:
             for observer in self._observers:
                 observer.pause(self.fit)
 
     def resume(self) -> None:
-        """Resume a paused training."""
+        """Resume the paused observers."""
         if self._running is not None:
             for observer in self._observers:
                 observer.resume(self.fit)

@@ -28,7 +28,7 @@ class FitSummary:
         parameters: parameters of the whole model, without absent blocks.
         dense_parameters: parameters of the whole model with every layer dense.
         nbytes: bytes of these layers' weights, gradients, optimizer state and indices.
-        dense_nbytes: bytes of the same if the layers were dense, without indices.
+        dense_nbytes: the same, without indices, if the layers were dense.
         flops: FLOPs per token of all linear layers, relative to dense ones.
         updates: number of topology updates.
         dropped: number of blocks that these updates dropped.

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-_TOKEN_ID_DTYPES = (torch.int32, torch.int64)  # those that nn.Embedding takes
+_TOKEN_ID_DTYPES = (torch.int32, torch.int64)  # those that nn.Embedding accepts
 
 
 class Throughput:
@@ -27,7 +27,7 @@ class Throughput:
 
     Args:
         ranks: number of ranks, which are assumed to train on equally large batches.
-        weights: present and dense weights of the model's linear layers.
+        weights: numbers of present and dense weights in the model's linear layers.
         peak: peak FLOP/s of a rank's device; None if unknown.
     """
 
@@ -69,7 +69,7 @@ class Throughput:
         self._started = time.perf_counter()
 
     def read(self, weights: tuple[int, int]) -> dict[str, float]:
-        """Return the rates since the last call, over all ranks together, and start counting anew.
+        """Return the rates since the last call, over all ranks together, and reset the counts.
 
         Model FLOPs utilisation (MFU) is relative to the peak FLOP/s of the device. A token takes 6
         FLOPs per weight of a linear layer: two each for the forward pass, the gradient of the input
@@ -77,7 +77,7 @@ class Throughput:
         of the dense model, as if it ran at the same speed.
 
         Args:
-            weights: present and dense weights of the model's linear layers from now on.
+            weights: numbers of present and dense weights in linear layers from now on.
 
         Returns:
             The rates by logger key; empty if no batch was counted.

@@ -12,7 +12,7 @@ from sparse_lightning.kernels.choice import Shape
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.selection import linear_layers
 
-# Copies of a parameter in memory: a trained one has a gradient and AdamW's two moments.
+# Tensors in memory per parameter: a trained one has a gradient and AdamW's two moments.
 _TRAINED, _FROZEN = 4, 1
 # A multiplication and an addition in each of forward, dX and dW.
 _FLOPS_PER_WEIGHT = 6
@@ -110,7 +110,7 @@ def model_cost(
     n_blocks: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Cost:
-    """Return the cost, except time, of a model in which some layers have only some blocks.
+    """Return the cost, except time, of a model in which some layers may be block-sparse.
 
     Args:
         model: dense model on any device; it is not modified.

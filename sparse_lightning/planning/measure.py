@@ -49,7 +49,7 @@ class Training:
     tensors. The optimizer is AdamW, fused on CUDA, with learning rate 0 to prevent divergence.
 
     Args:
-        model: model; it is moved to the device, cast to the precision and put into training mode.
+        model: model to train; it is moved to the device, cast, and put into training mode.
         inputs: inputs of its `forward`.
         precision: one of `PRECISIONS`.
         device: device to train on.
@@ -141,7 +141,7 @@ class Training:
         return result, time.perf_counter() - begin
 
     def count_products(self, layers: Iterable[str]) -> dict[str, Counter[Product]]:
-        """Run a forward and a backward, and return the products computed by each linear layer.
+        """Run forward and backward, and return the products computed by each linear layer.
 
         Compiled modules run eagerly here, so that their layers call the hooks.
         """
@@ -171,11 +171,11 @@ class Training:
                 device, the device sleeps first, so that launch times do not affect the result.
         """
         clock = _ProductClock(self.device)
-        behind = _CLOCKED_LAUNCH * launch - step
+        lag = _CLOCKED_LAUNCH * launch - step
         with torch.compiler.set_stance("force_eager"), clock:
             for _ in range(_ROUNDS):
-                if behind > 0:
-                    torch.cuda._sleep(int(behind * _CYCLES_PER_SECOND))
+                if lag > 0:
+                    torch.cuda._sleep(int(lag * _CYCLES_PER_SECOND))
                 self.step()
         self._wait()
         return {p: clock.seconds(p) or self._isolated_seconds(p) for p in products}

@@ -67,7 +67,7 @@ def plan(
         include, exclude: name patterns of layers, as for `sparsify`.
         distribution: distribution of the budget among layers, as for `sparsify`.
         follow: copies that cannot be recognised by their weights, as for `sparsify`; on the meta
-            device no copy can.
+            device none can be recognised.
         precision: "32-true", "bf16-mixed" or "bf16-true", as in Lightning; by default "bf16-mixed"
             on CUDA and "32-true" on a CPU.
         device: device to measure on; by default CUDA if available.
@@ -226,7 +226,7 @@ def _is_on_meta(model: nn.Module, name: str) -> bool:
 
 
 def _build(model: Model, device: torch.device) -> nn.Module:
-    """Return a copy of a model, or the model that a function builds, if possible on a device."""
+    """Return a copy of a model, or the model that a function builds, on the device if possible."""
     if isinstance(model, nn.Module):
         try:
             return copy.deepcopy(model)
@@ -253,13 +253,13 @@ def _build(model: Model, device: torch.device) -> nn.Module:
 
 
 def _outline(model: Model) -> nn.Module:
-    """Return the model itself, or the one that a function builds, if possible without weights."""
+    """Return the model itself, or the one that a function builds, without weights if possible."""
     return model if isinstance(model, nn.Module) else _build(model, torch.device("meta"))
 
 
 @contextmanager
 def _restored_state(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device current; restore it and the random state, and free memory, at the end."""
+    """Make a CUDA device current; on exit, restore it and the random state, and free memory."""
     on_cuda = device.type == "cuda"
     try:
         with torch.cuda.device(device) if on_cuda else nullcontext():

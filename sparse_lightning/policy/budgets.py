@@ -27,7 +27,7 @@ class LayerBudgets:
         final: final density of the model.
         own_final: final density of each layer that has its own, by name.
         distribution: a name in `DISTRIBUTIONS`, a function, or its dotted path.
-        floor: blocks that every layer keeps.
+        floor: minimum number of blocks that every layer keeps.
         is_monotonic: whether each layer's budget only rises or only falls.
     """
 
@@ -72,7 +72,7 @@ class LayerBudgets:
         """Return the blocks of each layer at a progress in [0, 1], under any distribution.
 
         Under "global", layers without scores keep their present blocks for now. The layers with
-        scores compete for the model's budget, less a share for each layer without, in proportion
+        scores compete for the model's budget, less a reserve for each layer without, proportional
         to its size. Frozen layers do not count toward that budget.
 
         Args:
@@ -135,7 +135,7 @@ class LayerBudgets:
         return {name: max(sample[name] for sample in samples) for name in self.grids}
 
     def largest_fall(self, timetable: Timetable) -> tuple[float, int]:
-        """Return how much of the model the steepest update drops without regrowth, and its step.
+        """Return the share of blocks by which the steepest update shrinks the model, and its step.
 
         Returns:
             The share of the present blocks, in [0, 1), that is lost in the update at which the

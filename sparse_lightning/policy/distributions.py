@@ -18,7 +18,7 @@ Grid = tuple[int, int]
 
 @dataclass
 class Floor:
-    """The minimum that every layer keeps, as far as its budget allows.
+    """The minimum number of blocks that every layer keeps, if its budget allows.
 
     Attributes:
         layer: minimum density of a layer, in [0, 1].
@@ -64,10 +64,10 @@ def uniform(density: float, grids: Sequence[Grid], min_density: float = 0.0) -> 
 def erdos_renyi(density: float, grids: Sequence[Grid], min_density: float = 0.0) -> list[int]:
     """Give a layer a density proportional to (rows + cols) / (rows * cols), never above 1.
 
-    The budgets sum exactly to the model's, `round(density * all blocks)`. Layers that would exceed
-    density 1 are full, and the others share the remaining blocks. As the density falls no layer's
-    budget rises (Webster's divisor method, which rounds the shares, is house-monotone), so a
-    layer's capacity at the highest density always suffices.
+    The budgets sum exactly to `round(density * all blocks)`, or to the minima if those need more.
+    Layers that would exceed density 1 are full, and the others share the rest. As the density
+    falls, no budget rises (Webster's divisor method, which rounds the shares, is house-monotone),
+    so a layer's capacity at the highest density always suffices.
 
     Args:
         density: density of all layers together, in (0, 1].
@@ -117,7 +117,7 @@ def erdos_renyi(density: float, grids: Sequence[Grid], min_density: float = 0.0)
 def by_score(
     total: int, scores: Sequence[Tensor], masks: Sequence[Tensor], floors: Sequence[int]
 ) -> list[int]:
-    """Give every layer the number of its blocks that are among the model's most useful ones.
+    """Give every layer as many blocks as it has among the most useful ones of the model.
 
     Args:
         total: blocks of all layers together, capped at the number of present blocks.

@@ -1,4 +1,4 @@
-"""Options that a configuration gives by name, and functions that it gives by dotted path."""
+"""Look-up of options by name, and of functions by dotted path."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def name_of(function: object, offered: Mapping[str, object]) -> str:
 
 @contextmanager
 def calling(argument: str) -> Iterator[None]:
-    """Name the argument in errors raised by the user's function that was given for it.
+    """Name the argument in errors that the user's function for it raises.
 
     A ValueError propagates unchanged, since its message already explains the problem.
 
     Raises:
-        RuntimeError: in place of the error of a faulty function.
+        RuntimeError: in place of an arithmetic, attribute, lookup or type error.
 
     >>> with calling("density.schedule"):
     ...     1 / 0

@@ -132,7 +132,7 @@ def progress(step: int, begin: int, until: int) -> float:
 
 
 def check_time(time: int | float, argument: str) -> None:
-    """Raise ValueError unless `time` is a step or a fraction of the training.
+    """Raise TypeError or ValueError unless `time` is a step or a fraction of the training.
 
     An int >= 2, or an integral float above 1 (YAML's 1e3), is a step; a float in (0, 1] is a
     fraction; 0 is both. The int 1 is ambiguous and raises.
@@ -197,7 +197,7 @@ class Timetable:
     times: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        # `as_dict` returns a list.
+        # `as_dict` stores a list.
         if self.times is not None:
             object.__setattr__(self, "times", tuple(self.times))
 

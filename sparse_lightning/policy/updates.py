@@ -73,7 +73,7 @@ class ModelUpdate:
             layer; valid at blocks that were present.
         magnitudes: fp32 of the same shape, Frobenius norm of each block before the update; 0 where
             absent.
-        density_target: scheduled density of all these layers together; None without a schedule.
+        density_target: scheduled density of the model; None without a schedule.
     """
 
     step: int
@@ -152,7 +152,7 @@ def exchange_blocks(
     if grow_scores is not None:
         candidates = ~keep if regrow else ~mask
         keep = choose_blocks(grow_scores.cpu(), candidates, n_target, floor=floor, chosen=keep)
-    # Present blocks fill what growth could not, those without a finite score last.
+    # Present blocks fill what growth could not; those without a finite score come last.
     for scores in (drop_scores, torch.zeros_like(drop_scores)):
         if int(keep.sum()) < n_target:
             keep = choose_blocks(scores, mask, n_target, floor=floor, chosen=keep)
@@ -247,8 +247,8 @@ def choose_blocks(
     """Choose the blocks with the highest scores such that rows and columns reach their floor.
 
     If the best blocks leave a row or column below its floor, its best blocks replace the least
-    useful chosen ones, beginning with blocks that lie in both such a row and such a column. If
-    every block is a candidate and the floor is 1, this succeeds whenever `n` is at least the
+    useful chosen ones, beginning with blocks in both a row and a column below the floor. If every
+    block is a candidate and the floor is 1, this succeeds whenever `n` is at least the
     numbers of rows and of columns; otherwise it is best effort.
 
     Args:

@@ -402,8 +402,8 @@ function draw() {
   $("layer-state").textContent = `${whole(present)} of ${whole(masks.blocks)} blocks, `
     + `${percent(present / masks.blocks)}${state.frame ? ` · ${whole(grown)} grown, ${whole(dropped)} dropped` : ""}`;
   const frame = data.frames[state.frame];
-  const what = frame.number ? `update ${whole(frame.number)}` : state.frame ? "resumed" : "start";
-  const when = `step ${whole(frame.step)} · ${what}`;
+  const label = frame.number ? `update ${whole(frame.number)}` : state.frame ? "resumed" : "start";
+  const when = `step ${whole(frame.step)} · ${label}`;
   $("when").textContent = when;
   $("slider").value = state.frame;
   $("slider").setAttribute("aria-valuetext", when);

@@ -29,7 +29,7 @@ def write_report(
         The data shown on the page, as primitives.
 
     Raises:
-        ValueError: if `history` is another file, or holds no masks.
+        ValueError: if `history` is not a history file, or holds no masks.
         RuntimeError: if plotly is not installed.
         OSError: if a file cannot be read or written.
     """

@@ -1,7 +1,7 @@
 """Convert a history to the data of the page: numbers for JSON, and packed animations of the masks.
 
-Curves and the table include every update. The animations do too, unless there are so many updates
-that the page would open slowly; then a displayed frame combines several updates.
+Curves and the table include every update. So do the animations, unless the page would open slowly;
+then a displayed frame combines several updates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sparse_lightning.history import Frame, History, LayerHistory, Metrics, quantise
 
-MAX_FRAMES = 200  # enough for an animation of some seconds
+MAX_FRAMES = 200  # 25 seconds at the default speed
 MAX_POINTS = 1000  # per curve, about the pixels of a screen
 # Limits of blocks times frames over all layers. If an update replaces a tenth of the blocks, a
 # frame takes half a bit per block after compression; a score takes 3 bits.
@@ -214,7 +214,7 @@ def _table_row(layer: LayerHistory, counts: BlockCounts, ages: NDArray[np.int64]
 
 
 def _animation(layer: LayerHistory, shown: list[int]) -> str:
-    """Return the first mask and the changes up to each further displayed frame as packed bits."""
+    """Return the first mask, and the changes between displayed frames, as packed bits."""
     parts, before = [], np.zeros(layer.grid, dtype=bool)
     is_shown = set(shown)
     for frame, mask in enumerate(layer.masks()):
@@ -227,7 +227,7 @@ def _animation(layer: LayerHistory, shown: list[int]) -> str:
 def _scores(
     layer: LayerHistory, scored: list[int], shown: list[int], steps: list[int]
 ) -> dict[str, Any]:
-    """Return scores in 255 levels (0 is no score), and the displayed frames at which they begin."""
+    """Return scores in 255 levels (0: no score), and the displayed frames from which they apply."""
     known = [frame for frame in scored if frame in layer.scores]
     from_frame = [int(np.searchsorted(shown, frame)) for frame in known]
     ranges, levels = [], []
@@ -244,7 +244,7 @@ def _scores(
 
 
 def _weights(history: History, layer_counts: list[BlockCounts]) -> dict[str, int]:
-    """Return the number of weights of the dense layers, at the first frame, and at the last."""
+    """Return the number of weights if dense, at the first frame, and at the last."""
     pairs = list(zip(history.layers.values(), layer_counts, strict=True))
     return {
         "dense": sum(layer.first.size * layer.block_size**2 for layer, _ in pairs),

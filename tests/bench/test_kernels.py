@@ -126,7 +126,7 @@ def test_a_wrong_kernel_is_not_timed(
         (lambda p, op: Contender(lambda: p.x @ p.linear.weight.T * 2), None, "relative error 1"),
         (lambda p, op: Contender(lambda: p.x * torch.nan), None, "shape"),
         (lambda p, op: 1 / 0, None, "division by zero"),
-        # The memory it gets held the right result before.
+        # Reused memory may still hold the right result.
         (lambda p, op: Contender(lambda: torch.empty(64, 96)), None, "relative error nan"),
     ],
 )
@@ -201,7 +201,7 @@ def test_an_unavailable_gpu(
 
 
 def test_the_commit_is_that_of_the_package(tmp_path: Path) -> None:
-    """Not the commit of another repository that contains the installed package."""
+    """It is not that of another repository that contains the installed package."""
     shutil.copytree(Path(kernels.__file__).parents[1], tmp_path / "site" / "sparse_lightning")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)

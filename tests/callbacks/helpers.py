@@ -59,7 +59,7 @@ class Classifier(L.LightningModule):
 
 
 class RecordScores(SparsityCallback):
-    """Records the scores that the rule of every update gets, by layer; uses the default rule."""
+    """Records the scores passed to each update's rule, by layer; applies the default rule."""
 
     def __init__(self, block_size: int = 16, **options: Any) -> None:
         self.seen: list[dict[str, BlockScores]] = []
@@ -143,19 +143,19 @@ def sharded_in_two(accelerator: str) -> ModelParallelStrategy:
 
 def assert_valid(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer, blocks: int) -> None:
     """Check the number of blocks, that the indices are correct, and that empty slots are zero."""
-    at = layer.topology
-    coords = [tuple(pair) for pair in at.coords.tolist()]
+    topology = layer.topology
+    coords = [tuple(pair) for pair in topology.coords.tolist()]
     present = [pair for pair in coords if pair != (-1, -1)]
-    assert len(present) == len(set(present)) == at.n_blocks == blocks
-    rows, cols = at.grid
+    assert len(present) == len(set(present)) == topology.n_blocks == blocks
+    (rows, cols), size = topology.grid, topology.block_size
     assert all(0 <= row < rows and 0 <= col < cols for row, col in present)
-    expected = BlockTopology(at.coords.cpu(), at.grid, at.block_size)
+    expected = BlockTopology(topology.coords.cpu(), topology.grid, size)
     for name, tensor in vars(expected).items():
         if isinstance(tensor, Tensor):
-            assert torch.equal(getattr(at, name).cpu(), tensor), name
-    empty = (at.coords[:, 0] < 0).nonzero().squeeze(1)
+            assert torch.equal(getattr(topology, name).cpu(), tensor), name
+    empty = (topology.coords[:, 0] < 0).nonzero().squeeze(1)
     held = {"values": layer.values.detach(), **optimizer.state[layer.values]}
     for name, tensor in held.items():
         if tensor.dim():
-            assert tensor.shape == (at.capacity, at.block_size, at.block_size), name
+            assert tensor.shape == (topology.capacity, size, size), name
             assert not tensor[empty.to(tensor.device)].any(), name

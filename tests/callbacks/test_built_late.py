@@ -163,7 +163,7 @@ class Importable(Classifier):
     """Can be unpickled in a spawned process."""
 
 
-# The launcher of "ddp_spawn" too, with processes that have imported Lightning already.
+# Uses the launcher of "ddp_spawn", in processes that have already imported Lightning.
 FORKSERVER = DDPStrategy(start_method="forkserver")
 
 
@@ -182,7 +182,7 @@ def test_a_dense_model_is_refused_in_other_processes(strategy: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_layers_swapped_before_the_fit_return_trained(strategy: str, tmp_path: Path) -> None:
-    """They return with fewer slots, since memory follows the density."""
+    """The layers have fewer slots than before, since memory follows the density."""
     falling = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}
     model = Importable()
     sparsify(model, block_size=16, density=1.0)

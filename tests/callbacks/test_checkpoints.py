@@ -129,7 +129,7 @@ def test_another_version_of_the_callback_or_the_topology_is_refused(
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("init", ["random", "magnitude"])
 def test_a_dense_checkpoint_starts_a_sparse_training(init: str, average: bool, dense: Path) -> None:
-    """Equals a training of a model with these weights; optimizer and progress are ignored."""
+    """It equals a training of a model with these weights; optimizer and progress are ignored."""
 
     def run(model: Classifier, **kwargs: Any) -> dict[str, torch.Tensor]:
         callback = SparsityCallback(block_size=16, init=init, update={"every_n_steps": 3})
@@ -259,7 +259,7 @@ def test_load_from_checkpoint_needs_block_sparse_layers(saved: Path) -> None:
 
 @pytest.mark.parametrize("rules", [{}, {"drop": "movement", "grow": "momentum"}])
 def test_last_and_best_of_several(rules: dict[str, Any], tmp_path: Path) -> None:
-    """The best checkpoint has more slots than the model has left; training continues after it."""
+    """The best checkpoint has more slots than the model by then; training continues after it."""
     checkpoint = ModelCheckpoint(
         tmp_path, monitor="val_loss", mode="max", save_top_k=2, save_last=True
     )

@@ -63,7 +63,7 @@ def density_of(path: str | Path) -> float:
 def test_the_density_can_be_monitored(
     model: type[Classifier], monitor: dict[str, Any], logger: bool, tmp_path: Path
 ) -> None:
-    """It is available from the first batch on, after the batch's update, and at epoch ends."""
+    """The metric exists from the first batch on, after the batch's update, and at epoch ends."""
     by_step = ModelCheckpoint(
         tmp_path / "step",
         "{step}-{sparsity/density:.2f}",
@@ -247,7 +247,7 @@ def test_a_sparsity_callback_is_required(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", [3, 9])
 def test_a_resumed_training_saves_what_an_uninterrupted_one_does(at: int, tmp_path: Path) -> None:
-    """Interrupted before and after the final density is reached."""
+    """The interruption is before or after the final density is reached."""
 
     class Cut(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:

@@ -55,7 +55,7 @@ def test_every_schedule_arrives_under_every_distribution(schedule: str, distribu
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_saliency_and_movement_are_of_the_steps_between_updates(accumulate: int) -> None:
-    """Compared with w * g of every optimizer step, as another callback reads it."""
+    """The scores are compared with w * g of every step, read by another callback."""
     work: dict[str, list[Tensor]] = {}
 
     class Read(L.Callback):

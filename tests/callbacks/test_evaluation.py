@@ -1,4 +1,4 @@
-"""Validation, test and prediction with a SparsityCallback compute the same as without."""
+"""Validation, test and prediction give the same results with a SparsityCallback."""
 
 from __future__ import annotations
 

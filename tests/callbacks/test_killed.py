@@ -23,7 +23,7 @@ from tests.callbacks.helpers import Classifier, trainer
 from tests.callbacks.test_resume import assert_identical, final, run, sparsity
 
 STEPS = 24
-# Functions, with the ends of their files, in which processes are killed.
+# Functions in which processes are killed, and how the paths of their files end.
 WHERE = {
     "update": ("_update", "sparse_lightning/sparsifier.py"),
     "write": ("_atomic_save", ""),
@@ -38,7 +38,7 @@ KILLS = [
 
 
 def kill_at(where: str, call: int, events: int) -> None:
-    """Kill this process `events` calls and returns after the start of the `call`-th call."""
+    """Kill this process `events` calls or returns after the `call`-th call of a function."""
     left = [call, events]
     name, file = WHERE[where]
 
@@ -97,7 +97,7 @@ def test_the_newest_checkpoint_is_whole_and_resumes(
 
 
 class Shuffled(DataLoader[Any]):
-    """Eight shuffled batches an epoch; knows where it is."""
+    """Eight shuffled batches an epoch; its state is its position."""
 
     def __init__(self) -> None:
         super().__init__(list(range(64)), batch_size=8)  # type: ignore[arg-type]

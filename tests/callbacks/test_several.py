@@ -79,7 +79,7 @@ def test_each_evolves_its_own_layers_by_its_own_schedule() -> None:
 
 @pytest.mark.parametrize(("trained", "build"), [("net.0", falling), ("net.2", constant)])
 def test_each_trains_as_it_does_alone(trained: str, build: Any) -> None:
-    """Bit for bit, compared with a model whose other layer is sparse and frozen."""
+    """The result equals, bit for bit, a model whose other layer is sparse and frozen."""
     together = run(falling(), constant(), model=Half(trained))
     model, other = Half(trained), (constant if build is falling else falling)().config
     density = 1.0 if other.block_size == 32 else 0.5
@@ -94,7 +94,7 @@ def test_each_trains_as_it_does_alone(trained: str, build: Any) -> None:
 @pytest.mark.parametrize("order", [(falling, constant), (constant, falling)])
 @pytest.mark.parametrize("cut", [5, 10])
 def test_a_resumed_training_is_the_uninterrupted_one(cut: int, order: Any, tmp_path: Path) -> None:
-    """This holds for callbacks in another order than in the checkpoint too."""
+    """The callbacks' order may differ from that in the checkpoint."""
     checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=cut, save_top_k=-1)
     whole = run(falling(), constant(), checkpoints, enable_checkpointing=True)
     resumed = run(*(build() for build in order), ckpt_path=tmp_path / f"step={cut}.ckpt")
@@ -104,7 +104,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(cut: int, order: Any, tmp_p
 
 
 def test_a_state_under_the_class_name_alone_is_accepted(tmp_path: Path) -> None:
-    """Earlier versions supported one callback per trainer and saved its state like this."""
+    """Earlier versions supported one callback per trainer and saved its state this way."""
     whole = run(falling(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5,
                                            save_top_k=-1), enable_checkpointing=True)  # fmt: skip
     old = torch.load(tmp_path / "step=5.ckpt", weights_only=True)

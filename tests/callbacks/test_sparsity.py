@@ -177,7 +177,7 @@ def test_a_step_is_an_optimizer_step_under_accumulation() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_gradient_scores_are_those_of_the_dense_gradient(accumulate: int) -> None:
-    """Compared with autograd on the dense model, at the weights of the step."""
+    """They are compared with autograd on the dense model, at the weights of the step."""
     expected: dict[str, torch.Tensor] = {}
 
     class Spy(RecordScores):
@@ -386,7 +386,7 @@ def test_grown_blocks_do_not_jump() -> None:
 
 
 class Averages(L.Callback):
-    """Computes a dense average, block by block, and compares that of the averaging callback."""
+    """Compares the averaging callback's weights with a dense average, block by block."""
 
     def __init__(self, sparsity: SparsityCallback, ema: EMAWeightAveraging, decay: float) -> None:
         self.sparsity, self.ema, self.decay = sparsity, ema, decay
@@ -470,7 +470,7 @@ def assign_optimizers(trainer: L.Trainer, model: L.LightningModule) -> None:
 def test_a_training_continues_with_replaced_optimizers(
     density: Any, replace: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """SGD has no state, so that replacing it changes nothing."""
+    """SGD has no state, so replacing it changes nothing."""
 
     class ReplacesOptimizers(Classifier):
         def on_train_epoch_start(self) -> None:

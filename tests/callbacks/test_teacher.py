@@ -1,4 +1,4 @@
-"""A teacher in the model follows on two ranks, whole and sharded; saved models can be loaded."""
+"""A teacher in the model follows on two ranks, whole or sharded; saved models can be loaded."""
 
 from __future__ import annotations
 

@@ -49,12 +49,12 @@ def choose(
 def test_speedups_are_interpolated_in_log_log_space() -> None:
     table = Table([row(0.5, portable=1.0), row(0.125, portable=4.0)])  # rows in any order
 
-    def at(density: float) -> float:
+    def speedup(density: float) -> float:
         return table.predict("fwd", "half", 64, SHAPE, density)["portable"]
 
-    assert at(0.25) == pytest.approx(2.0)
-    assert at(0.5) == 1.0 and at(0.125) == 4.0
-    assert at(0.9) == 1.0 and at(0.01) == 4.0  # beyond the measurements, the nearest value holds
+    assert speedup(0.25) == pytest.approx(2.0)
+    assert speedup(0.5) == 1.0 and speedup(0.125) == 4.0
+    assert speedup(0.9) == 1.0 and speedup(0.01) == 4.0  # beyond the ends, the nearest value
 
 
 def test_the_nearest_shape_is_used() -> None:

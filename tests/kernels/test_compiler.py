@@ -49,8 +49,8 @@ def test_an_old_device_is_rejected() -> None:
 
 
 def programs_for(capability: tuple[int, int]) -> list[Program]:
-    """Every program of an architecture; of those for fp16, which differ from bf16's only in
-    conversions, one per source."""
+    """Every program of an architecture, but one fp16 program per source, since fp16 differs from
+    bf16 only in conversions."""
     programs = [*portable_programs.all_programs(), densified.PROGRAM]
     programs += map(block_work.program, DTYPES)
     if capability == hopper_programs.CAPABILITY:
@@ -60,12 +60,21 @@ def programs_for(capability: tuple[int, int]) -> list[Program]:
     return [p for p in programs if not is_fp16[p]] + [*one_per_source.values()]
 
 
+@functools.cache
+def compiled(program: Program, arch: str = "sm_90a") -> compiler.Cubin:
+    return compiler.compile_source(program.source, program.options, arch)
+
+
+def facts_of(program: Program, entry: str) -> compiler.LaunchFacts:
+    return compiler.launch_facts(compiled(program).code, entry)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
 def test_every_kernel_compiles_without_spilling(capability: tuple[int, int]) -> None:
     arch, spilled = ARCHITECTURES[capability], {}
     for program in programs_for(capability):
-        cubin = compiler.compile_source(program.source, program.options, arch)
+        cubin = compiled(program, arch)
         assert cubin.code.startswith(b"\x7fELF") and cubin.log.count("Used ") >= 1
         # ptxas warns when it serializes WGMMA.
         assert "serialized" not in cubin.log
@@ -79,15 +88,6 @@ def test_every_kernel_compiles_without_spilling(capability: tuple[int, int]) -> 
     assert not spilled
 
 
-@functools.cache
-def compiled(program: Program) -> bytes:
-    return compiler.compile_source(program.source, program.options, "sm_90a").code
-
-
-def facts_of(program: Program, entry: str) -> compiler.LaunchFacts:
-    return compiler.launch_facts(compiled(program), entry)
-
-
 def test_shared_memory_by_hand() -> None:
     programs = portable_programs
     # Two stages of (128 x 64 + 64 x 64) bf16: 49,152 bytes; the result, 128 x 64 fp32: 32,768.
@@ -96,7 +96,7 @@ def test_shared_memory_by_hand() -> None:
     # Two stages of 16 x (64 + 128) fp64: 49,152; the result, 64 x 128 fp64: 65,536.
     dw = programs.dw_program(torch.float64, 128)
     assert facts_of(dw, "block_linear_dw").shared_bytes == 65_536
-    # The norms' result is fp32 for every dtype: 128 x 128 of them.
+    # The result of norms is 128 x 128 fp32 for every dtype.
     assert facts_of(norms_program(torch.float64), "block_norms").shared_bytes == 65_536
 
 
@@ -136,7 +136,7 @@ BFLOAT16 = torch.bfloat16
 def test_every_layout_is_that_of_its_argument(
     module: ModuleType, builder: str, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `Kernel` checks when it is built on a device, here without one."""
+    """`Kernel` checks this when it is built on a device."""
     checked = []
 
     def check(program: Program, entry: str, layout: str, device: int) -> None:
@@ -219,7 +219,7 @@ def _own_private_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The sources that would be compiled; nothing is."""
+    """Record the sources to compile, without compiling them."""
     seen: list[str] = []
 
     def compile_source(source: str, options: tuple[str, ...], arch: str) -> compiler.Cubin:

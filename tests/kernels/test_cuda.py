@@ -107,7 +107,7 @@ def test_parity_of_a_thousand_topologies(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory", "kind")
 def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
-    """With this many, dW splits the tokens, and every tile is used more than once."""
+    """dW splits this many tokens, and every tile is used more than once."""
     case = Case("random", (5, 9), block_size, dtype, lead=(2, 1111), spare=3)
     check_parity(case, "cuda")
 
@@ -118,7 +118,7 @@ def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
 def test_results_are_as_exact_as_those_of_a_dense_layer(
     block_size: int, dtype: torch.dtype
 ) -> None:
-    """Many tokens and features would reveal sums of too few bits."""
+    """Many tokens and features would reveal accumulation in too few bits."""
     layer = make_layer(2048, 1536, block_size=block_size, dtype=dtype)
     dense = layer.to_linear()
     x, dy = tokens(4096, layer)
@@ -146,7 +146,7 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("poisoned_memory", "kind")
 def test_fused_activations(activation: str, block_size: int, dtype: torch.dtype) -> None:
-    """They are computed from the rounded products, as without fusion."""
+    """Activations are computed from the rounded products, as without fusion."""
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     layer = make_layer(5 * block_size, 3 * block_size, block_size=block_size, dtype=dtype)
     for n in (1, 1000):
@@ -173,13 +173,13 @@ def test_an_mlp_equals_its_layers() -> None:
     assert_same(run(mlp, x, dy), run(plain, x, dy), rtol=2e-2, atol=2e-2)
 
 
-def check_dw(at: BlockTopology, n: int) -> None:
+def check_dw(topology: BlockTopology, n: int) -> None:
     """Fail unless dW of random operands is right, in bf16."""
-    out_features, in_features = (blocks * at.block_size for blocks in at.grid)
+    out_features, in_features = (blocks * topology.block_size for blocks in topology.grid)
     x = torch.randn(n, in_features, device=DEVICE, dtype=torch.bfloat16)
     dy = torch.randn(n, out_features, device=DEVICE, dtype=torch.bfloat16)
-    dw = ops.block_linear_dw(dy, x, *at.indices)
-    expected = at.pack(dy.float().T @ x.float())
+    dw = ops.block_linear_dw(dy, x, *topology.indices)
+    expected = topology.pack(dy.float().T @ x.float())
     torch.testing.assert_close(dw.float(), expected, rtol=1e-2, atol=1e-2 * n**0.5)
 
 
@@ -198,14 +198,14 @@ def test_every_partition_of_dw_on_hopper(
     mask[2], mask[4] = False, True
     capacity = int(mask.sum())
     mask &= torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < fill
-    at = BlockTopology.from_mask(mask, block_size, capacity=capacity).to_(DEVICE)
+    topology = BlockTopology.from_mask(mask, block_size, capacity=capacity).to_(DEVICE)
     fewest = -(-capacity // (multicast * (8 if block_size == 64 else 2)))
     # Many clusters split by rows, few split evenly, and fewer still need several rounds.
     for clusters in {1, (fewest + 1) // 2, fewest, fewest + 2, (fewest + capacity) // 2, capacity}:
         split = hopper_programs.Split(split_k, multicast, clusters)
         monkeypatch.setattr(hopper_programs, "dw_split", lambda *_, split=split: split)
         for n in (1, 1000):
-            check_dw(at, n)
+            check_dw(topology, n)
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
@@ -215,17 +215,17 @@ def test_every_partition_of_dw_on_hopper(
 def test_every_partition_of_dw_of_narrow_blocks_on_hopper(
     block_size: int, split_k: int, in_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of one or several jobs, and more columns than one lookup covers."""
+    """Includes groups of several work items, and more columns than one lookup covers."""
     force_kernels(choice.HOPPER, monkeypatch)
     mask = torch.rand(37, in_blocks, generator=torch.Generator().manual_seed(0)) < 0.3
     mask[4:9] = False
     mask[1, -1] = True
-    at = BlockTopology.from_mask(mask, block_size, capacity=int(mask.sum()) + 3).to_(DEVICE)
+    topology = BlockTopology.from_mask(mask, block_size, capacity=int(mask.sum()) + 3).to_(DEVICE)
     for clusters, groups in (1, 1), (3, 7), (50, 50):
         for rows, cost in (1, 0), (4, 9), (16, 100):
             bands = hopper_programs.Bands(split_k, clusters, groups, rows, cost)
             monkeypatch.setattr(hopper_programs, "dw_bands", lambda *_, bands=bands: bands)
-            check_dw(at, 100)
+            check_dw(topology, 100)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -279,11 +279,11 @@ def test_results_do_not_depend_on_slots() -> None:
     x, dy = tokens(300, layer)
     y, dx, dvalues, dbias = run(layer, x, dy)
     order = torch.randperm(layer.topology.capacity, device=DEVICE)
-    at = layer.topology
+    topology = layer.topology
     other = BlockSparseLinear(
         layer.in_features,
         layer.out_features,
-        topology=BlockTopology(at.coords[order], at.grid, at.block_size),
+        topology=BlockTopology(topology.coords[order], topology.grid, topology.block_size),
         device=DEVICE,
         dtype=layer.values.dtype,
     )
@@ -353,7 +353,7 @@ def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
 @pytest.mark.parametrize("n", [64, 4096])
 @pytest.mark.usefixtures("kind")
 def test_a_graph_follows_topology_updates(n: int) -> None:
-    """And arming, although neither the loading step nor the captured step is armed."""
+    """It also follows arming, although neither the loading nor the captured step is armed."""
     layer = make_layer()
     x, dy = tokens(n, layer)
     torch.cuda.synchronize()
@@ -497,12 +497,12 @@ def test_more_than_two_to_the_31_activations() -> None:
 def test_more_than_two_to_the_31_values() -> None:
     out_blocks, in_blocks, size = 512, 257, 128
     everywhere = torch.ones(out_blocks, in_blocks, dtype=torch.bool)
-    at = BlockTopology.from_mask(everywhere, size).to_(DEVICE)
-    values = torch.randn(at.capacity, size, size, device=DEVICE, dtype=torch.bfloat16)
+    topology = BlockTopology.from_mask(everywhere, size).to_(DEVICE)
+    values = torch.randn(topology.capacity, size, size, device=DEVICE, dtype=torch.bfloat16)
     assert values.numel() > 2**31
     x = torch.randn(16, in_blocks * size, device=DEVICE, dtype=torch.bfloat16)
     dy = torch.randn(16, out_blocks * size, device=DEVICE, dtype=torch.bfloat16)
-    indices = at.indices
+    indices = topology.indices
     y = ops.block_linear(x, values, None, *indices, None, None, 1)
     last = values[-in_blocks:].transpose(0, 1).reshape(size, -1)  # the last block row
     _assert_near(y[:, -size:], x.float() @ last.float().T)

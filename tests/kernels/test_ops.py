@@ -110,7 +110,7 @@ def test_gradcheck(
     method: str, lead: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "choose", lambda *_: method)
-    # No spare slot: there, the gradient is zero by definition, as is the derivative.
+    # Without empty slots, whose gradient is zero by definition.
     layer = make_layer(spare=0, bias=bias)
     x = torch.randn(*lead, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -252,7 +252,7 @@ def test_gradients_of_the_input_compute_nothing_else(
     device: str,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Gradients with respect to the input alone, as of a gradient penalty, compute no norms."""
+    """Gradients of the input alone, as for a gradient penalty, compute no norms."""
     module, layer = armed
     x = torch.randn(5, 64, dtype=torch.float64, device=device, requires_grad=True)
     expected = TO_X.get(request.node.callspec.params["armed"], ["dx"])
@@ -456,19 +456,19 @@ def test_norms_of_a_compiled_model(whole: bool, device: str) -> None:
     ],
     ids=str,
 )
-def test_the_methods_that_a_dtype_may_take(dtype: torch.dtype, expected: tuple[str, ...]) -> None:
-    choices = {
+def test_the_methods_of_a_dtype(dtype: torch.dtype, expected: tuple[str, ...]) -> None:
+    methods = {
         cpu.choose(tokens, size, density, dtype)
         for tokens in (0, 1, 255, 256, 100_000)
         for size in (16, 32, 64, 128)
         for density in (0.0, 0.01, 0.3, 0.8, 1.0)
     }
-    assert choices == set(expected)
+    assert methods == set(expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_one_backend_does_not_answer_for_another() -> None:
+def test_a_cpu_input_to_a_cuda_layer_is_rejected() -> None:
     layer = make_layer(torch.float32).cuda()
     with pytest.raises((RuntimeError, TypeError), match=r"device|cuda"):
         layer(torch.randn(3, 64))

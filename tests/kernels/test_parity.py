@@ -148,7 +148,7 @@ def test_parity_of_any_topology(data: st.DataObject) -> None:
 def cases(
     masks: Sequence[str], block_sizes: Sequence[int], max_blocks: int, max_tokens: int
 ) -> st.SearchStrategy[Case]:
-    """Any case of some masks and block sizes, with limits for each dimension of grid and tokens."""
+    """Cases with these masks and block sizes, with limits for each dimension of grid and tokens."""
     blocks = st.integers(1, max_blocks)
     return st.builds(
         Case,

@@ -459,7 +459,7 @@ def saved_masks(callback: SparsityCallback) -> dict[str, Any]:
 
 
 def test_what_was_ever_active_survives_a_resume(tmp_path: Path) -> None:
-    """Compared with the masks that another callback records, across a checkpoint."""
+    """The metric is compared with masks that another callback records."""
     seen: list[torch.Tensor] = []
 
     class Record(L.Callback):

@@ -75,7 +75,7 @@ def test_a_resumed_fit_continues_its_history(tmp_path: Path) -> None:
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=10, save_top_k=-1, filename="{step}")
     fit(tmp_path, checkpoints=[saved], enable_checkpointing=True)
     whole = read_history(tmp_path / "csv" / "version_0" / HISTORY)
-    # In the same folder; and in a new one, whose history starts at the checkpoint.
+    # Resume in the same folder, and in a new one, whose history starts at the checkpoint.
     fit(tmp_path, tmp_path / "step=10.ckpt")
     other = CSVLogger(tmp_path, name="csv", version=1)
     fit(tmp_path, tmp_path / "step=10.ckpt", logger=other)

@@ -25,7 +25,7 @@ FLOATS = [torch.randn(3, 4), torch.randn(5, 4)]
 
 @dataclass
 class Examples:
-    """A batch class of the user's."""
+    """A user-defined batch class."""
 
     label: str
     ids: Any

@@ -515,7 +515,7 @@ def test_compiled_blocks_are_planned(quick) -> None:
     assert [layer.tokens for layer in found.layers.values()] == [8, 8, 8]
 
 
-# -- how good it is -----------------------------------------------------------------------------
+# -- accuracy -----------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""`sparse-lightning report`: choice of the history, output, and error messages."""
+"""`sparse-lightning report`: selection of the history, output, and error messages."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_what_is_wrong_is_named(
     (tmp_path / "text.history").write_text("a text")
     whole = record(tmp_path / "run" / "pattern.history").read_bytes()
     (tmp_path / "cut.history").write_bytes(whole[:60])
-    assert main(["report", *(each.format(tmp=tmp_path) for each in arguments)]) == 2
+    assert main(["report", *(part.format(tmp=tmp_path) for part in arguments)]) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in says) and "Traceback" not in error, error
     assert not list(tmp_path.rglob("*.html*"))

@@ -390,7 +390,7 @@ def test_a_grid_of_1024_by_256_blocks(show, tmp_path: Path) -> None:
     page, known = show(path), read_history(path)
     page.evaluate("showFrame(4)")
     box = page.locator("#mask").bounding_box()
-    assert (box["width"], box["height"]) == (1024, 256)  # a pixel a block
+    assert (box["width"], box["height"]) == (1024, 256)  # one pixel per block
     assert page.evaluate("document.documentElement.scrollWidth") == 1280
     for row, column in ((0, 0), (517, 101), (1023, 255)):
         point_at(page, (1024, 256), row, column)

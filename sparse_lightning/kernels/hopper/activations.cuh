@@ -3,7 +3,7 @@
 #pragma once
 #include "hopper/sm90.cuh"
 
-// Numbered as in `activations.py`.
+// In the order of `ACTIVATIONS` in activations.py.
 enum Activation { RELU, GELU, GELU_TANH, SILU };
 
 __device__ inline float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
@@ -99,7 +99,7 @@ struct ActivationEpilogue {
   }
 };
 
-// Turns results, gradients of an activation's output, into those of its input h, which is loaded
+// Turns results, the gradient of an activation's output, into that of its input h, which is loaded
 // from `aux_offset` elements further.
 template <typename T>
 struct ActivationGradientEpilogue {

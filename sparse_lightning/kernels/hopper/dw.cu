@@ -3,7 +3,7 @@
 //
 //   dy      [tokens, out_features]   x [tokens, in_features]   dw [capacity, B, B]
 //   entries int2 [capacity]          (block column, slot), by block row; the empty slots last
-//   row_offsets int [out_blocks + 1] where each row begins in `entries`, and where the last ends
+//   row_offsets int [out_blocks + 1] where each block row begins in `entries`; then the total
 //   coords  int2 [capacity]          (block row, block column) of each slot
 //
 // Tensors are 16-byte aligned; there is at least one token. The present blocks, in the order of
@@ -12,16 +12,16 @@
 // best: thread blocks that pass over the same tokens at the same time share reads of L2. Where that
 // would take more rounds, the blocks are partitioned evenly, across the ends of rows.
 //
-// Grid: persistent clusters, each of which takes one group at a time; warp roles and pipeline are
-// those of gradient.cuh, a work item is a group. In a cluster, MULTICAST thread blocks compute a
-// share of the blocks each and multicast dy; where groups are few, SPLIT_K sets of them split the
-// tokens and then add their results, always in the same order.
+// Grid: persistent clusters, each of which takes one group at a time. Warp roles and pipeline are
+// those of gradient.cuh; a work item is a group. In a cluster, MULTICAST thread blocks share the
+// blocks of the group and multicast dy; where groups are few, SPLIT_K sets of them split the tokens
+// and then add their results, always in the same order.
 
 #include "hopper/product_strips.cuh"
 
 typedef CONFIG_T T;
 constexpr int B = CONFIG_B;
-constexpr int BLOCK_STRIPS = B / STRIP;  // strips of dy and of x that a block takes
+constexpr int BLOCK_STRIPS = B / STRIP;  // strips of dy, and of x, per block
 static_assert(DY_STRIDE == BLOCK_STRIPS, "warpgroups alternate between the strips of a block's dy");
 
 struct Arguments {
@@ -46,7 +46,7 @@ struct Partition {
   const Arguments& a;
   int n_blocks, groups;
   int row_group_size = 0;   // most blocks of a group, if groups do not cross rows; else 0
-  int even_group_size = 0;  // blocks of each group, or 0: as even as they can be
+  int even_group_size = 0;  // blocks of each group; 0 if sizes differ by at most one
 
   __device__ explicit Partition(const Arguments& a) : a(a), n_blocks(a.row_offsets[a.out_blocks]) {
     const int clusters = gridDim.x / CLUSTER;

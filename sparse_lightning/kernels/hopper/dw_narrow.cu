@@ -4,16 +4,16 @@
 //   dy      [tokens, out_features]      x [tokens, in_features]      dw [capacity, B, B]
 //   slots   int [out_blocks, in_blocks] the slot of each block, -1 where absent
 //   entries int2 [capacity]             (block column, slot), by block row; the empty slots last
-//   row_offsets int [out_blocks + 1]    where each row begins in `entries`, and where the last ends
+//   row_offsets int [out_blocks + 1]    where each block row begins in `entries`; then the total
 //   coords  int2 [capacity]             (block row, block column) of each slot
 //
 // Tensors are 16-byte aligned; there is at least one token. Consecutive block rows form a band. The
-// present blocks, ordered by band, column and row, are partitioned into groups, which are even if
-// loading the dy of a band counts as `band_cost` blocks. A group is one work item, or several if it
-// exceeds the limits of one: it loads the dy of its bands and those strips of x in which it has a
+// present blocks, ordered by band, column and row, are partitioned into groups of equal cost, where
+// loading the dy of a band costs `band_cost` blocks. A group is one work item, or several if it
+// exceeds the limits of one. It loads the dy of its bands and those strips of x in which it has a
 // block, and multiplies only present blocks, by mma.sync.
 //
-// Grid: persistent clusters of SPLIT_K thread blocks, each of which takes one group at a time; warp
+// Grid: persistent clusters of SPLIT_K thread blocks, each of which takes one group at a time. Warp
 // roles and pipeline are those of gradient.cuh. The thread blocks of a cluster split the tokens, so
 // that fewer thread blocks load the same x and dy, and then add their results in a fixed order.
 
@@ -22,9 +22,9 @@
 
 typedef CONFIG_T T;
 constexpr int B = CONFIG_B;
-constexpr int WARP_BLOCKS = CONFIG_WARP_BLOCKS;  // most blocks of a consumer warp
-constexpr int MAX_BLOCKS = WARP_BLOCKS * WARPS;  // of a work item
-constexpr int LOOKUP_COLUMNS = 1024;             // that the scheduler looks up at a time
+constexpr int WARP_BLOCKS = CONFIG_WARP_BLOCKS;  // most blocks per consumer warp
+constexpr int MAX_BLOCKS = WARP_BLOCKS * WARPS;  // per work item
+constexpr int LOOKUP_COLUMNS = 1024;             // columns that the scheduler looks up at a time
 
 struct Blocks {
   static constexpr int EXTRA_BYTES = LOOKUP_COLUMNS * sizeof(unsigned);
@@ -37,7 +37,7 @@ struct SharedWithLookup : Shared<Blocks> {
   unsigned columns[LOOKUP_COLUMNS];  // bit masks of the rows of a band
 };
 
-constexpr int MAX_STRIPS = OPERAND_STRIPS<Blocks> / PRODUCER_WARPS;  // of a stage
+constexpr int MAX_STRIPS = OPERAND_STRIPS<Blocks> / PRODUCER_WARPS;  // per stage
 static_assert(X_WIDTH >= B, "a block is in one strip");
 static_assert(DY_STRIPS / 2 * X_PER_DY < MAX_STRIPS && MAX_BLOCKS >= 32, "a band's column fits");
 
@@ -71,7 +71,7 @@ struct Bands {
   __device__ int begin(int band) const {
     return a.row_offsets[min(band * a.band_rows, a.out_blocks)];
   }
-  // Returns the band at a position, if each takes `cost` in addition to its blocks.
+  // Returns the band at a position, if each band counts `cost` in addition to its blocks.
   __device__ int find(int position, int cost) const {
     const int lane = threadIdx.x % 32;
     for (int band = 0;; band += 32) {
@@ -90,8 +90,8 @@ struct Bands {
   }
 };
 
-// Scheduler warp: finds which rows of a band, whose entries are [begin, end), have a block in each
-// of LOOKUP_COLUMNS columns.
+// Scheduler warp: finds, for each of LOOKUP_COLUMNS columns, which rows of a band have a block
+// there. The band's entries are [begin, end).
 __device__ inline void look_up_columns(const Arguments& a, SharedWithLookup& s, int begin, int end,
                                        int first_row, int first_column) {
   const int lane = threadIdx.x % 32;
@@ -126,7 +126,7 @@ __device__ inline void schedule_group(const Arguments& a, SharedWithLookup& s,
   const Bands bands(a);
   int band = bands.find(first, 0);
   WorkItem<Blocks>* item = nullptr;
-  int n = 0, n_dy = 0, n_x = 0;  // of the work item so far
+  int n = 0, n_dy = 0, n_x = 0;  // counts of the work item so far
   auto publish = [&] {
     if (lane == 0) {
       item->n_dy = n_dy;
@@ -164,7 +164,7 @@ __device__ inline void schedule_group(const Arguments& a, SharedWithLookup& s,
           first_dy = -1;
         }
         const int blocks_scan = inclusive_warp_scan(__popc(present));
-        constexpr int COLUMNS = X_WIDTH / B;  // of a strip
+        constexpr int COLUMNS = X_WIDTH / B;  // per strip
         const unsigned nonempty = __ballot_sync(0xffffffff, present != 0);
         const unsigned in_strip = (nonempty >> lane / COLUMNS * COLUMNS) & ((1u << COLUMNS) - 1);
         const bool is_leader = in_strip && lane % COLUMNS == __ffs(in_strip) - 1;

@@ -10,7 +10,7 @@
 #include "hopper/sm90.cuh"
 
 constexpr int TK = CONFIG_TK, X_WIDTH = CONFIG_X_WIDTH;
-constexpr int DY_STRIPS = CONFIG_DY_STRIPS, X_STRIPS = CONFIG_X_STRIPS;  // most of a work item
+constexpr int DY_STRIPS = CONFIG_DY_STRIPS, X_STRIPS = CONFIG_X_STRIPS;  // most per work item
 constexpr int WARPS = CONFIG_CONSUMER_WARPS, PRODUCER_WARPS = 3, THREADS = 128 + 32 * WARPS;
 constexpr int STRIP = 64, ROW_BYTES = 2 * STRIP, DY_STRIP_BYTES = TK * ROW_BYTES;
 constexpr int X_ROW_BYTES = 2 * X_WIDTH, X_STRIP_BYTES = TK * X_ROW_BYTES;
@@ -20,8 +20,8 @@ constexpr int MAX_STAGES = 8;
 // of one k-tile for that of another.
 constexpr int BARRIERS = 2 * MAX_STAGES;
 // Thread blocks that run in lockstep relieve L2, which serves simultaneous requests for the same
-// lines with one read. So keep no more strips of x in flight than loads need to arrive in time, but
-// at least MIN_STAGES; IN_FLIGHT_STRIPS = 0 is no limit.
+// lines with one read. So keep no more strips in flight than needed to hide latency, but at least
+// MIN_STAGES stages; IN_FLIGHT_STRIPS = 0 means no limit.
 constexpr int IN_FLIGHT_STRIPS = CONFIG_IN_FLIGHT_STRIPS, MIN_STAGES = CONFIG_MIN_STAGES;
 constexpr int SCHEDULE_STAGES = 2;  // work items in flight
 
@@ -33,14 +33,14 @@ __device__ inline int rank() { return CLUSTER > 1 ? cluster_rank() : 0; }
 __device__ inline int split_rank() { return rank() / MULTICAST; }
 __device__ inline int multicast_rank() { return rank() % MULTICAST; }
 
-// Payload: what the consumers of a kernel must know.
+// Payload: what a kernel's consumers need to know.
 template <typename Payload>
 struct WorkItem {
   int is_end;  // set when no work items remain
   int first_k_tile, end_k_tile;
   int n_dy, n_x;      // strips; those of dy for all thread blocks that multicast them
   int stage_strips;   // size of a stage, in strips of x
-  int loaded_strips;  // most that this thread block loads of a stage, in strips of x
+  int loaded_strips;  // most that a thread block loads itself per stage, in strips of x
   int dy_features[DY_STRIPS], x_features[X_STRIPS];  // where strips begin
   Payload payload;
 };
@@ -79,8 +79,8 @@ struct Scheduler {
     mbarrier_wait_replaced(s.schedule_empty, count);
     return s.work_items[wrap<SCHEDULE_STAGES>(count)];
   }
-  // Publishes it, for this thread block's split of the tokens. `max_x`, the most strips of x of any
-  // thread block of the multicast, must be the same in all of them.
+  // Publishes it, for this thread block's split of the tokens. `max_x` is the most strips of x of
+  // any thread block of the multicast, and must be the same in all of them.
   __device__ void publish(long long tokens, int max_x) {
     if (threadIdx.x % 32 == 0) {
       WorkItem<Payload>& item = s.work_items[wrap<SCHEDULE_STAGES>(count)];
@@ -113,8 +113,8 @@ __device__ void for_each_work_item(Shared<Payload>& s, Visit visit) {
   }
 }
 
-// Writes zeros to the slots of dW in `entries` from `first` on, the empty ones. Called by one warp
-// of each thread block.
+// Writes zeros to the empty slots of dW, those in `entries` from `first` on. Called by one warp of
+// each thread block.
 template <int B, typename T>
 __device__ void zero_slots(T* dw, const int2* entries, int first, int capacity) {
   for (int entry = first + blockIdx.x; entry < capacity; entry += gridDim.x) {
@@ -157,14 +157,14 @@ __device__ void release(Shared<Payload>& s, int k_tile) {
 }
 
 // Returns where a thread block of a split-K cluster puts its partial results: over the operands.
-// Called by all consumers when they have multiplied all k-tiles.
+// All consumers must call this after their last k-tile.
 template <typename Payload>
 __device__ float4* partial_results(Shared<Payload>& s) {
   named_barrier_sync<32 * WARPS>();
   return reinterpret_cast<float4*>(s.operands);
 }
 
-// Adds the partial results of all splits, always in the same order: N float4, from `first` on.
+// Adds N float4, `stride` apart from `first` on, of the partial results of all splits, in order.
 template <int N, typename Payload>
 __device__ void reduce_split_k(Shared<Payload>& s, float* total, int first, int stride) {
 #pragma unroll 2
@@ -215,13 +215,13 @@ __device__ void produce(Shared<Payload>& s, const TensorMap& dy, const TensorMap
   }
 }
 
-// Registers of a thread after reallocation. The totals must not exceed what the launch allocates:
-// 168 or 96 for each thread.
+// Registers of a thread after reallocation. The total must not exceed what the launch allocates:
+// 168 or 96 per thread.
 constexpr int PRODUCER_REGISTERS = WARPS == 8 ? 72 : 64,
               CONSUMER_REGISTERS = WARPS == 8 ? 216 : 104;
 
-// The whole kernel. One warp calls schedule(scheduler); each consumer calls consume(item, state)
-// for every work item, which must synchronise the cluster as `sync_split_k_reduction` does.
+// Runs the whole kernel. One warp calls schedule(scheduler). Each consumer calls consume(item,
+// state) for every work item, which must synchronise the cluster like `sync_split_k_reduction`.
 template <typename Payload, typename Schedule, typename Consume>
 __device__ void run_warp_specialized(Shared<Payload>& s, const TensorMap& dy, const TensorMap& x,
                                      Schedule schedule, Consume consume) {

@@ -31,10 +31,10 @@ def linear(
     activated: Tensor | None = None,
     preactivation: Tensor | None = None,
 ) -> None:
-    """Fill `y` with x W^T + bias, or with x W (not `forward`), and fuse an activation.
+    """Fill `y` with x W^T + bias if `forward`, else with x W; optionally fuse an activation.
 
-    With an activation, the forward product also fills `activated` with the activation of `y`. The
-    other product is multiplied by its derivative at `preactivation`. Both are contiguous like `y`.
+    With an activation, the forward product also fills `activated` with the activation of `y`, and
+    x W is multiplied by the derivative at `preactivation`. Both are contiguous like `y`.
     """
     block_size = values.shape[1]
     kernel = _linear_kernel(x.dtype, block_size, forward, activation is not None, device)

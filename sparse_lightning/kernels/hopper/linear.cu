@@ -16,9 +16,9 @@
 // k-tile each, and one scheduler warp looks up which blocks are present, a window of k-tiles ahead.
 // The consumer warpgroups issue WGMMA, each for its share of the outputs.
 //
-// Pipeline: stages have different sizes. The operands are in a circular buffer of units; a k-tile
-// takes X_UNITS for x, [TM][TK], and one for each present output block: the block (B = 64) or half
-// of it (128). Accumulation is in order of k, so results depend neither on slots nor on timing.
+// Pipeline: stages vary in size. The operands are in a circular buffer of units. A k-tile takes
+// X_UNITS for x, [TM][TK], and one per present output block: a block of 64 or half a block of 128.
+// Accumulation is in order of k, so results depend neither on slots nor on timing.
 
 #include "hopper/linear.cuh"
 
@@ -26,6 +26,8 @@ constexpr int CLUSTER = CONFIG_CLUSTER;
 constexpr int WARPGROUPS = CONFIG_CONSUMER_WARPGROUPS, WARPS = 4 * WARPGROUPS;
 constexpr int THREADS = 128 + 32 * WARPS;
 static_assert(TK == 64 && B % TK == 0, "a row of an operand is 128 bytes, within one block");
+static_assert(TM % 64 == 0 && TN % (B * WARPGROUPS) == 0,
+              "TM must be a multiple of 64, and TN of whole blocks for each consumer warpgroup");
 
 constexpr int TILE_BLOCKS = TN / B;  // output blocks of a tile
 constexpr int ROW_BYTES = 2 * TK;    // in shared memory
@@ -46,7 +48,7 @@ struct Schedule {
 // A k-tile to multiply; they are numbered over all tiles of the thread block.
 struct alignas(16) KTile {
   unsigned present;  // bit mask of its output blocks
-  int first_unit;    // of the buffer, numbered likewise
+  int first_unit;    // numbered likewise; the buffer wraps
   int first_k;       // its first input
 };
 constexpr int K_TILES = 256;  // more than can be scheduled ahead or in flight
@@ -62,7 +64,7 @@ struct alignas(1024) SharedOf {
 };
 constexpr int UNITS = count_that_fits(sizeof(SharedOf<1>), UNIT_BYTES);
 typedef SharedOf<UNITS> Shared;
-// A k-tile is held until the next one has arrived, and a producer may be some ahead of the others.
+// A k-tile is held until the next one has arrived, and one producer may be ahead of the others.
 static_assert(2 * (X_UNITS + TILE_BLOCKS) <= UNITS, "two k-tiles fit");
 static_assert(UNITS / (X_UNITS + 1) + PRODUCER_WARPS <= STAGES,
               "barriers are not reused too early");
@@ -153,7 +155,7 @@ __device__ void produce(const Arguments& a, Shared& s, int rank, int producer, i
         if (lane < TILE_BLOCKS && k_tile.present >> lane & 1 && lane % CLUSTER == rank) {
           const int unit = X_UNITS + __popc(k_tile.present & ((1u << lane) - 1));
           const int slot = schedule.slots[k_tile.first_k / TK % WINDOW][lane];
-          const int half = k_tile.first_k % B;  // which half of a block that is wider than TK
+          const int half = k_tile.first_k % B;  // offset of the half of a block wider than TK
           char* destination = s.units[wrap<UNITS>(k_tile.first_unit + unit)];
 #pragma unroll
           for (int row = 0; row < B; row += TK)
@@ -186,7 +188,7 @@ __device__ void consume(const Arguments& a, Shared& s, int rank, int clusters) {
         for (int i = 0; i < SUBTILES * ACCS; ++i) acc[i] = 0;
       },
       [&](int n, const Schedule&) {
-        // The compiler must know that these are uniform to keep descriptors in uniform registers.
+        // Known to be uniform, so that the compiler keeps descriptors in uniform registers.
         const KTile& k_tile = s.k_tiles[wrap<K_TILES>(n)];
         const unsigned all = warp_uniform(k_tile.present);
         const int first_unit = warp_uniform(wrap<UNITS>(k_tile.first_unit));
@@ -220,7 +222,7 @@ __device__ void consume(const Arguments& a, Shared& s, int rank, int clusters) {
             wgmma_commit();
             ++groups;
           }
-        wgmma_wait_dynamic<SHARE>(groups);  // leaves this k-tile's in flight
+        wgmma_wait_dynamic<SHARE>(groups);  // only this k-tile's stay in flight
         release_previous();
         previous = n;
       },
@@ -267,7 +269,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const int rank = cluster_rank(), clusters = gridDim.x / CLUSTER;
   init_barriers(s, CLUSTER * WARPS, PRODUCER_WARPS + WARPS);
   cluster_sync();
-  // The totals must not exceed what the launch allocates: 168 or 96 registers for each thread.
+  // The total must not exceed what the launch allocates: 168 or 96 registers per thread.
   constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 224 : 104;
   if (threadIdx.x < 128) {
     warpgroup_reg_dealloc<56>();

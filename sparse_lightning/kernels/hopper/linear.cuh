@@ -7,7 +7,7 @@ typedef CONFIG_T T;
 constexpr int B = CONFIG_B;
 constexpr bool FORWARD = CONFIG_FORWARD;
 constexpr int TM = CONFIG_TM, TN = CONFIG_TN, TK = CONFIG_TK;  // tokens, outputs, inputs
-constexpr int STAGES = CONFIG_STAGES;  // most k-tiles in flight, if the operands fit
+constexpr int STAGES = CONFIG_STAGES;                          // most k-tiles in flight
 constexpr int PRODUCER_WARPS = 3;
 
 template <typename Values>

@@ -13,12 +13,12 @@
 //
 // Warp roles: in the first warpgroup, PRODUCER_WARPS issue TMA loads for every PRODUCER_WARPS-th
 // k-tile each, and one scheduler warp looks up which blocks are present, a window of k-tiles ahead.
-// The other warps are consumers, each for 64 tokens and the present blocks of 64 outputs. WGMMA has
-// M = 64 and one set of columns for all of it; among so many rows of narrow blocks most would be
-// absent. So consumers use mma.sync block by block, at two thirds of the rate.
+// The other warps are consumers, each for 64 tokens and the present blocks of 64 outputs. A WGMMA
+// with W on the left would span 64 outputs, where most narrow blocks are absent, so consumers use
+// mma.sync block by block, at two thirds of the rate.
 //
-// Pipeline: STAGES of x, and a circular buffer of W's blocks, of which a k-tile takes as many as
-// are present. Accumulation is in order of k, so results depend neither on slots nor on timing.
+// Pipeline: STAGES stages of x, and a circular buffer for the present blocks of W. Accumulation is
+// in order of k, so results depend neither on slots nor on timing.
 
 #include "hopper/linear.cuh"
 #include "product_mma.cuh"
@@ -26,7 +26,7 @@
 constexpr int WARPS = TM / 64 * (TN / 64), THREADS = 128 + 32 * WARPS;
 static_assert(TK == 64 || TK == 32, "a row of x is a line of shared memory, or half of one");
 
-constexpr int IN_BLOCKS = TK / B, OUT_BLOCKS = TN / B;  // of a k-tile
+constexpr int IN_BLOCKS = TK / B, OUT_BLOCKS = TN / B;  // per k-tile
 constexpr int WARP_BLOCKS = 64 / B;                     // output blocks of a consumer warp
 
 constexpr int X_ROW_BYTES = 2 * TK, W_ROW_BYTES = 2 * B;  // in shared memory
@@ -35,8 +35,8 @@ constexpr int X_BYTES = TM * X_ROW_BYTES, BLOCK_BYTES = B * W_ROW_BYTES;
 // Each lane of the scheduler warp looks up B inputs; a window is what the warp looks up at once.
 constexpr int WINDOW = 32 / IN_BLOCKS, SCHEDULE_STAGES = 3;
 
-// Consumers release at once all k-tiles of a window that they do not need, so barriers outnumber
-// stages: there is one for each k-tile of all scheduled windows and of the buffers before them.
+// Consumers release all k-tiles of a window that they do not need immediately, so barriers
+// outnumber stages: there is one for each k-tile that is scheduled or in the buffers.
 constexpr int BARRIERS = 128;
 static_assert(BARRIERS >= SCHEDULE_STAGES * WINDOW + STAGES + PRODUCER_WARPS,
               "barriers are not reused too early");
@@ -53,7 +53,7 @@ struct Schedule {
 // A k-tile to multiply; they are numbered over all tiles of the thread block.
 struct alignas(16) KTile {
   u64 present;      // bit mask of its blocks: in_block * OUT_BLOCKS + out_block
-  int first_block;  // of the buffer, numbered likewise
+  int first_block;  // numbered likewise; the buffer wraps
   int first_k;      // its first input
 };
 constexpr int K_TILES = BARRIERS;
@@ -155,9 +155,9 @@ __device__ void produce(const Arguments& a, Shared& s, int producer) {
   for_each_window(
       a, s, [&](int tile) { token = tile / a.output_tiles * TM; },
       [&](int first, const Schedule& schedule) {
-        // Each lane examines one k-tile of the window. It may be loaded when the k-tile that last
-        // used its stage is released, and all those that still hold its places in the buffer: find
-        // the last of them.
+        // Each lane examines one k-tile of the window. It may be loaded once the k-tile that last
+        // used its stage and all those that still hold its places in the buffer are released: find
+        // the last of these.
         const KTile lane_k_tile = s.k_tiles[wrap<K_TILES>(first + lane)];
         const int end = lane_k_tile.first_block + __popcll(lane_k_tile.present);
         int lane_last = first + lane - STAGES;
@@ -199,8 +199,8 @@ __device__ void produce(const Arguments& a, Shared& s, int producer) {
       [](int) {});
 }
 
-// Loads a warp's fragments. Rows of a block are so short that eight share banks: with B = 32 four
-// rows would conflict, so every other pair of rows reads its two 16-byte chunks in swapped order.
+// Loads a warp's fragments. With B = 32, four of the eight rows of a matrix would share banks. So
+// every other pair of rows reads its two chunks in swapped order, and only two rows conflict.
 struct FragmentLoader {
   int x_offset, w_offset;  // of this lane, within a stage of x and within a block
   bool is_swapped;         // whether the rows of W whose elements this lane receives are swapped
@@ -214,11 +214,11 @@ struct FragmentLoader {
                        : (low * 8 + row) * W_ROW_BYTES + (high ^ swapped(row)) * 16;
     is_swapped = swapped(FORWARD ? lane / 4 : lane % 4 * 2);
   }
-  // Loads 16 tokens from `token` on by 16 inputs from k on.
+  // Loads 16 tokens, from `token` on, of 16 inputs, from k on.
   __device__ void load_x(unsigned (&words)[4], const char* x, int token, int k) const {
     ldmatrix_x4<false>(words, x + token * X_ROW_BYTES + (x_offset ^ k * 2));
   }
-  // Loads 16 outputs from `output` on by 16 inputs from k on.
+  // Loads 16 outputs, from `output` on, of 16 inputs, from k on.
   __device__ void load_w(unsigned (&words)[4], const char* block, int output, int k) const {
     unsigned loaded[4];
     const int offset = FORWARD ? output * W_ROW_BYTES + k * 2 : k * W_ROW_BYTES + output * 2;
@@ -233,7 +233,7 @@ struct FragmentLoader {
 __device__ void consume(const Arguments& a, Shared& s) {
   const int warp = warp_uniform(threadIdx.x / 32 - 4), lane = threadIdx.x % 32;
   constexpr int GROUPS = TN / 64;
-  // Warps of one SM sub-partition get different outputs, since some have more blocks than others.
+  // Warps of one SM sub-partition get different outputs, since some outputs have more blocks.
   const int warp_token = warp / GROUPS * 64;
   const int warp_output = (warp + warp / GROUPS * (GROUPS / 2)) % GROUPS * 64;
   const FragmentLoader loader(warp_token);
@@ -246,7 +246,7 @@ __device__ void consume(const Arguments& a, Shared& s) {
       },
       [&](int first, const Schedule& schedule) {
         // Each lane examines one k-tile of the window: which of its blocks are this warp's and, for
-        // each input block, where in the buffer the first of them is.
+        // each input block, the place of the first one in the buffer.
         const bool exists = lane < schedule.n_k_tiles;
         const KTile& lane_k_tile = s.k_tiles[wrap<K_TILES>(first + lane)];
         const u64 present = exists ? lane_k_tile.present : 0;
@@ -337,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   init_barriers(s, WARPS, PRODUCER_WARPS + WARPS);
   __syncthreads();
-  // The totals must not exceed what the launch allocates: 168 registers for each thread.
+  // The total must not exceed what the launch allocates: 168 registers per thread.
   if (threadIdx.x < 128) {
     warpgroup_reg_dealloc<72>();
     const int warp = threadIdx.x / 32;

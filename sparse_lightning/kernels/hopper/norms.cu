@@ -2,11 +2,11 @@
 // portable/norms.cu computes, for bf16 and fp16, with TMA and WGMMA.
 //
 //   dy     [tokens, out_features]   x [tokens, in_features], rows strided and 16-byte aligned
-//   armed  bool                     read on the device, so that a CUDA graph sees it change
+//   armed  bool                     read on the device, so that CUDA graphs follow its changes
 //   norms  float [out_features / block_size, in_features / block_size]
 //
 // Persistent thread blocks compute dy^T x in tiles of 128 x 256, multiples of every block size,
-// without storing it; warp roles and pipeline are those of gradient.cuh, a work item is a tile.
+// without storing it. Warp roles and pipeline are those of gradient.cuh; a work item is a tile.
 // Each tile is reduced to sums over 16 x 16 squares, then over its blocks, in a fixed order. A
 // block lies within one tile, so every norm is written once.
 

@@ -9,9 +9,9 @@ constexpr int WARPGROUPS = 2;
 constexpr int MAX_X = 4;  // strips of x of a warpgroup, by its registers
 static_assert(WARPS == 4 * WARPGROUPS && X_WIDTH == STRIP, "consumers and strips suit WGMMA");
 
-// A run is the strips of x that are multiplied by the same strip of dy. For each warpgroup: its
-// first strips of dy and of x, and a bit mask of runs, bit i if a run begins at its i-th strip of
-// x; the highest bit ends the last run.
+// A run is a sequence of strips of x that are multiplied by the same strip of dy. For each
+// warpgroup: its first strips of dy and of x, and a bit mask of runs. Bit i is set if a run begins
+// at its i-th strip of x; the highest bit ends the last run.
 struct Runs {
   static constexpr int EXTRA_BYTES = 0;
   int dy[WARPGROUPS], x[WARPGROUPS], runs[WARPGROUPS];
@@ -19,8 +19,7 @@ struct Runs {
 };
 static_assert(DY_STRIPS + X_STRIPS <= OPERAND_STRIPS<Runs> / 2, "two stages fit");
 
-// Multiplies the strips of x up to the next set bit of RUNS by one strip of dy, those after it by
-// the next one, until the last bit.
+// Multiplies the strips of x of each run in RUNS by that run's strip of dy.
 template <int RUNS, int RUN = 0>
 __device__ void multiply_runs(float* acc, unsigned dy, unsigned x) {
   if constexpr (RUNS > 1) {
@@ -32,8 +31,8 @@ __device__ void multiply_runs(float* acc, unsigned dy, unsigned x) {
   }
 }
 
-// Consumer warpgroup: processes a work item. The accumulators are local to each RUNS: values of
-// RUNS assign them to WGMMAs differently, and the compiler would move them between registers.
+// Consumer warpgroup: processes a work item. Each RUNS has accumulators of its own, because it
+// assigns them to WGMMAs differently, and the compiler would move shared ones between registers.
 template <int RUNS, typename Store>
 __device__ void consume_runs(Shared<Runs>& s, const WorkItem<Runs>& item, PipelineState& state,
                              int warpgroup, Store store) {

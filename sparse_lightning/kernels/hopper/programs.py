@@ -1,4 +1,4 @@
-"""The programs for Hopper (compute capability 9.0) in half precision: pure functions of ints.
+"""The programs for Hopper (compute capability 9.0): pure functions of dtypes and ints.
 
 Tilings were tuned on an H100; NOTES.md has the measurements.
 """
@@ -24,11 +24,11 @@ from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 
 CAPABILITY = (9, 0)
 CLUSTER = 2  # thread blocks that multicast W
-STRIP = 64  # features of dy, and of x for wide blocks, that a gradient kernel loads at once
-TK = 32  # tokens of a gradient's k-tile
-NARROW_TK = 16  # the same for dW of narrow blocks
-# (split_k, multicast), the clusters for dW: splits of the tokens, and for each split the thread
-# blocks that multicast dy.
+STRIP = 64  # features in a strip of dy, and of x for wide blocks: the box of one load
+TK = 32  # tokens of a k-tile of norms, and of dW of wide blocks
+NARROW_TK = 16  # tokens of a k-tile of dW of narrow blocks
+# The clusters for dW, as (split_k, multicast): splits of the tokens, and the thread blocks of each
+# split, which multicast dy.
 DW_CLUSTERS = {
     16: ((1, 1), (2, 1)),
     32: ((1, 1), (2, 1)),
@@ -52,7 +52,7 @@ class NarrowDw(NamedTuple):
     Attributes:
         x_width: features in a strip of x.
         warps: number of consumer warps.
-        warp_blocks: most blocks of a consumer warp.
+        warp_blocks: most blocks a consumer warp can hold.
     """
 
     x_width: int
@@ -68,17 +68,17 @@ class NarrowDw(NamedTuple):
 NARROW_DW = {16: NarrowDw(64, 16, 8), 32: NarrowDw(32, 8, 4)}
 _DY_STRIPS = 16  # most strips of dy in a work item of narrow blocks
 _STRIP_PAIRS = 8  # products of a strip of dy and one of x that a thread block's registers hold
-# By split_k: how many thread blocks can load at the same time, each as fast as one alone. Passing
-# over the same tokens, they share reads of L2; split-K spreads them out. Fitted on an H100.
+# By split_k: how many thread blocks can load at once, each as fast as one alone. Thread blocks that
+# pass over the same tokens share reads of L2; split-K spreads them out. Fitted on an H100.
 _LOCKSTEP_RATE = {1: 74.0, 2: 59.2, 4: 44.0, 8: 42.0}
 _IDLE_PENALTY = 0.3  # relative slowdown of a thread block when almost all multiprocessors are idle
-# Strips of x (and of dy, in units of their width) in flight, and the least number of stages.
+# By block size: most strips in flight (in units of a strip of x), and least number of stages.
 _IN_FLIGHT = {16: (56, 4), 32: (100, 4), 64: (40, 4), 128: (24, 5)}
-_MIN_STRIPS = 10.5  # strips of narrow blocks that load in the least time a k-tile takes
+_MIN_STRIPS = 10.5  # strips of narrow blocks that load within the minimum time of a k-tile
 
 
 def is_supported(capability: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Return whether these programs run on a device and support a dtype."""
+    """Return whether these programs support a device and a dtype."""
     return capability == CAPABILITY and dtype in PTX_TYPES
 
 
@@ -185,14 +185,14 @@ def dw_split(capacity: int, out_blocks: int, block_size: int, tokens: int, sm_co
     block_strips, k_tiles = block_size // STRIP, -(-tokens // TK)
 
     def time(split_k: int, multicast: int, clusters: int) -> float:
-        # The best partition that the device can choose. The unit is the time in which a thread
-        # block loads a strip of TK tokens as wide as a block; multiplying two of them takes
-        # `block_strips`.
+        # The time of the best partition that the device can choose. The unit is the time in which
+        # a thread block loads TK tokens of a strip as wide as a block; multiplying two such strips
+        # takes `block_strips`.
         times = []
-        for blocks in range(1, _STRIP_PAIRS * multicast // block_strips**2 + 1):  # of a group
+        for blocks in range(1, _STRIP_PAIRS * multicast // block_strips**2 + 1):  # per group
             share, more = -(-blocks // multicast), (blocks - 1) / blocks
-            # Groups within rows, for random masks, and groups that cross rows: these wait for
-            # shared memory, and thread blocks lose their lockstep.
+            # Groups within rows, for random masks, and groups that cross rows, which wait for
+            # shared memory and take thread blocks out of lockstep.
             by_row = min(capacity, capacity / blocks + out_blocks * more / 2)
             evenly = capacity / blocks
             for groups, dy, busy, delay in (
@@ -216,7 +216,7 @@ def dw_split(capacity: int, out_blocks: int, block_size: int, tokens: int, sm_co
 
 def _resident_clusters(sm_count: int, size: int) -> int:
     """Return a lower bound of the number of clusters of `size` thread blocks that run at once."""
-    # A GPC has 16 or 18 multiprocessors, less defective ones, and holds whole clusters only.
+    # A GPC has 16 or 18 multiprocessors, minus disabled ones, and holds whole clusters only.
     clusters = sm_count // size
     return clusters if size <= 2 else max(1, clusters * 10 // 11)
 
@@ -225,11 +225,11 @@ class Bands(NamedTuple):
     """How dW of narrow blocks is distributed.
 
     Attributes:
-        split_k: number of splits of the tokens, and of thread blocks in a cluster.
+        split_k: number of splits of the tokens, one per thread block of a cluster.
         clusters: number of clusters.
-        groups: number of groups of blocks, which the clusters take in turn.
+        groups: number of groups of blocks, distributed over the clusters.
         rows: block rows of a band; blocks are grouped by band, then by column.
-        cost: cost of loading the dy of a band, in blocks; groups are even if it is included.
+        cost: cost of loading the dy of a band, in blocks; groups have equal total cost.
     """
 
     split_k: int
@@ -264,12 +264,12 @@ def dw_bands(capacity: int, grid: tuple[int, int], block_size: int, sm_count: in
         rounds = -(-capacity // (clusters * program.max_blocks))
         groups, bands = clusters * rounds, -(-grid[0] // rows)
         # The expected number of strips of x that the blocks of a group need.
-        columns = program.x_width // block_size  # of a strip
+        columns = program.x_width // block_size  # per strip
         strips = capacity / groups / density / rows / columns
         x = strips * (1 - (1 - density) ** (rows * columns)) + 1 - 1 / columns
         dy_of_band = -(-rows * block_size // STRIP)
         dy = dy_of_band * (1 + bands / groups)
-        # As in `dw_split`; narrow strips need less from L2, but take the TMA unit as long.
+        # As in `dw_split`, but narrow strips load less from L2, in as much time of the TMA unit.
         lockstep = groups * (dy + x * program.x_width / STRIP) / _LOCKSTEP_RATE[split_k]
         alone = max(dy + x, _MIN_STRIPS) / split_k
         room = groups * program.max_blocks - capacity
@@ -279,6 +279,6 @@ def dw_bands(capacity: int, grid: tuple[int, int], block_size: int, sm_count: in
 
     all_rows = [2**i for i in range(6) if 2**i <= max_rows]
     estimates = [estimate(1, rows) for rows in all_rows]
-    if capacity <= sm_count // 2 * program.max_blocks:  # a cluster takes one group
+    if capacity <= sm_count // 2 * program.max_blocks:  # one group per cluster
         estimates += [estimate(2, rows) for rows in all_rows]
     return min(estimates)[-1]

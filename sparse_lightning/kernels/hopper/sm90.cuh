@@ -1,12 +1,12 @@
-// PTX wrappers for sm_90a: mbarriers, TMA, clusters, WGMMA and setmaxnreg. Only what the kernels
-// here use.
+// PTX wrappers for sm_90a, as far as the kernels use them: mbarriers, TMA, clusters, WGMMA and
+// setmaxnreg.
 
 #pragma once
 #include "common.cuh"
 
 typedef unsigned long long u64;
 
-constexpr int MAX_SHARED_BYTES = 227 * 1024;  // of a thread block
+constexpr int MAX_SHARED_BYTES = 227 * 1024;  // per thread block
 
 // A TMA descriptor of a tensor in global memory (CUtensorMap), encoded by the host.
 struct alignas(64) TensorMap {
@@ -32,7 +32,7 @@ __device__ inline void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives, and adds to the bytes that the phase expects of TMA loads.
+// Arrives, and adds to the bytes that the phase expects from TMA loads.
 __device__ inline void mbarrier_arrive_expect_tx(u64* barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -56,8 +56,8 @@ __device__ inline void mbarrier_arrive_remote(u64* barrier, int cluster_rank) {
 }
 
 // Waits until the phase with this parity completes. CTA scope suffices even for remote arrivals:
-// remote threads only signal that they have read, and their data comes by TMA, whose bytes the
-// barrier counts. Cluster scope would invalidate L1 at every call.
+// they only signal that a stage has been read, and only TMA writes to remote shared memory, whose
+// bytes the barrier counts. Cluster scope would invalidate L1 at every call.
 __device__ inline void mbarrier_wait(u64* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -68,7 +68,7 @@ __device__ inline void mbarrier_wait(u64* barrier, int parity) {
       : "memory");
 }
 
-// The index of the n-th item in a circular buffer of SIZE, and the phase parity of its barrier.
+// The index of the n-th item in a circular buffer of SIZE items, and its barrier's phase parity.
 template <int SIZE>
 __device__ int wrap(int n) {
   return (unsigned)n % SIZE;
@@ -78,8 +78,8 @@ __device__ int phase(int n) {
   return (unsigned)n / SIZE & 1;
 }
 
-// Arrives or waits at the barrier of the n-th item in a circular buffer; `_replaced` waits for the
-// item that the n-th replaces.
+// Arrives or waits at the barrier of the n-th item in a circular buffer; `_replaced` waits for that
+// of the item that the n-th replaces.
 template <int SIZE>
 __device__ void mbarrier_arrive_item(u64 (&barriers)[SIZE], int n) {
   mbarrier_arrive(&barriers[wrap<SIZE>(n)]);
@@ -154,8 +154,8 @@ __device__ inline void tma_load_2d(void* destination, const TensorMap& map, u64*
       : "memory");
 }
 
-// Multicasts a box to the thread blocks of the cluster in `mask`: to the same address in each,
-// signalling each one's own barrier.
+// Multicasts a box to the thread blocks of the cluster in `mask`, to the same address in each, and
+// signals the barrier of each.
 __device__ inline void tma_load_2d_multicast(void* destination, const TensorMap& map, u64* barrier,
                                              int col, int row, unsigned short mask) {
   asm volatile(
@@ -255,7 +255,7 @@ __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// The same for a number of pending groups, at most MAX, that is known at run time only.
+// The same for a number of pending groups, at most MAX, known only at run time.
 template <int MAX>
 __device__ void wgmma_wait_dynamic(int pending) {
   if constexpr (MAX > 0)
@@ -318,8 +318,8 @@ __device__ void wgmma_m64k16(float* c, unsigned a, unsigned b) {
 
 // -- epilogue --------------------------------------------------------------------------------
 
-// An epilogue stores eight results at a time: `load` reads what it needs before any is stored, so
-// that the latencies overlap.
+// An epilogue stores eight results at a time. `load` reads its other inputs before any result is
+// stored, so that latencies overlap.
 template <typename T>
 struct StoreEpilogue {
   __device__ uint4 load(const T*) const { return {}; }

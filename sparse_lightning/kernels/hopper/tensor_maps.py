@@ -1,7 +1,7 @@
 """Tensor maps, the descriptors by which TMA loads boxes of a tensor.
 
-A map depends only on the address and the layout of a tensor, so maps are cached: one is valid for
-any later tensor with the same address, shape and dtype.
+A map depends only on the address, layout and dtype of a tensor, so maps are cached: a map stays
+valid for any later tensor with the same ones.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 BYTES = 128
 
-# The driver's enumerations: CUtensorMapDataType and, by the bytes in a row of a box, ...Swizzle and
-# ...L2promotion, where a promotion beyond a row would fetch bytes that no box needs.
+# The driver's enumerations: CUtensorMapDataType and, by bytes per row of a box, ...Swizzle and
+# ...L2promotion. Promotion beyond a row would fetch bytes that no box needs.
 _DTYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLES = {32: 1, 64: 2, 128: 3}
 _L2_PROMOTIONS = {32: 0, 64: 1, 128: 2}
@@ -38,8 +38,8 @@ def tensor_map(
         dtype: bf16 or fp16.
         shape: shape of the tensor, up to 5 dimensions; the size of a row must be a multiple of 16
             bytes.
-        box: shape of the box that a load brings; its rows have 32, 64 or 128 bytes, and shared
-            memory is swizzled in the mode of that width.
+        box: shape of the box of one load. Its rows have 32, 64 or 128 bytes, and shared memory is
+            swizzled in the mode of that width.
         pitch: elements between the rows of a matrix; None for a contiguous tensor.
 
     Raises:

@@ -1,6 +1,6 @@
 // dW = dy^T x at the present blocks of W, with zeros in the empty slots.
 //
-//   dy      T [tokens, out_features]   contiguous, 16-byte aligned, as are all others
+//   dy      T [tokens, out_features]   contiguous and 16-byte aligned, like all tensors here
 //   x       T [tokens, in_features]
 //   offsets int [out_blocks + 1]       where each block row begins in `entries`
 //   entries int2 [capacity]            (block column, slot), by block row; the empty slots last
@@ -14,7 +14,7 @@
 //   blockIdx.y = split of the tokens (split-K)
 //
 // With several splits, each writes its accumulators to `partial` [splits, capacity, B, B], and
-// `add_partials` adds them in order: no atomics, the same bits at every run.
+// `add_partials` adds them in order, so results are bitwise deterministic.
 //
 // The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
 // arithmetic.
@@ -32,7 +32,7 @@ struct Arguments {
   const T* dy;
   const T* x;
   T* dw;
-  Acc* partial;  // null with one split
+  Acc* partial;  // null if there is one split
   const int* offsets;
   const int2* entries;
   long long tokens;

@@ -30,7 +30,7 @@ def linear(
     *,
     forward: bool,
 ) -> None:
-    """Fill `y` with x W^T + bias, or with x W (not `forward`)."""
+    """Fill `y` with x W^T + bias if `forward`, else with x W."""
     block_size, n_out, in_features = values.shape[1], lists.offsets.shape[0] - 1, x.shape[-1]
     tokens = x.numel() // in_features
     kernel = _linear_kernel(x.dtype, block_size, forward, device)

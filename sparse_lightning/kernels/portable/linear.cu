@@ -1,17 +1,17 @@
 // y = x W^T + bias (FORWARD), or dx = dy W, for a block-sparse W.
 //
-//   x       T [tokens, in_features]        contiguous, 16-byte aligned, as are all others
+//   x       T [tokens, in_features]        contiguous and 16-byte aligned, like all tensors here
 //   values  T [capacity, B, B]             block by slot, [out][in] within a block
 //   bias    T [out_features] or null
 //   offsets int [out_blocks + 1]           where each output block begins in `entries`
 //   entries int2 [>= offsets[out_blocks]]  (input block, slot), by output block, inputs ascending
-//   y       T [tokens, out_features]       every element is written, also without any block
+//   y       T [tokens, out_features]       every element is written, even without blocks
 //
 // "in" and "out" are from the product's point of view: for dx the outputs are W's columns, and
 // `entries` those of W^T. Each thread block computes TM tokens x one output block; output blocks
 // vary fastest over the grid, so that the inputs of its tokens are reused from L2. k runs over the
 // present blocks of the output block as if they were adjacent, in k-tiles of TK (several blocks
-// where B < TK). Accumulation order is fixed: results depend neither on slots nor on timing.
+// where B < TK). The order of accumulation is fixed, so results depend neither on slots nor timing.
 //
 // The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
 // arithmetic.

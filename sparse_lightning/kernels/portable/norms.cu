@@ -2,12 +2,12 @@
 //
 //   dy     T [tokens, out_features]     rows 16-byte aligned, `dy_pitch` elements apart
 //   x      T [tokens, in_features]      likewise, `x_pitch` elements apart
-//   armed  bool                         read on the device, so that a CUDA graph sees it change
+//   armed  bool                         read on the device, so that CUDA graphs follow its changes
 //   norms  float [out_features / block_size, in_features / block_size]
 //
-// dy^T x is computed in tiles of TM x TN, multiples of every block size, by a persistent grid of
-// any size. Each tile is reduced to sums over 16 x 16 squares, then over its blocks, in a fixed
-// order. A block lies within one tile, so every norm is written once.
+// A persistent grid of any size computes dy^T x in tiles of TM x TN, multiples of every block size.
+// Each tile is reduced to sums over 16 x 16 squares, then over its blocks, in a fixed order. A
+// block lies within one tile, so every norm is written once.
 //
 // The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
 // arithmetic.

@@ -1,7 +1,7 @@
 """The programs for every device and dtype: pure functions of dtypes and ints.
 
-Tilings were tuned on an H100 (`sparse-lightning bench kernels` measures them), and fit into the 99
-KiB of shared memory that a thread block can have on the smallest supported devices.
+Tilings were tuned on an H100, and fit into the 99 KiB of shared memory that a thread block can
+have on the smallest supported devices.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _MIN_SPLIT_TOKENS = 512
 
 
 def split_k(tokens: int, tiles: int, tk: int, sm_count: int) -> tuple[int, int]:
-    """Return the number of splits of the tokens for dW, and the tokens of each.
+    """Return the number of splits of the tokens for dW, and the tokens per split.
 
     With few tiles, splits keep the whole device busy; if splits have too few tokens, adding their
     results costs more than they gain.
@@ -86,7 +86,7 @@ def split_k(tokens: int, tiles: int, tk: int, sm_count: int) -> tuple[int, int]:
     Args:
         tokens: number of tokens of the layer's input.
         tiles: number of tiles to compute.
-        tk: tokens of a k-tile; the tokens of a split are a multiple of it.
+        tk: tokens of a k-tile; the tokens per split are a multiple of it.
         sm_count: number of multiprocessors of the device.
 
     >>> split_k(8192, 1000, 64, 132), split_k(8192, 51, 64, 132), split_k(7, 1, 64, 132)
