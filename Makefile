@@ -80,7 +80,7 @@ types: $(DEV)  ## Check the types
 .PHONY: unit
 unit: $(DEV)  ## Run the tests and doctests, e.g. make unit ARGS="-k topology"
 	$(call heading,Tests and the documentation's examples)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: gpu-test
 gpu-test: $(DEV)  ## Run only the tests that need a CUDA GPU

@@ -10,6 +10,12 @@ import torch
 from sparse_lightning.bench import problem
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start files with slow tests first, so that no worker is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # The tensors are small: threads that wait for one another on busy cores take ten times longer.

@@ -22,7 +22,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # Imported by the server. None of them may initialize CUDA, which does not survive a fork.
-PRELOADED = ["sparse_lightning.callbacks", "tests.callbacks.helpers"]
+PRELOADED = ["sparse_lightning.callbacks", "tests.callbacks.helpers", "hydra", "matplotlib.pyplot"]
+PRELOADED += ["sklearn.datasets", "transformers", "wandb"]
 
 
 class Script:

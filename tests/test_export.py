@@ -341,7 +341,7 @@ VECTOR = broken()["fc._extra_state"]
         ({"values": torch.zeros(4, 16, 16)}, r"must have shape \[3, 16, 16\] .* got \[4, 16, 16\]"),
         ({"values": torch.zeros(3, 32, 32)}, r"must have shape \[3, 16, 16\]"),
         ({"values": torch.zeros(3, 256)}, r"got torch.float32 of shape \[3, 256\]"),
-        ({"weight": torch.zeros(48, 32)}, "in place of `fc.weight`; got both"),
+        ({"weight": torch.zeros(48, 32)}, "must replace `fc.weight`; got both"),
     ],
 )
 def test_a_damaged_layer_is_named(convert: Callable, changes: dict, says: str) -> None:

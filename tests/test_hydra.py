@@ -351,6 +351,7 @@ def run_app(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_users_app_sweeps_without_importing_the_package(users_app: Path) -> None:
     done = run_app(
         users_app,

@@ -14,7 +14,7 @@ from sparse_lightning import SparsityCallback
 from tests.callbacks.helpers import Classifier, assert_valid, loader, trainer
 from tests.callbacks.test_sparsity import sparse
 
-UPDATES = 1500
+UPDATES = 1000
 # Tensors are counted. Memory outside Python may grow by less than this; more is a leak.
 MOST_GROWTH = 4 << 20
 

@@ -180,6 +180,7 @@ def test_a_dense_model_is_refused_in_other_processes(strategy: Any, tmp_path: Pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_layers_swapped_before_the_fit_return_trained(strategy: str, tmp_path: Path) -> None:
     """The layers have fewer slots than before, since memory follows the density."""

@@ -86,6 +86,7 @@ class Llama(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
 def test_a_sharded_llama_resumes(accelerator: str, tmp_path: Path) -> None:
     for part in ("whole", "resumed"):

@@ -137,7 +137,8 @@ def test_throughput(tmp_path: Path) -> None:
     assert rows[-3].endswith(" | 1.00 |")
 
 
-def test_throughput_on_two_ranks() -> None:
+def test_throughput_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all else
     size = "--width 64 --layers 1 --heads 2 --context 64 --batch 2 --block-size 16"
     turns = "--steps 1 --rounds 1 --densities 0.5 --device cpu"
     done = processes.run_ranks(EXAMPLES / "throughput.py", *size.split(), *turns.split())

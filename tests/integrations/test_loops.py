@@ -273,6 +273,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_end_identical(kind: str, of_ranks: Path) -> None:
     ranks = [torch.load(of_ranks / f"{kind}-{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -162,7 +162,11 @@ import torch, transformers
 
 sys.modules["sparse_lightning"] = None
 for folder, kind in zip(sys.argv[1::2], sys.argv[2::2]):
-    model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    try:
+        model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    except RuntimeError:
+        print("refused", folder)
+        continue
     assert not any(info.values()), info
     assert not hasattr(model.config, "quantization_config")
     torch.save(model.state_dict(), f"{folder}/read.pt")
@@ -186,13 +190,15 @@ def test_without_this_package_dense_folders_load_and_sparse_ones_raise(
         assert sparse(model), "the original does not change"
         torch.testing.assert_close(logits(copied), logits(model), rtol=1e-4, atol=1e-5)
         arguments += [folder, type(model).__name__]
-    for case in ("llama", "gpt2"):
-        model, folder = sparse_model(case), tmp_path / f"sparse_{case}"
+    refused = [tmp_path / f"sparse_{case}" for case in ("llama", "gpt2")]
+    for folder in refused:
+        model = sparse_model(folder.name.removeprefix("sparse_"))
         model.save_pretrained(folder)
-        done = python(PLAIN, *arguments, folder, type(model).__name__)
-        assert done.returncode == 1 and "got block_sparse" in done.stderr
-        assert not (folder / "read.pt").exists()
-        arguments = []
+        arguments += [folder, type(model).__name__]
+    done = python(PLAIN, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"refused {folder}" for folder in refused]
+    assert "got block_sparse" in done.stderr
     for folder, state_dict in expected.items():
         read = torch.load(folder / "read.pt")
         assert read.keys() == state_dict.keys()
@@ -203,12 +209,12 @@ READS = "transformers.LlamaForCausalLM.from_pretrained({folder!r})"
 LIGHT = "import sys, sparse_lightning\nassert 'transformers' not in sys.modules\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
         "import transformers\nimport sparse_lightning\n",
         f"{LIGHT}import sparse_lightning.integrations.pretrained\nimport transformers\n",
-        f"{LIGHT}import transformers\n",
         f"{LIGHT}from transformers import LlamaForCausalLM\nimport transformers\n",
     ],
 )

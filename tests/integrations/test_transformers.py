@@ -483,6 +483,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 def test_accessing_the_callback_imports_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

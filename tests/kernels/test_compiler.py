@@ -55,6 +55,9 @@ def programs_for(capability: tuple[int, int]) -> list[Program]:
     programs += map(block_work.program, DTYPES)
     if capability == hopper_programs.CAPABILITY:
         programs += hopper_programs.all_programs()
+    # Splits of the tokens beyond two differ in a constant.
+    many = {"-DCONFIG_SPLIT_K=4", "-DCONFIG_SPLIT_K=8"}
+    programs = [program for program in programs if not many.intersection(program.options)]
     is_fp16 = {program: "-DCONFIG_T=fp16" in program.options for program in programs}
     one_per_source = {program.source: program for program in programs if is_fp16[program]}
     return [p for p in programs if not is_fp16[p]] + [*one_per_source.values()]

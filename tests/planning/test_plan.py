@@ -191,6 +191,7 @@ def test_what_cannot_be_built_on_meta_is_built(run) -> None:
     assert status == 0 and "blocks.*.0" in out
 
 
+@pytest.mark.slow
 def test_the_installed_command_finds_the_current_folder(folder: Path) -> None:
     command = "from sparse_lightning.cli import main; raise SystemExit(main())"
     done = subprocess.run(
