@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard $(addprefix sparse_lightning/kernels/,*.cu *.cuh */*.cu */*.cuh))
 ARGS ?=
+# One more than there are cores, up to four: tests also wait for processes that they start.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
 
 # The newest major CUDA version that the driver supports, from nvidia-smi's header; empty without a driver.
 CUDA = $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9][0-9]*\).*/\1/p')
@@ -80,7 +82,7 @@ types: $(DEV)  ## Check the types
 .PHONY: unit
 unit: $(DEV)  ## Run the tests and doctests, e.g. make unit ARGS="-k topology"
 	$(call heading,Tests and the documentation's examples)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: gpu-test
 gpu-test: $(DEV)  ## Run only the tests that need a CUDA GPU

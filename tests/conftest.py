@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sparse_lightning import optimizer_state
 from sparse_lightning.bench import problem
 
 
@@ -23,8 +24,10 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _isolated() -> None:
+    """Remove what other tests leave in the process: random state, and shapes of parameters."""
     torch.manual_seed(0)
+    optimizer_state._earlier_shapes.clear()
 
 
 @pytest.fixture
