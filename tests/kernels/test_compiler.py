@@ -51,10 +51,11 @@ def test_an_old_device_is_rejected() -> None:
 def programs_for(capability: tuple[int, int]) -> list[Program]:
     """Every program of an architecture, but one fp16 program per source, since fp16 differs from
     bf16 only in conversions."""
-    programs = [*portable_programs.all_programs(), densified.PROGRAM]
-    programs += map(block_work.program, DTYPES)
     if capability == hopper_programs.CAPABILITY:
-        programs += hopper_programs.all_programs()
+        programs: list[Program] = [*hopper_programs.all_programs()]
+    else:
+        programs = [*portable_programs.all_programs(), densified.PROGRAM]
+        programs += map(block_work.program, DTYPES)
     # Splits of the tokens beyond two differ in a constant.
     many = {"-DCONFIG_SPLIT_K=4", "-DCONFIG_SPLIT_K=8"}
     programs = [program for program in programs if not many.intersection(program.options)]
