@@ -89,12 +89,12 @@ class Starved(Sparsifier):
         update = self.last_update
         assert update is not None and update.step == self.steps
         assert update.layers.keys() == self.layers.keys()
-        for name, of_layer in update.layers.items():
-            self.done += len(of_layer.changed)
-            assert_valid(self.layers[name], self.optimizer, of_layer.n_after)
+        for name, update_of_layer in update.layers.items():
+            self.done += len(update_of_layer.changed)
+            assert_valid(self.layers[name], self.optimizer, update_of_layer.n_after)
             (copied,) = self.averaged.copies(name)
             assert torch.equal(copied.topology.coords, self.layers[name].topology.coords)
-            assert not copied.values[of_layer.changed].any()
+            assert not copied.values[update_of_layer.changed].any()
 
 
 @pytest.mark.slow

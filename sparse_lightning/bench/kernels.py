@@ -83,17 +83,17 @@ def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Ro
     )
 
     speedups = {name: speedup(samples["dense"], times) for name, times in samples.items()}
-    sparse = Times.of(samples["ours"])
+    sparse = Times.from_samples(samples["ours"])
     return Row(
         op=op,
         block_size=problem.layer.block_size,
         density=problem.layer.density,
         sparse=sparse,
-        dense=Times.of(samples["dense"]),
+        dense=Times.from_samples(samples["dense"]),
         tflops=problem.flops(op) / sparse.median / 1e9,
         speedup=speedups["ours"],
         peers={name: speedups.get(name) for name in peers},
-        peer_times={name: Times.of(samples[name]) for name in peers if name in samples},
+        peer_times={name: Times.from_samples(samples[name]) for name in peers if name in samples},
         remarks=remarks,
     )
 

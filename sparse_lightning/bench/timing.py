@@ -26,10 +26,10 @@ class Times:
     high: float
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Times:
+    def from_samples(cls, samples: Sequence[float]) -> Times:
         """Summarise samples in ms.
 
-        >>> Times.of([3.0, 1.0, 2.0])
+        >>> Times.from_samples([3.0, 1.0, 2.0])
         Times(median=2.0, low=1.0, high=3.0)
         """
         ordered = sorted(samples)

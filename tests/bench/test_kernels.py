@@ -63,8 +63,8 @@ def test_flops_by_hand() -> None:
 
 
 def test_times_by_hand() -> None:
-    assert Times.of(range(21)) == Times(median=10, low=2, high=18)
-    assert Times.of([5.0]) == Times(5.0, 5.0, 5.0)
+    assert Times.from_samples(range(21)) == Times(median=10, low=2, high=18)
+    assert Times.from_samples([5.0]) == Times(5.0, 5.0, 5.0)
 
 
 def test_functions_alternate() -> None:
