@@ -27,7 +27,7 @@ AnyProgram = TypeVar("AnyProgram", bound=Program)
 
 
 class _Thread(threading.local):
-    """State of a thread that launches kernels."""
+    """State of a thread that calls the driver."""
 
     def __init__(self) -> None:
         self.has_context = False
@@ -38,6 +38,25 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def in_context(driver_function: Callable[..., Built]) -> Callable[..., Built]:
+    """Return a function of the driver API that can be called from any thread.
+
+    The driver, unlike the runtime, needs a current context in the calling thread. A thread has none
+    before its first CUDA call, which may be this one: an autograd thread gets its memory from
+    PyTorch's cache.
+    """
+
+    def call(*arguments: Any) -> Built:
+        if not _thread.has_context:
+            import cupy
+
+            cupy.cuda.Device(torch.cuda.current_device()).use()
+            _thread.has_context = True
+        return driver_function(*arguments)
+
+    return call
 
 
 @functools.cache
@@ -78,8 +97,7 @@ class Kernel(Generic[AnyProgram]):
         self._device = device
         self._threads, self._shared_bytes = facts.threads, facts.shared_bytes
         self._pack = struct.Struct(layout).pack_into
-        self._driver_launch = driver.launchKernel
-        self._use_device = cupy.cuda.Device(device).use
+        self._driver_launch = in_context(driver.launchKernel)
         with cupy.cuda.Device(device):
             kernel = self._module.get_function(entry)
             kernel.max_dynamic_shared_size_bytes = self._shared_bytes
@@ -91,11 +109,6 @@ class Kernel(Generic[AnyProgram]):
             with torch.cuda.device(self._device):
                 self.launch(grid_x, grid_y, *arguments)
             return
-        if not _thread.has_context:
-            # An autograd thread may not have made any CUDA call yet, if its memory came from
-            # PyTorch's cache. The driver API, unlike the runtime, then has no current context.
-            self._use_device()
-            _thread.has_context = True
         self._pack(_thread.buffer, 0, *arguments)
         # The stream's handle without the overhead of a Stream object.
         stream: Any = torch._C._cuda_getCurrentRawStream(self._device)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
+from concurrent import futures
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from sparse_lightning.kernels import choice, ops, reference
 from sparse_lightning.kernels.activations import ACTIVATIONS, activate, activation_backward
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.hopper import programs as hopper_programs
+from sparse_lightning.kernels.hopper import tensor_maps
 from sparse_lightning.kernels.portable import launchers as portable
 from sparse_lightning.policy.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.policy.updates import update_topology
@@ -315,39 +315,45 @@ def test_kernels_run_on_the_current_stream() -> None:
         assert_same(result, expected, rtol=0, atol=0)
 
 
-def test_a_thread_whose_first_cuda_call_is_a_launch() -> None:
-    layer = make_layer()
-    x, _ = tokens(128, layer)
-    with torch.no_grad():
-        expected = layer(x)
-        layer(x)  # fills the caching allocator, so that the thread does not call CUDA for memory
-    results: list[Tensor] = []
+@pytest.mark.parametrize("is_captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("product", ["fwd", "fused fwd", "dx", "fused dx", "dw", "norms"])
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("kind", [choice.PORTABLE, choice.HOPPER])
+def test_a_product_that_is_the_first_cuda_call_of_its_thread(
+    kind: str, block_size: int, product: str, is_captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd's threads have no context yet if their memory comes from PyTorch's cache."""
+    force_kernels(kind, monkeypatch)
+    layer = make_layer(256, 384, block_size=block_size)
+    x, dy = tokens(128, layer)
+    values, bias, indices = layer.values.detach(), layer.bias.detach(), layer.topology.indices
+    armed = torch.tensor(True).to(DEVICE)
+    compute: Callable[[], Tensor] = {
+        "fwd": lambda: ops.block_linear(x, values, bias, *indices, None, None, 1),
+        "fused fwd": lambda: ops.block_linear_act(x, values, bias, *indices, "gelu")[1],
+        "dx": lambda: ops.block_linear_dx(dy, values, *indices, None, None, 1),
+        "fused dx": lambda: ops.block_linear_dh(dy, values, *indices[3:], x, "gelu"),
+        "dw": lambda: ops.block_linear_dw(dy, x, *indices),
+        "norms": lambda: ops.block_norms(dy, x, armed, block_size),
+    }[product]
+    expected = compute()  # loads the kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph) if is_captured else contextlib.nullcontext():
+        compute()  # leaves memory in the allocator's cache
+        tensor_maps.tensor_map.cache_clear()
+        stream = torch.cuda.current_stream()
 
-    def launch() -> None:
-        with torch.no_grad():
-            results.append(layer(x))
+        def run_on_stream() -> Tensor:
+            torch.cuda.set_stream(stream)
+            return compute()
 
-    thread = threading.Thread(target=launch)
-    thread.start()
-    thread.join()
-    assert_same(results, [expected], rtol=0, atol=0)
-
-
-@pytest.mark.usefixtures("kind")
-def test_a_backward_whose_first_cuda_call_is_a_launch() -> None:
-    script = (
-        "import torch\n"
-        "from sparse_lightning import BlockSparseLinear\n"
-        "layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, device='cuda')\n"
-        "x = torch.randn(8, 64, device='cuda', requires_grad=True)\n"
-        "dy = torch.randn(8, 64, device='cuda')\n"
-        # Freed memory stays in the caching allocator, so backward does not call CUDA for memory.
-        "spare = [torch.empty_like(t) for t in (x, dy, layer.values) for _ in range(9)]\n"
-        "del spare\n"
-        "print(torch.autograd.grad(layer(x), [x, layer.values], dy)[0].isfinite().all().item())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
+        with futures.ThreadPoolExecutor(1) as thread:
+            result = thread.submit(run_on_stream).result()
+    if is_captured:
+        graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("n", [64, 4096])

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sparse_lightning.kernels.launch import in_context
+
 BYTES = 128
 
 # The driver's enumerations: CUtensorMapDataType and, by bytes per row of a box, ...Swizzle and
@@ -77,4 +79,4 @@ def tensor_map(
 @functools.cache
 def _encode() -> Any:
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    return ctypes.CDLL(library).cuTensorMapEncodeTiled
+    return in_context(ctypes.CDLL(library).cuTensorMapEncodeTiled)
