@@ -29,6 +29,14 @@ def discarded_state(names: Sequence[str]) -> str:
     )
 
 
+def nonfinite_values(names: Sequence[str]) -> str:
+    """Warn about layers that hold NaN or infinite weights."""
+    return (
+        f"Block-sparse layers hold weights that are NaN or infinite: {', '.join(names)}. If they "
+        "come from a checkpoint, it is damaged, or its training had diverged: resume from another."
+    )
+
+
 def changed_copies(new: Mapping[str, str], former: Sequence[str]) -> Iterable[str]:
     """Yield warnings about changes of the copies during a training.
 
@@ -114,6 +122,15 @@ def unattached_optimizer(names: Sequence[str], optimizer: Optimizer) -> str:
         f"attached: {', '.join(names)}. Its steps do not count, and its state does not follow the "
         "blocks. If it has replaced the attached optimizer, call `detach()` and then `attach` with "
         "it; if both step, call `attach` with it, too."
+    )
+
+
+def loaded_blocks(names: Sequence[str]) -> str:
+    """Warn about layers into which other blocks were loaded, without their optimizer state."""
+    return (
+        "Other blocks were loaded into block-sparse layers than the optimizer has state of, so "
+        f"that state was reset where the blocks differ: {', '.join(names)}. To lose none, load the "
+        "optimizer's state dict, too."
     )
 
 

@@ -162,15 +162,19 @@ class Gatherer:
                 self._accumulators[name].collect()
 
     @torch.no_grad()
-    def collect_norms(self, names: Sequence[str]) -> None:
+    def collect_norms(self, names: Sequence[str], loss_scale: float = 1.0) -> None:
         """Collect the norms of the dense gradient from the step that was just taken.
 
         Args:
             names: names of the armed layers; equal on every rank, and every rank must call this.
+            loss_scale: factor of the loss in this step's backward passes. Without dividing by it,
+                a momentum over steps of different scales would be dominated by the largest scale.
         """
         found = {name: self._accumulators[name].collect() for name in names}
         if ranks.world_size() > 1:
             found = self._sum_norms_over_ranks(found)
+        if loss_scale != 1:
+            found = {n: None if sq is None else sq / loss_scale**2 for n, sq in found.items()}
         self._norms.update({name: norms for name, norms in found.items() if norms is not None})
         for name, norms in found.items():
             if norms is None:

@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.kernels import choice, ops
 from sparse_lightning.kernels.operands import LayerOperands
 from sparse_lightning.policy.criteria import block_magnitudes, dense_block_norms
@@ -34,6 +35,7 @@ _ATTRIBUTES = (
     "block_norms",
     "token_stride",
     "_is_locked",
+    "_coords_before_load",
     "_label",
     "_lineage",
     "_has_trained",
@@ -101,6 +103,9 @@ class BlockSparseLinear(nn.Module):
     # True while an optimizer holds `values`. State dicts of another capacity are then refused,
     # because the optimizer state would not fit.
     _is_locked: bool
+    # Coordinates of the slots before a state dict with other blocks was loaded while an optimizer
+    # holds `values`, whose state then still belongs to these; None if there is nothing to adapt.
+    _coords_before_load: Tensor | None
     # Name of the layer in the model in which it was swapped, for messages.
     _label: str
     # Identifier shared with copies, and with layers whose weights were equal at the swap.
@@ -154,6 +159,7 @@ class BlockSparseLinear(nn.Module):
         self.block_norms = _zero_norms(topology.grid, torch.device("cpu"))
         self.token_stride = 1
         self._is_locked = False
+        self._coords_before_load = None
         self._label = ""
         self._lineage = uuid.uuid4().hex
         self._has_trained = False
@@ -412,8 +418,9 @@ class BlockSparseLinear(nn.Module):
             slots = slots.masked_fill(~present, -1).to(device)
             is_common = (slots >= 0).view(-1, 1, 1)
             values = torch.where(is_common, own_values.to(values)[slots.clamp_min(0)], values)
-        self._set_topology(theirs)
-        local_part(self.values).copy_(values[local_slots(self.values)])
+        with deferred_signals():
+            self._set_topology(theirs)
+            local_part(self.values).copy_(values[local_slots(self.values)])
 
     def apply_update(self, update: TopologyUpdate) -> None:
         """Apply a topology update: changed slots become zero, in value and in gradient."""
@@ -498,6 +505,7 @@ class BlockSparseLinear(nn.Module):
         # training uses are left out and recreated: a spawned process needs all tensors of the
         # state to be alive when it unpickles them.
         state = {**self.__dict__, "armed": False, "_is_locked": False, "_has_trained": False}
+        state["_coords_before_load"] = None
         return {k: v for k, v in state.items() if k not in ("block_norms", "_armed_flag")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -696,6 +704,8 @@ class BlockSparseLinear(nn.Module):
         if (topology.capacity, topology.block_size) == (old.capacity, old.block_size):
             coords = topology.coords.to(old.device)
             if not torch.equal(coords, old.coords):
+                if self._is_locked and self._coords_before_load is None:
+                    self._coords_before_load = old.coords.cpu().clone()
                 old.assign_(coords)
             return
         if self._is_locked:

@@ -635,7 +635,9 @@ def _bias_correction(group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     """
     if not _has_known_decay(group, state):
         return 1.0
-    return 1 - min(group["betas"][1:]) ** {**group, **state}["step"]
+    step = {**group, **state}["step"]
+    # Optimizers count in fp32, in which 1 - beta^step would lose most of its digits.
+    return 1 - min(group["betas"][1:]) ** (step.double() if isinstance(step, Tensor) else step)
 
 
 def _reduce_to_shape(moment: Tensor, shape: torch.Size, name: str) -> Tensor:

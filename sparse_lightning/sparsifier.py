@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from sparse_lightning import diagnostics, ranks
 from sparse_lightning.config import SparsityConfig, build_config
 from sparse_lightning.followers import Followers, no_external_copies
-from sparse_lightning.gathering import Gatherer
+from sparse_lightning.gathering import Gatherer, copy_to_cpu
+from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.linear import BlockSparseLinear, density_of
 from sparse_lightning.names import check_layer_density_matches
 from sparse_lightning.patching import swap_layers
@@ -36,8 +37,14 @@ from sparse_lightning.policy.rules import UpdateRequest, check_decision, check_i
 from sparse_lightning.policy.schedules import Timetable, should_shrink
 from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate, place_blocks
 from sparse_lightning.selection import sparse_layers
-from sparse_lightning.sharding import is_sharded
-from sparse_lightning.stepping import GlobalStepWatch, StepWatch, is_within, unwrap_optimizer
+from sparse_lightning.sharding import is_sharded, local_part
+from sparse_lightning.stepping import (
+    GlobalStepWatch,
+    StepWatch,
+    is_within,
+    loss_scale,
+    unwrap_optimizer,
+)
 from sparse_lightning.swap_report import SparsityReport
 from sparse_lightning.tracked_optimizer import TrackedOptimizer, name_layer_in_errors
 
@@ -140,6 +147,9 @@ class Sparsifier:
         self._rewrap: Callable[[], None] | None = None
         self._planned: Callable[[Optimizer, int], int] | None = None
         self._may_shrink = True
+        # For layers whose blocks a loaded state dict has replaced since the latest step: the
+        # coordinates to which the optimizer's state still belongs.
+        self._loaded_over: dict[str, Tensor] = {}
         self._global_watch: GlobalStepWatch | None = None
         self._warned: set[str] = set()
 
@@ -309,13 +319,13 @@ class Sparsifier:
         if position == len(self._tracked):
             self._tracked.append(TrackedOptimizer())
         tracked = self._tracked[position]
-        tracked.optimizer, tracked.groups = optimizer, []
+        tracked.optimizer, tracked.groups, tracked.state = optimizer, [], optimizer.state
         assert self._timetable is not None
         tracked.set_length(self.total_steps, self._timetable)
         self._find_held(tracked)
         tracked.watch = StepWatch(
             optimizer,
-            partial(self._wants_gradients, tracked),
+            partial(self._before_step, tracked),
             partial(self._on_gradients, tracked),
             partial(self._on_step, tracked),
         )
@@ -388,8 +398,19 @@ class Sparsifier:
             if self._timetable is not None and config.density.schedule != "one_shot":
                 fall = diagnostics.sudden_fall(budgets, self._timetable)
                 self._warn(fall, once="sudden fall")
+        self._warn_about(self._nonfinite_layers(), diagnostics.nonfinite_values, once="nonfinite")
         rising = config.rising_without_growth(budgets.grids)
         self._warn_about(rising, diagnostics.rise_without_growth, once="rise without growth")
+
+    def _nonfinite_layers(self) -> list[str]:
+        """Return the layers that hold NaN or infinite weights on any rank."""
+        names = [n for n, layer in self.layers.items() if layer.values.device.type != "meta"]
+        if not names:
+            return []
+        values = [local_part(self.layers[name].values.detach()) for name in names]
+        is_finite = copy_to_cpu([part.isfinite().all() for part in values])
+        flags = ranks.any_over_ranks([not finite for finite in is_finite], values[0].device)
+        return [name for name, is_bad in zip(names, flags, strict=True) if is_bad]
 
     # Copies that follow layers.
 
@@ -510,7 +531,11 @@ class Sparsifier:
 
     # An optimizer step.
 
-    def _wants_gradients(self, tracked: TrackedOptimizer) -> bool:
+    def _before_step(self, tracked: TrackedOptimizer) -> bool:
+        """Adapt to state dicts that were loaded; return whether to call `_on_gradients`."""
+        self._find_loaded_blocks()
+        if self._loaded_over:
+            self._reset_state_of_loaded_blocks()
         return bool(tracked.pending) or self._gatherer.reads_gradients
 
     def _on_gradients(self, tracked: TrackedOptimizer, grad_scale: float) -> None:
@@ -585,7 +610,7 @@ class Sparsifier:
         if self._gatherer.reads_gradients:
             self._gatherer.confirm_step(tracked.owned)
         if tracked.armed:
-            self._gatherer.collect_norms(tracked.armed)
+            self._gatherer.collect_norms(tracked.armed, loss_scale())
         if self._planned is not None:
             assert tracked.optimizer is not None
             self._set_end(tracked, self._planned(tracked.optimizer, tracked.steps))
@@ -631,6 +656,35 @@ class Sparsifier:
         self._gatherer.arm(names, tracked.owned)
         tracked.armed = names
 
+    # Other blocks, loaded into the model while optimizers are attached.
+
+    def _find_loaded_blocks(self) -> None:
+        """Discard what was gathered about the slots whose block a state dict has replaced."""
+        for tracked in self._attached():
+            for name in tracked.owned:
+                layer = self.layers[name]
+                before, layer._coords_before_load = layer._coords_before_load, None
+                if before is not None:
+                    self._loaded_over.setdefault(name, before)
+                    update = _difference(before, layer.topology.coords.cpu())
+                    self._gatherer.prepare_clear({name: update})()
+                    self._grown_at[name][update.changed] = tracked.steps
+
+    @torch.no_grad()
+    def _reset_state_of_loaded_blocks(self) -> None:
+        """Reset optimizer state of the replaced blocks, unless it was loaded as well."""
+        reset = set()
+        for tracked in self._attached():
+            for name in tracked.held.keys() & self._loaded_over.keys():
+                topology = self.layers[name].topology
+                update = _difference(self._loaded_over[name], topology.coords.cpu())
+                assert tracked.optimizer is not None
+                if tracked.optimizer.state is tracked.state and len(update.changed):
+                    tracked.prepare_block_update(name, update, topology.capacity)()
+                    reset.add(name)
+        self._loaded_over.clear()
+        self._warn_about(sorted(reset), diagnostics.loaded_blocks)
+
     # A topology update.
 
     @torch.no_grad()
@@ -647,15 +701,29 @@ class Sparsifier:
             self._warn_about(unwritten, diagnostics.unwritten_copies, once="unwritten copies")
         with _one_thread():
             update = self._decide(tracked, due)
+            write = self._prepare_apply(tracked, update)
+        updated = tracked.steps if is_due else tracked.updated
+        next_update = tracked.timetable.next_update(updated) if is_due else tracked.next_update
+        waiting = [name for name in due if name not in update.layers]
+        with contextlib.ExitStack() as after:
+            with deferred_signals():
+                write()
+                tracked.updated, tracked.next_update = updated, next_update
+                tracked.waiting = waiting
+                if update.layers:
+                    self.last_update = update
+                    # From here on the update is complete, so hooks are called whatever happens: a
+                    # deferred interrupt, or shrinking that runs out of memory. `after` calls
+                    # its last function first.
+                    for hook in reversed(self._hooks.values()):
+                        after.callback(hook, self, update)
+                    after.callback(self._shrink)
+            self._warn_of_unscored_layers(tracked)
             if update.layers:
-                self._apply(tracked, update)
-        if is_due:
-            tracked.updated = tracked.steps
-            tracked.next_update = tracked.timetable.next_update(tracked.steps)
-        tracked.waiting = [name for name in due if name not in update.layers]
-        self._warn_of_unscored_layers(tracked)
-        if not update.layers:
-            return
+                self._warn_of_copies(tracked)
+
+    def _warn_of_copies(self, tracked: TrackedOptimizer) -> None:
+        """Look, after an update, for copies that change without following the blocks."""
         if "unwritten copies" not in self._warned:
             self._followers.record_sums(tracked.owned)
         if "external copies" not in self._warned:
@@ -663,12 +731,6 @@ class Sparsifier:
             known = self._budgeted.values()
             names = self._followers.find_unregistered_copies(self.layers, known)
             self._warn_about(names, diagnostics.external_copies, once="external copies")
-        self.last_update = update
-        try:
-            self._shrink()
-        finally:  # the update has been applied, even if shrinking ran out of memory
-            for hook in [*self._hooks.values()]:
-                hook(self, update)
 
     def _warn_of_unscored_layers(self, tracked: TrackedOptimizer) -> None:
         # A layer that was not armed, since the update was not foreseen, could not be scored.
@@ -766,8 +828,10 @@ class Sparsifier:
         return all(blocks[name] <= self.layers[name].topology.n_blocks for name in names)
 
     @torch.no_grad()
-    def _apply(self, tracked: TrackedOptimizer, update: ModelUpdate) -> None:
-        """Apply an update; everything that allocates or can fail precedes the first write."""
+    def _prepare_apply(self, tracked: TrackedOptimizer, update: ModelUpdate) -> Callable[[], None]:
+        """Return a function that applies an update, and neither allocates nor can fail."""
+        if not update.layers:
+            return lambda: None
         assert tracked.timetable is not None
         writes = [self._gatherer.prepare_clear(update.layers)]
         writes += [
@@ -776,10 +840,14 @@ class Sparsifier:
             if len(layer_update.changed)
         ]
         progress = max(tracked.progress, tracked.timetable.density_progress(tracked.steps))
-        for write in writes:
-            write()
-        tracked.progress = progress
-        self.n_updates = update.number
+
+        def write_all() -> None:
+            for write in writes:
+                write()
+            tracked.progress = progress
+            self.n_updates = update.number
+
+        return write_all
 
     def _prepare_layer_update(
         self, name: str, update: TopologyUpdate, step: int
@@ -862,9 +930,10 @@ class Sparsifier:
             if name in tracked.held
         ]
         grown_at = self._grown_at[name][kept.cpu()]
-        for write in writes:
-            write()
-        self._grown_at[name] = grown_at
+        with deferred_signals():
+            for write in writes:
+                write()
+            self._grown_at[name] = grown_at
 
     def _can_shrink(self) -> bool:
         """Return whether parameters may change shape.
@@ -934,6 +1003,8 @@ class Sparsifier:
         if not self.is_attached:
             for layer in self.layers.values():
                 layer._is_locked = False
+                layer._coords_before_load = None
+            self._loaded_over.clear()
             if self._global_watch is not None:
                 self._global_watch.remove()
                 self._global_watch = None
@@ -985,7 +1056,8 @@ class Sparsifier:
                 package wrote the state.
         """
         check_same_training(state, self.state_dict())
-        attached = [tracked.optimizer for tracked in self._attached()]
+        self._find_loaded_blocks()
+        states = {tracked.optimizer: tracked.state for tracked in self._attached()}
         self._release(self._attached())
         self.total_steps = self.total_steps or state["total_steps"]
         self._resolved_by, self.n_updates = state["resolved_by"], state["n_updates"]
@@ -997,8 +1069,10 @@ class Sparsifier:
         self._gatherer.load_state_dict(state["gathered"])
         if "rule" in state and hasattr(self._rule, "load_state_dict"):
             self._rule.load_state_dict(state["rule"])
-        if attached:
-            self.attach(*attached)
+        if states:
+            self.attach(*states)
+            for tracked in self._attached():
+                tracked.state = states[tracked.optimizer]
 
 
 def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -1027,6 +1101,14 @@ def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             f"{got}. Restore the earlier values, or start a new training from the saved weights: "
             "load only the model's state dict, after `sparsify`."
         )
+
+
+def _difference(before: Tensor, after: Tensor) -> TopologyUpdate:
+    """Return the update that leads from some coordinates, int32 `[capacity, 2]`, to others."""
+    differs = (before != after).any(1)
+    was_present, is_present = before[:, 0] >= 0, after[:, 0] >= 0
+    dropped, grown = ((differs & mask).nonzero().squeeze(1) for mask in (was_present, is_present))
+    return TopologyUpdate(after, dropped, grown, int(was_present.sum()))
 
 
 @contextlib.contextmanager

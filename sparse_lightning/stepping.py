@@ -6,7 +6,9 @@ are final, whether the step is skipped and when it has ended.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, ClassVar, ParamSpec, TypeVar
 from weakref import WeakSet
 
@@ -58,7 +60,7 @@ class StepWatch:
 
     Args:
         optimizer: the optimizer to watch.
-        wants_gradients: called before each step; returns whether to call `on_gradients` in it.
+        before_step: called before each step; returns whether to call `on_gradients` in it.
         on_gradients: called when gradients are final (reduced, clipped and about to be applied),
             with the scale that they still carry: that of a GradScaler if the optimizer is fused,
             else 1; not called in a step that a GradScaler skips.
@@ -68,11 +70,11 @@ class StepWatch:
     def __init__(
         self,
         optimizer: Optimizer,
-        wants_gradients: Callable[[], bool],
+        before_step: Callable[[], bool],
         on_gradients: Callable[[float], None],
         on_step: Callable[[bool], None],
     ) -> None:
-        self._wants_gradients, self._on_gradients = wants_gradients, on_gradients
+        self._before_step, self._on_gradients = before_step, on_gradients
         self._on_step = on_step
         self._is_stepping = False
         before = optimizer.register_step_pre_hook(not_compiled(self._before))
@@ -91,7 +93,7 @@ class StepWatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         _check_hooks_can_observe(optimizer)
         self._is_stepping = True
-        if not self._wants_gradients():
+        if not self._before_step():
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -176,6 +178,18 @@ def _overflows(optimizer: Optimizer) -> bool:
     """Return whether a GradScaler makes a fused optimizer skip the step."""
     overflow = getattr(optimizer, "found_inf", None)
     return overflow is not None and bool(float(overflow))
+
+
+def loss_scale() -> float:
+    """Return the scale of the loss in the step that is being taken: 1 without a GradScaler.
+
+    A GradScaler unscales gradients before it steps an optimizer, but not what else a backward has
+    computed. It tells the scale to fused optimizers only, so it is looked for on the call stack.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
+        frame = frame.f_back
+    return 1.0 if frame is None else float(frame.f_locals["self"].get_scale())
 
 
 def not_compiled(hook: Callable[P, R]) -> Callable[P, R]:

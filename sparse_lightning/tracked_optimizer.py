@@ -45,6 +45,7 @@ class TrackedOptimizer:
         pending: bool `[capacity]` per layer, grown slots that have not had a gradient yet.
         optimizer: the optimizer while attached, else None.
         watch: watch on the steps of `optimizer`.
+        state: `optimizer.state` at its latest step; `load_state_dict` replaces this dictionary.
         groups: id and length of each parameter list when `held` was determined.
         held: `values` of the layers that the optimizer holds, by layer.
         owned: those of `held` that no earlier optimizer holds; they follow `steps`.
@@ -68,6 +69,7 @@ class TrackedOptimizer:
     pending: dict[str, Tensor] = field(default_factory=dict)
     optimizer: Optimizer | None = None
     watch: StepWatch | None = None
+    state: Mapping[Any, Any] | None = None
     groups: list[tuple[int, int]] = field(default_factory=list)
     held: dict[str, nn.Parameter] = field(default_factory=dict)
     owned: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -190,6 +192,7 @@ class TrackedOptimizer:
                 or that contradicts its `StateRule`.
         """
         assert self.optimizer is not None
+        self.state = self.optimizer.state
         for name in self.unchecked:
             with name_layer_in_errors(name):
                 state_rule(self.optimizer, self.held[name])

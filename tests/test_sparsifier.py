@@ -263,6 +263,100 @@ def test_steps_that_a_scaler_skips_do_not_count(fused: bool, drop: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_of_two_optimizers_makes_no_difference(fused: bool) -> None:
+    """The scale doubles in each step, so sums over steps of scaled gradients would be wrong."""
+
+    def run(scaler: torch.amp.GradScaler) -> tuple[Net, list[Tensor]]:
+        seen: list[Tensor] = []
+
+        @needs("gradient", "momentum")
+        def grow(scores: BlockScores) -> Tensor:
+            seen.extend([scores.gradient, scores.momentum])
+            return scores.momentum
+
+        model, sparsifier = make(16, grow=grow, drop="movement", update={"every_n_steps": 4})
+        parts = nn.ModuleList([model.net[0]]), nn.ModuleList([model.net[2], model.head])
+        optimizers = [AdamW(part.parameters(), lr=1e-2, fused=fused) for part in parts]
+        sparsifier.attach(*optimizers)
+        for number in range(16):
+            scaler.scale(loss_of(model, number)).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad()
+        return model, seen
+
+    growing = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    model, seen = run(growing)
+    expected_model, expected = run(torch.amp.GradScaler("cpu", enabled=False))
+    assert growing.get_scale() == 2.0**17 and len(seen) == 8
+    assert_identical(seen, expected)
+    assert_identical(dict(model.state_dict()), dict(expected_model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        order
+        for order in itertools.permutations(["model", "optimizer", "sparsifier"])
+        if order.index("model") < order.index("sparsifier")
+    ],
+    ids=", ".join,
+)
+def test_a_training_rolled_back_repeats_itself(order: tuple[str, ...]) -> None:
+    """Earlier state dicts are loaded during the training, without detaching."""
+    model, sparsifier = make(24, drop="movement", update={"every_n_steps": 2, "until": 24})
+    parts = {"model": model, "optimizer": adamw(model.parameters()), "sparsifier": sparsifier}
+    sparsifier.attach(parts["optimizer"])
+    train(model, parts["optimizer"], range(5))
+    saved = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+    expected = train(model, parts["optimizer"], range(5, 11))
+    changed = {name: layer.topology.coords.clone() for name, layer in sparse(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in order:
+            parts[name].load_state_dict(copy.deepcopy(saved[name]))
+        assert any(
+            (changed[n] != layer.topology.coords).any() for n, layer in sparse(model).items()
+        )
+        assert train(model, parts["optimizer"], range(5, 11)) == expected
+
+
+@pytest.mark.parametrize("is_second", [False, True], ids=["once", "twice"])
+def test_blocks_loaded_without_their_optimizer_state_start_afresh(is_second: bool) -> None:
+    model, sparsifier = make(24, drop="movement", update={"every_n_steps": 2, "until": 24})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(2, 8))
+    layers = sparse(model)
+    before = {name: layer.topology.coords.clone() for name, layer in layers.items()}
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    if is_second:  # the blocks of the latest step count
+        model.load_state_dict(make(24, drop="movement", seed=1)[0].state_dict())
+    model.load_state_dict(saved)
+    handle = optimizer.register_step_pre_hook(
+        lambda *_: seen.append(copy.deepcopy(optimizer.state))
+    )
+    seen: list[Any] = []
+    with pytest.warns(UserWarning, match=r"Other blocks were loaded .* net\.0, net\.2\. To lose"):
+        train(model, optimizer, [8])
+    handle.remove()
+    for name, layer in layers.items():
+        changed = (before[name] != layer.topology.coords).any(1)
+        assert changed.any() and not changed.all()
+        index = [id(p) for p in model.parameters()].index(id(layer.values))
+        moment = [*seen[0].values()][index]["exp_avg"]
+        assert not moment[changed].any()
+        assert torch.equal(moment[~changed], state[index]["exp_avg"][~changed])
+        assert (sparsifier._grown_at[name][changed] == 8).all()
+    assert sparsifier._tracked[0].pending == {}, "the second moments were warm-started"
+    train(model, optimizer, range(9, 24))
+    assert_all_valid(model, optimizer, 8)
+
+
 @pytest.mark.parametrize("grow", ["gradient", "momentum"])
 @pytest.mark.parametrize("drop", ["magnitude", "movement"])
 def test_a_closure_makes_no_difference(drop: str, grow: str) -> None:

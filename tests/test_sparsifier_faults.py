@@ -357,3 +357,13 @@ def test_blocks_of_nan_are_dropped_first() -> None:
     assert last is not None and last.step == 4
     assert {0, 1, 2} <= set(last.layers["net.0"].dropped.tolist())
     assert bool(first.values[:3].isfinite().all())
+
+
+def test_weights_that_are_not_finite_are_named_at_the_start() -> None:
+    """A damaged checkpoint would otherwise be trained further without a word."""
+    model, sparsifier = make()
+    state = model.state_dict()
+    state["net.2.values"][1, 2, 3] = float("nan")
+    model.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"NaN or infinite: net\.2\. .*resume from another"):
+        sparsifier.attach(adamw(model.parameters()))
