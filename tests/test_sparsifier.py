@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
@@ -813,6 +814,31 @@ def test_update_hooks_are_called_after_the_update_and_can_be_removed() -> None:
         ("first", 18),
     ]
     assert looked[3] == (4, 0.75) and looked[11] == (12, 0.25)
+
+
+def test_a_hook_that_raises_stops_no_other_hook_and_spoils_nothing() -> None:
+    def run(raises: bool) -> tuple[Net, list[int]]:
+        model, sparsifier = make(24, density=FALLING, update={"every_n_steps": 4})
+        optimizer = adamw(model.parameters())
+        sparsifier.attach(optimizer)
+        called: list[int] = []
+
+        def fail(_: Sparsifier, update: ModelUpdate) -> None:
+            if raises:
+                raise LookupError(update.number)
+
+        sparsifier.register_update_hook(fail)
+        sparsifier.register_update_hook(lambda _, update: called.append(update.number))
+        for number in range(24):
+            with contextlib.suppress(LookupError):
+                train(model, optimizer, [number])
+            optimizer.zero_grad()
+        return model, called
+
+    model, called = run(raises=True)
+    expected_model, expected = run(raises=False)
+    assert called == expected == [*range(1, 6)]
+    assert_identical(dict(model.state_dict()), dict(expected_model.state_dict()))
 
 
 @pytest.mark.parametrize("rules", [{}, {"drop": "movement", "grow": "momentum"}])
