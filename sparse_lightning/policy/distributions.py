@@ -18,7 +18,10 @@ Grid = tuple[int, int]
 
 @dataclass
 class Floor:
-    """The minimum number of blocks that every layer keeps, if its budget allows.
+    """The minimum number of blocks that every layer keeps.
+
+    An update reaches the minima of rows and columns whenever the blocks that may be present after
+    it can reach them within the layer's budget (`exchange_blocks`).
 
     Attributes:
         layer: minimum density of a layer, in [0, 1].

@@ -103,9 +103,14 @@ def exchange_blocks(
     `n_target - k` present blocks with the highest drop scores stay, then the `k` other blocks with
     the highest grow scores become present. A block that was just dropped may be chosen again and
     then keeps its weights (as in RigL). Ties go to the lower index (row-major). A block with a NaN
-    or infinite score is never chosen; if growth cannot fill its budget, the best dropped blocks
-    stay. Blocks are chosen on the CPU, since each of the many small operations would cost a kernel
-    launch on a GPU.
+    or infinite score is never chosen; if growth cannot fill its budget or reach the floor, the best
+    dropped blocks stay. Blocks are chosen on the CPU, since each of the many small operations would
+    cost a kernel launch on a GPU.
+
+    The floor is reached whenever `n_target` of the blocks that may be present afterwards can reach
+    it: the present ones and, if the fraction is above 0 or blocks are to be added, absent ones with
+    a finite grow score. More than `k` blocks grow for its sake only if the present ones cannot
+    reach it. A row or column with too few such blocks gets all of them.
 
     Args:
         mask: bool `[out_blocks, in_blocks]`, the present blocks.
@@ -113,9 +118,10 @@ def exchange_blocks(
         grow_scores: scores of the same shape, read at the other blocks; None for no growth.
         n_target: number of present blocks afterwards; fewer if too few blocks can be chosen.
         fraction: share of `n_target` to exchange, in [0, 1].
-        floor: minimum number of blocks of each block row and of each block column, both among the
-            blocks that stay and after growth; ignored if `n_target` is too small for it.
-        regrow: whether a block that was just dropped may be chosen again.
+        floor: minimum number of blocks of each block row and of each block column after the update
+            and, where possible, among the blocks that stay; ignored if `n_target` is too small for
+            all rows or for all columns.
+        regrow: whether a block that was just dropped may be chosen again by its grow score.
 
     Returns:
         bool `[out_blocks, in_blocks]` on the CPU, the blocks that are present afterwards.
@@ -149,14 +155,40 @@ def exchange_blocks(
 
     drop_scores = drop_scores.cpu()
     keep = choose_blocks(drop_scores, mask, n_target - n_exchanged, floor=floor)
+    possible = mask
     if grow_scores is not None:
-        candidates = ~keep if regrow else ~mask
-        keep = choose_blocks(grow_scores.cpu(), candidates, n_target, floor=floor, chosen=keep)
+        grow_scores = grow_scores.cpu()
+        keep = choose_blocks(
+            grow_scores, ~keep if regrow else ~mask, n_target, floor=floor, chosen=keep
+        )
+        if fraction > 0 or n_target > int(mask.sum()):
+            possible = mask | grow_scores.isfinite()
     # Present blocks fill what growth could not; those without a finite score come last.
     for scores in (drop_scores, torch.zeros_like(drop_scores)):
         if int(keep.sum()) < n_target:
             keep = choose_blocks(scores, mask, n_target, floor=floor, chosen=keep)
+    # These steps do not know of each other, so together they may miss a floor that is within reach.
+    # Then all blocks are chosen at once, if possible without growing others than these steps did.
+    for candidates in (mask | keep, possible | keep):
+        if _has_floor(keep, floor, possible):
+            break
+        preference = _preference(keep, mask, drop_scores, grow_scores)
+        keep = choose_blocks(preference, candidates, n_target, floor=floor)
     return keep
+
+
+def _preference(
+    keep: Tensor, mask: Tensor, drop_scores: Tensor, grow_scores: Tensor | None
+) -> Tensor:
+    """Return finite scores, fp64: highest in `keep`, and there and elsewhere at present blocks.
+
+    Each of these four groups keeps the order of its scores, including ties; those that are not
+    finite are its lowest.
+    """
+    scores = drop_scores if grow_scores is None else torch.where(mask, drop_scores, grow_scores)
+    ranks = scores.nan_to_num(-torch.inf, -torch.inf, -torch.inf).unique(return_inverse=True)[1]
+    preference: Tensor = ((2 * keep.int() + mask.int()) * mask.numel() + ranks).double()
+    return preference
 
 
 def place_blocks(topology: BlockTopology, mask: Tensor) -> TopologyUpdate:
@@ -247,9 +279,10 @@ def choose_blocks(
     """Choose the blocks with the highest scores such that rows and columns reach their floor.
 
     If the best blocks leave a row or column below its floor, its best blocks replace the least
-    useful chosen ones, beginning with blocks in both a row and a column below the floor. If every
-    block is a candidate and the floor is 1, this succeeds whenever `n` is at least the
-    numbers of rows and of columns; otherwise it is best effort.
+    useful chosen ones, beginning with blocks in both a row and a column below the floor. This
+    succeeds whenever `n` blocks can reach the floor; a row or column with too few candidates counts
+    as having reached it with all of them. Otherwise, as few blocks are missing as possible, added
+    up over rows and columns.
 
     Args:
         scores: `[rows, cols]`, on the CPU; a block with a NaN or infinite score is never chosen.
@@ -279,7 +312,7 @@ def choose_blocks(
         if not missing.any():
             break
         cover |= missing
-    if n_cover == n and not _has_floor(chosen | best, floor):
+    if n_cover == n and not _has_floor(chosen | best, floor, chosen | candidates):
         # The cover has used all `n` blocks, but relied on best blocks that it then replaced. Cover
         # every row and column from the start.
         cover = _cover(scores, candidates, n, floor, chosen)
@@ -290,36 +323,106 @@ def choose_blocks(
 def _cover(
     scores: Tensor, candidates: Tensor, n: int, floor: tuple[int, int], present: Tensor
 ) -> Tensor:
-    """Return up to `n` candidates that bring rows and columns up to their floor, greedily."""
+    """Return up to `n` candidates that bring rows and columns up to their floor.
+
+    The fewest are a maximum matching of rows and columns below their floor, whose blocks each serve
+    both a row and a column, and one block for each that it leaves out. The matching is greedy, by
+    score, and is extended only as far as `n` demands.
+    """
+    if _has_floor(present, floor, present | candidates):
+        return torch.zeros_like(candidates)
+    matching = _greedy_cover(2, scores, candidates, n, floor, present)
+    while True:
+        rows, cols = _missing(present | matching, floor)
+        n_left = n - int(matching.sum())
+        if not 0 < n_left < int(rows.sum() + cols.sum()):
+            break
+        larger = _augmented(matching, scores, candidates, rows > 0, cols > 0)
+        if larger is None:
+            break
+        matching = larger
+    others = candidates & ~matching
+    return matching | _greedy_cover(1, scores, others, n_left, floor, present | matching)
+
+
+def _greedy_cover(
+    gain: int, scores: Tensor, candidates: Tensor, n: int, floor: tuple[int, int], present: Tensor
+) -> Tensor:
+    """Return up to `n` of the best candidates that are in `gain` of a row and a column below floor.
+
+    The gain is 2 or 1; for 1, no candidate may have a gain of 2.
+    """
     picked = torch.zeros_like(candidates)
     while n > 0:
         covered = present | picked
-        rows = (covered.sum(1) < floor[0]).unsqueeze(1)
-        cols = (covered.sum(0) < floor[1]).unsqueeze(0)
-        if not (rows.any() or cols.any()):
-            break
-        gains = torch.where(candidates & ~picked, rows.int() + cols.int(), 0)
-        gain = int(gains.max())
-        if gain == 0:
+        missing_rows, missing_cols = _missing(covered, floor)
+        rows, cols = (missing_rows > 0).unsqueeze(1), (missing_cols > 0).unsqueeze(0)
+        useful = candidates & ~picked & (rows & cols if gain == 2 else rows | cols)
+        if not useful.any():
             break
         # Blocks that are the best of their row and column can be picked together.
-        eligible = torch.where(gains == gain, scores, -torch.inf)
+        eligible = torch.where(useful, scores, -torch.inf)
         best_of_row = torch.zeros_like(picked).scatter(1, eligible.argmax(1, keepdim=True), True)
         best_of_col = torch.zeros_like(picked).scatter(0, eligible.argmax(0, keepdim=True), True)
         best = best_of_row & best_of_col if gain == 2 else best_of_row & rows | best_of_col & cols
-        picked |= _best(scores, best & (gains == gain), n)
+        picked |= _best(scores, best & useful, n)
         n -= int((picked & ~covered).sum())
     return picked
 
 
-def _has_floor(mask: Tensor, floor: tuple[int, int]) -> bool:
-    return bool((mask.sum(1) >= floor[0]).all() and (mask.sum(0) >= floor[1]).all())
+def _augmented(
+    matching: Tensor, scores: Tensor, candidates: Tensor, rows: Tensor, cols: Tensor
+) -> Tensor | None:
+    """Return a matching of rows and columns with one block more, or None if it is a maximum.
+
+    It is the symmetric difference of the given one and a shortest augmenting path, whose blocks are
+    in turn added and removed. Breadth-first search, from the rows below their floor, finds it.
+
+    Args:
+        matching: bool `[rows, cols]`.
+        scores: of the same shape; of a row's candidates, the search tries the best first.
+        candidates: bool of the same shape, the blocks that may be in the matching.
+        rows: bool `[rows]`, those below their floor.
+        cols: bool `[cols]`, those below their floor.
+    """
+    queue: list[int] = rows.nonzero().flatten().tolist()
+    paths: dict[int, list[tuple[int, int]]] = {row: [] for row in queue}
+    unseen = torch.ones_like(cols)
+    for row in queue:
+        found = (candidates[row] & ~matching[row] & unseen).nonzero().flatten()
+        unseen[found] = False
+        for col in found[scores[row, found].argsort(descending=True, stable=True)].tolist():
+            path = [*paths[row], (row, col)]
+            if cols[col]:
+                changed = torch.zeros_like(matching)
+                changed[tuple(torch.tensor(path).T)] = True
+                return matching ^ changed
+            for next_row in matching[:, col].nonzero().flatten().tolist():
+                if next_row not in paths:
+                    paths[next_row] = [*path, (next_row, col)]
+                    queue.append(next_row)
+    return None
+
+
+def _missing(mask: Tensor, floor: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return how many blocks each row and each column lacks, int32 `[rows]` and `[cols]`."""
+    in_rows, in_cols = mask.sum(1, dtype=torch.int32), mask.sum(0, dtype=torch.int32)
+    return (floor[0] - in_rows).clamp(min=0), (floor[1] - in_cols).clamp(min=0)
+
+
+def _has_floor(mask: Tensor, floor: tuple[int, int], possible: Tensor) -> bool:
+    """Return whether each row and column has its floor, or all of its blocks in `possible`."""
+    rows, cols = _missing(mask, floor)
+    if not (rows.any() or cols.any()):  # the usual case, decided without counting in `possible`
+        return True
+    least_rows, least_cols = _missing(possible, floor)
+    return bool((rows <= least_rows).all() and (cols <= least_cols).all())
 
 
 def _best(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
     """Return the `n` candidates with the highest scores; ties go to the lower index (row-major)."""
-    n_candidates = int(candidates.sum())
-    n = min(n, n_candidates)
+    if n >= int(candidates.sum()):
+        return candidates
     if n <= 0:
         return torch.zeros_like(candidates)
     # Selecting the n-th highest score takes linear time, unlike sorting.

@@ -1,8 +1,10 @@
 """Topology updates: hand-worked tables, then properties against a slow, independent reference."""
 
+import itertools
 import math
 import re
 
+import networkx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from sparse_lightning.policy.updates import (
     ModelUpdate,
     TopologyUpdate,
     choose_blocks,
+    exchange_blocks,
     update_topology,
 )
 from sparse_lightning.topology import BlockTopology
@@ -451,16 +454,69 @@ def test_floors_and_regrowth_leave_the_budget_exact(case: dict, floor, regrow: b
     assert case["topology"].n_blocks == update.n_after
 
 
-@quick
-@given(cases(), st.tuples(st.integers(0, 1), st.integers(0, 1)))
-def test_no_row_or_column_dies_in_an_update(case: dict, floor) -> None:
-    """This holds if every block may be grown and the budget suffices, whatever the old mask."""
-    grid = case["topology"].grid
-    case = case | {"grow_scores": torch.rand(grid), "drop_scores": torch.rand(grid)}
-    case["n_target"] = min(max(case["n_target"], *grid), case["topology"].capacity)
-    update = update_topology(**case, floor=floor)
-    case["topology"].assign_(update.coords)
-    mask = case["topology"].mask
-    if case["n_target"] >= sum(grid):
-        assert not floor[0] or mask.any(1).all()
-        assert not floor[1] or mask.any(0).all()
+def reaches(mask: Tensor, needs: tuple[Tensor, Tensor]) -> bool:
+    return bool((mask.sum(1) >= needs[0]).all() and (mask.sum(0) >= needs[1]).all())
+
+
+def fewest_that_reach(needs: tuple[Tensor, Tensor], candidates: Tensor) -> float:
+    """Return the fewest candidates that give rows and columns what they need; infinity if none do.
+
+    As many as a maximum flow from rows to columns serve two needs at once.
+    """
+    if not reaches(candidates, needs):
+        return INF
+    network = networkx.DiGraph()
+    for row, need in enumerate(needs[0].tolist()):
+        network.add_edge("source", ("row", row), capacity=need)
+    for col, need in enumerate(needs[1].tolist()):
+        network.add_edge(("col", col), "sink", capacity=need)
+    for row, col in candidates.nonzero().tolist():
+        network.add_edge(("row", row), ("col", col), capacity=1)
+    total = int(needs[0].sum() + needs[1].sum())
+    return total - networkx.maximum_flow_value(network, "source", "sink")
+
+
+@pytest.mark.parametrize("floor", [(1, 1), (1, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize("grid", [(8, 8), (4, 7), (7, 4)])
+def test_no_row_or_column_dies_in_an_update(grid: tuple[int, int], floor: tuple[int, int]) -> None:
+    """With every tight budget, the floor is reached where the blocks that may be present can."""
+    torch.manual_seed(0)
+    n_blocks = math.prod(grid)
+    n_rows, n_cols = floor[0] * grid[0], floor[1] * grid[1]
+    for n_target, spare, fraction, regrow in itertools.product(
+        range(max(n_rows, n_cols), min(n_rows + n_cols, n_blocks - 1) + 1),
+        (0.0, 0.3),
+        (0.0, 0.1, 0.5),
+        (True, False),
+    ):
+        n_present = n_target + round(spare * (n_blocks - n_target))
+        mask = torch.randperm(n_blocks).view(grid) < n_present
+        drop, grow = torch.rand(grid), torch.rand(grid)
+        grow[torch.rand(grid) < 0.5] = NAN
+        after = exchange_blocks(mask, drop, grow, n_target, fraction, floor=floor, regrow=regrow)
+        possible = mask | grow.isfinite() if fraction else mask
+        # A row or column with too few of these blocks needs all of them.
+        needs = possible.sum(1).clamp(max=floor[0]), possible.sum(0).clamp(max=floor[1])
+        case = (mask, drop, grow, n_target, fraction, regrow)
+        assert reaches(after, needs) or fewest_that_reach(needs, possible) > n_target, case
+        n_grown, n_exchanged = int((after & ~mask).sum()), round(fraction * n_target)
+        assert n_grown <= n_exchanged or fewest_that_reach(needs, mask) > n_target, case
+
+
+def test_a_block_that_was_to_grow_makes_way_for_one_that_the_floor_needs() -> None:
+    # (1, 1) and (0, 2) stay, and (0, 0) would grow for column 0, but leave none for row 2. (2, 0)
+    # serves both, and those that stay are unchanged.
+    mask = table([0, 1, 1], [1, 1, 0], [1, 1, 1]).bool()
+    drop = table([0, 1, 6], [8, 9, 0], [5, 7, 2])
+    grow = table([8, 0, 0], [0, 0, 6], [0, 0, 0])
+    after = exchange_blocks(mask, drop, grow, 3, 1 / 3, floor=(1, 1), regrow=False)
+    assert after.int().tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+
+
+def test_no_more_blocks_grow_for_a_floor_that_present_ones_reach() -> None:
+    # One block, (2, 1), is exchanged. To grow (0, 2) too would also reach the floor.
+    mask = table([1, 1, 0, 1], [1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]).bool()
+    drop = table([13, 94, 0, 85], [13, 70, 4, 0], [12, 0, 56, 4], [90, 44, 20, 28])
+    grow = table([0, 0, 30, 0], [0, 0, 0, 65], [0, 35, 0, 0], [0, 0, 0, 0])
+    after = exchange_blocks(mask, drop, grow, 8, 1 / 8, floor=(2, 2), regrow=False)
+    assert after.int().tolist() == [[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]]
