@@ -343,6 +343,7 @@ class SparsityCallback(Callback):
     ) -> None:
         if self.sparsifier is not None:
             save_density_status(checkpoint, self.state_key, self.sparsifier)
+            self._observers.save_history(checkpoint, self.state_key)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -357,6 +358,7 @@ class SparsityCallback(Callback):
         state = find_state(checkpoint, self.state_key, self.config, other_keys)
         if state is not None:
             check_same_training(state, self.state_dict())
+            self._observers.load_history(checkpoint, self.state_key)
             return
         start_from_dense_weights(checkpoint, self._engine)
         self._start_schedule(Sparsifier(pl_module, config=self.config))

@@ -55,3 +55,6 @@ class Observer:
 
     def end(self, fit: Fit) -> None:
         """Called when the training ends normally; optimizers and loggers still exist."""
+
+    def stop(self) -> None:
+        """Called when the training has ended or failed, and before another one starts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,8 @@ from sparse_lightning.observers.recorder import MaskRecorder
 from sparse_lightning.observers.terminal import Terminal
 from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.sparsifier import Sparsifier
+
+_HISTORIES = "sparse_lightning_histories"  # key of Lightning's checkpoints
 
 
 class Observers:
@@ -38,14 +41,18 @@ class Observers:
         self._observers: list[Observer] = [Terminal(), CallbackMetrics()]
         if self.monitor is not None:
             self._observers.append(self.monitor)
+        self._recorder: MaskRecorder | None = None
         if options is not None and options.record:
-            self._observers.append(MaskRecorder(options.every_n_updates, config.training_options()))
+            self._recorder = MaskRecorder(options.every_n_updates, config.training_options())
+            self._observers.append(self._recorder)
         self._running: tuple[pl.Trainer, pl.LightningModule, Sparsifier] | None = None
         self._hook: RemovableHandle | None = None
 
     def reset(self) -> None:
-        """Forget the block masks of an earlier schedule."""
+        """Forget the block masks and the history of an earlier schedule."""
         self.masks = MaskTracker()
+        if self._recorder is not None:
+            self._recorder.history = None
 
     def start(self, trainer: pl.Trainer, model: pl.LightningModule, sparsifier: Sparsifier) -> None:
         """Begin observing, once everything is built, restored and attached."""
@@ -101,10 +108,29 @@ class Observers:
             observer.end(self.fit)
 
     def stop(self) -> None:
-        """Stop observing."""
+        """Stop observing, whether the training has ended normally or failed."""
         if self._hook is not None:
             self._hook.remove()
         self._running = self._hook = None
+        for observer in self._observers:
+            observer.stop()
+
+    def save_history(self, checkpoint: dict[str, Any], key: str) -> None:
+        """Name the history in a checkpoint, for a resume in another folder.
+
+        It is not in the callback's state, which is the same for equal trainings in all folders.
+
+        Args:
+            checkpoint: Lightning's checkpoint; it is changed in place.
+            key: state key of the callback.
+        """
+        if self._recorder is not None and self._recorder.history is not None:
+            checkpoint.setdefault(_HISTORIES, {})[key] = dict(self._recorder.history)
+
+    def load_history(self, checkpoint: Mapping[str, Any], key: str) -> None:
+        """Restore what `save_history` wrote; earlier versions wrote nothing."""
+        if self._recorder is not None:
+            self._recorder.history = checkpoint.get(_HISTORIES, {}).get(key)
 
 
 class CallbackMetrics(Observer):

@@ -6,8 +6,9 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +18,44 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sparse_lightning.history import HistoryWriter
+from sparse_lightning.history import HistoryWriter, holds_run
 from sparse_lightning.observers.base import Fit, Observer
 from sparse_lightning.observers.measures import DENSITY
 from sparse_lightning.policy.updates import ModelUpdate
 
 HISTORY = "pattern.history"
+_ANY = "pattern*.history"  # also those of several callbacks, and those that were moved aside
 
 
 class MaskRecorder(Observer):
     """Writes each update to a history file on rank 0, in the folder of the run.
 
-    If the file cannot be written, recording ends with a warning; the training continues.
+    A resumed training goes on in the file that its checkpoint names. If that file is in another
+    folder, or another training is writing it, a file of its own begins with a copy of it. If a file
+    cannot be written, recording ends with a warning; the training continues.
 
     Args:
         every_n_updates: how often block scores are written as well.
         config: the configuration of the training, as primitives.
+
+    Attributes:
+        history: absolute path ("file") and run ("run", see `HistoryWriter`) of the latest history
+            of this training, which checkpoints save; None before the first.
     """
 
     def __init__(self, every_n_updates: int, config: Mapping[str, Any]) -> None:
         self.every_n_updates = every_n_updates
         self.config = config
+        self.history: dict[str, str] | None = None
         self._writer: HistoryWriter | None = None
         self._written: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files cannot be copied or pickled. A copy records nothing until its own fit starts.
+        return {**self.__dict__, "_writer": None}
+
     def start(self, fit: Fit) -> None:
-        self._writer, self._written = None, {}
+        self._written = {}
         trainer = fit.trainer
         folder = run_folder(trainer) if trainer.is_global_zero and fit.layers else None
         if folder is None:
@@ -59,10 +72,50 @@ class MaskRecorder(Observer):
         sizes = {name: layer.block_size for name, layer in fit.layers.items()}
         with self._stop_on_error():
             path = folder / (f"pattern-{fit.label}.history" if fit.label else HISTORY)
-            if fit.step == 0:
-                _move_aside(path)
-            self._writer = HistoryWriter(path)
+            self._writer = self._open(path.resolve(), fit.step)
             self._writer.start(fit.step, _masks(fit), sizes, about)
+            self.history = {"file": str(self._writer.path), "run": self._writer.run}
+
+    def _open(self, path: Path, step: int) -> HistoryWriter:
+        """Return the writer of a training that starts or resumes at a step.
+
+        Args:
+            path: path of its history, unless the training already has one in the same folder.
+            step: optimizer steps so far.
+        """
+        earlier = self._find_earlier(path, step) if step else None
+        if earlier is None or earlier.parent != path.parent:
+            _move_aside(path)
+            return _new_writer(path, earlier)
+        try:
+            return HistoryWriter(earlier)
+        except BlockingIOError:
+            writer = _new_writer(path, earlier)
+        rank_zero_warn(
+            f"A history of block masks must be written by one training at a time; another one is "
+            f"writing '{earlier}'. This training writes '{writer.path}' instead, which begins with "
+            f"the same steps up to {step}."
+        )
+        return writer
+
+    def _find_earlier(self, path: Path, step: int) -> Path | None:
+        """Return the file with the history so far of a training that resumes; None if it is gone.
+
+        The file of a run may have been renamed when another training started in its folder.
+        """
+        if self.history is None:  # an earlier version saved the checkpoint
+            return path if path.exists() else None
+        file = Path(self.history["file"])
+        renamed = (f for folder in (file.parent, path.parent) for f in sorted(folder.glob(_ANY)))
+        for candidate in (file, *renamed):
+            if holds_run(candidate, self.history["run"]):
+                return candidate.resolve()
+        rank_zero_warn(
+            f"The history of block masks begins at step {step}, because the file with the steps "
+            f"before must be '{file}', which was not found. To have all steps in one report, put "
+            "it back there and resume again."
+        )
+        return None
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
         with self._stop_on_error():
@@ -78,6 +131,11 @@ class MaskRecorder(Observer):
 
     def end(self, fit: Fit) -> None:
         self._write_metrics(fit)
+
+    def stop(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def _write_metrics(self, fit: Fit) -> None:
         with self._stop_on_error():
@@ -96,7 +154,7 @@ class MaskRecorder(Observer):
         try:
             yield
         except (OSError, ValueError) as error:
-            self._writer = None
+            self.stop()
             rank_zero_warn(f"The history of block masks is no longer recorded: {error}")
 
 
@@ -116,12 +174,27 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 
 def _move_aside(path: Path) -> None:
-    """Rename the file that an earlier training wrote under this path, if there is one."""
+    """Rename the file that an earlier training wrote under this path, if there is one.
+
+    A training that is still writing it goes on in the renamed file. Windows refuses to rename an
+    open file, which then keeps its name.
+    """
     if path.exists():
-        number = 1
-        while (aside := path.with_suffix(f".{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(aside)
+        with suppress(PermissionError):
+            path.rename(_unused(path))
+
+
+def _new_writer(path: Path, earlier: Path | None) -> HistoryWriter:
+    """Return the writer of a new file, whose name has a number if the path is taken."""
+    while True:
+        with suppress(BlockingIOError):  # another training has just created the same file
+            return HistoryWriter(_unused(path), earlier)
+
+
+def _unused(path: Path) -> Path:
+    """Return the first of 'pattern.history', 'pattern.1.history' and so on that does not exist."""
+    numbered = (path.with_suffix(f".{number}{path.suffix}") for number in count(1))
+    return next(candidate for candidate in chain([path], numbered) if not candidate.exists())
 
 
 def _masks(fit: Fit) -> dict[str, np.ndarray[Any, Any]]:

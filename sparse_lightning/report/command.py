@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> None:
         f"Wrote {output}: {len(data['layers'])} layers, {data['updates']} updates, "
         f"steps {first:,} to {last:,}, {output.stat().st_size / 1e6:.1f} MB, from {history}"
     )
+    if data["gaps"]:
+        print(f"This history is incomplete. {data['gaps']}")
     if others:
         print("Older histories; name a file to write its page:")
         for other in others:

@@ -760,6 +760,8 @@ function buildHeader() {
     ? `stayed at ${percent(end)}` : `went from ${percent(first)} to ${percent(end)}`;
   $("lede").textContent = `How the weight blocks of ${many(layers.length, "layer")} changed. The density ${density} in `
     + `${many(updates, "update")}.`;
+  $("gaps").textContent = data.gaps;
+  $("gaps").hidden = data.gaps === "";
   const facts = [
     ["Steps", `${whole(data.steps[0])} to ${whole(data.steps[1])}`],
     ["Updates", whole(updates)],

@@ -10,14 +10,15 @@ import base64
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_lightning.history import Frame, History, LayerHistory, Metrics, quantise
+from sparse_lightning.history import Frame, Gap, History, LayerHistory, Metrics, quantise
 
 MAX_FRAMES = 200  # 25 seconds at the default speed
 MAX_POINTS = 1000  # per curve, about the pixels of a screen
@@ -65,15 +66,17 @@ def count_blocks(layer: LayerHistory, steps: list[int]) -> tuple[BlockCounts, ND
         The counts, and the step of each block's last change, int64 `[out_blocks * in_blocks]`.
     """
     rows, columns = layer.grid
-    mask = layer.first.reshape(-1).copy()
-    ever, last_change = mask.copy(), np.full(mask.size, steps[0])
-    in_row, in_column = layer.first.sum(1), layer.first.sum(0)
-    present, n_ever = int(mask.sum()), int(mask.sum())
+    first = layer.mask(0)
+    before, ever = first.reshape(-1), first.reshape(-1).copy()
+    last_change = np.full(first.size, steps[0])
+    in_row, in_column = first.sum(1), first.sum(0)
+    present = n_ever = int(first.sum())
     counts = BlockCounts()
-    for step, flips in zip(steps, layer.flips, strict=True):
-        mask[flips] ^= True
+    for step, mask in zip(steps, layer.masks(), strict=True):
+        after = mask.reshape(-1)
+        flips = np.flatnonzero(after ^ before)
         last_change[flips] = step
-        is_grown = mask[flips]
+        is_grown = after[flips]
         grown = int(is_grown.sum())
         present += 2 * grown - len(flips)
         first_grown = flips[is_grown & ~ever[flips]]
@@ -88,6 +91,7 @@ def count_blocks(layer: LayerHistory, steps: list[int]) -> tuple[BlockCounts, ND
         counts.ever.append(n_ever)
         counts.dead_rows.append(int((in_row == 0).sum()))
         counts.dead_columns.append(int((in_column == 0).sum()))
+        before = after
     return counts, last_change
 
 
@@ -135,6 +139,23 @@ def panel_name(metric: str) -> str:
     return _STAGE.sub("", metric) or metric
 
 
+def gaps_text(gaps: Sequence[Gap]) -> str:
+    """Return a sentence about the gaps of a history; "" if there is none.
+
+    >>> gaps_text([Gap(None, 10), Gap(1050, None)])
+    'Records are damaged or missing before step 10, and after step 1,050.'
+    """
+    places = []
+    for gap in gaps:
+        if gap.after is None:
+            places.append(f"before step {gap.before:,}")
+        elif gap.before is None:
+            places.append(f"after step {gap.after:,}")
+        else:
+            places.append(f"between steps {gap.after:,} and {gap.before:,}")
+    return f"Records are damaged or missing {', and '.join(places)}." if places else ""
+
+
 def page_data(history: History, title: str) -> dict[str, Any]:
     """Return the data of the page as primitives for JSON.
 
@@ -143,7 +164,7 @@ def page_data(history: History, title: str) -> dict[str, Any]:
         title: title of the page.
     """
     steps = [frame.step for frame in history.frames]
-    sizes = [layer.first.size for layer in history.layers.values()]
+    sizes = [math.prod(layer.grid) for layer in history.layers.values()]
     limit = min(MAX_FRAMES, max(24, _MAX_BLOCKS_IN_ANIMATIONS // max(1, sum(sizes))))
     shown = evenly_spaced(len(steps), limit)
     points = evenly_spaced(len(steps), MAX_POINTS)
@@ -177,6 +198,7 @@ def page_data(history: History, title: str) -> dict[str, Any]:
         "steps": [min(steps[0], *(m.step for m in moments)), max(m.step for m in moments)],
         "seconds": [min(m.seconds for m in moments), max(m.seconds for m in moments)],
         "updates": sum(frame.number > 0 for frame in history.frames),
+        "gaps": gaps_text(history.gaps),
         "weights": _weights(history, layer_counts),
         "recorded": len(steps),
         "frames": [
@@ -215,31 +237,24 @@ def _table_row(layer: LayerHistory, counts: BlockCounts, ages: NDArray[np.int64]
 
 def _animation(layer: LayerHistory, shown: list[int]) -> str:
     """Return the first mask, and the changes between displayed frames, as packed bits."""
-    parts, before = [], np.zeros(layer.grid, dtype=bool)
-    is_shown = set(shown)
-    for frame, mask in enumerate(layer.masks()):
-        if frame in is_shown:
-            parts.append(np.packbits(mask ^ before).tobytes())
-            before = mask.copy()
-    return _packed(b"".join(parts))
+    masks = chain([np.zeros(layer.grid, dtype=bool)], map(layer.mask, shown))
+    return _packed(np.packbits(mask ^ before) for before, mask in pairwise(masks))
 
 
 def _scores(
     layer: LayerHistory, scored: list[int], shown: list[int], steps: list[int]
 ) -> dict[str, Any]:
     """Return scores in 255 levels (0: no score), and the displayed frames from which they apply."""
-    known = [frame for frame in scored if frame in layer.scores]
-    from_frame = [int(np.searchsorted(shown, frame)) for frame in known]
     ranges, levels = [], []
-    for frame in known:
+    for frame in scored:
         lowest, highest, frame_levels = quantise(layer.scores[frame].reshape(-1))
         ranges.append([lowest, highest])
-        levels.append(frame_levels.tobytes())
+        levels.append(frame_levels)
     return {
-        "from": from_frame,
-        "steps": [steps[frame] for frame in known],
+        "from": [int(np.searchsorted(shown, frame)) for frame in scored],
+        "steps": [steps[frame] for frame in scored],
         "ranges": ranges,
-        "levels": _packed(b"".join(levels)),
+        "levels": _packed(levels),
     }
 
 
@@ -247,7 +262,7 @@ def _weights(history: History, layer_counts: list[BlockCounts]) -> dict[str, int
     """Return the number of weights if dense, at the first frame, and at the last."""
     pairs = list(zip(history.layers.values(), layer_counts, strict=True))
     return {
-        "dense": sum(layer.first.size * layer.block_size**2 for layer, _ in pairs),
+        "dense": sum(math.prod(layer.grid) * layer.block_size**2 for layer, _ in pairs),
         "first": sum(counts.present[0] * layer.block_size**2 for layer, counts in pairs),
         "last": sum(counts.present[-1] * layer.block_size**2 for layer, counts in pairs),
     }
@@ -302,5 +317,7 @@ def _select(points: list[int], lines: Mapping[str, list[float]]) -> dict[str, li
     return {name: [values[i] for i in points] for name, values in lines.items()}
 
 
-def _packed(data: bytes) -> str:
-    return base64.b64encode(zlib.compress(data)).decode()
+def _packed(arrays: Iterable[NDArray[np.uint8]]) -> str:
+    stream = zlib.compressobj()
+    parts = [stream.compress(array.tobytes()) for array in arrays]
+    return base64.b64encode(b"".join([*parts, stream.flush()])).decode()

@@ -1,14 +1,18 @@
-"""The history file of a fit holds the block masks after each update."""
+"""The history file of a fit holds the block masks after each update, and those of no other fit."""
 
 from __future__ import annotations
 
+import copy
 import errno
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -71,20 +75,151 @@ def test_a_fit_leaves_its_history(tmp_path: Path) -> None:
     assert [(m.step, [*m.values]) for m in history.metrics] == [(24, ["val_loss"])]
 
 
+def saved_at_10(folder: Path) -> Path:
+    """Train to the end, and return the checkpoint of step 10."""
+    saved = ModelCheckpoint(folder, every_n_train_steps=10, save_top_k=-1, filename="{step}")
+    fit(folder, checkpoints=[saved], enable_checkpointing=True)
+    return folder / "step=10.ckpt"
+
+
+def assert_whole(file: Path, masks: dict[int, dict[str, np.ndarray]]) -> None:
+    """A history is that of an uninterrupted training: all steps, and the masks of each."""
+    history = read_history(file)
+    assert [frame.step for frame in history.frames] == [0, *masks] == [0, 4, 8, 12, 16, 18]
+    for i, step in enumerate(masks, start=1):
+        for name, layer in history.layers.items():
+            assert (layer.mask(i) == masks[step][name]).all()
+    assert history.gaps == []
+
+
+def histories(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.history"))
+
+
 def test_a_resumed_fit_continues_its_history(tmp_path: Path) -> None:
+    checkpoint = saved_at_10(tmp_path)
+    folder = tmp_path / "csv" / "version_0"
+    before = len((folder / HISTORY).read_bytes())
+    masks = fit(tmp_path, checkpoint).masks
+    assert_whole(folder / HISTORY, {**first_updates(folder / HISTORY), **masks})
+    assert len((folder / HISTORY).read_bytes()) > before
+    assert histories(folder) == [HISTORY]
+
+
+def first_updates(file: Path) -> dict[int, dict[str, np.ndarray]]:
+    """The masks of the updates before step 10, which a training resumed there does not repeat."""
+    history = read_history(file)
+    return {
+        frame.step: {name: layer.mask(i) for name, layer in history.layers.items()}
+        for i, frame in enumerate(history.frames)
+        if 0 < frame.step < 10
+    }
+
+
+def test_a_numbered_logger_gets_the_whole_history(tmp_path: Path) -> None:
+    checkpoint = saved_at_10(tmp_path)
+    first, second = (tmp_path / "csv" / f"version_{n}" / HISTORY for n in (0, 1))
+    before = first.read_bytes()
+    masks = fit(tmp_path, checkpoint, logger=CSVLogger(tmp_path, name="csv")).masks
+    assert_whole(second, {**first_updates(first), **masks})
+    assert first.read_bytes() == before
+
+
+def test_a_history_that_is_gone_is_named(tmp_path: Path) -> None:
+    checkpoint = saved_at_10(tmp_path)
+    shutil.rmtree(tmp_path / "csv" / "version_0")
+    with pytest.warns(UserWarning, match=r"begins at step 10.*version_0.*put it back"):
+        fit(tmp_path, checkpoint, logger=CSVLogger(tmp_path, name="csv", version=1))
+    history = read_history(tmp_path / "csv" / "version_1" / HISTORY)
+    assert [frame.step for frame in history.frames] == [10, 12, 16, 18]
+
+
+def test_a_history_that_was_moved_aside_is_continued(tmp_path: Path) -> None:
+    checkpoint = saved_at_10(tmp_path)
+    folder = tmp_path / "csv" / "version_0"
+    other = fit(tmp_path).masks  # a new training in the same folder
+    masks = fit(tmp_path, checkpoint).masks
+    assert histories(folder) == ["pattern.1.history", HISTORY]
+    assert_whole(folder / HISTORY, other)
+    moved = folder / "pattern.1.history"
+    assert_whole(moved, {**first_updates(moved), **masks})
+
+
+def test_a_checkpoint_without_a_history_continues_the_file_of_the_folder(tmp_path: Path) -> None:
+    path = saved_at_10(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["sparse_lightning_histories"]
+    torch.save(checkpoint, path)
+    masks = fit(tmp_path, path).masks
+    file = tmp_path / "csv" / "version_0" / HISTORY
+    assert_whole(file, {**first_updates(file), **masks})
+
+
+class Meanwhile(L.Callback):
+    """Calls a function before the 15th step of a fit, and keeps its result."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function, self.result = function, None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 14:
+            self.result = self.function()
+
+
+def test_a_fit_in_the_folder_of_a_running_one(tmp_path: Path) -> None:
+    second = Meanwhile(lambda: fit(tmp_path).masks)
+    first = fit(tmp_path, checkpoints=[second]).masks
+    folder = tmp_path / "csv" / "version_0"
+    assert histories(folder) == ["pattern.1.history", HISTORY]
+    assert_whole(folder / "pattern.1.history", first)
+    assert_whole(folder / HISTORY, second.result)
+
+
+def test_two_fits_resumed_from_one_checkpoint(tmp_path: Path) -> None:
+    checkpoint = saved_at_10(tmp_path)
+    folder = tmp_path / "csv" / "version_0"
+    early = first_updates(folder / HISTORY)
+    second = Meanwhile(lambda: fit(tmp_path, checkpoint).masks)
+    with pytest.warns(UserWarning, match=r"another one is writing '.*pattern\.history'") as seen:
+        first = fit(tmp_path, checkpoint, checkpoints=[second]).masks
+    (text,) = [str(w.message) for w in seen if "another one is writing" in str(w.message)]
+    assert f"writes '{folder / 'pattern.1.history'}' instead" in text
+    assert histories(folder) == ["pattern.1.history", HISTORY]
+    assert_whole(folder / HISTORY, {**early, **first})
+    assert_whole(folder / "pattern.1.history", {**early, **second.result})
+
+
+def test_a_fit_that_failed_releases_its_file(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("no more")
+
     saved = ModelCheckpoint(tmp_path, every_n_train_steps=10, save_top_k=-1, filename="{step}")
-    fit(tmp_path, checkpoints=[saved], enable_checkpointing=True)
-    whole = read_history(tmp_path / "csv" / "version_0" / HISTORY)
-    # Resume in the same folder, and in a new one, whose history starts at the checkpoint.
-    fit(tmp_path, tmp_path / "step=10.ckpt")
-    other = CSVLogger(tmp_path, name="csv", version=1)
-    fit(tmp_path, tmp_path / "step=10.ckpt", logger=other)
-    for version, first in ((0, 0), (1, 10)):
-        resumed = read_history(tmp_path / "csv" / f"version_{version}" / HISTORY)
-        steps = [f.step for f in whole.frames if f.step > first]
-        assert [f.step for f in resumed.frames] == [first, *steps]
-        for name, layer in whole.layers.items():
-            assert (layer.mask(-1) == resumed.layers[name].mask(-1)).all()
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(tmp_path, checkpoints=[saved, Meanwhile(fail)], enable_checkpointing=True)
+    file = tmp_path / "csv" / "version_0" / HISTORY
+    masks = fit(tmp_path, tmp_path / "step=10.ckpt").masks
+    assert histories(file.parent) == [HISTORY]
+    assert_whole(file, {**first_updates(file), **masks})
+
+
+def test_a_file_that_is_deleted_ends_the_recording_with_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "csv" / "version_0" / HISTORY
+    with pytest.warns(UserWarning, match=r"no longer recorded: .*deleted.*pattern\.history"):
+        masks = fit(tmp_path, checkpoints=[Meanwhile(file.unlink)]).masks
+    assert list(masks) == [4, 8, 12, 16, 18] and not file.exists()
+
+
+def test_a_copy_of_the_callback_records_nothing(tmp_path: Path) -> None:
+    found: list[SparsityCallback] = []
+
+    class Copy(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            callbacks = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
+            found[:] = copy.deepcopy(callbacks)
+
+    masks = fit(tmp_path, checkpoints=[Copy()]).masks
+    assert len(found) == 1
+    assert_whole(tmp_path / "csv" / "version_0" / HISTORY, masks)
 
 
 def test_an_earlier_training_is_kept(tmp_path: Path) -> None:

@@ -72,6 +72,22 @@ def test_the_newest_history_is_used(tmp_path: Path, capsys) -> None:
     ]
 
 
+def test_a_gap_is_shown_on_the_page_and_printed(tmp_path: Path, capsys) -> None:
+    path = record(tmp_path / "pattern.history", updates=4)
+    whole = path.read_bytes()
+    assert main(["report", str(path)]) == 0
+    assert "missing" not in capsys.readouterr().out
+    assert data_in(tmp_path / "report.html")["gaps"] == ""
+    middle = bytearray(whole)
+    middle[len(whole) // 2] ^= 1
+    for data, place in ((whole[:-1], "after step 40"), (bytes(middle), "between steps ")):
+        path.write_bytes(data)
+        assert main(["report", str(path)]) == 0
+        sentence = f"Records are damaged or missing {place}"
+        assert sentence in capsys.readouterr().out
+        assert data_in(tmp_path / "report.html")["gaps"].startswith(sentence)
+
+
 def test_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     record(tmp_path / "pattern.history")
     opened: list[str] = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import math
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sparse_lightning.history import Frame, History, HistoryWriter, LayerHistory, read_history
+from sparse_lightning import history as history_module
+from sparse_lightning.history import History, HistoryWriter, read_history
 from sparse_lightning.report import page_data as module
 from sparse_lightning.report.page_data import (
     BlockCounts,
@@ -22,19 +24,27 @@ from sparse_lightning.report.page_data import (
 )
 
 
-def flips(*frames: list[int]) -> list[np.ndarray]:
-    return [np.array(blocks, dtype=np.int32) for blocks in frames]
-
-
-def small() -> History:
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> History:
     """Two layers and three updates: 'a' has 2 x 3 blocks, 'b' has one block that never changes."""
-    first = np.array([[1, 1, 0], [0, 1, 0]], dtype=bool)
-    # Block 1 is dropped and 2 grown; then 0 and 2 are dropped; then 3 is grown.
-    a = LayerHistory((2, 3), 16, first, flips([], [1, 2], [0, 2], [3]))
-    b = LayerHistory((1, 1), 32, np.ones((1, 1), dtype=bool), flips([], [], [], []))
-    a.scores[1] = np.array([[2.0, np.nan, np.nan], [np.nan, 4.0, np.nan]], dtype=np.float32)
-    frames = [Frame(10 * i, i, 1000.0 + i) for i in range(4)]
-    return History({"device": "CPU"}, frames, {"a": a, "b": b})
+    grids = (
+        [[1, 1, 0], [0, 1, 0]],
+        [[1, 0, 1], [0, 1, 0]],  # block 1 is dropped and 2 grown
+        [[0, 0, 0], [0, 1, 0]],  # 0 and 2 are dropped
+        [[0, 0, 0], [1, 1, 0]],  # 3 is grown
+    )
+    writer, b = HistoryWriter(tmp_path / "small"), np.ones((1, 1), dtype=bool)
+    for number, grid in enumerate(grids):
+        monkeypatch.setattr(history_module.time, "time", lambda number=number: 1000.0 + number)
+        masks = {"a": np.array(grid, dtype=bool), "b": b}
+        if number == 0:
+            writer.start(0, masks, {"a": 16, "b": 32}, {"device": "CPU"})
+        else:
+            writer.update(10 * number, number, masks)
+        if number == 1:
+            scores = np.array([[2.0, np.nan, np.nan], [np.nan, 4.0, np.nan]], dtype=np.float32)
+            writer.scores({"a": scores, "b": np.full((1, 1), np.nan, dtype=np.float32)})
+    return read_history(tmp_path / "small")
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -48,8 +58,8 @@ def animation(layer: dict, frames: int) -> np.ndarray:
     return (np.cumsum(bits, axis=0) % 2).astype(bool).reshape(frames, *layer["grid"])
 
 
-def test_block_counts_of_a_layer() -> None:
-    counts, last_change = count_blocks(small().layers["a"], [0, 10, 20, 30])
+def test_block_counts_of_a_layer(small: History) -> None:
+    counts, last_change = count_blocks(small.layers["a"], [0, 10, 20, 30])
     assert counts == BlockCounts(
         present=[3, 3, 1, 2],
         grown=[0, 1, 0, 1],
@@ -62,8 +72,8 @@ def test_block_counts_of_a_layer() -> None:
     assert last_change.tolist() == [20, 10, 20, 30, 0, 0]
 
 
-def test_the_curves_are_shares() -> None:
-    counts, _ = count_blocks(small().layers["a"], [0, 10, 20, 30])
+def test_the_curves_are_shares(small: History) -> None:
+    counts, _ = count_blocks(small.layers["a"], [0, 10, 20, 30])
     assert curves(counts, 6) == {
         "density": [0.5, 0.5, 0.166667, 0.333333],
         "churn": [0, 0.333333, 0, 0],
@@ -74,8 +84,8 @@ def test_the_curves_are_shares() -> None:
     }
 
 
-def test_all_data_of_the_page() -> None:
-    data = page_data(small(), "a run")
+def test_all_data_of_the_page(small: History) -> None:
+    data = page_data(small, "a run")
     a, b = data["layers"]
     assert a["row"] == {
         "present": 2, "density": 0.333333, "ever": 0.833333, "dead_rows": 1, "dead_columns": 1,
@@ -94,11 +104,11 @@ def test_all_data_of_the_page() -> None:
     for name, layer in zip("ab", data["layers"], strict=True):
         masks = animation(layer, 4)
         for frame in range(4):
-            assert (masks[frame] == small().layers[name].mask(frame)).all()
+            assert (masks[frame] == small.layers[name].mask(frame)).all()
 
 
-def test_scores_start_at_their_frame() -> None:
-    scores = page_data(small(), "")["layers"][0]["scores"]
+def test_scores_start_at_their_frame(small: History) -> None:
+    scores = page_data(small, "")["layers"][0]["scores"]
     assert scores["from"] == [1] and scores["steps"] == [10] and scores["ranges"] == [[2.0, 4.0]]
     assert unpacked(scores["levels"]).tolist() == [1, 0, 0, 0, 255, 0]
 
@@ -140,15 +150,19 @@ def test_panels_group_comparable_metrics(metric: str, panel: str) -> None:
 
 
 def test_many_frames_are_merged_only_in_the_animations(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_FRAMES", 3)
     generator = np.random.default_rng(0)
-    layer = LayerHistory((5, 4), 16, generator.random((5, 4)) < 0.5, flips([]))
-    for _ in range(8):
-        layer.flips.append(np.sort(generator.choice(20, 6, replace=False)).astype(np.int32))
-    layer.scores = {5: np.where(layer.mask(5), 1.0, np.nan).astype(np.float32)}
-    history = History({}, [Frame(i, i, 0.0) for i in range(9)], {"a": layer})
+    writer, mask = HistoryWriter(tmp_path / "h"), generator.random((5, 4)) < 0.5
+    writer.start(0, {"a": mask}, {"a": 16}, {})
+    for number in range(1, 9):
+        mask = mask ^ (generator.random((5, 4)) < 0.3)
+        writer.update(number, number, {"a": mask})
+        if number == 5:
+            writer.scores({"a": np.ones((5, 4), dtype=np.float32)})
+    history = read_history(tmp_path / "h")
+    layer = history.layers["a"]
     data = page_data(history, "")
     assert [frame["step"] for frame in data["frames"]] == [0, 4, 8]
     assert data["recorded"] == 9 and data["updates"] == 8
@@ -168,3 +182,25 @@ def test_an_update_undone_by_a_restart_is_not_shown(tmp_path: Path) -> None:
     writer.update(10, 1, {"a": one})
     data = page_data(read_history(tmp_path / "h"), "")
     assert data["updates"] == 1 and data["layers"][0]["row"]["replaced"] == 0
+
+
+def test_memory_does_not_grow_with_the_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FRAMES", 5)
+    monkeypatch.setattr(module, "_MAX_BLOCKS_IN_SCORES", 1)
+    generator, peaks = np.random.default_rng(0), []
+    for updates in (10, 100):
+        path, mask = tmp_path / f"{updates}", generator.random((256, 256)) < 0.3
+        writer = HistoryWriter(path)
+        writer.start(0, {"a": mask}, {"a": 16}, {})
+        for number in range(1, updates + 1):
+            mask = mask ^ (generator.random(mask.shape) < 0.2)
+            writer.update(number, number, {"a": mask})
+            writer.scores({"a": generator.random(mask.shape, dtype=np.float32)})
+        tracemalloc.start()
+        assert page_data(read_history(path), "")["updates"] == updates
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # The changed blocks of 90 frames, as int32, are 4.7 MB.
+    assert peaks[1] < peaks[0] + 400_000, peaks
