@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard $(addprefix sparse_lightning/kernels/,*.cu *.cuh */*.cu */*.cuh))
 ARGS ?=
-# One more than there are cores, up to four: tests also wait for processes that they start.
-WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
+# One per core, up to four: each imports everything, which takes half a minute.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 
 # The newest major CUDA version that the driver supports, from nvidia-smi's header; empty without a driver.
 CUDA = $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9][0-9]*\).*/\1/p')
@@ -60,8 +60,12 @@ train: $(RUNTIME)  ## Run the example training, e.g. make train ARGS="trainer.ma
 
 heading = @printf '\n== %s\n' "$(1)"
 
+# Types are checked while the tests run, and reported after them.
 .PHONY: test
-test: format-check lint types unit  ## Run every check: formatting, lint, types, tests, the documentation's examples
+test: format-check lint  ## Run every check: formatting, lint, types, tests, the documentation's examples
+	@found=$$(mktemp); $(MAKE) --no-print-directory types >$$found 2>&1 & checker=$$!; \
+	$(MAKE) --no-print-directory unit; tests=$$?; \
+	wait $$checker; types=$$?; cat $$found; rm $$found; exit $$((tests || types))
 
 .PHONY: format-check
 format-check: $(DEV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 
 from sparse_lightning import optimizer_state
 from sparse_lightning.bench import problem
+from tests import processes
+
+
+def pytest_configure() -> None:
+    processes.set_preloads()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,3 +42,13 @@ def poisoned_memory() -> Iterator[None]:
     with problem.poisoned_memory():
         assert torch.empty(3).isnan().all(), "PyTorch no longer fills uninitialised memory"
         yield
+
+
+@pytest.fixture
+def spawned_from_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spawned processes come from the server of `tests.processes`, and so need no imports.
+
+    They receive pickled arguments as others do; only the interpreter is not started anew.
+    """
+    contexts = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
+    monkeypatch.setitem(contexts, "spawn", multiprocessing.get_context("forkserver"))

@@ -23,7 +23,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 # Imported by the server. None of them may initialize CUDA, which does not survive a fork.
 PRELOADED = ["sparse_lightning.callbacks", "tests.callbacks.helpers", "hydra", "matplotlib.pyplot"]
-PRELOADED += ["sklearn.datasets", "transformers", "wandb"]
+PRELOADED += ["sklearn.datasets", "torch._inductor.compile_fx", "transformers", "wandb"]
+
+
+def set_preloads() -> None:
+    """Tell the server what to import; without effect once it runs.
+
+    A process has one server for all its users, so a strategy of Lightning may start it first.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 class Script:
@@ -46,7 +54,6 @@ class Script:
         terminal: int | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         self.command = [str(path), *map(str, arguments)]
         self._files = [tempfile.TemporaryFile("w+b") for _ in range(2)]  # noqa: SIM115
         descriptors = [file.fileno() if terminal is None else terminal for file in self._files]

@@ -17,6 +17,7 @@ ROOT = Path(sparse_lightning.__file__).parent
 # itself and from lower floors; rooms of one floor, as policy and kernels, never see each other.
 FLOORS = {
     "history": 0,
+    "interrupts": 0,
     "ranks": 0,
     "topology": 0,
     "masks": 0,
@@ -164,32 +165,51 @@ def test_the_walk_catches(tmp_path: Path, file: str, source: str, says: str) -> 
     assert re.search(says, found)
 
 
+# One process for everything, since each takes seconds to start.
 IMPORTS = """
 import sys
-import sparse_lightning as package
-
-heavy = ("lightning", "pytorch_lightning", "cupy", "hydra", "omegaconf", "wandb", "rich")
-heavy += ("matplotlib", "plotly")
-early = [name for name in heavy if name in sys.modules]
-assert not early, f"import sparse_lightning imported {early}"
-
 import torch
 
-layer = package.BlockSparseLinear(32, 32, block_size=16, density=0.5)
-package.sparsify(torch.nn.Sequential(torch.nn.Linear(32, 32)), block_size=16)
-layer(torch.zeros(2, 32)).sum().backward()
-assert not [name for name in heavy if name in sys.modules], "working without Lightning needs none"
-assert not torch.cuda.is_initialized()
+HEAVY = {"lightning", "pytorch_lightning", "transformers", "accelerate", "cupy", "hydra"}
+HEAVY |= {"omegaconf", "wandb", "rich", "matplotlib", "plotly"}
 
-package.SparsityCallback
+
+def check(what):
+    imported = HEAVY & sys.modules.keys()
+    assert not imported, f"{what} imported {imported}"
+    assert not torch.cuda.is_initialized()
+
+
+import sparse_lightning
+check("import sparse_lightning")
+import sparse_lightning.integrations
+check("import sparse_lightning.integrations")
+import sparse_lightning.report
+check("import sparse_lightning.report")
+import sparse_lightning.cli
+check("import sparse_lightning.cli")
+
+layer = sparse_lightning.BlockSparseLinear(32, 32, block_size=16, density=0.5)
+sparse_lightning.sparsify(torch.nn.Sequential(torch.nn.Linear(32, 32)), block_size=16)
+layer(torch.zeros(2, 32)).sum().backward()
+check("training without a trainer")
+
+sparse_lightning.integrations.SparsityTrainerCallback
+assert "transformers" in sys.modules
+HEAVY = {"lightning", "cupy"}  # Transformers imports others
+check("the callback for Transformers")
+
+sparse_lightning.SparsityCallback
 assert "lightning" in sys.modules
-assert not torch.cuda.is_initialized()
-assert "cupy" not in sys.modules
+HEAVY = {"cupy"}
+check("the callback for Lightning")
 print("done")
 """
 
 
-def test_lightning_is_imported_when_a_callback_is_asked_for() -> None:
+def test_trainers_are_imported_when_a_callback_is_asked_for() -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
 

@@ -255,6 +255,7 @@ def test_decisions_are_numbered_in_order() -> None:
     assert numbers == list(range(1, 1 + len(numbers)))
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly_and_loads_nothing_from_a_network(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)

@@ -162,6 +162,7 @@ def spelled(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(st.sampled_from(sorted(FIELDS)).flatmap(lambda k: st.tuples(st.just(k), FIELDS[k])))
 def test_overrides(override: tuple[str, Any]) -> None:

@@ -18,7 +18,7 @@ from sparse_lightning import DensitySchedule, DropFractionSchedule, MonitorOptio
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.policy.criteria import momentum, saliency
 from sparse_lightning.policy.distributions import Floor
-from tests import extensions
+from tests import extensions, processes
 
 PRESETS = ("rigl", "set", "snfs", "cubic", "granet", "movement", "static")
 
@@ -44,7 +44,7 @@ def main(cfg):
         print("CONFIG", json.dumps(dataclasses.asdict(hydra.utils.instantiate(callback).config)))
 
 
-assert not [name for name in sys.modules if name.startswith(("sparse_lightning", "lightning"))]
+print("EARLY", {"sparse_lightning", "lightning", "torch"} & sys.modules.keys())
 main()
 """
 
@@ -340,21 +340,9 @@ def test_a_users_file_can_override_the_preset(
     assert callbacks[1] == {}
 
 
-def run_app(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "app.py", *overrides],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.slow
 def test_a_users_app_sweeps_without_importing_the_package(users_app: Path) -> None:
-    done = run_app(
-        users_app,
+    overrides = (
         "-m",
         "callbacks/sparsity=rigl,set,static",
         "callbacks.sparsity.block_size=16,32",
@@ -363,7 +351,16 @@ def test_a_users_app_sweeps_without_importing_the_package(users_app: Path) -> No
         "callbacks.sparsity.update.until=1e3",
         "callbacks.sparsity.monitor=null",
     )
+    done = subprocess.run(
+        [sys.executable, "app.py", *overrides],
+        cwd=users_app,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("EARLY set()\n")
     lines = [line for line in done.stdout.splitlines() if line.startswith("CONFIG ")]
     configs = [json.loads(line.removeprefix("CONFIG ")) for line in lines]
     grows = {"rigl": "gradient", "set": "random", "static": "none"}
@@ -378,7 +375,8 @@ def test_a_users_app_sweeps_without_importing_the_package(users_app: Path) -> No
 
 
 def test_a_users_app_names_a_mistyped_key(users_app: Path) -> None:
-    done = run_app(users_app, "callbacks.sparsity.densty=0.1")
+    app = users_app / "app.py"
+    done = processes.run(app, "callbacks.sparsity.densty=0.1", cwd=users_app, check=False)
     assert done.returncode != 0 and "CONFIG" not in done.stdout
     assert "Key 'densty' not in 'SparsityNode'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -270,6 +270,7 @@ def test_an_interrupted_command_resumes(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("spawned_from_server")
 def test_workers_give_the_same_results(tmp_path: Path) -> None:
     def metrics(name: str, *options: str) -> dict[Run, dict[str, float]]:
         file = tmp_path / name

@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback, sparsify
@@ -163,14 +162,9 @@ class Importable(Classifier):
     """Can be unpickled in a spawned process."""
 
 
-# Uses the launcher of "ddp_spawn", in processes that have already imported Lightning.
-FORKSERVER = DDPStrategy(start_method="forkserver")
-
-
-@pytest.mark.parametrize(
-    "strategy", ["ddp_fork", FORKSERVER, "ddp_notebook"], ids=["fork", "spawn", "notebook"]
-)
-def test_a_dense_model_is_refused_in_other_processes(strategy: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp_notebook"])
+@pytest.mark.usefixtures("spawned_from_server")
+def test_a_dense_model_is_refused_in_other_processes(strategy: str, tmp_path: Path) -> None:
     model = Importable()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
@@ -182,6 +176,7 @@ def test_a_dense_model_is_refused_in_other_processes(strategy: Any, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+@pytest.mark.usefixtures("spawned_from_server")
 def test_layers_swapped_before_the_fit_return_trained(strategy: str, tmp_path: Path) -> None:
     """The layers have fewer slots than before, since memory follows the density."""
     falling = {"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 0.5}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +33,58 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def tab(browser: Any) -> Callable[[bool], Any]:
+    """A computer's or a phone's; a new tab or another address would compile Plotly anew."""
+    return functools.cache(lambda phone: browser.new_page(has_touch=phone, is_mobile=phone))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page") / "report.html"
+
+
 @pytest.fixture
-def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
+def show(tab: Callable[[bool], Any], file: Path) -> Iterator[Any]:
     """Opens the page of a history; neither an error nor a network request may occur."""
     wrong: list[str] = []
-    opened = []
+    listening = contextlib.ExitStack()
+    url = file.as_uri()
+    listeners = {
+        "pageerror": lambda error: wrong.append(f"error: {error}"),
+        "console": lambda message: wrong.append(f"{message.type}: {message.text}"),
+        "dialog": lambda dialog: (wrong.append("a name was run"), dialog.dismiss()),
+        "request": lambda request: (
+            wrong.append(request.url)
+            if request.url != url and not request.url.startswith(("data:", "blob:"))
+            else None
+        ),
+    }
 
-    def open_page(history: Path, **options: Any) -> Any:
-        write_report(history, tmp_path / "report.html")
-        url = (tmp_path / "report.html").as_uri()
-        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
-        opened.append(page)
-        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
-        page.on("dialog", lambda dialog: (wrong.append("a name was run"), dialog.dismiss()))
-        page.on(
-            "request",
-            lambda request: (
-                wrong.append(request.url)
-                if request.url != url and not request.url.startswith(("data:", "blob:"))
-                else None
-            ),
-        )
+    def open_page(
+        history: Path,
+        *,
+        width: int = 1280,
+        height: int = 900,
+        color_scheme: str = "light",
+        phone: bool = False,
+    ) -> Any:
+        write_report(history, file)
+        page = tab(phone)
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=color_scheme)
+        page.mouse.move(0, 0)
+        for event, listener in listeners.items():
+            page.on(event, listener)
+            listening.callback(page.remove_listener, event, listener)
+        # At the end, the page first does what it was about to do.
+        listening.callback(page.evaluate, "new Promise((done) => setTimeout(done))")
         page.goto(url)
         page.wait_for_selector("html[data-ready]", timeout=60_000)
         return page
 
-    yield open_page
-    for page in opened:
-        page.close()
+    with listening:
+        yield open_page
     assert not wrong, wrong
 
 
@@ -141,6 +166,7 @@ def truth(history: History, name: str, frame: int, row: int, column: int) -> str
     return f"{where}\n{' · '.join(parts)}"
 
 
+@pytest.mark.slow
 def test_the_readout_shows_the_history_of_a_block(show, history: Path) -> None:
     page, known = show(history), read_history(history)
     for index, (name, grid) in enumerate(GRIDS.items()):
@@ -231,7 +257,7 @@ def test_keys(show, history: Path) -> None:
 
 
 def test_every_control_is_reached_by_tab(show, history: Path) -> None:
-    page = show(history, viewport={"width": 1000, "height": 900})
+    page = show(history, width=1000)
     seen = set()
     for _ in range(30):
         page.keyboard.press("Tab")
@@ -262,7 +288,7 @@ def test_colours_of_age_and_score(show, history: Path) -> None:
 
 
 def test_the_mask_is_enlarged(show, history: Path) -> None:
-    page = show(history, viewport={"width": 1000, "height": 900})
+    page = show(history, width=1000)
     page.click(".tile[data-layer='1']")
     width = page.locator("#mask").bounding_box()["width"]
     page.click("#larger")
@@ -374,7 +400,7 @@ def test_names_are_text(show, history: Path) -> None:
 
 @pytest.mark.parametrize("width", [390, 320])
 def test_nothing_is_wider_than_a_phone(show, history: Path, width: int) -> None:
-    page = show(history, viewport={"width": width, "height": 844}, has_touch=True, is_mobile=True)
+    page = show(history, width=width, height=844, phone=True)
     known = read_history(history)
     for panel in page.locator(".panel").all():
         panel.scroll_into_view_if_needed()
@@ -441,3 +467,9 @@ def test_a_history_cut_by_a_kill(show, tmp_path: Path) -> None:
     page = show(path)
     page.evaluate("showFrame(last)")
     assert text(page, "#when").startswith(f"step {known.frames[-1].step} ")
+    where = f"damaged or missing after step {known.gaps[-1].after}."
+    assert page.is_visible("#gaps") and where in text(page, "#gaps")
+
+
+def test_nothing_is_said_of_gaps_where_there_is_none(show, history: Path) -> None:
+    assert not show(history).is_visible("#gaps")
