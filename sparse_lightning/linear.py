@@ -143,28 +143,9 @@ class BlockSparseLinear(nn.Module):
             "bias",
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None,
         )
-        self._init_attributes(topology)
-        self.reset_parameters()
-
-    def _init_attributes(self, topology: BlockTopology) -> None:
-        """Set all attributes other than parameters and sizes."""
-        # The topology is copied, because an update must not change another layer. Like the tensors
-        # below, the copy is on the CPU even under `with torch.device("meta")`. None of them is a
-        # buffer: averaging callbacks average integer buffers, and DDP's broadcast of buffers would
-        # hide a rank whose topology has diverged.
-        self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
-        self.block_size = topology.block_size
-        self.armed = False
-        self._armed_flag = torch.zeros((), dtype=torch.bool, device="cpu")
-        self.block_norms = _zero_norms(topology.grid, torch.device("cpu"))
-        self.token_stride = 1
-        self._is_locked = False
-        self._coords_before_load = None
-        self._label = ""
-        self._lineage = uuid.uuid4().hex
-        self._has_trained = False
+        vars(self).update(_new_attributes(topology, self.values.device))
         LIVE_LAYERS.add(self)
-        self._move_attributes()
+        self.reset_parameters()
 
     @classmethod
     def from_linear(
@@ -424,7 +405,9 @@ class BlockSparseLinear(nn.Module):
 
     def apply_update(self, update: TopologyUpdate) -> None:
         """Apply a topology update: changed slots become zero, in value and in gradient."""
-        self._prepare_update(update)()
+        write = self._prepare_update(update)
+        with deferred_signals():
+            write()
 
     def _prepare_update(self, update: TopologyUpdate) -> Callable[[], None]:
         """Return a function that applies a topology update and only writes in place.
@@ -462,7 +445,8 @@ class BlockSparseLinear(nn.Module):
             RuntimeError: if `values` is sharded or in shared memory.
         """
         kept, write = self._prepare_shrink(capacity)
-        write()
+        with deferred_signals():
+            write()
         return kept
 
     @torch.no_grad()
@@ -704,16 +688,23 @@ class BlockSparseLinear(nn.Module):
         if (topology.capacity, topology.block_size) == (old.capacity, old.block_size):
             coords = topology.coords.to(old.device)
             if not torch.equal(coords, old.coords):
-                if self._is_locked and self._coords_before_load is None:
-                    self._coords_before_load = old.coords.cpu().clone()
-                old.assign_(coords)
+                with deferred_signals():
+                    if self._is_locked and self._coords_before_load is None:
+                        self._coords_before_load = old.coords.cpu().clone()
+                    if self.values.grad is not None:  # of the blocks that are replaced
+                        changed = (coords != old.coords).any(1).nonzero().squeeze(1)
+                        slots = to_local_slots(changed, self.values)
+                        local_part(self.values.grad).index_fill_(0, slots, 0)
+                    old.assign_(coords)
             return
         if self._is_locked:
             raise RuntimeError(
                 f"A layer in training must keep its capacity {old.capacity} and block "
                 f"size {self.block_size}; the state dict has {topology.capacity} and "
-                f"{topology.block_size}. Load it before the optimizer is built."
+                f"{topology.block_size}. Load it before the optimizer is built; a training that is "
+                "to be rolled back while it runs needs shrink=False."
             )
+        self._coords_before_load = None
         self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
         self.block_size = topology.block_size
         self.block_norms = _zero_norms(topology.grid, self.block_norms.device)
@@ -741,16 +732,18 @@ def make_sparse_(
     dense_class = type(linear)
     weight = cast(nn.Parameter, linear.weight)
     transposed = is_conv1d(linear)
-    data = topology.pack(dense_weight_of(linear)).mul_(scale)
+    # Everything that may run out of memory precedes the first change.
+    attributes = _new_attributes(topology, weight.device)
+    write_data = _prepare_data(weight, topology.pack(dense_weight_of(linear)).mul_(scale))
     _rename_parameter(linear, "weight", "values")
-    _set_data(weight, data)
+    write_data()
     linear.__class__ = BlockSparseLinear
     layer = cast(BlockSparseLinear, linear)
     layer.out_features, layer.in_features = topology.out_features, topology.in_features
     if transposed:
         layer._dense_class = dense_class
-    layer._init_attributes(topology)
-    layer._label = label
+    vars(layer).update(attributes, _label=label)
+    LIVE_LAYERS.add(layer)
     return layer
 
 
@@ -761,23 +754,56 @@ def make_dense_(layer: BlockSparseLinear) -> nn.Module:
     Raises:
         RuntimeError: if a `Sparsifier` that is attached to an optimizer evolves the layer.
     """
-    if layer._is_locked:
-        raise RuntimeError(
-            "A layer must not be evolved by a Sparsifier when it becomes dense; got one that is "
-            f"attached to an optimizer{layer._message_suffix()}. Call `detach()` first, or densify "
-            "a copy."
-        )
+    check_may_become_dense(layer)
     weight = layer.dense_weight()
     weight = weight.T.contiguous() if layer._is_transposed else weight
-    values, dense_class = layer.values, layer._dense_class
+    write_data, dense_class = _prepare_data(layer.values, weight), layer._dense_class
     LIVE_LAYERS.discard(layer)
     sizes = ("in_features", "out_features") if layer._is_transposed else ()
     for name in (*_ATTRIBUTES, *sizes):
         vars(layer).pop(name, None)
     _rename_parameter(layer, "values", "weight")
     layer.__class__ = dense_class  # type: ignore[assignment]
-    _set_data(values, weight)
+    write_data()
     return layer
+
+
+def check_may_become_dense(layer: BlockSparseLinear) -> None:
+    """Raise RuntimeError if an attached `Sparsifier` evolves the layer."""
+    if layer._is_locked:
+        raise RuntimeError(
+            "A layer must not be evolved by a Sparsifier when it becomes dense; got one that is "
+            f"attached to an optimizer{layer._message_suffix()}. Call `detach()` first, or densify "
+            "a copy."
+        )
+
+
+def _new_attributes(topology: BlockTopology, device: torch.device) -> dict[str, Any]:
+    """Return the attributes of a new layer, other than its parameters and sizes.
+
+    Args:
+        topology: the topology, which is copied, because an update must not change another layer.
+        device: device of `values`.
+    """
+    # The tensors are on the CPU even under `with torch.device("meta")`. None of them is a buffer:
+    # averaging callbacks average integer buffers, and DDP's broadcast of buffers would hide a rank
+    # whose topology has diverged.
+    device = torch.device("cpu") if device.type == "meta" else device
+    topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
+    topology.to_(device)
+    return {
+        "topology": topology,
+        "block_size": topology.block_size,
+        "armed": False,
+        "_armed_flag": torch.zeros((), dtype=torch.bool, device=device),
+        "block_norms": _zero_norms(topology.grid, device),
+        "token_stride": 1,
+        "_is_locked": False,
+        "_coords_before_load": None,
+        "_label": "",
+        "_lineage": uuid.uuid4().hex,
+        "_has_trained": False,
+    }
 
 
 def _rename_parameter(module: nn.Module, old: str, new: str) -> None:

@@ -330,6 +330,11 @@ def find_optimizer(
     return None
 
 
+def has_slot_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """Return whether an optimizer has state of a parameter's slots."""
+    return bool(_slot_state(state_rule(optimizer, parameter), optimizer, parameter))
+
+
 def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
     """Check that an optimizer's state of a parameter, perhaps restored, can follow its slots.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.linear import (
     BlockSparseLinear,
+    check_may_become_dense,
     dense_shape,
     dense_weight_of,
     largest_blocks,
@@ -210,6 +211,8 @@ def densify(model: nn.Module) -> nn.Module:
     if isinstance(model, BlockSparseLinear):
         return model.to_linear()
     linears: dict[int, nn.Linear] = {}  # A layer with two names must stay one layer.
+    for _, layer in sparse_layers(model):
+        check_may_become_dense(layer)
     with deferred_signals():
         for name, layer in list(model.named_modules(remove_duplicate=False)):
             if not isinstance(layer, BlockSparseLinear):

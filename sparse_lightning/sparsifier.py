@@ -28,6 +28,7 @@ from sparse_lightning.gathering import Gatherer, copy_to_cpu
 from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.linear import BlockSparseLinear, density_of
 from sparse_lightning.names import check_layer_density_matches
+from sparse_lightning.optimizer_state import has_slot_state
 from sparse_lightning.patching import swap_layers
 from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.criteria import BlockScores, collect_needs, seeded_generator
@@ -328,6 +329,7 @@ class Sparsifier:
             partial(self._before_step, tracked),
             partial(self._on_gradients, tracked),
             partial(self._on_step, tracked),
+            self._adapt_to_loaded_blocks,
         )
 
     def _attached(self) -> list[TrackedOptimizer]:
@@ -398,7 +400,7 @@ class Sparsifier:
             if self._timetable is not None and config.density.schedule != "one_shot":
                 fall = diagnostics.sudden_fall(budgets, self._timetable)
                 self._warn(fall, once="sudden fall")
-        self._warn_about(self._nonfinite_layers(), diagnostics.nonfinite_values, once="nonfinite")
+        self._warn_about(self._nonfinite_layers(), diagnostics.nonfinite_values)
         rising = config.rising_without_growth(budgets.grids)
         self._warn_about(rising, diagnostics.rise_without_growth, once="rise without growth")
 
@@ -442,8 +444,9 @@ class Sparsifier:
         for name in self.layers.keys() - layers.keys():
             self._gatherer.arm([], {name: self.layers[name].values})
             self.layers[name]._is_locked = False
-        self.layers.clear()  # in place, as the gatherer shares this dictionary
-        self.layers.update(layers)
+        with deferred_signals():
+            self.layers.clear()  # in place, as the gatherer shares this dictionary
+            self.layers.update(layers)
         for tracked in self._attached():
             tracked.groups = []
             self._find_held(tracked)
@@ -532,10 +535,8 @@ class Sparsifier:
     # An optimizer step.
 
     def _before_step(self, tracked: TrackedOptimizer) -> bool:
-        """Adapt to state dicts that were loaded; return whether to call `_on_gradients`."""
-        self._find_loaded_blocks()
-        if self._loaded_over:
-            self._reset_state_of_loaded_blocks()
+        """Prepare for a step, and return whether to call `_on_gradients` in it."""
+        self._adapt_to_loaded_blocks()
         return bool(tracked.pending) or self._gatherer.reads_gradients
 
     def _on_gradients(self, tracked: TrackedOptimizer, grad_scale: float) -> None:
@@ -615,9 +616,11 @@ class Sparsifier:
             assert tracked.optimizer is not None
             self._set_end(tracked, self._planned(tracked.optimizer, tracked.steps))
         is_due = tracked.next_update is not None and tracked.steps >= tracked.next_update
-        if is_due or tracked.waiting:
-            self._update(tracked, is_due)
-        self._arm(tracked)
+        try:
+            if is_due or tracked.waiting:
+                self._update(tracked, is_due)
+        finally:  # a hook may raise, and the training go on
+            self._arm(tracked)
 
     def _mark_trained(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Mark the layers that had a gradient in a step, so that they do not count as copies."""
@@ -658,30 +661,49 @@ class Sparsifier:
 
     # Other blocks, loaded into the model while optimizers are attached.
 
+    def _adapt_to_loaded_blocks(self) -> None:
+        """Make everything that belongs to blocks follow those that a state dict has loaded.
+
+        This waits for the next step, or for a state dict to be saved, since the optimizer's state
+        may be loaded after the model.
+        """
+        self._find_loaded_blocks()
+        if self._loaded_over:
+            self._reset_state_of_loaded_blocks()
+
     def _find_loaded_blocks(self) -> None:
-        """Discard what was gathered about the slots whose block a state dict has replaced."""
+        """Discard what was gathered about replaced blocks, and make copies follow."""
         for tracked in self._attached():
             for name in tracked.owned:
                 layer = self.layers[name]
-                before, layer._coords_before_load = layer._coords_before_load, None
+                before = layer._coords_before_load
                 if before is not None:
                     self._loaded_over.setdefault(name, before)
                     update = _difference(before, layer.topology.coords.cpu())
                     self._gatherer.prepare_clear({name: update})()
                     self._grown_at[name][update.changed] = tracked.steps
+                    for copy in self._followers.copies_of(name):
+                        copy._adopt_blocks_of(layer)
+                    layer._coords_before_load = None
 
     @torch.no_grad()
     def _reset_state_of_loaded_blocks(self) -> None:
         """Reset optimizer state of the replaced blocks, unless it was loaded as well."""
         reset = set()
         for tracked in self._attached():
+            optimizer = tracked.optimizer
+            assert optimizer is not None
+            if optimizer.state is not tracked.state:  # loaded
+                continue
             for name in tracked.held.keys() & self._loaded_over.keys():
-                topology = self.layers[name].topology
-                update = _difference(self._loaded_over[name], topology.coords.cpu())
-                assert tracked.optimizer is not None
-                if tracked.optimizer.state is tracked.state and len(update.changed):
+                before, topology = self._loaded_over[name], self.layers[name].topology
+                if len(before) != topology.capacity:  # loaded while no optimizer was attached
+                    continue
+                update = _difference(before, topology.coords.cpu())
+                if len(update.changed):
+                    if has_slot_state(optimizer, tracked.held[name]):
+                        reset.add(name)
                     tracked.prepare_block_update(name, update, topology.capacity)()
-                    reset.add(name)
         self._loaded_over.clear()
         self._warn_about(sorted(reset), diagnostics.loaded_blocks)
 
@@ -1003,8 +1025,6 @@ class Sparsifier:
         if not self.is_attached:
             for layer in self.layers.values():
                 layer._is_locked = False
-                layer._coords_before_load = None
-            self._loaded_over.clear()
             if self._global_watch is not None:
                 self._global_watch.remove()
                 self._global_watch = None
@@ -1031,6 +1051,10 @@ class Sparsifier:
 
         The blocks themselves are in the model's state dict.
         """
+        self._adapt_to_loaded_blocks()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         state = {
             "config": self.config.training_options(),
             "total_steps": self.total_steps,
@@ -1055,7 +1079,7 @@ class Sparsifier:
             ValueError: if the saved training had another configuration, or another version of this
                 package wrote the state.
         """
-        check_same_training(state, self.state_dict())
+        check_same_training(state, self._state())
         self._find_loaded_blocks()
         states = {tracked.optimizer: tracked.state for tracked in self._attached()}
         self._release(self._attached())

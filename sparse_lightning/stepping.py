@@ -65,6 +65,7 @@ class StepWatch:
             with the scale that they still carry: that of a GradScaler if the optimizer is fused,
             else 1; not called in a step that a GradScaler skips.
         on_step: called after each step, with whether it was skipped.
+        before_save: called before the optimizer's `state_dict`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class StepWatch:
         before_step: Callable[[], bool],
         on_gradients: Callable[[float], None],
         on_step: Callable[[bool], None],
+        before_save: Callable[[], None],
     ) -> None:
         self._before_step, self._on_gradients = before_step, on_gradients
         self._on_step = on_step
@@ -81,7 +83,8 @@ class StepWatch:
         after = optimizer.register_step_post_hook(not_compiled(self._after))
         # This hook runs before the others, since they may clear the gradients.
         optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
-        self._handles = [before, after]
+        save = optimizer.register_state_dict_pre_hook(lambda _: before_save())
+        self._handles = [before, after, save]
 
     def remove(self) -> None:
         """Stop watching."""
@@ -187,9 +190,13 @@ def loss_scale() -> float:
     computed. It tells the scale to fused optimizers only, so it is looked for on the call stack.
     """
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
+    while frame is not None:
+        if frame.f_code.co_name == "step":  # reading the variables of every frame would be slow
+            stepping = frame.f_locals.get("self")
+            if isinstance(stepping, torch.amp.GradScaler):
+                return float(stepping.get_scale())
         frame = frame.f_back
-    return 1.0 if frame is None else float(frame.f_locals["self"].get_scale())
+    return 1.0
 
 
 def not_compiled(hook: Callable[P, R]) -> Callable[P, R]:

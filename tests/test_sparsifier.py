@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from sparse_lightning import BlockSparseLinear, Sparsifier
 from sparse_lightning.config import SparsityConfig
@@ -264,8 +265,21 @@ def test_steps_that_a_scaler_skips_do_not_count(fused: bool, drop: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_scaler_of_two_optimizers_makes_no_difference(fused: bool) -> None:
+class WrappedScaler(torch.amp.GradScaler):
+    """Its `step` hides its arguments, as those of tracers and profilers do."""
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        return torch.amp.GradScaler.step(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fused"),
+    [(torch.amp.GradScaler, False), (torch.amp.GradScaler, True), (WrappedScaler, False)],
+    ids=["plain", "fused", "wrapped"],
+)
+def test_a_scaler_of_two_optimizers_makes_no_difference(
+    cls: type[torch.amp.GradScaler], fused: bool
+) -> None:
     """The scale doubles in each step, so sums over steps of scaled gradients would be wrong."""
 
     def run(scaler: torch.amp.GradScaler) -> tuple[Net, list[Tensor]]:
@@ -288,7 +302,7 @@ def test_a_scaler_of_two_optimizers_makes_no_difference(fused: bool) -> None:
             model.zero_grad()
         return model, seen
 
-    growing = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    growing = cls("cpu", init_scale=2.0, growth_interval=1)
     model, seen = run(growing)
     expected_model, expected = run(torch.amp.GradScaler("cpu", enabled=False))
     assert growing.get_scale() == 2.0**17 and len(seen) == 8
@@ -322,6 +336,83 @@ def test_a_training_rolled_back_repeats_itself(order: tuple[str, ...]) -> None:
             (changed[n] != layer.topology.coords).any() for n, layer in sparse(model).items()
         )
         assert train(model, parts["optimizer"], range(5, 11)) == expected
+
+
+def rolled_back(**options: Any) -> tuple[Net, Sparsifier, Optimizer, Any]:
+    """Return a training to which the model's state dict of its second step has been loaded."""
+    model, sparsifier = make(24, drop="movement", update={"every_n_steps": 2, "until": 24})
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer, **options)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy((model.state_dict(), sparsifier.state_dict()))
+    train(model, optimizer, range(2, 8))
+    model.load_state_dict(saved[0])
+    return model, sparsifier, optimizer, saved[1]
+
+
+def state_of_absent_blocks(model: Net, optimizer: Optimizer, before: dict[str, Tensor]) -> int:
+    """Return in how many slots an optimizer has state of another block than the present one."""
+    n = 0
+    for name, layer in sparse(model).items():
+        moment = optimizer.state[layer.values]["exp_avg"].flatten(1).any(1)
+        n += int((moment & (before[name] != layer.topology.coords).any(1)).sum())
+    return n
+
+
+@pytest.mark.parametrize("then", ["load", "reattach", "save"])
+def test_state_of_replaced_blocks_is_reset_whatever_follows(then: str) -> None:
+    model, sparsifier, optimizer, saved = rolled_back()
+    before = {n: layer._coords_before_load for n, layer in sparse(model).items()}
+    assert all(coords is not None for coords in before.values())
+    assert state_of_absent_blocks(model, optimizer, before) > 0
+    if then == "load":
+        sparsifier.load_state_dict(saved)
+    elif then == "reattach":
+        sparsifier.detach()
+        sparsifier.attach(optimizer)
+    with pytest.warns(UserWarning, match="Other blocks were loaded"):
+        optimizer.state_dict()
+    assert state_of_absent_blocks(model, optimizer, before) == 0
+
+
+def test_averages_follow_blocks_that_are_loaded() -> None:
+    averaged: list[AveragedModel] = []
+
+    def copies(name: str) -> list[BlockSparseLinear]:
+        return [averaged[0].module.get_submodule(name)] if averaged else []
+
+    model, _, optimizer, _ = rolled_back(copies=copies)
+    averaged.append(AveragedModel(copy.deepcopy(model)))
+    averaged[0].module.load_state_dict(make(24, seed=3)[0].state_dict())
+    with pytest.warns(UserWarning, match="Other blocks were loaded"):
+        train(model, optimizer, [8])
+    for name, layer in sparse(model).items():
+        assert torch.equal(copies(name)[0].topology.coords, layer.topology.coords)
+
+
+def test_gradients_of_replaced_blocks_are_not_applied() -> None:
+    model, _ = make()
+    saved = make(seed=1)[0].state_dict()
+    loss_of(model, 0).backward()
+    before = {name: layer.topology.coords.clone() for name, layer in sparse(model).items()}
+    model.load_state_dict(saved)
+    for name, layer in sparse(model).items():
+        changed = (before[name] != layer.topology.coords).any(1)
+        assert layer.values.grad is not None and changed.any()
+        assert not layer.values.grad[changed].any() and layer.values.grad[~changed].any()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_nothing_is_said_where_no_state_was_reset(steps: int) -> None:
+    """Before its first step an optimizer has no state, and plain SGD never has."""
+    model, sparsifier = make(24)
+    optimizer = SGD(model.parameters(), lr=0.1) if steps else adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(steps))
+    model.load_state_dict(make(seed=1)[0].state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(steps, steps + 1))
 
 
 @pytest.mark.parametrize("is_second", [False, True], ids=["once", "twice"])
@@ -818,7 +909,7 @@ def test_update_hooks_are_called_after_the_update_and_can_be_removed() -> None:
 
 def test_a_hook_that_raises_stops_no_other_hook_and_spoils_nothing() -> None:
     def run(raises: bool) -> tuple[Net, list[int]]:
-        model, sparsifier = make(24, density=FALLING, update={"every_n_steps": 4})
+        model, sparsifier = make(24, density=FALLING, grow="momentum", update={"every_n_steps": 4})
         optimizer = adamw(model.parameters())
         sparsifier.attach(optimizer)
         called: list[int] = []

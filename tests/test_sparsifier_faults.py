@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_lightning import BlockSparseLinear, Sparsifier
+from sparse_lightning import BlockSparseLinear, Sparsifier, densify, sparsify
 from sparse_lightning.policy.updates import ModelUpdate
 from tests.callbacks.helpers import assert_valid
 from tests.callbacks.test_resume import assert_identical
 from tests.loops import (
+    Net,
     adamw,
     assert_all_valid,
     batch,
@@ -367,3 +369,27 @@ def test_weights_that_are_not_finite_are_named_at_the_start() -> None:
     model.load_state_dict(state)
     with pytest.warns(UserWarning, match=r"NaN or infinite: net\.2\. .*resume from another"):
         sparsifier.attach(adamw(model.parameters()))
+
+
+@pytest.mark.parametrize("change", ["sparsify", "densify"])
+def test_a_swap_out_of_memory_leaves_every_layer_whole(change: str) -> None:
+    """Layers that were swapped before keep their new form, as their memory is freed one by one."""
+    kinds = set()
+    for n in itertools.count():
+        model = Net()
+        expected = model(batch(0)[0])
+        if change == "densify":
+            sparsify(model, block_size=16, density=1.0)
+        try:
+            with OutOfMemory(n):
+                sparsify(model, block_size=16, density=1.0) if change == "sparsify" else densify(
+                    model
+                )
+        except torch.OutOfMemoryError:
+            kinds.add(len(sparse(model)))
+            torch.testing.assert_close(model(batch(0)[0]), expected)
+            loss = model(batch(0)[0]).sum()
+            loss.backward()
+        else:
+            break
+    assert len(kinds) == 2
