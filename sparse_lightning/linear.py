@@ -99,6 +99,12 @@ class BlockSparseLinear(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    topology: BlockTopology
+    block_size: int
+    block_norms: Tensor
+    armed: bool
+    _armed_flag: Tensor
+    token_stride: int
 
     # True while an optimizer holds `values`. State dicts of another capacity are then refused,
     # because the optimizer state would not fit.

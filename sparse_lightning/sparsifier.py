@@ -673,18 +673,20 @@ class Sparsifier:
 
     def _find_loaded_blocks(self) -> None:
         """Discard what was gathered about replaced blocks, and make copies follow."""
-        for tracked in self._attached():
-            for name in tracked.owned:
-                layer = self.layers[name]
-                before = layer._coords_before_load
-                if before is not None:
-                    self._loaded_over.setdefault(name, before)
-                    update = _difference(before, layer.topology.coords.cpu())
-                    self._gatherer.prepare_clear({name: update})()
-                    self._grown_at[name][update.changed] = tracked.steps
-                    for copy in self._followers.copies_of(name):
-                        copy._adopt_blocks_of(layer)
-                    layer._coords_before_load = None
+        loaded = [n for n, layer in self.layers.items() if layer._coords_before_load is not None]
+        for tracked in self._attached() if loaded else ():
+            self._find_held(tracked)
+            for name in tracked.owned.keys() & set(loaded):
+                before = self.layers[name]._coords_before_load
+                assert before is not None
+                self._loaded_over.setdefault(name, before)
+                update = _difference(before, self.layers[name].topology.coords.cpu())
+                self._gatherer.prepare_clear({name: update})()
+                self._grown_at[name][update.changed] = tracked.steps
+        for name in loaded:
+            for copy in self._followers.copies_of(name):
+                copy._adopt_blocks_of(self.layers[name])
+            self.layers[name]._coords_before_load = None
 
     @torch.no_grad()
     def _reset_state_of_loaded_blocks(self) -> None:

@@ -402,17 +402,24 @@ def test_gradients_of_replaced_blocks_are_not_applied() -> None:
         assert not layer.values.grad[changed].any() and layer.values.grad[~changed].any()
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_nothing_is_said_where_no_state_was_reset(steps: int) -> None:
-    """Before its first step an optimizer has no state, and plain SGD never has."""
+@pytest.mark.parametrize("case", ["before the first step", "no momentum", "added later"])
+def test_nothing_is_said_where_no_state_was_reset(case: str) -> None:
     model, sparsifier = make(24)
-    optimizer = SGD(model.parameters(), lr=0.1) if steps else adamw(model.parameters())
+    later = [*model.net[2].parameters()]
+    held = [*model.net[0].parameters(), *([] if case == "added later" else later)]
+    optimizer = SGD(held, lr=0.1) if case == "no momentum" else adamw(held)
     sparsifier.attach(optimizer)
-    train(model, optimizer, range(steps))
-    model.load_state_dict(make(seed=1)[0].state_dict())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(model, optimizer, range(steps, steps + 1))
+    train(model, optimizer, range(0 if case == "before the first step" else 3))
+    if case == "added later":
+        model.net[2].load_state_dict(make(seed=1)[0].net[2].state_dict())
+        train(model, optimizer, [3])
+        optimizer.add_param_group({"params": later})
+    else:
+        model.load_state_dict(make(seed=1)[0].state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, range(4, 7))
+    assert not [w for w in caught if "Other blocks" in str(w.message)]
 
 
 @pytest.mark.parametrize("is_second", [False, True], ids=["once", "twice"])
