@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import webbrowser
 from pathlib import Path
@@ -160,12 +159,3 @@ def test_the_help_has_examples(capsys) -> None:
         main(["report", "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "examples:" in text and "--open" in text
-
-
-def test_lightning_and_plotly_are_imported_only_when_needed() -> None:
-    code = (
-        "import sys, sparse_lightning.report; "
-        "print([n for n in ('lightning', 'plotly', 'cupy', 'hydra') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
