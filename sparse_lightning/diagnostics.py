@@ -128,9 +128,8 @@ def unattached_optimizer(names: Sequence[str], optimizer: Optimizer) -> str:
 def loaded_blocks(names: Sequence[str]) -> str:
     """Warn about layers into which other blocks were loaded, without their optimizer state."""
     return (
-        "Other blocks were loaded into block-sparse layers than the optimizer has state of, so "
-        f"that state was reset where the blocks differ: {', '.join(names)}. To lose none, load the "
-        "optimizer's state dict, too."
+        "A state dict replaced blocks of layers in training, so the optimizer's state of these "
+        f"blocks was reset: {', '.join(names)}. To keep it, load the optimizer's state dict, too."
     )
 
 

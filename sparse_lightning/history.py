@@ -131,12 +131,12 @@ class HistoryWriter:
 
     Args:
         path: path of the file, which is created if missing. An incomplete last record is removed.
-        earlier: path of a history, with a copy of whose records a new file begins.
+        earlier: path of an existing history; a new file begins with a copy of its records.
 
     Attributes:
         path: the path given.
         run: identifier of the latest start or resume, which every record has.
-        close: closes the file and releases the lock, as does the end of the writer's life.
+        close: closes the file and releases the lock, as does garbage collection of the writer.
 
     Raises:
         ValueError: if a file is not a history.
@@ -323,15 +323,16 @@ def _add_masks(history: History, reader: _FrameReader, record: _Record) -> bool:
     head = record.head
     history.about = head.pop("about", history.about)
     layers = head.pop("layers")
-    if layers != reader.layers:  # another model
+    if layers != reader.layers:
+        if reader.layers:  # another model
+            reader.keep(0)
+            history.frames, history.gaps = [], []
+            history.metrics = [m for m in history.metrics if m.step < head["step"]]
         reader.layers = layers
-        reader.keep(0)
         history.layers = {
             name: LayerHistory((rows, columns), block_size, _LayerScores(reader, i), reader, i)
             for i, (name, rows, columns, block_size) in enumerate(reader.layers)
         }
-        history.frames, history.gaps = [], []
-        history.metrics = [metrics for metrics in history.metrics if metrics.step < head["step"]]
     is_resumed = head["number"] == 0 and len(history.frames) > 0
     if is_resumed and reader.are_last_masks(record):
         return False
@@ -345,9 +346,9 @@ def _discard_after(history: History, reader: _FrameReader, step: int) -> None:
     history.frames = history.frames[:kept]
     history.metrics = [metrics for metrics in history.metrics if metrics.step <= step]
     history.gaps = [
-        replace(gap, before=min(gap.before or step, step))
+        replace(gap, before=step if gap.before is None else min(gap.before, step))
         for gap in history.gaps
-        if (gap.after or 0) <= step
+        if gap.after is None or gap.after <= step  # at the step itself, its scores may be lost
     ]
     reader.keep(kept)
 
@@ -588,7 +589,7 @@ def _in_format_2(path: Path) -> Iterator[bytes]:
         for record in _records(file):
             if record is None:
                 frame = None
-                yield b"\0"  # is no record either, so that readers know of the damage
+                yield b"\0"  # a byte that belongs to no record tells readers of the damage
                 continue
             head = dict(record.head)
             file.seek(record.body)

@@ -1,4 +1,4 @@
-"""Deferral of signals while tensors are written that belong together.
+"""Defers signals while tensors that belong together are written.
 
 A handler, such as the one that raises `KeyboardInterrupt` at Ctrl-C, may run between any two lines
 of Python. A model that is half updated would then be trained further, or saved.
@@ -17,8 +17,9 @@ from types import FrameType
 def deferred_signals() -> Iterator[None]:
     """Call the handlers of signals that arrive in the context only at its end.
 
-    Only handlers written in Python are deferred: the others do not return to the code that they
-    interrupt. Python calls handlers in the main thread, so elsewhere there is nothing to defer.
+    Only handlers written in Python are deferred: the others do not run between two of its lines.
+    (One that C code has installed over a Python handler, as `faulthandler.register` does, is lost.)
+    Python calls handlers in the main thread, so elsewhere there is nothing to defer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -42,7 +43,7 @@ def deferred_signals() -> Iterator[None]:
                     for number, handler in handlers.items():
                         signal.signal(number, handler)
                     is_restored = True
-                except BaseException as error:  # by a handler that is restored already
+                except BaseException as error:  # raised by a handler that was already restored
                     stack.callback(_raise, error)
             for arrival in reversed(arrived):
                 stack.callback(signal.raise_signal, arrival)

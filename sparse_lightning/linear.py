@@ -741,15 +741,16 @@ def make_sparse_(
     # Everything that may run out of memory precedes the first change.
     attributes = _new_attributes(topology, weight.device)
     write_data = _prepare_data(weight, topology.pack(dense_weight_of(linear)).mul_(scale))
-    _rename_parameter(linear, "weight", "values")
-    write_data()
-    linear.__class__ = BlockSparseLinear
-    layer = cast(BlockSparseLinear, linear)
-    layer.out_features, layer.in_features = topology.out_features, topology.in_features
-    if transposed:
-        layer._dense_class = dense_class
-    vars(layer).update(attributes, _label=label)
-    LIVE_LAYERS.add(layer)
+    with deferred_signals():
+        _rename_parameter(linear, "weight", "values")
+        write_data()
+        linear.__class__ = BlockSparseLinear
+        layer = cast(BlockSparseLinear, linear)
+        layer.out_features, layer.in_features = topology.out_features, topology.in_features
+        if transposed:
+            layer._dense_class = dense_class
+        vars(layer).update(attributes, _label=label)
+        LIVE_LAYERS.add(layer)
     return layer
 
 
@@ -764,13 +765,14 @@ def make_dense_(layer: BlockSparseLinear) -> nn.Module:
     weight = layer.dense_weight()
     weight = weight.T.contiguous() if layer._is_transposed else weight
     write_data, dense_class = _prepare_data(layer.values, weight), layer._dense_class
-    LIVE_LAYERS.discard(layer)
     sizes = ("in_features", "out_features") if layer._is_transposed else ()
-    for name in (*_ATTRIBUTES, *sizes):
-        vars(layer).pop(name, None)
-    _rename_parameter(layer, "values", "weight")
-    layer.__class__ = dense_class  # type: ignore[assignment]
-    write_data()
+    with deferred_signals():
+        LIVE_LAYERS.discard(layer)
+        for name in (*_ATTRIBUTES, *sizes):
+            vars(layer).pop(name, None)
+        _rename_parameter(layer, "values", "weight")
+        layer.__class__ = dense_class  # type: ignore[assignment]
+        write_data()
     return layer
 
 

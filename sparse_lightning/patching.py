@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.linear import (
     BlockSparseLinear,
     check_may_become_dense,
@@ -177,21 +176,20 @@ def swap_layers(
         for name, linear in found.layers.items()
     }
     # All checks have passed; from here on, the model changes.
-    with deferred_signals():
-        for name, linear in found.layers.items():
-            layer = make_sparse_(linear, *starts[name], name)
-            layer._lineage = found.lineages.get(name, layer._lineage)
-        for name, source_name in found.follows.items():
-            source = model.get_submodule(source_name)
-            assert isinstance(source, BlockSparseLinear)
-            _, scale = starts.get(source_name, (None, 1.0))
-            copy = make_sparse_(model.get_submodule(name), source.topology, scale, name)
-            copy._lineage = source._lineage
-        follows = find_sparse_copies(model, options)
-        swapped = dict(sparse_layers(model))
-        for copy_name, source_name in follows.items():
-            swapped[copy_name]._adopt_blocks_of(swapped[source_name])
-        update_containers(model)
+    for name, linear in found.layers.items():
+        layer = make_sparse_(linear, *starts[name], name)
+        layer._lineage = found.lineages.get(name, layer._lineage)
+    for name, source_name in found.follows.items():
+        source = model.get_submodule(source_name)
+        assert isinstance(source, BlockSparseLinear)
+        _, scale = starts.get(source_name, (None, 1.0))
+        copy = make_sparse_(model.get_submodule(name), source.topology, scale, name)
+        copy._lineage = source._lineage
+    follows = find_sparse_copies(model, options)
+    swapped = dict(sparse_layers(model))
+    for copy_name, source_name in follows.items():
+        swapped[copy_name]._adopt_blocks_of(swapped[source_name])
+    update_containers(model)
     layers = {n: LayerReport.from_layer(layer) for n, layer in swapped.items() if n not in follows}
     return SparsityReport(layers, found.skipped, follows, measure_coverage(model))
 
@@ -213,17 +211,16 @@ def densify(model: nn.Module) -> nn.Module:
     linears: dict[int, nn.Linear] = {}  # A layer with two names must stay one layer.
     for _, layer in sparse_layers(model):
         check_may_become_dense(layer)
-    with deferred_signals():
-        for name, layer in list(model.named_modules(remove_duplicate=False)):
-            if not isinstance(layer, BlockSparseLinear):
-                continue
-            if is_sharded(layer.values):
-                linear = linears.setdefault(id(layer), layer.to_linear())
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, linear)
-            else:
-                make_dense_(layer)
-        update_containers(model)
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, BlockSparseLinear):
+            continue
+        if is_sharded(layer.values):
+            linear = linears.setdefault(id(layer), layer.to_linear())
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+        else:
+            make_dense_(layer)
+    update_containers(model)
     return model
 
 

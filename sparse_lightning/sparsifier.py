@@ -320,7 +320,8 @@ class Sparsifier:
         if position == len(self._tracked):
             self._tracked.append(TrackedOptimizer())
         tracked = self._tracked[position]
-        tracked.optimizer, tracked.groups, tracked.state = optimizer, [], optimizer.state
+        tracked.optimizer, tracked.groups = optimizer, []
+        tracked.state_at_last_step = optimizer.state
         assert self._timetable is not None
         tracked.set_length(self.total_steps, self._timetable)
         self._find_held(tracked)
@@ -400,19 +401,21 @@ class Sparsifier:
             if self._timetable is not None and config.density.schedule != "one_shot":
                 fall = diagnostics.sudden_fall(budgets, self._timetable)
                 self._warn(fall, once="sudden fall")
-        self._warn_about(self._nonfinite_layers(), diagnostics.nonfinite_values)
+        nonfinite = [n for n in self._nonfinite_layers() if f"nonfinite {n}" not in self._warned]
+        self._warned.update(f"nonfinite {name}" for name in nonfinite)
+        self._warn_about(nonfinite, diagnostics.nonfinite_values)
         rising = config.rising_without_growth(budgets.grids)
         self._warn_about(rising, diagnostics.rise_without_growth, once="rise without growth")
 
     def _nonfinite_layers(self) -> list[str]:
         """Return the layers that hold NaN or infinite weights on any rank."""
-        names = [n for n, layer in self.layers.items() if layer.values.device.type != "meta"]
-        if not names:
+        if not self.layers:
             return []
-        values = [local_part(self.layers[name].values.detach()) for name in names]
-        is_finite = copy_to_cpu([part.isfinite().all() for part in values])
+        values = [local_part(layer.values.detach()) for layer in self.layers.values()]
+        on_meta = torch.ones((), dtype=torch.bool, device="cpu")  # not initialised yet
+        is_finite = copy_to_cpu([on_meta if v.is_meta else v.isfinite().all() for v in values])
         flags = ranks.any_over_ranks([not finite for finite in is_finite], values[0].device)
-        return [name for name, is_bad in zip(names, flags, strict=True) if is_bad]
+        return [name for name, is_bad in zip(self.layers, flags, strict=True) if is_bad]
 
     # Copies that follow layers.
 
@@ -444,9 +447,8 @@ class Sparsifier:
         for name in self.layers.keys() - layers.keys():
             self._gatherer.arm([], {name: self.layers[name].values})
             self.layers[name]._is_locked = False
-        with deferred_signals():
-            self.layers.clear()  # in place, as the gatherer shares this dictionary
-            self.layers.update(layers)
+        self.layers.clear()  # in place, as the gatherer shares this dictionary
+        self.layers.update(layers)
         for tracked in self._attached():
             tracked.groups = []
             self._find_held(tracked)
@@ -537,6 +539,11 @@ class Sparsifier:
     def _before_step(self, tracked: TrackedOptimizer) -> bool:
         """Prepare for a step, and return whether to call `_on_gradients` in it."""
         self._adapt_to_loaded_blocks()
+        assert tracked.optimizer is not None
+        tracked.state_at_last_step = tracked.optimizer.state
+        # Reading it waits for the device, which a GradScaler has just done; later it would wait for
+        # the optimizer's kernels.
+        tracked.loss_scale = loss_scale() if tracked.armed else 1.0
         return bool(tracked.pending) or self._gatherer.reads_gradients
 
     def _on_gradients(self, tracked: TrackedOptimizer, grad_scale: float) -> None:
@@ -611,7 +618,7 @@ class Sparsifier:
         if self._gatherer.reads_gradients:
             self._gatherer.confirm_step(tracked.owned)
         if tracked.armed:
-            self._gatherer.collect_norms(tracked.armed, loss_scale())
+            self._gatherer.collect_norms(tracked.armed, tracked.loss_scale)
         if self._planned is not None:
             assert tracked.optimizer is not None
             self._set_end(tracked, self._planned(tracked.optimizer, tracked.steps))
@@ -662,7 +669,7 @@ class Sparsifier:
     # Other blocks, loaded into the model while optimizers are attached.
 
     def _adapt_to_loaded_blocks(self) -> None:
-        """Make everything that belongs to blocks follow those that a state dict has loaded.
+        """Bring all that belongs to blocks in line with those that a state dict has replaced.
 
         This waits for the next step, or for a state dict to be saved, since the optimizer's state
         may be loaded after the model.
@@ -695,14 +702,15 @@ class Sparsifier:
         for tracked in self._attached():
             optimizer = tracked.optimizer
             assert optimizer is not None
-            if optimizer.state is not tracked.state:  # loaded
-                continue
+            is_loaded = optimizer.state is not tracked.state_at_last_step
             for name in tracked.held.keys() & self._loaded_over.keys():
                 before, topology = self._loaded_over[name], self.layers[name].topology
                 if len(before) != topology.capacity:  # loaded while no optimizer was attached
                     continue
                 update = _difference(before, topology.coords.cpu())
-                if len(update.changed):
+                if is_loaded and name in tracked.pending:  # of the replaced blocks
+                    tracked.pending[name][update.changed] = False
+                elif len(update.changed) and not is_loaded:
                     if has_slot_state(optimizer, tracked.held[name]):
                         reset.add(name)
                     tracked.prepare_block_update(name, update, topology.capacity)()
@@ -1051,12 +1059,14 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training needs: tensors on the CPU and primitives.
 
-        The blocks themselves are in the model's state dict.
+        The blocks themselves are in the model's state dict. If another state dict of the model was
+        loaded since the last step, the optimizer's state is first brought in line with it.
         """
         self._adapt_to_loaded_blocks()
-        return self._state()
+        return self._current_state()
 
-    def _state(self) -> dict[str, Any]:
+    def _current_state(self) -> dict[str, Any]:
+        """Return `state_dict` without adapting, as the optimizer's state may still be loaded."""
         state = {
             "config": self.config.training_options(),
             "total_steps": self.total_steps,
@@ -1075,15 +1085,16 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a saved training, after the model's own `load_state_dict`.
 
-        Call this before `attach`, so that layers can still take the saved capacity.
+        Call this before `attach`, so that layers can still take the saved capacity; or, to roll a
+        training back, while attached and with the same capacities.
 
         Raises:
             ValueError: if the saved training had another configuration, or another version of this
                 package wrote the state.
         """
-        check_same_training(state, self._state())
+        check_same_training(state, self._current_state())
         self._find_loaded_blocks()
-        states = {tracked.optimizer: tracked.state for tracked in self._attached()}
+        states = {t.optimizer: t.state_at_last_step for t in self._attached()}
         self._release(self._attached())
         self.total_steps = self.total_steps or state["total_steps"]
         self._resolved_by, self.n_updates = state["resolved_by"], state["n_updates"]
@@ -1098,7 +1109,7 @@ class Sparsifier:
         if states:
             self.attach(*states)
             for tracked in self._attached():
-                tracked.state = states[tracked.optimizer]
+                tracked.state_at_last_step = states[tracked.optimizer]
 
 
 def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

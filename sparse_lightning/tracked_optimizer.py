@@ -45,7 +45,9 @@ class TrackedOptimizer:
         pending: bool `[capacity]` per layer, grown slots that have not had a gradient yet.
         optimizer: the optimizer while attached, else None.
         watch: watch on the steps of `optimizer`.
-        state: `optimizer.state` at its latest step; `load_state_dict` replaces this dictionary.
+        state_at_last_step: `optimizer.state` in the latest step; `load_state_dict` replaces this
+            dictionary.
+        loss_scale: scale of the loss in the current step, if layers are armed.
         groups: id and length of each parameter list when `held` was determined.
         held: `values` of the layers that the optimizer holds, by layer.
         owned: those of `held` that no earlier optimizer holds; they follow `steps`.
@@ -69,7 +71,8 @@ class TrackedOptimizer:
     pending: dict[str, Tensor] = field(default_factory=dict)
     optimizer: Optimizer | None = None
     watch: StepWatch | None = None
-    state: Mapping[Any, Any] | None = None
+    state_at_last_step: Mapping[Any, Any] | None = None
+    loss_scale: float = 1.0
     groups: list[tuple[int, int]] = field(default_factory=list)
     held: dict[str, nn.Parameter] = field(default_factory=dict)
     owned: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -192,7 +195,6 @@ class TrackedOptimizer:
                 or that contradicts its `StateRule`.
         """
         assert self.optimizer is not None
-        self.state = self.optimizer.state
         for name in self.unchecked:
             with name_layer_in_errors(name):
                 state_rule(self.optimizer, self.held[name])

@@ -172,6 +172,21 @@ def test_gaps_say_what_is_missing(tmp_path: Path) -> None:
     assert read_history(path).gaps == [Gap(0, 10), Gap(20, 40)]
 
 
+def test_a_lost_start_is_named_although_metrics_come_before_the_next_masks(tmp_path: Path) -> None:
+    path = tmp_path / "pattern.history"
+    writer = HistoryWriter(path)
+    writer.start(0, masks(0), SIZES, {})
+    end = path.stat().st_size
+    writer.metrics(0, {"loss": 1.0})
+    writer.update(10, 1, masks(1))
+    data = bytearray(path.read_bytes())
+    data[end - 1] ^= 1
+    path.write_bytes(data)
+    history = read_history(path)
+    assert [frame.step for frame in history.frames] == [10] and len(history.metrics) == 1
+    assert history.gaps == [Gap(None, 0)]
+
+
 def test_a_file_has_one_writer(tmp_path: Path) -> None:
     path, moved = tmp_path / "pattern.history", tmp_path / "pattern.1.history"
     first = written(path)

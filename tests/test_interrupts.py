@@ -12,13 +12,13 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
 
 from sparse_lightning import Sparsifier, densify, sparsify
 from sparse_lightning.interrupts import deferred_signals
 from tests.callbacks.helpers import assert_valid
 from tests.callbacks.test_resume import assert_identical
-from tests.loops import Net, adamw, everything, make, train
+from tests.loops import Net, adamw, batch, everything, make, sparse, train
 from tests.test_sparsifier_faults import Averaged
 
 
@@ -140,24 +140,21 @@ def test_a_layer_shrinks_completely_or_not_at_all() -> None:
 
 
 @pytest.mark.parametrize("change", ["sparsify", "densify"])
-def test_a_model_becomes_sparse_or_dense_completely_or_not_at_all(change: str) -> None:
-    def interrupted(n: int) -> tuple[Interrupt, list[type[nn.Module]]]:
+def test_a_layer_is_swapped_completely_or_not_at_all(change: str) -> None:
+    swapped = set()
+    for n in itertools.count(0, 7):
         model = Net()
+        expected = model(batch(0)[0])
         if change == "densify":
-            sparsify(model, block_size=16)
+            sparsify(model, block_size=16, density=1.0)
         interrupt = Interrupt(n, "deferred_signals")
         with contextlib.suppress(KeyboardInterrupt), interrupt:
-            sparsify(model, block_size=16) if change == "sparsify" else densify(model)
-        return interrupt, [type(module) for module in model.modules()]
-
-    outcomes = []
-    for n in itertools.count(0, 29):
-        interrupt, types = interrupted(n)
-        if not interrupt.where:
+            sparsify(model, block_size=16, density=1.0) if change == "sparsify" else densify(model)
+        swapped.add(len(sparse(model)))
+        torch.testing.assert_close(model(batch(0)[0]), expected)
+        if interrupt.where == "update_containers" or not interrupt.where:
             break
-        if types not in outcomes:
-            outcomes.append(types)
-    assert len(outcomes) == 2 and outcomes[1] == types
+    assert swapped == {0, 1, 2}
 
 
 def test_handlers_are_called_at_the_end_and_restored() -> None:

@@ -370,7 +370,7 @@ def test_state_of_replaced_blocks_is_reset_whatever_follows(then: str) -> None:
     elif then == "reattach":
         sparsifier.detach()
         sparsifier.attach(optimizer)
-    with pytest.warns(UserWarning, match="Other blocks were loaded"):
+    with pytest.warns(UserWarning, match="A state dict replaced blocks"):
         optimizer.state_dict()
     assert state_of_absent_blocks(model, optimizer, before) == 0
 
@@ -384,7 +384,7 @@ def test_averages_follow_blocks_that_are_loaded() -> None:
     model, _, optimizer, _ = rolled_back(copies=copies)
     averaged.append(AveragedModel(copy.deepcopy(model)))
     averaged[0].module.load_state_dict(make(24, seed=3)[0].state_dict())
-    with pytest.warns(UserWarning, match="Other blocks were loaded"):
+    with pytest.warns(UserWarning, match="A state dict replaced blocks"):
         train(model, optimizer, [8])
     for name, layer in sparse(model).items():
         assert torch.equal(copies(name)[0].topology.coords, layer.topology.coords)
@@ -419,7 +419,7 @@ def test_nothing_is_said_where_no_state_was_reset(case: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(model, optimizer, range(4, 7))
-    assert not [w for w in caught if "Other blocks" in str(w.message)]
+    assert not [w for w in caught if "replaced blocks" in str(w.message)]
 
 
 @pytest.mark.parametrize("is_second", [False, True], ids=["once", "twice"])
@@ -440,7 +440,7 @@ def test_blocks_loaded_without_their_optimizer_state_start_afresh(is_second: boo
         lambda *_: seen.append(copy.deepcopy(optimizer.state))
     )
     seen: list[Any] = []
-    with pytest.warns(UserWarning, match=r"Other blocks were loaded .* net\.0, net\.2\. To lose"):
+    with pytest.warns(UserWarning, match=r"replaced blocks .* net\.0, net\.2\. To keep"):
         train(model, optimizer, [8])
     handle.remove()
     for name, layer in layers.items():

@@ -23,6 +23,7 @@ from sparse_lightning.kernels.programs import Program
 _ARGUMENT_BYTES = 4096  # what every driver accepts
 
 Built = TypeVar("Built")
+Result = TypeVar("Result")
 AnyProgram = TypeVar("AnyProgram", bound=Program)
 
 
@@ -40,7 +41,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def in_context(driver_function: Callable[..., Built]) -> Callable[..., Built]:
+def in_context(driver_function: Callable[..., Result]) -> Callable[..., Result]:
     """Return a function of the driver API that can be called from any thread.
 
     The driver, unlike the runtime, needs a current context in the calling thread. A thread has none
@@ -48,7 +49,7 @@ def in_context(driver_function: Callable[..., Built]) -> Callable[..., Built]:
     PyTorch's cache.
     """
 
-    def call(*arguments: Any) -> Built:
+    def call(*arguments: Any) -> Result:
         if not _thread.has_context:
             import cupy
 

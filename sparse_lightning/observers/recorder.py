@@ -111,9 +111,9 @@ class MaskRecorder(Observer):
             if holds_run(candidate, self.history["run"]):
                 return candidate.resolve()
         rank_zero_warn(
-            f"The history of block masks begins at step {step}, because the file with the steps "
-            f"before must be '{file}', which was not found. To have all steps in one report, put "
-            "it back there and resume again."
+            f"The history of block masks begins at step {step}: the earlier steps are in '{file}', "
+            "which was not found. To have all steps in one report, restore that file and resume "
+            "again."
         )
         return None
 

@@ -331,7 +331,7 @@ def _cover(
     """
     if _has_floor(present, floor, present | candidates):
         return torch.zeros_like(candidates)
-    matching = _greedy_cover(2, scores, candidates, n, floor, present)
+    matching = _greedy_cover(scores, candidates, n, floor, present, both=True)
     while True:
         rows, cols = _missing(present | matching, floor)
         n_left = n - int(matching.sum())
@@ -342,29 +342,35 @@ def _cover(
             break
         matching = larger
     others = candidates & ~matching
-    return matching | _greedy_cover(1, scores, others, n_left, floor, present | matching)
+    return matching | _greedy_cover(scores, others, n_left, floor, present | matching, both=False)
 
 
 def _greedy_cover(
-    gain: int, scores: Tensor, candidates: Tensor, n: int, floor: tuple[int, int], present: Tensor
+    scores: Tensor,
+    candidates: Tensor,
+    n: int,
+    floor: tuple[int, int],
+    present: Tensor,
+    *,
+    both: bool,
 ) -> Tensor:
-    """Return up to `n` of the best candidates that are in `gain` of a row and a column below floor.
+    """Return up to `n` of the best candidates whose row and column are both below their floor.
 
-    The gain is 2 or 1; for 1, no candidate may have a gain of 2.
+    Without `both`, only one of the two is, and none of the candidates serves both.
     """
     picked = torch.zeros_like(candidates)
     while n > 0:
         covered = present | picked
         missing_rows, missing_cols = _missing(covered, floor)
         rows, cols = (missing_rows > 0).unsqueeze(1), (missing_cols > 0).unsqueeze(0)
-        useful = candidates & ~picked & (rows & cols if gain == 2 else rows | cols)
+        useful = candidates & ~picked & (rows & cols if both else rows | cols)
         if not useful.any():
             break
         # Blocks that are the best of their row and column can be picked together.
         eligible = torch.where(useful, scores, -torch.inf)
         best_of_row = torch.zeros_like(picked).scatter(1, eligible.argmax(1, keepdim=True), True)
         best_of_col = torch.zeros_like(picked).scatter(0, eligible.argmax(0, keepdim=True), True)
-        best = best_of_row & best_of_col if gain == 2 else best_of_row & rows | best_of_col & cols
+        best = best_of_row & best_of_col if both else best_of_row & rows | best_of_col & cols
         picked |= _best(scores, best & useful, n)
         n -= int((picked & ~covered).sum())
     return picked

@@ -142,8 +142,8 @@ def panel_name(metric: str) -> str:
 def gaps_text(gaps: Sequence[Gap]) -> str:
     """Return a sentence about the gaps of a history; "" if there is none.
 
-    >>> gaps_text([Gap(None, 10), Gap(1050, None)])
-    'Records are damaged or missing before step 10, and after step 1,050.'
+    >>> gaps_text([Gap(None, 10), Gap(20, 20), Gap(1050, None)])
+    'Records are damaged or missing before step 10, and at step 20, and after step 1,050.'
     """
     places = []
     for gap in gaps:
@@ -151,6 +151,8 @@ def gaps_text(gaps: Sequence[Gap]) -> str:
             places.append(f"before step {gap.before:,}")
         elif gap.before is None:
             places.append(f"after step {gap.after:,}")
+        elif gap.after == gap.before:
+            places.append(f"at step {gap.after:,}")
         else:
             places.append(f"between steps {gap.after:,} and {gap.before:,}")
     return f"Records are damaged or missing {', and '.join(places)}." if places else ""

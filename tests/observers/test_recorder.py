@@ -128,7 +128,7 @@ def test_a_numbered_logger_gets_the_whole_history(tmp_path: Path) -> None:
 def test_a_history_that_is_gone_is_named(tmp_path: Path) -> None:
     checkpoint = saved_at_10(tmp_path)
     shutil.rmtree(tmp_path / "csv" / "version_0")
-    with pytest.warns(UserWarning, match=r"begins at step 10.*version_0.*put it back"):
+    with pytest.warns(UserWarning, match=r"begins at step 10.*version_0.*restore that file"):
         fit(tmp_path, checkpoint, logger=CSVLogger(tmp_path, name="csv", version=1))
     history = read_history(tmp_path / "csv" / "version_1" / HISTORY)
     assert [frame.step for frame in history.frames] == [10, 12, 16, 18]
