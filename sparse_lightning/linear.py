@@ -694,14 +694,16 @@ class BlockSparseLinear(nn.Module):
         if (topology.capacity, topology.block_size) == (old.capacity, old.block_size):
             coords = topology.coords.to(old.device)
             if not torch.equal(coords, old.coords):
+                before = old.coords.to("cpu", copy=True)
+                changed = (coords != old.coords).any(1).nonzero().squeeze(1)
+                slots = to_local_slots(changed, self.values)
+                write_topology = old._prepare_assign(coords)
                 with deferred_signals():
                     if self._is_locked and self._coords_before_load is None:
-                        self._coords_before_load = old.coords.cpu().clone()
+                        self._coords_before_load = before
                     if self.values.grad is not None:  # of the blocks that are replaced
-                        changed = (coords != old.coords).any(1).nonzero().squeeze(1)
-                        slots = to_local_slots(changed, self.values)
                         local_part(self.values.grad).index_fill_(0, slots, 0)
-                    old.assign_(coords)
+                    write_topology()
             return
         if self._is_locked:
             raise RuntimeError(

@@ -189,8 +189,8 @@ def swap_layers(
     swapped = dict(sparse_layers(model))
     for copy_name, source_name in follows.items():
         swapped[copy_name]._adopt_blocks_of(swapped[source_name])
-    update_containers(model)
     layers = {n: LayerReport.from_layer(layer) for n, layer in swapped.items() if n not in follows}
+    update_containers(model)
     return SparsityReport(layers, found.skipped, follows, measure_coverage(model))
 
 

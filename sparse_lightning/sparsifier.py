@@ -148,7 +148,7 @@ class Sparsifier:
         self._rewrap: Callable[[], None] | None = None
         self._planned: Callable[[Optimizer, int], int] | None = None
         self._may_shrink = True
-        # For layers whose blocks a loaded state dict has replaced since the latest step: the
+        # For layers whose blocks a loaded state dict has replaced since the last step: the
         # coordinates to which the optimizer's state still belongs.
         self._loaded_over: dict[str, Tensor] = {}
         self._global_watch: GlobalStepWatch | None = None
@@ -401,8 +401,7 @@ class Sparsifier:
             if self._timetable is not None and config.density.schedule != "one_shot":
                 fall = diagnostics.sudden_fall(budgets, self._timetable)
                 self._warn(fall, once="sudden fall")
-        nonfinite = [n for n in self._nonfinite_layers() if f"nonfinite {n}" not in self._warned]
-        self._warned.update(f"nonfinite {name}" for name in nonfinite)
+        nonfinite = self._not_yet_named("nonfinite", self._nonfinite_layers())
         self._warn_about(nonfinite, diagnostics.nonfinite_values)
         rising = config.rising_without_growth(budgets.grids)
         self._warn_about(rising, diagnostics.rise_without_growth, once="rise without growth")
@@ -767,8 +766,7 @@ class Sparsifier:
     def _warn_of_unscored_layers(self, tracked: TrackedOptimizer) -> None:
         # A layer that was not armed, since the update was not foreseen, could not be scored.
         armed = tracked.armed if self._gatherer.window else tracked.waiting
-        names = [n for n in tracked.waiting if n in armed and f"unscored {n}" not in self._warned]
-        self._warned.update(f"unscored {name}" for name in names)
+        names = self._not_yet_named("unscored", [n for n in tracked.waiting if n in armed])
         if names:
             self._warn(diagnostics.unscored_layers(names, tracked.steps))
 
@@ -1047,6 +1045,12 @@ class Sparsifier:
             self._warned.add(once)
         if ranks.is_rank_zero():
             warnings.warn(text, stacklevel=2)
+
+    def _not_yet_named(self, kind: str, names: Iterable[str]) -> list[str]:
+        """Return the names that no warning of a kind has named yet, and remember them."""
+        new = [name for name in names if f"{kind} {name}" not in self._warned]
+        self._warned.update(f"{kind} {name}" for name in new)
+        return new
 
     def _warn_about(
         self, names: Sequence[str], text: Callable[[Sequence[str]], str], once: str | None = None
