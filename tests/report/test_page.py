@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -461,7 +462,10 @@ def test_a_sentence_replaces_empty_axes(
 
 def test_a_history_cut_by_a_kill(show, tmp_path: Path) -> None:
     path = record(tmp_path / "h", GRIDS, UPDATES)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+    size = int(path.stat().st_size * 0.6)
+    os.truncate(path, size)
+    if not read_history(path).gaps:  # the cut was between two records, where it cannot be seen
+        os.truncate(path, size - 1)
     known = read_history(path)
     assert 1 < len(known.frames) <= UPDATES
     page = show(path)
