@@ -97,10 +97,12 @@ gpu-test: $(DEV)  ## Run only the tests that need a CUDA GPU
 gpu-sanitize: $(DEV)  ## Check the kernels for memory errors and races; needs compute-sanitizer
 	$(call heading,Memory errors)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-		$(BIN)/python -m pytest -m gpu tests/kernels -k "(test_parity and empty_row) or many_tokens"
+		$(BIN)/python -m pytest -m gpu tests/kernels \
+		-k "(test_parity and empty_row) or many_tokens or few_tokens"
 	$(call heading,Races)
 	compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kernel_substring=block \
-		$(BIN)/python -m pytest -m gpu tests/kernels -k "test_parity and empty_row"
+		$(BIN)/python -m pytest -m gpu tests/kernels \
+		-k "(test_parity and empty_row) or (few_tokens and bfloat16)"
 
 .PHONY: fmt
 fmt: $(DEV)  ## Format, and fix what lint can fix

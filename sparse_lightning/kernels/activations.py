@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # in the order of hopper/activations.cuh
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # in the order of activations.cuh
 
 _aten = torch.ops.aten
 

@@ -66,6 +66,16 @@ struct alignas(16) Chunk {
   T element[SIZE];
 };
 
+// An epilogue stores eight results at a time. `load` reads its other inputs before any result is
+// stored, so that latencies overlap.
+template <typename T>
+struct StoreEpilogue {
+  __device__ uint4 load(const T*) const { return {}; }
+  __device__ void store(T* destination, uint4 results, uint4) const {
+    *reinterpret_cast<uint4*>(destination) = results;
+  }
+};
+
 // A matrix in shared memory, XOR-swizzled by chunks within each 128-byte line, so that the same
 // chunk of eight consecutive rows lies in eight different groups of banks. (Padding the rows does
 // that too, but for a row that crosses a line cp.async fetches sectors twice: 1.5 times the traffic

@@ -1,6 +1,7 @@
 // C[TM, TN] += A B on tensor cores: bf16 or fp16, accumulated in fp32 (mma.sync m16n8k16, sm_80+).
 //
-// GROUPS_M x GROUPS_N warps share the tile. A and B are K-major in shared memory ([TM or TN][TK])
+// GROUPS_M x GROUPS_N warps share the tile, and GROUPS_K such groups each k-tile; `store` adds the
+// groups' accumulators in order. A and B are K-major in shared memory ([TM or TN][TK])
 // or, if K_ROWS, M- or N-major with one row for each k ([TK][TM or TN]), which `ldmatrix`
 // transposes.
 
@@ -31,12 +32,13 @@ MMA_M16N8K16(bf16, "bf16")
 MMA_M16N8K16(fp16, "f16")
 
 template <typename T, int TM, int TN, int TK, int GROUPS_M, int GROUPS_N, bool A_K_ROWS,
-          bool B_K_ROWS>
+          bool B_K_ROWS, int GROUPS_K = 1>
 struct Product {
-  static constexpr int THREADS = 32 * GROUPS_M * GROUPS_N;
+  static constexpr int THREADS = 32 * GROUPS_M * GROUPS_N * GROUPS_K;
   static constexpr int WARP_M = TM / GROUPS_M, WARP_N = TN / GROUPS_N;
   static constexpr int MMAS_M = WARP_M / 16, MMAS_N = WARP_N / 8;
-  static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0 && TK % 16 == 0,
+  static constexpr int WARP_K = TK / GROUPS_K;
+  static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0 && WARP_K % 16 == 0,
                 "a warp tile is a multiple of 16 x 16 x 16");
 
   typedef Tile<T, A_K_ROWS ? TK : TM, A_K_ROWS ? TM : TK> TileA;
@@ -45,8 +47,9 @@ struct Product {
   float acc[MMAS_M][MMAS_N][4] = {};
 
   // Where this warp's tile begins.
-  __device__ static int first_m() { return threadIdx.x / 32 / GROUPS_N * WARP_M; }
+  __device__ static int first_m() { return threadIdx.x / 32 / GROUPS_N % GROUPS_M * WARP_M; }
   __device__ static int first_n() { return threadIdx.x / 32 % GROUPS_N * WARP_N; }
+  __device__ static int group_k() { return threadIdx.x / 32 / GROUPS_N / GROUPS_M; }
 
   // The operands of a warp tile for 16 elements along k.
   struct Fragments {
@@ -74,11 +77,12 @@ struct Product {
 
   __device__ void multiply(TileA a, TileB b) {
     Fragments fragments[2];  // double-buffered: one loads while the tensor cores use the other
-    load(fragments[0], a, b, 0);
+    const int first_k = group_k() * WARP_K;
+    load(fragments[0], a, b, first_k);
 #pragma unroll
-    for (int k = 0; k < TK; k += 16) {
+    for (int k = 0; k < WARP_K; k += 16) {
       const Fragments& current = fragments[k / 16 % 2];
-      if (k + 16 < TK) load(fragments[(k / 16 + 1) % 2], a, b, k + 16);
+      if (k + 16 < WARP_K) load(fragments[(k / 16 + 1) % 2], a, b, first_k + k + 16);
 #pragma unroll
       for (int i = 0; i < MMAS_M; ++i)
 #pragma unroll
@@ -87,16 +91,24 @@ struct Product {
     }
   }
 
-  // Stores the accumulators to shared memory.
+  // Stores the accumulators to shared memory, which holds their sum over the groups of warps after
+  // the next __syncthreads().
   __device__ void store(Tile<float, TM, TN> out) const {
     const int row = first_m() + threadIdx.x % 32 / 4, col = first_n() + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < MMAS_M; ++i)
+    for (int group = 0; group < GROUPS_K; ++group) {
+      if (group > 0) __syncthreads();
+      if (group != group_k()) continue;
 #pragma unroll
-      for (int j = 0; j < MMAS_N; ++j)
+      for (int i = 0; i < MMAS_M; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; e += 2)
-          *reinterpret_cast<float2*>(out.at(row + 16 * i + 4 * e, col + 8 * j)) =
-              make_float2(acc[i][j][e], acc[i][j][e + 1]);
+        for (int j = 0; j < MMAS_N; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; e += 2) {
+            float2* sum = reinterpret_cast<float2*>(out.at(row + 16 * i + 4 * e, col + 8 * j));
+            const float2 before = group > 0 ? *sum : make_float2(0, 0);
+            *sum = make_float2(before.x + acc[i][j][e], before.y + acc[i][j][e + 1]);
+          }
+    }
   }
 };

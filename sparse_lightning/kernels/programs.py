@@ -35,6 +35,7 @@ class Tiling:
         stages: pipeline stages.
         groups_m, groups_n: how many warps or warpgroups (threads for fp32 and fp64, which do not
             use tensor cores) share the tile's rows and columns.
+        groups_k: how many such groups share the extent along k, and add their results.
     """
 
     tm: int
@@ -43,6 +44,7 @@ class Tiling:
     stages: int
     groups_m: int
     groups_n: int
+    groups_k: int = 1
 
 
 @dataclass(frozen=True)

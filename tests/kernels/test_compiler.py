@@ -129,11 +129,12 @@ BFLOAT16 = torch.bfloat16
 @pytest.mark.parametrize(
     "module, builder, arguments",
     [
-        (portable, "_linear_kernel", (BFLOAT16, 64, True)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 8)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1000)),
         (portable, "_dw_kernels", (BFLOAT16, 64)),
         (portable, "norms_kernel", (BFLOAT16,)),
-        (hopper, "_linear_kernel", (BFLOAT16, 16, True, False)),
-        (hopper, "_linear_kernel", (BFLOAT16, 64, True, False)),
+        (hopper, "_linear_kernel", (BFLOAT16, 16, True, False, 128)),
+        (hopper, "_linear_kernel", (BFLOAT16, 64, True, False, 256)),
         (hopper, "_narrow_dw_kernel", (BFLOAT16, 32, 1)),
         (hopper, "_wide_dw_kernel", (BFLOAT16, 128, 1, 1)),
         (hopper, "norms_kernel", (BFLOAT16,)),

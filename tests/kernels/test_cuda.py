@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 from concurrent import futures
 
@@ -112,6 +113,50 @@ def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
     check_parity(case, "cuda")
 
 
+# The kernels have tilings for up to 8, 16, 32 and 128 tokens; tiles are as large as 256.
+FEW_TOKENS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory", "kind")
+def test_parity_with_few_tokens(block_size: int, dtype: torch.dtype) -> None:
+    masks = itertools.cycle(["random", "skewed", "empty_row_and_column"])
+    for n, mask in zip(FEW_TOKENS, masks, strict=False):
+        check_parity(Case(mask, (7, 19), block_size, dtype, lead=(n,), spare=3), "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned_memory", "kind")
+def test_parity_with_any_few_tokens(block_size: int, dtype: torch.dtype) -> None:
+    for n in range(1, 258):
+        check_parity(Case("random", (3, 5), block_size, dtype, lead=(n,), seed=n), "cuda")
+
+
+@pytest.mark.parametrize("outputs", [128, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_parity_of_both_tiles_on_hopper(
+    outputs: int, block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The width of a tile depends on the number of multiprocessors."""
+    force_kernels(choice.HOPPER, monkeypatch)
+    monkeypatch.setattr(hopper_programs, "tile_outputs", lambda *_: outputs)
+    for mask, n in itertools.product(MASKS, (1, 130, 700)):
+        check_parity(Case(mask, (11, 7), block_size, dtype, lead=(n,), spare=3), "cuda")
+
+
+@pytest.mark.parametrize("grid", [(2, 600), (600, 2)], ids="{0[0]}x{0[1]} blocks".format)
+@pytest.mark.parametrize("n", [1, 12, 20, 70])
+@pytest.mark.usefixtures("poisoned_memory", "kind")
+def test_parity_of_few_tokens_with_many_blocks_in_a_row(n: int, grid: tuple[int, int]) -> None:
+    """More than a warp looks up at once."""
+    check_parity(Case("all", grid, 16, torch.bfloat16, lead=(n,)), "cuda")
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.usefixtures("kind")
@@ -144,12 +189,23 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("poisoned_memory", "kind")
-def test_fused_activations(activation: str, block_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("outputs", [128, 256])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_fused_activations(
+    activation: str,
+    block_size: int,
+    dtype: torch.dtype,
+    outputs: int,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Activations are computed from the rounded products, as without fusion."""
+    if kind != choice.HOPPER and outputs == 256:
+        pytest.skip("only the kernels for Hopper have tiles of two widths")
+    monkeypatch.setattr(hopper_programs, "tile_outputs", lambda *_: outputs)
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     layer = make_layer(5 * block_size, 3 * block_size, block_size=block_size, dtype=dtype)
-    for n in (1, 1000):
+    for n in (1, 12, 20, 70, 1000):
         x, dy = tokens(n, layer)
         operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer._operands(x)]
         values, indices = operands[0], layer.topology.indices
@@ -262,7 +318,7 @@ def test_misaligned_memory(dtype: torch.dtype, kind: str) -> None:
 # -- determinism --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [7, 4096])
+@pytest.mark.parametrize("n", [7, 20, 100, 4096])
 @pytest.mark.usefixtures("kind")
 def test_two_runs_give_the_same_bits(n: int) -> None:
     layer = make_layer()
@@ -273,10 +329,11 @@ def test_two_runs_give_the_same_bits(n: int) -> None:
     assert_same(run_backward(layer, x, dy), first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("n", [7, 20, 100, 300])
 @pytest.mark.usefixtures("kind")
-def test_results_do_not_depend_on_slots() -> None:
+def test_results_do_not_depend_on_slots(n: int) -> None:
     layer = make_layer()
-    x, dy = tokens(300, layer)
+    x, dy = tokens(n, layer)
     y, dx, dvalues, dbias = run(layer, x, dy)
     order = torch.randperm(layer.topology.capacity, device=DEVICE)
     topology = layer.topology
@@ -356,7 +413,7 @@ def test_a_product_that_is_the_first_cuda_call_of_its_thread(
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("n", [64, 4096])
+@pytest.mark.parametrize("n", [1, 20, 64, 4096])
 @pytest.mark.usefixtures("kind")
 def test_a_graph_follows_topology_updates(n: int) -> None:
     """It also follows arming, although neither the loading nor the captured step is armed."""

@@ -14,9 +14,9 @@ from sparse_lightning.kernels.portable.programs import dw_program, norms_program
 
 def test_every_dtype_and_block_size_has_its_programs() -> None:
     programs = list(portable_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 4 * (1 + 3 * 4)
+    assert len(programs) == len(set(programs)) == 4 * 5 + 2 * (2 * 4 * 5) + 2 * (2 * 4 * 2)
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 4 + 2 + 2 + 4 + 5)
+    assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 8 + 2 + 2 + 4 + 5)
 
 
 @given(

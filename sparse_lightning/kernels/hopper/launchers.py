@@ -37,9 +37,10 @@ def linear(
     x W is multiplied by the derivative at `preactivation`. Both are contiguous like `y`.
     """
     block_size = values.shape[1]
-    kernel = _linear_kernel(x.dtype, block_size, forward, activation is not None, device)
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
+    outputs = programs.tile_outputs(tokens, out_features, sm_count(device))
+    kernel = _linear_kernel(x.dtype, block_size, forward, activation is not None, outputs, device)
     tiling = kernel.program.tiling
     if block_size < programs.STRIP:
         cluster, x_box = 1, (tiling.tm, tiling.tk)
@@ -149,9 +150,16 @@ def _strip_maps(
 
 @build_once
 def _linear_kernel(
-    dtype: torch.dtype, block_size: int, forward: bool, activated: bool, device: int
+    dtype: torch.dtype,
+    block_size: int,
+    forward: bool,
+    activated: bool,
+    tile_outputs: int,
+    device: int,
 ) -> Kernel[TiledProgram]:
-    program = programs.linear_program(dtype, block_size, forward=forward, activated=activated)
+    program = programs.linear_program(
+        dtype, block_size, forward=forward, activated=activated, tile_outputs=tile_outputs
+    )
     blocks = "P" if block_size < programs.STRIP else "128s"
     return Kernel(program, "block_linear", f"128s{blocks}PPPiiiiqiiPi", device)
 

@@ -269,8 +269,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const int rank = cluster_rank(), clusters = gridDim.x / CLUSTER;
   init_barriers(s, CLUSTER * WARPS, PRODUCER_WARPS + WARPS);
   cluster_sync();
-  // The total must not exceed what the launch allocates: 168 or 96 registers per thread.
-  constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 224 : 104;
+  // The total must not exceed what the launch allocates: 255, 168 or 96 registers per thread.
+  constexpr int CONSUMER_REGISTERS = WARPGROUPS < 4 ? 224 : 104;
   if (threadIdx.x < 128) {
     warpgroup_reg_dealloc<56>();
     const int warp = threadIdx.x / 32;

@@ -1,7 +1,8 @@
 // The options and arguments that linear.cu and linear_narrow.cu share.
 
 #pragma once
-#include "hopper/activations.cuh"
+#include "activations.cuh"
+#include "hopper/sm90.cuh"
 
 typedef CONFIG_T T;
 constexpr int B = CONFIG_B;
@@ -30,3 +31,15 @@ struct LinearArguments {
                MEMBER(slots), MEMBER(y), MEMBER(out_stride), MEMBER(in_stride),                \
                MEMBER(out_blocks), MEMBER(in_blocks), MEMBER(tokens), MEMBER(token_tiles),     \
                MEMBER(output_tiles), MEMBER(aux), MEMBER(activation))
+
+// Returns the epilogue of a kernel. With CONFIG_FUSED_ACTIVATION, the argument `aux` receives the
+// activation (FORWARD) or holds the activation's input (backward), laid out like y.
+template <bool FORWARD, typename T, typename Arguments>
+__device__ auto make_epilogue(const Arguments& a) {
+  if constexpr (!CONFIG_FUSED_ACTIVATION)
+    return StoreEpilogue<T>();
+  else if constexpr (FORWARD)
+    return ActivationEpilogue<T>{a.aux - a.y, a.activation};
+  else
+    return ActivationGradientEpilogue<T>{a.aux - a.y, a.activation};
+}

@@ -337,7 +337,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   init_barriers(s, WARPS, PRODUCER_WARPS + WARPS);
   __syncthreads();
-  // The total must not exceed what the launch allocates: 168 registers per thread.
+  // The total must not exceed what the launch allocates: 168 registers per thread, or 240.
+  constexpr int CONSUMER_REGISTERS = WARPS > 4 ? 216 : 240;
   if (threadIdx.x < 128) {
     warpgroup_reg_dealloc<72>();
     const int warp = threadIdx.x / 32;
@@ -346,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     else
       schedule(a, s);
   } else {
-    warpgroup_reg_alloc<216>();
+    warpgroup_reg_alloc<CONSUMER_REGISTERS>();
     consume(a, s);
   }
 }

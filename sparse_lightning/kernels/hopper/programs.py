@@ -37,12 +37,20 @@ DW_CLUSTERS = {
 }
 PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
-# groups_n: consumer warpgroups that share the outputs.
+# By the outputs of a tile and by block size. groups_n: consumer warpgroups that share the outputs.
 _LINEAR = {
-    16: Tiling(128, 256, 64, 8, 1, 2),
-    32: Tiling(128, 256, 32, 16, 1, 2),
-    64: Tiling(128, 256, 64, 16, 1, 4),
-    128: Tiling(128, 256, 64, 16, 1, 2),
+    256: {
+        16: Tiling(128, 256, 64, 8, 1, 2),
+        32: Tiling(128, 256, 32, 16, 1, 2),
+        64: Tiling(128, 256, 64, 16, 1, 4),
+        128: Tiling(128, 256, 64, 16, 1, 2),
+    },
+    128: {
+        16: Tiling(128, 128, 64, 8, 1, 2),
+        32: Tiling(128, 128, 32, 16, 1, 2),
+        64: Tiling(128, 128, 64, 16, 1, 2),
+        128: Tiling(128, 128, 64, 16, 1, 1),
+    },
 }
 
 
@@ -83,15 +91,20 @@ def is_supported(capability: tuple[int, int], dtype: torch.dtype) -> bool:
 
 
 def linear_program(
-    dtype: torch.dtype, block_size: int, *, forward: bool, activated: bool = False
+    dtype: torch.dtype,
+    block_size: int,
+    *,
+    forward: bool,
+    activated: bool = False,
+    tile_outputs: int = 256,
 ) -> TiledProgram:
     """Return the program of `block_linear`: y = x W^T (forward) or dx = dy W.
 
     If `activated`, the forward product also stores the activation of y, and the backward one
-    multiplies dx by the derivative of the activation that produced x.
+    multiplies dx by the derivative of the activation that produced x. `tile_outputs` is 128 or 256.
     """
     check_block_size(block_size)
-    tiling = _LINEAR[block_size]
+    tiling = _LINEAR[tile_outputs][block_size]
     defines: dict[str, str | int] = {
         "T": DTYPES[dtype],
         "PTX_TYPE": PTX_TYPES[dtype],
@@ -107,6 +120,19 @@ def linear_program(
     }
     source = "hopper/linear_narrow.cu" if block_size < STRIP else "hopper/linear.cu"
     return TiledProgram(source, compiler_options(defines), tiling)
+
+
+def tile_outputs(tokens: int, out_features: int, sm_count: int) -> int:
+    """Return the outputs of a tile of `block_linear`.
+
+    Wide tiles load the least x. But if they would occupy at most half of the multiprocessors, each
+    is halved.
+
+    >>> tile_outputs(8192, 4096, 132), tile_outputs(256, 8192, 132)
+    (256, 128)
+    """
+    tiles = -(-tokens // 128) * -(-out_features // 256)
+    return 128 if 2 * tiles <= sm_count else 256
 
 
 def dw_program(
@@ -138,8 +164,16 @@ def all_programs() -> Iterator[Program]:
         for block_size in BLOCK_SIZES:
             for split_k, multicast in DW_CLUSTERS[block_size]:
                 yield dw_program(dtype, block_size, split_k, multicast)
-            for forward, activated in itertools.product((True, False), repeat=2):
-                yield linear_program(dtype, block_size, forward=forward, activated=activated)
+            for forward, activated, outputs in itertools.product(
+                (True, False), (True, False), _LINEAR
+            ):
+                yield linear_program(
+                    dtype,
+                    block_size,
+                    forward=forward,
+                    activated=activated,
+                    tile_outputs=outputs,
+                )
 
 
 def _wide_program(

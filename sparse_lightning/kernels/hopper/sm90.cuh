@@ -318,16 +318,6 @@ __device__ void wgmma_m64k16(float* c, unsigned a, unsigned b) {
 
 // -- epilogue --------------------------------------------------------------------------------
 
-// An epilogue stores eight results at a time. `load` reads its other inputs before any result is
-// stored, so that latencies overlap.
-template <typename T>
-struct StoreEpilogue {
-  __device__ uint4 load(const T*) const { return {}; }
-  __device__ void store(T* destination, uint4 results, uint4) const {
-    *reinterpret_cast<uint4*>(destination) = results;
-  }
-};
-
 // Stores a warp's 16 rows of 64 columns of C through shared memory, so that whole 128-byte lines
 // are written. `staging` belongs to the warp; pointer_at(row, col) is the destination of eight
 // elements, or null.

@@ -8,16 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_lightning.kernels.activations import ACTIVATIONS
 from sparse_lightning.kernels.launch import Kernel, build_once, row_pitch
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable.programs import (
     dw_program,
     linear_program,
+    most_tokens,
     norms_program,
     split_k,
 )
 from sparse_lightning.kernels.programs import TiledProgram
 from sparse_lightning.topology import Indices
+
+LINEAR_LAYOUT = "PPPPPPPqiii"  # of the argument that `launch_linear` packs
 
 
 def linear(
@@ -29,23 +33,50 @@ def linear(
     device: int,
     *,
     forward: bool,
+    activation: str | None = None,
+    activated: Tensor | None = None,
+    preactivation: Tensor | None = None,
 ) -> None:
-    """Fill `y` with x W^T + bias if `forward`, else with x W."""
+    """Fill `y` with x W^T + bias if `forward`, else with x W; optionally fuse an activation.
+
+    With an activation, for two-byte dtypes, the forward product also fills `activated` with the
+    activation of `y`, and x W is multiplied by the derivative at `preactivation`. Both are
+    contiguous like `y`.
+    """
+    most = most_tokens(x.dtype, x.numel() // x.shape[-1])
+    kernel = _linear_kernel(x.dtype, values.shape[1], forward, most, device)
+    fused = activated if forward else preactivation
+    launch_linear(kernel, x, values, bias, lists, y, fused, activation)
+
+
+def launch_linear(
+    kernel: Kernel[TiledProgram],
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    lists: BlockLists,
+    y: Tensor,
+    fused: Tensor | None = None,
+    activation: str | None = None,
+) -> None:
+    """Launch a kernel of `linear`; `fused` is `activated` or `preactivation`."""
     block_size, n_out, in_features = values.shape[1], lists.offsets.shape[0] - 1, x.shape[-1]
     tokens = x.numel() // in_features
-    kernel = _linear_kernel(x.dtype, block_size, forward, device)
+    tiling = kernel.program.tiling
     kernel.launch(
-        -(-tokens // kernel.program.tiling.tm) * n_out,
+        -(-tokens // tiling.tm) * n_out * (block_size // tiling.tn),
         1,
         x.data_ptr(),
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
+        0 if fused is None else fused.data_ptr(),
         lists.offsets.data_ptr(),
         lists.entries.data_ptr(),
         tokens,
         in_features,
         n_out,
+        0 if activation is None else ACTIVATIONS.index(activation),
     )
 
 
@@ -112,10 +143,10 @@ def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> Non
 
 @build_once
 def _linear_kernel(
-    dtype: torch.dtype, block_size: int, forward: bool, device: int
+    dtype: torch.dtype, block_size: int, forward: bool, tokens: int, device: int
 ) -> Kernel[TiledProgram]:
-    program = linear_program(dtype, block_size, forward=forward)
-    return Kernel(program, "block_linear", "PPPPPPqii", device)
+    program = linear_program(dtype, block_size, forward=forward, tokens=tokens)
+    return Kernel(program, "block_linear", LINEAR_LAYOUT, device)
 
 
 @build_once

@@ -7,8 +7,9 @@
 #include "common.cuh"
 
 template <typename T, int TM, int TN, int TK, int GROUPS_M, int GROUPS_N, bool A_K_ROWS,
-          bool B_K_ROWS>
+          bool B_K_ROWS, int GROUPS_K = 1>
 struct Product {
+  static_assert(GROUPS_K == 1, "k-tiles are not shared");
   static constexpr int THREADS = GROUPS_M * GROUPS_N;
   static constexpr int M = TM / GROUPS_M, N = TN / GROUPS_N;  // a thread's share of the tile
   static constexpr int K = Chunk<T>::SIZE;                    // elements along k per iteration

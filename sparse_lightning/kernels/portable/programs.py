@@ -1,11 +1,12 @@
 """The programs for every device and dtype: pure functions of dtypes and ints.
 
-Tilings were tuned on an H100, and fit into the 99 KiB of shared memory that a thread block can
-have on the smallest supported devices.
+Tilings were tuned on an H100, those for few tokens on an H200. They fit into the 99 KiB of shared
+memory that a thread block can have on the smallest supported devices.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,18 +14,55 @@ import torch
 from sparse_lightning.kernels.programs import DTYPES, TiledProgram, Tiling, compiler_options
 from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 
-# By block size. Tensor cores for two-byte dtypes, SIMT arithmetic for fp32 and fp64.
+# By the most tokens of an input, then by block size. Tensor cores for two-byte dtypes, SIMT
+# arithmetic for fp32 and fp64. Few tokens are bound by reading W, many by arithmetic.
+MANY = 2**63
 _LINEAR_MMA = {
-    16: Tiling(256, 16, 64, 2, 4, 1),
-    32: Tiling(256, 32, 64, 2, 4, 1),
-    64: Tiling(128, 64, 64, 2, 2, 2),
-    128: Tiling(128, 128, 64, 2, 2, 4),
+    8: {
+        16: Tiling(8, 16, 32, 8, 1, 1, 8),
+        32: Tiling(8, 32, 32, 4, 1, 1, 8),
+        64: Tiling(8, 32, 32, 4, 1, 1, 8),
+        128: Tiling(8, 32, 32, 4, 1, 1, 8),
+    },
+    16: {
+        16: Tiling(16, 16, 32, 4, 1, 1, 8),
+        32: Tiling(16, 32, 32, 2, 1, 1, 8),
+        64: Tiling(16, 32, 32, 2, 1, 1, 8),
+        128: Tiling(16, 32, 32, 2, 1, 1, 8),
+    },
+    32: {
+        16: Tiling(32, 16, 32, 2, 1, 1, 8),
+        32: Tiling(32, 32, 32, 2, 1, 1, 4),
+        64: Tiling(32, 32, 32, 2, 1, 1, 4),
+        128: Tiling(32, 32, 32, 2, 1, 1, 4),
+    },
+    128: {
+        16: Tiling(64, 16, 128, 4, 2, 1, 4),
+        32: Tiling(64, 32, 128, 4, 2, 1, 4),
+        64: Tiling(64, 64, 128, 3, 2, 2, 2),
+        128: Tiling(64, 64, 128, 3, 2, 2, 2),
+    },
+    MANY: {
+        16: Tiling(256, 16, 64, 2, 4, 1),
+        32: Tiling(256, 32, 64, 2, 4, 1),
+        64: Tiling(128, 64, 64, 2, 2, 2),
+        128: Tiling(128, 128, 64, 2, 2, 4),
+    },
 }
+_SKINNY_TOKENS = 32  # up to which `linear_skinny.cu` computes the product of two-byte dtypes
 _LINEAR_SIMT = {
-    16: Tiling(256, 16, 16, 2, 64, 4),
-    32: Tiling(128, 32, 16, 2, 32, 8),
-    64: Tiling(128, 64, 16, 2, 16, 16),
-    128: Tiling(64, 128, 16, 2, 16, 16),
+    32: {
+        16: Tiling(16, 16, 64, 2, 8, 8),
+        32: Tiling(16, 32, 64, 2, 8, 16),
+        64: Tiling(16, 64, 32, 2, 8, 32),
+        128: Tiling(16, 128, 32, 2, 8, 16),
+    },
+    MANY: {
+        16: Tiling(256, 16, 16, 2, 64, 4),
+        32: Tiling(128, 32, 16, 2, 32, 8),
+        64: Tiling(128, 64, 16, 2, 16, 16),
+        128: Tiling(64, 128, 16, 2, 16, 16),
+    },
 }
 _DW_MMA = {
     16: Tiling(16, 256, 64, 2, 1, 4),
@@ -42,12 +80,40 @@ _NORMS_MMA = Tiling(128, 128, 64, 2, 2, 4)
 _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
 
 
-def linear_program(dtype: torch.dtype, block_size: int, *, forward: bool) -> TiledProgram:
-    """Return the program of `block_linear`: y = x W^T (forward) or dx = dy W."""
+@functools.lru_cache(maxsize=4096)  # called at every product, for inputs of any length
+def most_tokens(dtype: torch.dtype, tokens: int) -> int:
+    """Return the most tokens for which `linear_program` is the same as for `tokens`.
+
+    >>> most_tokens(torch.bfloat16, 1), most_tokens(torch.bfloat16, 17)
+    (8, 32)
+    """
+    return next(most for most in _linear_tilings(dtype) if tokens <= most)
+
+
+def linear_program(
+    dtype: torch.dtype, block_size: int, *, forward: bool, tokens: int = MANY
+) -> TiledProgram:
+    """Return the program of `block_linear` for a number of tokens.
+
+    It computes y = x W^T (forward) or dx = dy W.
+    """
     check_block_size(block_size)
-    tiling = (_LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT)[block_size]
-    options = {"B": block_size, "FORWARD": int(forward)}
-    return _program("portable/linear.cu", dtype, tiling, options)
+    tiling = _linear_tilings(dtype)[most_tokens(dtype, tokens)][block_size]
+    is_skinny = _has_mma(dtype) and tokens <= _SKINNY_TOKENS
+    return tiled_linear_program(dtype, block_size, tiling, forward=forward, is_skinny=is_skinny)
+
+
+def tiled_linear_program(
+    dtype: torch.dtype, block_size: int, tiling: Tiling, *, forward: bool, is_skinny: bool
+) -> TiledProgram:
+    """Return the program of `block_linear` with a tiling, by `linear_skinny.cu` or `linear.cu`."""
+    source = "portable/linear_skinny.cu" if is_skinny else "portable/linear.cu"
+    options = {"B": block_size, "FORWARD": int(forward), "GROUPS_K": tiling.groups_k}
+    return _program(source, dtype, tiling, options)
+
+
+def _linear_tilings(dtype: torch.dtype) -> dict[int, dict[int, Tiling]]:
+    return _LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT
 
 
 def dw_program(dtype: torch.dtype, block_size: int) -> TiledProgram:
@@ -68,9 +134,10 @@ def all_programs() -> Iterator[TiledProgram]:
     for dtype in DTYPES:
         yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
-            yield linear_program(dtype, block_size, forward=True)
-            yield linear_program(dtype, block_size, forward=False)
             yield dw_program(dtype, block_size)
+            for tokens in _linear_tilings(dtype):
+                yield linear_program(dtype, block_size, forward=True, tokens=tokens)
+                yield linear_program(dtype, block_size, forward=False, tokens=tokens)
 
 
 _TILES_PER_SM = 3

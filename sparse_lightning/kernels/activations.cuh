@@ -1,7 +1,7 @@
 // Activations, their derivatives, and the epilogues that apply them to the results of a product.
 
 #pragma once
-#include "hopper/sm90.cuh"
+#include "common.cuh"
 
 // In the order of `ACTIVATIONS` in activations.py.
 enum Activation { RELU, GELU, GELU_TANH, SILU };
@@ -118,14 +118,17 @@ struct ActivationGradientEpilogue {
   }
 };
 
-// Returns the epilogue of a kernel. With CONFIG_FUSED_ACTIVATION, the argument `aux` receives the
-// activation (FORWARD) or holds the activation's input (backward), laid out like y.
-template <bool FORWARD, typename T, typename Arguments>
-__device__ auto make_epilogue(const Arguments& a) {
-  if constexpr (!CONFIG_FUSED_ACTIVATION)
-    return StoreEpilogue<T>();
-  else if constexpr (FORWARD)
-    return ActivationEpilogue<T>{a.aux - a.y, a.activation};
-  else
-    return ActivationGradientEpilogue<T>{a.aux - a.y, a.activation};
+// Stores eight results at `destination`, with an activation's epilogue if there is `aux`: the
+// tensor, laid out like y, that receives the activation (FORWARD) or holds its input.
+template <bool FORWARD, typename T>
+__device__ void store_activated(T* destination, uint4 results, const T* y, const T* aux,
+                                int activation) {
+  if (!aux) {
+    *reinterpret_cast<uint4*>(destination) = results;
+  } else if constexpr (FORWARD) {
+    ActivationEpilogue<T>{aux - y, activation}.store(destination, results, {});
+  } else {
+    const ActivationGradientEpilogue<T> epilogue{aux - y, activation};
+    epilogue.store(destination, results, epilogue.load(destination));
+  }
 }

@@ -1,0 +1,192 @@
+"""Time tilings of the portable forward and dX kernels for few tokens, on CUDA.
+
+    python benchmarks/tilings.py --tokens 1 16 64 --block-sizes 64 128 --densities .25 .1
+
+For each product, the table shows the fastest tilings and, marked, the one that the package uses;
+speed-ups are over the dense product in the same run. Every tiling's result is checked before it is
+timed. `portable/programs.py` holds the tilings in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from sparse_lightning import BlockTopology
+from sparse_lightning.arguments import check_count, find_device
+from sparse_lightning.bench.environment import (
+    describe_environment,
+    environment_line,
+    prepare_device,
+)
+from sparse_lightning.cli import run_command
+from sparse_lightning.kernels import compiler
+from sparse_lightning.kernels.launch import Kernel
+from sparse_lightning.kernels.operands import BlockLists
+from sparse_lightning.kernels.portable.launchers import LINEAR_LAYOUT, launch_linear
+from sparse_lightning.kernels.portable.programs import linear_program, tiled_linear_program
+from sparse_lightning.kernels.programs import TiledProgram, Tiling
+from sparse_lightning.kernels.timing import count_copies, device_times, speedup
+from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
+
+_DTYPE = torch.bfloat16
+_MOST_SKINNY_TOKENS = 64
+_MOST_SHARED_BYTES = 99 * 1024
+_MAX_ERROR = 1e-2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status, as `sparse-lightning` does."""
+    parser = argparse.ArgumentParser(prog="tilings.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=(1, 16, 32, 64, 128))
+    add("--features", type=int, nargs=2, default=(8192, 8192), metavar=("IN", "OUT"))
+    add("--block-sizes", type=int, nargs="+", choices=BLOCK_SIZES, default=BLOCK_SIZES)
+    add("--densities", type=float, nargs="+", default=(0.25,))
+    add("--products", nargs="+", choices=("fwd", "dx"), default=("fwd", "dx"))
+    add("--show", type=int, default=5, help="tilings per product; default: %(default)s")
+    add("--repeats", type=int, default=5, help="rounds of which the median is taken")
+    return run_command(run, parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compile all tilings, then check and time them."""
+    device = find_device("cuda")
+    check_count("repeats", options.repeats)
+    for block_size in options.block_sizes:
+        block_grid(*options.features[::-1], block_size)
+    for density in options.densities:
+        check_density(density, "--densities")
+    prepare_device(device)
+    print(environment_line(describe_environment(device)))
+    print("| op | tokens | B | density | tm, tn, tk, stages, groups m, n, k | us | speed-up |")
+    print("|---|---|---|---|---|---|---|")
+    cases = list(itertools.product(options.products, options.tokens, options.block_sizes))
+    compile_all({p for op, tokens, size in cases for p in candidates(tokens, size, op == "fwd")})
+    for op, tokens, block_size in cases:
+        for density in options.densities:
+            measure(op, tokens, block_size, density, options, device)
+
+
+def candidates(tokens: int, block_size: int, forward: bool) -> Iterator[TiledProgram]:
+    """Yield the programs that can compute a product of a number of tokens."""
+
+    def program(tiling: Tiling, is_skinny: bool) -> TiledProgram:
+        return tiled_linear_program(
+            _DTYPE, block_size, tiling, forward=forward, is_skinny=is_skinny
+        )
+
+    outputs = [tn for tn in (16, 32, 64, 128) if tn <= block_size]
+    if tokens <= _MOST_SKINNY_TOKENS:
+        fits = [tm for tm in (8, 16, 32) if tm >= min(tokens, 32) and tm <= max(8, 2 * tokens)]
+        for tm, tn, stages, warps in itertools.product(fits, outputs, (1, 2, 4, 8), (4, 8, 16)):
+            # A dX load covers 32 outputs, and registers hold all stages and the sums.
+            registers = stages * (tn // 2 + tm // 2) + tn * tm // 32
+            if (forward or tn >= min(32, block_size)) and registers <= 160:
+                yield program(Tiling(tm, tn, 32, stages, 1, 1, warps), is_skinny=True)
+    if tokens > 16:
+        pipelines = ((64, 3), (64, 4), (64, 6), (128, 2), (128, 3), (128, 4))
+        groups = ((2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (4, 2, 1))
+        for tm, tn, (tk, stages), (m, n, k) in itertools.product(
+            (64, 128), outputs, pipelines, groups
+        ):
+            tile = tm // m * (tn // n)  # of a warp
+            if (
+                tm < 2 * tokens
+                and tm % (16 * m) == tn % (16 * n) == tk % (16 * k) == 0
+                and 512 <= tile <= 2048
+                and 32 * 1024 <= 2 * stages * (tm + tn) * tk <= _MOST_SHARED_BYTES
+                and 4 * tm * tn <= _MOST_SHARED_BYTES
+            ):
+                yield program(Tiling(tm, tn, tk, stages, m, n, k), is_skinny=False)
+
+
+def compile_all(programs: set[TiledProgram]) -> None:
+    """Compile programs into the cache, in parallel."""
+    arch = compiler.architecture(*torch.cuda.get_device_capability())
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(compiler.cubin_file, p.source, p.options, arch) for p in programs]
+        for job in jobs:
+            job.result()
+
+
+def measure(
+    op: str,
+    tokens: int,
+    block_size: int,
+    density: float,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Print the fastest tilings of a product, and the one in use.
+
+    Raises:
+        AssertionError: if a result is wrong.
+    """
+    forward = op == "fwd"
+    in_features, out_features = options.features if forward else options.features[::-1]
+    topology = BlockTopology.random(
+        *options.features[::-1], block_size=block_size, density=density
+    ).to_(device)
+    weights = 2 * in_features * out_features
+    copies = count_copies(int(weights * topology.density))
+    if forward:
+        lists = BlockLists(topology.row_offsets, topology.row_entries, topology.slots)
+    else:
+        lists = BlockLists(topology.col_offsets, topology.col_entries, topology.slots)
+    x = torch.randn(tokens, in_features, device=device, dtype=_DTYPE)
+    values = [
+        torch.randn(topology.capacity, block_size, block_size, device=device, dtype=_DTYPE)
+        for _ in range(copies)
+    ]
+    dense = [topology.unpack(v) for v in values[: count_copies(weights)]]
+    y = torch.empty(tokens, out_features, device=device, dtype=_DTYPE)
+    expected = x.float() @ (dense[0].float().T if forward else dense[0].float())
+
+    used = linear_program(_DTYPE, block_size, forward=forward, tokens=tokens)
+    programs = list(dict.fromkeys([used, *candidates(tokens, block_size, forward)]))
+    kernels = [Kernel(p, "block_linear", LINEAR_LAYOUT, x.get_device()) for p in programs]
+    for kernel in kernels:
+        y.fill_(torch.nan)
+        launch_linear(kernel, x, values[0], None, lists, y)
+        error = float((y.float() - expected).norm() / expected.norm())
+        if not error < _MAX_ERROR:
+            raise AssertionError(f"relative error {error:.2g} with {kernel.program}")
+
+    def run_dense(w: Tensor) -> Tensor:
+        return x @ (w.T if forward else w)
+
+    contenders = [[lambda w=w: run_dense(w) for w in dense]]
+    for kernel in kernels:
+        contenders.append(
+            [lambda k=kernel, v=v: launch_linear(k, x, v, None, lists, y) for v in values]
+        )
+    dense_times, *times = device_times(contenders, options.repeats, device)
+    medians = [1e3 * statistics.median(samples) for samples in times]
+    ranked = sorted(zip(medians, times, programs, strict=True), key=lambda row: row[0])
+    shown = ranked[: options.show]
+    for us, samples, program in [
+        *shown,
+        *(row for row in ranked[options.show :] if row[2] == used),
+    ]:
+        tiling = ", ".join(map(str, astuple(program.tiling)))
+        mark = " (skinny)" if "skinny" in program.source else ""
+        mark += " **in use**" if program == used else ""
+        ratio = speedup(dense_times, samples)
+        print(
+            f"| {op} | {tokens} | {block_size} | {topology.density:.2f} | {tiling}{mark} "
+            f"| {us:.1f} | {ratio:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

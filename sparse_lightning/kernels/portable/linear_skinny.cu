@@ -1,0 +1,184 @@
+// What linear.cu computes, for bf16 and fp16 and few tokens: y = x W^T + bias (FORWARD), or
+// dx = dy W, bound by reading W once.
+//
+// Arguments and grid are those of linear.cu. The warps of a thread block share the present blocks
+// of its output block: each multiplies its own, and the sums are added in the order of warps, so
+// results depend neither on slots nor on timing.
+//
+// A warp computes the transpose of its tile with mma.sync m16n8k16, outputs as rows (A = W) and
+// tokens as columns (B = x^T), so that eight tokens suffice. It takes k-steps of 32, from one block
+// or two blocks of 16. W goes from global memory straight into registers, STAGES k-steps ahead.
+//
+// Fragments: lane 4 g + t of a warp should hold elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 along k
+// of rows g and g + 8. The order of k is free, as long as W and x agree. So the lane loads 16
+// bytes, elements 8 t to 8 t + 7 of the k-step: the first four are its part of one mma, the others
+// of the next. For dx, where k runs over W's rows, `movmatrix` transposes what was loaded:
+//
+//   load i: row 8 (g / 2) + g % 2 + 2 i of the k-step, and WORDS pairs of outputs, 2 WORDS t on
+//   word r of it, transposed: rows 8 t + 2 i and 8 t + 2 i + 1, output 2 WORDS (g / 2) + g % 2 + 2
+//   r
+//
+// WORDS is 4, of 32 outputs; or 2 where a block has only 16.
+
+#include "portable/linear.cuh"
+#include "product_mma.cuh"
+
+constexpr int STAGES = CONFIG_STAGES, WARPS = CONFIG_GROUPS_K, THREADS = 32 * WARPS;
+constexpr int STEP_BLOCKS = B < 32 ? 32 / B : 1, BLOCK_STEPS = B < 32 ? 1 : B / 32;
+constexpr int WORDS = B < 32 ? 2 : 4;
+constexpr int MMAS_M = TN / 16, MMAS_N = TM / 8;
+static_assert(TK == 32, "a k-step is 32");
+static_assert(TN % 16 == 0 && TM % 8 == 0, "mma.sync computes 16 outputs x 8 tokens");
+static_assert(FORWARD || TN % (8 * WORDS) == 0, "a load for dx has 8 WORDS outputs");
+
+// Sums in shared memory, by warp and token. The pitch spreads the stores of a warp over all banks,
+// and its rows are aligned to 16 bytes.
+constexpr int PITCH = TN + 4;
+LINEAR_LAUNCH_FACTS(THREADS, WARPS * TM * PITCH * 4);
+
+// Loads N words that no other thread block of the tile's tokens needs, past L1.
+template <int N>
+__device__ void load_streaming(unsigned (&out)[4], const T* address) {
+  if constexpr (N == 4)
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "l"(address));
+  else
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "l"(address));
+}
+
+// Transposes a matrix of 8 x 8 elements, of which lane 4 g + t has elements 2 t, 2 t + 1 of row g.
+__device__ inline unsigned transpose_8x8(unsigned word) {
+  unsigned out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));
+  return out;
+}
+
+// The operands of a warp for one k-step, as loaded.
+struct Step {
+  unsigned w[MMAS_M][2][4];
+  uint4 x[MMAS_N];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) block_linear(const Arguments a) {
+  extern __shared__ __align__(128) float sums[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const OutputTile tile(a);
+  const int n_tokens = (int)min((long long)TM, a.tokens - tile.first_token);
+  const T* x = a.x + tile.first_token * a.in_features;
+
+  // Groups of STEP_BLOCKS entries go round the warps.
+  const int begin = a.offsets[tile.out_block], end = a.offsets[tile.out_block + 1];
+  const int groups = (end - begin + STEP_BLOCKS - 1) / STEP_BLOCKS;
+  const int own_groups = max(0, (groups - warp + WARPS - 1) / WARPS);
+  const int steps = own_groups * BLOCK_STEPS;
+
+  // Lane i holds the i-th of the next 32 entries of the warp.
+  int2 held = make_int2(0, -1);
+  auto load = [&](Step& out, int step) {
+    const int group = step / BLOCK_STEPS, first_k = step % BLOCK_STEPS * 32;
+    constexpr int HELD_GROUPS = 32 / STEP_BLOCKS;
+    if (step % (HELD_GROUPS * BLOCK_STEPS) == 0) {
+      const int entry =
+          begin + ((group + lane / STEP_BLOCKS) * WARPS + warp) * STEP_BLOCKS + lane % STEP_BLOCKS;
+      held = entry < end ? a.entries[entry] : make_int2(0, -1);
+    }
+    const int first_held = group % HELD_GROUPS * STEP_BLOCKS;
+    // The block in which a lane's eight elements along k lie.
+    const int k_block = STEP_BLOCKS == 1 ? 0 : 8 * t / B, k = first_k + 8 * t % B;
+    const int in_block = __shfl_sync(~0u, held.x, first_held + k_block);
+    const int k_slot = __shfl_sync(~0u, held.y, first_held + k_block);
+    if (FORWARD) {
+      const T* block = a.values + ((long long)k_slot * B + tile.first_out) * B + k;
+#pragma unroll
+      for (int m = 0; m < MMAS_M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          unsigned words[4] = {};
+          if (k_slot >= 0) load_streaming<4>(words, block + (16 * m + 8 * half + g) * B);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) out.w[m][r / 2][half + r % 2 * 2] = words[r];
+        }
+    } else {
+      const int row = g / 2 * 8 + g % 2, row_block = STEP_BLOCKS == 1 ? 0 : row / B;
+      const int slot = __shfl_sync(~0u, held.y, first_held + row_block);
+      const T* block =
+          a.values + ((long long)slot * B + first_k + row % B) * B + tile.first_out + 2 * WORDS * t;
+#pragma unroll
+      for (int m = 0; m < MMAS_M; m += WORDS / 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          unsigned words[4] = {};
+          if (slot >= 0) load_streaming<WORDS>(words, block + 2 * i * B + 16 * m);
+#pragma unroll
+          for (int r = 0; r < WORDS; ++r) out.w[m + r / 2][i / 2][i % 2 * 2 + r % 2] = words[r];
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < MMAS_N; ++n) {
+      const int token = 8 * n + g;
+      const T* elements = x + (long long)token * a.in_features + in_block * B + k;
+      out.x[n] = k_slot >= 0 && token < n_tokens ? __ldg(reinterpret_cast<const uint4*>(elements))
+                                                 : make_uint4(0, 0, 0, 0);
+    }
+  };
+
+  float acc[MMAS_M][MMAS_N][4] = {};
+  auto multiply = [&](const Step& step) {
+#pragma unroll
+    for (int m = 0; m < MMAS_M; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // of the k-step
+        unsigned w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          w[i] = FORWARD ? step.w[m][half][i] : transpose_8x8(step.w[m][half][i]);
+#pragma unroll
+        for (int n = 0; n < MMAS_N; ++n) {
+          const unsigned x[2] = {half ? step.x[n].z : step.x[n].x,
+                                 half ? step.x[n].w : step.x[n].y};
+          mma_m16n8k16(acc[m][n], w, x, T());
+        }
+      }
+  };
+
+  Step stages[STAGES];
+#pragma unroll
+  for (int i = 0; i < STAGES; ++i) load(stages[i], i);
+  for (int first = 0; first < steps; first += STAGES) {
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i) {
+      multiply(stages[i]);
+      load(stages[i], first + STAGES + i);
+    }
+  }
+
+#pragma unroll
+  for (int m = 0; m < MMAS_M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      constexpr int PER_LOAD = WORDS / 2;  // mmas of the outputs of one load for dx
+      const int output = FORWARD ? 16 * m + 8 * half + g
+                                 : m / PER_LOAD * 8 * WORDS + g / 2 * 2 * WORDS + g % 2 +
+                                       (m % PER_LOAD * 2 + half) * 2;
+#pragma unroll
+      for (int n = 0; n < MMAS_N; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          sums[(warp * TM + 8 * n + 2 * t + e) * PITCH + output] = acc[m][n][2 * half + e];
+    }
+  __syncthreads();
+  constexpr int PER_ROW = TN / 8;
+  for (int chunk = threadIdx.x; chunk < TM * PER_ROW; chunk += THREADS) {
+    const int token = chunk / PER_ROW, col = chunk % PER_ROW * 8;
+    if (token >= n_tokens) break;
+    float total[8] = {};
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total[i] += sums[(w * TM + token) * PITCH + col + i];
+    tile.store(a, token, col, total);
+  }
+}
