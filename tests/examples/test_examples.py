@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import doctest
 import importlib.util
@@ -11,8 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch import nn
 
 import sparse_lightning
+from sparse_lightning import BlockSparseLinear
 from sparse_lightning.history import read_history
 from tests import processes
 
@@ -144,6 +148,64 @@ def test_throughput_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     done = processes.run_ranks(EXAMPLES / "throughput.py", *size.split(), *turns.split())
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and rows[-3].endswith(" | 1.00 |"), "printed once"
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+GRAPH = pytest.param("graph", marks=[pytest.mark.gpu, NO_GPU])
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile", GRAPH])
+def test_generate(mode: str, tmp_path: Path) -> None:
+    """The script compares block-sparse with dense logits, and each mode's steps with eager ones."""
+    size = "--width 64 --hidden 128 --layers 1 --heads 4 --kv-heads 2 --vocabulary 96"
+    runs = "--prompt 4 --new 3 --batches 2 --prefill 2 8 --rounds 1 --block-sizes 16 --host"
+    device = "cuda" if mode == "graph" else "cpu"
+    given = f"{size} {runs} --densities 0.1 --mode {mode} --device {device}"
+    output = run("generate.py", *given.split(), cwd=tmp_path)
+    for title in ("Decoding, batch 2, 3 tokens after 4:", "Prefill, 2 x 8 tokens:"):
+        rows = output.split(title)[1].split("\n\n")[0].splitlines()[3:]
+        cells = [row.strip("| ").split(" | ") for row in rows]
+        sparse = ["MLPs at 0.25, blocks of 16", "all layers at 0.1, blocks of 16"]
+        assert [name for name, *_ in cells] == ["dense", *sparse]
+        assert cells[0][2] == "1.00" and all(int(rate.replace(",", "")) for _, rate, *_ in cells)
+    assert re.search(r"^\| density 0.1, blocks of 16 \| [\d.]+ \|$", output, re.MULTILINE)
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    """A small model whose greedy tokens vary."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **sizes, **heads, vocab_size=96, initializer_range=0.2, eos_token_id=None
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_generate_decodes_as_transformers_does(llama: nn.Module) -> None:
+    prompt = torch.randint(96, (3, 5))
+    decoder = load("generate").Decoder(llama, prompt, new=8)
+    expected = llama.generate(prompt, max_new_tokens=9, do_sample=False)
+    assert len(expected[0, 5:].unique()) > 3
+    for _ in range(2):  # a second run starts anew
+        decoder.start()
+        decoder.run()
+        assert torch.equal(decoder.tokens, expected)
+
+
+@torch.no_grad()
+def test_generate_refuses_wrong_logits(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = load("generate")
+    options = argparse.Namespace(batches=[1], prefill=[2, 8], vocabulary=96, device="cpu")
+    sparse_lightning.sparsify(llama, block_size=16, density=0.25)
+    generate.check_sparse(llama, "sparse", options)
+    forward = BlockSparseLinear.forward
+    monkeypatch.setattr(BlockSparseLinear, "forward", lambda self, x: 1.001 * forward(self, x))
+    with pytest.raises(RuntimeError, match=r"error must be below .* \(sparse, input \(1, 1\)\)"):
+        generate.check_sparse(llama, "sparse", options)
 
 
 def test_doctests() -> None:
