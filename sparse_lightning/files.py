@@ -44,3 +44,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as file:
         file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a path's lock, where the system has locks; wait while another process holds it.
+
+    Raises:
+        OSError: if the file of the lock, which is beside the path and stays, cannot be written.
+    """
+    with path.with_name(f"{path.name}.lock").open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        yield

@@ -258,15 +258,18 @@ class BlockSparseLinear(nn.Module):
         """
         values: Tensor = self.values
         bias: Tensor | None = self.bias
-        if _autocast_dtype(x) is not None:
-            values = values.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
-        if x.dtype != values.dtype:
-            raise TypeError(
-                f"The input must have the layer's dtype {values.dtype}; got {x.dtype}. "
-                "Convert one of them, or run under autocast."
-            )
-        norms, armed = self._norm_operands(x)
+        norms = armed = None
+        if values.requires_grad and torch.is_grad_enabled():
+            norms, armed = self._norm_operands(x)
+        if x.dtype != values.dtype or (bias is not None and x.dtype != bias.dtype):
+            if _autocast_dtype(x) is not None:
+                values = values.to(x.dtype)
+                bias = None if bias is None else bias.to(x.dtype)
+            elif x.dtype != values.dtype:
+                raise TypeError(
+                    f"The input must have the layer's dtype {values.dtype}; got {x.dtype}. "
+                    "Convert one of them, or run under autocast."
+                )
         topology = self.topology
         return LayerOperands(  # faster than unpacking `topology.indices`
             values,
@@ -283,9 +286,10 @@ class BlockSparseLinear(nn.Module):
         )
 
     def _norm_operands(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return `block_norms` and the flag on the device; (None, None) if norms are not needed."""
-        if not (self.values.requires_grad and torch.is_grad_enabled()):
-            return None, None
+        """Return `block_norms` and the flag on the device, for a forward pass with a backward.
+
+        They are (None, None) if no norms are needed.
+        """
         if not torch.compiler.is_dynamo_compiling() and _is_exporting():
             return None, None
         # Compiled or captured code always receives both, so arming does not change it. The
@@ -319,7 +323,7 @@ class BlockSparseLinear(nn.Module):
         Returns:
             The kind for each of "fwd", "dx" and "dw": on CUDA "portable", "hopper" (kernels for
             compute capability 9.0) or "dense" (cuBLAS on a dense copy); on a CPU "by block",
-            "by row" or "densify".
+            "batched" or "densify".
 
         >>> layer = BlockSparseLinear(1024, 256, block_size=32, density=0.1)
         >>> layer.kernel_choice(torch.zeros(512, 1024))

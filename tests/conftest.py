@@ -1,8 +1,9 @@
-"""Fixtures for all tests: a fixed random seed and one thread."""
+"""Fixtures for all tests: a fixed random seed, one thread, and kernel choices by fixed rules."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 
 from sparse_lightning import optimizer_state
 from sparse_lightning.bench import problem
+from sparse_lightning.kernels.speedups import MEASURE_VARIABLE
 from tests import processes
 
 
 def pytest_configure() -> None:
+    # Processes that tests start inherit this: choices do not depend on timings of this machine.
+    os.environ[MEASURE_VARIABLE] = "0"
     processes.set_preloads()
 
 

@@ -213,7 +213,7 @@ def test_on_a_gpu(make: str, objective: str, dtype: torch.dtype, error: float) -
     assert all(layer.block_norms.grad.any() for layer in layers)
 
 
-@pytest.mark.parametrize("method", ["by block", "by row", "densify"])
+@pytest.mark.parametrize("method", ["by block", "batched", "densify"])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,)], ids=str)
 @pytest.mark.parametrize(("mask", "spare"), [("full", 0), ("low", 0), ("low", 3), ("some", 2)])
 @pytest.mark.parametrize("bias", [True, False])

@@ -29,6 +29,8 @@ EXAMPLES = """examples:
     sparse-lightning bench kernels
   the densities at which blocks of 64 are faster than dense, as a plot:
     sparse-lightning bench kernels --block-sizes 64 --plot speed.png
+  few tokens, as in generation:
+    sparse-lightning bench kernels --ops fwd --tokens 1 16 64 256 1024 8192 --peers none
   whole layers of another shape:
     sparse-lightning bench kernels --shape 16384 2048 8192 --ops layer --densities .25 .1
 """
@@ -40,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shape", type=int, nargs=3, metavar=("TOKENS", "IN", "OUT"),
         help="default: 8192 4096 4096 on CUDA, 1024 1024 1024 on a CPU")  # fmt: skip
+    add("--tokens", type=int, nargs="+", metavar="N", help="numbers of tokens, in place of the "
+        "shape's")  # fmt: skip
     ops = "; ".join(f"{name}: {description}" for name, description in OPS.items())
     add("--ops", nargs="+", choices=OPS, metavar="OP",
         help=f"default: fwd dx dw on CUDA, layer on a CPU. {ops}")  # fmt: skip
@@ -77,18 +81,20 @@ def run(options: argparse.Namespace) -> None:
     peers = (
         [] if options.peers == ["none"] else options.peers or (installed_peers() if on_cuda else [])
     )
-    _check(options, device, shape, peers)
+    tokens = options.tokens or shape[:1]
+    _check(options, device, (*tokens, *shape[1:]), peers)
     prepare_device(device)
     if options.threads:
         torch.set_num_threads(options.threads)
 
     environment = describe_environment(device)
-    title = f"{'x'.join(map(str, shape))} (tokens x in x out), {dtype_name}"
+    sizes = [", ".join(map(str, tokens)), *map(str, shape[1:])]
+    title = f"{' x '.join(sizes)} (tokens x in x out), {dtype_name}"
     print(environment_line(environment))
     print(f"{title}; speed-up: dense time / time, measured in the same run\n\n{table_head(peers)}")
     rows: list[Row] = []
     for row in measure_all(
-        shape, ops, options.block_sizes, options.densities,
+        tokens, shape[1:], ops, options.block_sizes, options.densities,
         dtype=_DTYPES[dtype_name], device=device, peers=peers,
         repeats=options.repeats, seed=options.seed,
     ):  # fmt: skip
@@ -101,7 +107,8 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         content = {
             "environment": environment,
-            "shape": shape,
+            "tokens": tokens,
+            "features": shape[1:],
             "dtype": dtype_name,
             "repeats": options.repeats,
             "seed": options.seed,
@@ -115,14 +122,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(
-    options: argparse.Namespace, device: torch.device, shape: tuple[int, ...], peers: list[str]
+    options: argparse.Namespace, device: torch.device, sizes: tuple[int, ...], peers: list[str]
 ) -> None:
     check_count("repeats", options.repeats)
     check_count("threads", options.threads)
-    if shape[0] < 1:
-        raise ValueError(f"`--shape` must have at least one token; got {shape[0]}.")
+    *tokens, in_features, out_features = sizes
+    if min(tokens) < 1:
+        name = "--tokens" if options.tokens else "--shape"
+        raise ValueError(f"`{name}` must have at least one token; got {min(tokens)}.")
     for block_size in options.block_sizes:
-        block_grid(shape[2], shape[1], block_size)
+        block_grid(out_features, in_features, block_size)
     for density in options.densities:
         check_density(density, "--densities")
     if peers and device.type != "cuda":
@@ -138,6 +147,8 @@ def _check(
             "`--plot` needs matplotlib, which is not installed. "
             "Install it with: pip install 'sparse-lightning[examples]'"
         )
+    if options.plot and len(tokens) > 1:
+        raise ValueError(f"`--plot` must come with one number of tokens; got {tokens}.")
     if options.plot:
         from sparse_lightning.bench.plot import check_format
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
+
+from sparse_lightning.kernels.speedups import cpu_name
 
 
 def prepare_device(device: torch.device) -> None:
@@ -51,12 +52,7 @@ def environment_line(environment: dict[str, str]) -> str:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def _version(package: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 
 from sparse_lightning.bench.peers import PEERS
 from sparse_lightning.bench.problem import Contender, Problem
-from sparse_lightning.bench.timing import Times, device_times, host_times, speedup
+from sparse_lightning.bench.timing import Times, host_times
+from sparse_lightning.kernels.choice import STEP
+from sparse_lightning.kernels.timing import count_copies, device_times, speedup
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Row:
 
     Attributes:
         op: key of `problem.OPS`.
+        tokens: number of tokens of the input.
         block_size: block size of the layer.
         density: density of the layer after rounding to whole blocks.
         sparse: `Times` of the block-sparse op in ms.
@@ -31,6 +35,7 @@ class Row:
     """
 
     op: str
+    tokens: int
     block_size: int
     density: float
     sparse: Times
@@ -73,19 +78,23 @@ def measure(problem: Problem, op: str, peers: Sequence[str], repeats: int) -> Ro
             remarks[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
     device = problem.x.device
-    times = host_times if op == "host" else device_times
-    samples = dict(
-        zip(
-            contenders,
-            times([contender.run for contender in contenders.values()], repeats, device),
-            strict=True,
-        )
-    )
+    functions = [[contender.run] for contender in contenders.values()]
+    if op == "host":
+        times = host_times([run for (run,) in functions], repeats, device)
+    else:
+        if op in STEP and device.type == "cuda" and not peers:
+            # Peers may do what a CUDA graph cannot capture, and all contenders are timed alike.
+            for clone in problem.clones(count_copies(problem.layer.values.nbytes) - 1):
+                functions[0].append(clone.ours(op).run)
+                functions[1].append(clone.dense(op).run)
+        times = device_times(functions, repeats, device)
+    samples = dict(zip(contenders, times, strict=True))
 
-    speedups = {name: speedup(samples["dense"], times) for name, times in samples.items()}
+    speedups = {name: speedup(samples["dense"], ours) for name, ours in samples.items()}
     sparse = Times.from_samples(samples["ours"])
     return Row(
         op=op,
+        tokens=problem.x.shape[0],
         block_size=problem.layer.block_size,
         density=problem.layer.density,
         sparse=sparse,
@@ -107,7 +116,8 @@ def _checked_peer(problem: Problem, op: str, name: str) -> Contender:
 
 
 def measure_all(
-    shape: tuple[int, int, int],
+    tokens: Sequence[int],
+    features: tuple[int, int],
     ops: Sequence[str],
     block_sizes: Sequence[int],
     densities: Sequence[float],
@@ -118,30 +128,42 @@ def measure_all(
     repeats: int,
     seed: int,
 ) -> Iterator[Row]:
-    """Yield the row of every op, block size and density as soon as it is measured."""
-    for block_size in block_sizes:
-        for density in densities:
-            problem = Problem(shape, block_size, density, dtype=dtype, device=device, seed=seed)
-            for op in ops:
-                try:
-                    yield measure(problem, op, peers, repeats)
-                except AssertionError as error:
-                    raise AssertionError(
-                        f"{op} with blocks of {block_size} at density {density} is wrong: {error}"
-                    ) from None
+    """Yield the row of every case as soon as it is measured; `features` are those in and out."""
+    for block_size, density in itertools.product(block_sizes, densities):
+        shape = (max(tokens), *features)
+        whole = Problem(shape, block_size, density, dtype=dtype, device=device, seed=seed)
+        problems = [whole.with_tokens(n) for n in tokens]
+        for op, problem in itertools.product(ops, problems):
+            try:
+                yield measure(problem, op, peers, repeats)
+            except AssertionError as error:
+                raise AssertionError(
+                    f"{op} of {problem.x.shape[0]} tokens with blocks of {block_size} at density "
+                    f"{density} is wrong: {error}"
+                ) from None
 
 
 def table_head(peers: Sequence[str]) -> str:
     """Return the header of the Markdown table."""
-    columns = ["op", "B", "density", "ms (10-90 %)", "TFLOP/s", "speed-up", *peers]
+    columns = ["op", "tokens", "B", "density", "ms (10-90 %)", "TFLOP/s", "speed-up", *peers]
     return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
 def table_row(row: Row) -> str:
     """Return a row of the Markdown table; the peers' columns hold their speed-ups."""
-    time = f"{row.sparse.median:.3f} ({row.sparse.low:.3f}-{row.sparse.high:.3f})"
+    time = f"{_ms(row.sparse.median)} ({_ms(row.sparse.low)}-{_ms(row.sparse.high)})"
     # Host time is not a measure of arithmetic throughput.
     tflops = "" if row.op == "host" else f"{row.tflops:.3g}"
-    cells = [row.op, str(row.block_size), f"{row.density:.2f}", time, tflops, f"{row.speedup:.2f}"]
+    cells = [row.op, str(row.tokens), str(row.block_size), f"{row.density:.2f}", time, tflops]
+    cells.append(f"{row.speedup:.2f}")
     cells += ["n/a" if ratio is None else f"{ratio:.2f}" for ratio in row.peers.values()]
     return f"| {' | '.join(cells)} |"
+
+
+def _ms(time: float) -> str:
+    """Return a time in ms with at least three digits.
+
+    >>> _ms(0.01234), _ms(12.3456)
+    ('0.0123', '12.346')
+    """
+    return f"{time:.4f}" if time < 0.1 else f"{time:.3f}"

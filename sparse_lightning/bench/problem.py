@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ OPS = {
 }
 
 # Largest relative error in the Frobenius norm that rounding of operands and results can cause.
-_MAX_ERROR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+MAX_ERROR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,21 @@ class Problem:
         self.linear = self.layer.to_linear()
         self.x = torch.randn(tokens, in_features, dtype=dtype, device=device)
         self.dy = torch.randn(tokens, out_features, dtype=dtype, device=device)
+
+    def clones(self, n: int) -> list[Problem]:
+        """Return `n` problems of the same input and gradient, on copies of both layers."""
+        found = []
+        for _ in range(n):
+            clone = copy.copy(self)
+            clone.layer, clone.linear = copy.deepcopy(self.layer), copy.deepcopy(self.linear)
+            found.append(clone)
+        return found
+
+    def with_tokens(self, n: int) -> Problem:
+        """Return the problem of the same layers and the first `n` tokens."""
+        found = copy.copy(self)
+        found.x, found.dy = self.x[:n], self.dy[:n]
+        return found
 
     def flops(self, op: str) -> float:
         """Return the floating-point operations of an op on the present blocks (norms: on all)."""
@@ -142,7 +158,7 @@ class Problem:
             if actual.shape != expected.shape:
                 raise AssertionError(f"shape {list(actual.shape)}, not {list(expected.shape)}")
             error = float((actual.detach().float() - expected).norm() / expected.norm())
-            if not error <= _MAX_ERROR[self.x.dtype]:  # also true for NaN
+            if not error <= MAX_ERROR[self.x.dtype]:  # also true for NaN
                 raise AssertionError(f"relative error {error:.2g}")
 
     def _step(self, layer: nn.Module) -> Callable[[], tuple[Tensor, ...]]:

@@ -48,8 +48,10 @@ from sparse_lightning.config import (
     UpdateSchedule,
     build_config,
 )
+from sparse_lightning.kernels import measuring
 from sparse_lightning.loading import register_conversion_hook
 from sparse_lightning.names import DEFAULT_EXCLUDE
+from sparse_lightning.observers.measures import compute_dtype
 from sparse_lightning.observers.observers import Observers
 from sparse_lightning.observers.summary import FitSummary, summarise
 from sparse_lightning.observers.terminal import show_report, show_summary
@@ -250,6 +252,10 @@ class SparsityCallback(Callback):
             found = sparsifier.follows.items() - known.items()
             rank_zero_info("\n".join(f"{copy} follows {source}" for copy, source in sorted(found)))
         sparsifier.check_all_held()
+        # Before the first step, which is not interrupted then.
+        measuring.prepare(
+            (layer.topology, compute_dtype(trainer, layer)) for layer in sparsifier.layers.values()
+        )
         warn_of_slow_layers(trainer, self.config, sparsifier.layers)
         rank_zero_info(f"Block-sparse training: {sparsifier.timetable}.")
         self._observers.start(trainer, pl_module, sparsifier)

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparse_lightning import ranks
 from sparse_lightning.config import build_config
 from sparse_lightning.export.files import write_checkpoint
+from sparse_lightning.kernels import measuring
 from sparse_lightning.selection import select_layers
 from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.stepping import unwrap_optimizer
@@ -125,6 +126,11 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
                 f"{error} With transformers' Trainer, omit `optimizers`, or give an optimizer of "
                 "all parameters of the model."
             ) from error
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        # Before the first step, which is not interrupted then.
+        measuring.prepare(
+            (layer.topology, dtype or layer.values.dtype) for layer in sparsifier.layers.values()
+        )
         self._optimizer, self._training = ref(optimizer), True
 
     def _sparsifier_for(self, model: nn.Module, resumed: bool) -> Sparsifier:

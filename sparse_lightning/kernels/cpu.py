@@ -1,56 +1,115 @@
 """The CPU backend, in plain PyTorch.
 
-`choose` picks one of three methods from shape, dtype and density:
+`choose` picks one of three methods from the number of tokens, dtype and density:
 
 - by block: one GEMM per block, added to its output block. Needs enough tokens to amortize the
   calls.
-- by row: one GEMM per block row, on the gathered inputs of its blocks. For few tokens, and for
-  half-precision outputs, which adding block by block would round at every addition.
+- batched: batched GEMMs over many blocks, whose results are summed by output block. For few tokens,
+  and for half-precision outputs, which adding block by block would round at every addition.
 - densify: one dense GEMM, for densities at which skipping absent blocks does not pay.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparse_lightning.kernels import activations
 from sparse_lightning.kernels.operands import BlockLists
+from sparse_lightning.kernels.speedups import (
+    DeviceSpeedups,
+    cpu_name,
+    may_measure,
+    tokens_bucket,
+)
 from sparse_lightning.topology import Indices
 
-# Density above which one dense product is faster, by block size. Smaller blocks have more overhead
-# (measured on x86 with MKL at 1024x1024x1024).
-_DENSIFY_ABOVE = {16: 0.2, 32: 0.5, 64: 0.65, 128: 0.85}
-# Fewer tokens than this do not amortize one call per block (measured; the optimum is flat).
-_MIN_TOKENS_BY_BLOCK = 256
-# Size of the bands of block rows in which the dense gradient of the block norms is computed.
-_NORMS_BAND_BYTES = 4 << 20
+METHODS = ("by block", "batched", "densify")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# The layer (in_features, out_features) that is measured, since speed-ups over the dense product
+# hardly depend on a layer's shape.
+MEASURED_FEATURES = (1024, 1024)
+
+# Without measurements: the rules below, measured on x86 with MKL at 1024x1024x1024. Smaller blocks
+# have more overhead.
+# Density above which one dense product is faster, by block size.
+_DENSIFY_ABOVE = {16: 0.4, 32: 0.5, 64: 0.75, 128: 0.85}
+_DENSIFY_HALF_ABOVE = {16: 0.15, 32: 0.3, 64: 0.5, 128: 0.55}
+# Fewer tokens than these do not amortize building the dense weight, and one call per block.
+_MIN_TOKENS_DENSIFY = 128
+_MIN_TOKENS_BY_BLOCK = {16: 4096, 32: 512, 64: 256, 128: 128}
+# Most tokens of a batch, and the size of what it reads and writes (measured; the optimum is flat).
+_BATCH_TOKENS = 256
+_BATCH_BYTES = 8 << 20
+# Size of the bands of block rows in which a dense weight is built, and in which the dense gradient
+# of the block norms is computed.
+_BAND_BYTES = 4 << 20
 
 _scratch = threading.local()
 
 
-def choose(tokens: int, block_size: int, density: float, accumulates_in: torch.dtype) -> str:
-    """Return "by block", "by row" or "densify" for one product.
+def choose(op: str, tokens: int, block_size: int, density: float, dtype: torch.dtype) -> str:
+    """Return one of `METHODS` for a product: the fastest by what was measured on this CPU.
+
+    The first choice for a dtype and block size may measure them; see `measuring`. Without
+    measurements, the method follows from constants.
 
     Args:
+        op: "fwd", "dx" or "dw".
         tokens: number of tokens of the input.
         block_size: 16, 32, 64 or 128.
         density: present blocks / all blocks.
-        accumulates_in: dtype in which the products of several blocks would be summed.
+        dtype: dtype of the operands.
 
-    >>> choose(1024, 32, 0.25, torch.float32), choose(1024, 32, 0.25, torch.bfloat16)
-    ('by block', 'by row')
-    >>> choose(1024, 16, 0.5, torch.float32), choose(1024, 64, 0.5, torch.float32)
+    >>> choose("fwd", 1024, 32, 0.25, torch.float32), choose("fwd", 1024, 32, 0.25, torch.bfloat16)
+    ('by block', 'batched')
+    >>> choose("dx", 1024, 16, 0.5, torch.float32), choose("dx", 1024, 64, 0.5, torch.float32)
     ('densify', 'by block')
     """
-    if density > _DENSIFY_ABOVE[block_size]:
+    threads = torch.get_num_threads()
+    return _cached_choice(op, tokens_bucket(tokens), block_size, density, dtype, threads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_choice(
+    op: str, tokens: int, block_size: int, density: float, dtype: torch.dtype, threads: int
+) -> str:
+    # Sums of several blocks must not be rounded to half precision. Each block of dW is one product.
+    is_exact = op == "dw" or dtype in (torch.float32, torch.float64)
+    methods = [method for method in METHODS if is_exact or method != "by block"]
+    measured_as = torch.float32 if dtype == torch.float64 else dtype
+    known, layer = device_speedups(threads), (DTYPES[measured_as], block_size, *MEASURED_FEATURES)
+    if may_measure() and not known.knows(layer):
+        from sparse_lightning.kernels import measuring  # which calls the methods of this module
+
+        where = torch.device("cpu")
+        measuring.measure_missing(known, where, [(measured_as, block_size, *MEASURED_FEATURES)])
+    table = known.table_for(layer)
+    shape = (tokens, *MEASURED_FEATURES)
+    fastest = table.fastest(op, layer[0], block_size, shape, density, methods)
+    if fastest is not None:
+        return fastest
+    limits = _DENSIFY_HALF_ABOVE if dtype.itemsize == 2 else _DENSIFY_ABOVE
+    if density > limits[block_size] and tokens >= _MIN_TOKENS_DENSIFY:
         return "densify"
-    is_exact = accumulates_in in (torch.float32, torch.float64)
-    return "by block" if is_exact and tokens >= _MIN_TOKENS_BY_BLOCK else "by row"
+    return "by block" if is_exact and tokens >= _MIN_TOKENS_BY_BLOCK[block_size] else "batched"
+
+
+@functools.cache
+def device_speedups(threads: int) -> DeviceSpeedups:
+    """Return the measurements that this CPU uses with a number of threads."""
+    return DeviceSpeedups(f"{cpu_name()} {threads} threads", "cpu")
+
+
+def clear_choices() -> None:
+    """Drop cached choices, so that new measurements take effect."""
+    _cached_choice.cache_clear()
 
 
 def multiply(
@@ -62,9 +121,13 @@ def multiply(
     forward: bool,
     activation: str | None = None,
     preactivation: Tensor | None = None,
+    method: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return x W^T + bias or x W, with an activation if one is given; see `ops.Backend`."""
-    y = _multiply(x, values, bias, lists, forward=forward)
+    """Return x W^T + bias or x W, with an activation if one is given; see `ops.Backend`.
+
+    `method` is one of `METHODS`; if None, it is chosen.
+    """
+    y = _multiply(x, values, bias, lists, forward, method)
     if activation is None:
         return y, None
     if preactivation is None:
@@ -73,7 +136,12 @@ def multiply(
 
 
 def _multiply(
-    x: Tensor, values: Tensor, bias: Tensor | None, lists: BlockLists, *, forward: bool
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    lists: BlockLists,
+    forward: bool,
+    method: str | None,
 ) -> Tensor:
     """Return bias + the sum over each output block's entries (i, slot) of x[i] @ block[slot].
 
@@ -87,28 +155,38 @@ def _multiply(
     n_blocks = bounds[-1]
     shape = (*x.shape[:-1], n_out * block_size)
 
-    method = choose(tokens.shape[0], block_size, n_blocks / max(1, n_out * n_in), values.dtype)
+    density = n_blocks / max(1, n_out * n_in)
+    op = "fwd" if forward else "dx"
+    method = method or choose(op, tokens.shape[0], block_size, density, values.dtype)
     if method == "densify":
-        # Built in the orientation of W, so that each row of a block is contiguous in memory.
-        inputs, slots = entries[:n_blocks].long().unbind(1)
-        outputs = torch.repeat_interleave(offsets.diff())
-        block_rows, block_cols = (outputs, inputs) if forward else (inputs, outputs)
-        grid = (n_out, n_in) if forward else (n_in, n_out)
-        weight = _scratch_tensor("weight", values, grid[0], block_size, grid[1], block_size).zero_()
-        weight.transpose(1, 2)[block_rows, block_cols] = values[slots]
-        matrix = weight.view(grid[0] * block_size, -1)
-        y = nn.functional.linear(tokens, matrix if forward else matrix.T, bias)
+        weight = _dense_weight(values, lists.slots)
+        y = nn.functional.linear(tokens, weight if forward else weight.T, bias)
         return _reshaped(y, shape)
 
-    blocks = values.transpose(1, 2) if forward else values
     out = tokens.new_empty(tokens.shape[0], n_out * block_size)
-    targets = _initialized_targets(out, bias, block_size)
-    if method == "by row":
-        inputs, slots = entries[:n_blocks].long().unbind(1)
-        _add_by_row(targets, tokens, blocks[slots], bounds, inputs)
+    if method == "batched":
+        _multiply_in_batches(out, tokens, values, bias, lists, forward)
     else:
+        blocks = values.transpose(1, 2) if forward else values
+        targets = _initialized_targets(out, bias, block_size)
         _add_by_block(targets, tokens, blocks, bounds, entries.tolist())
     return _reshaped(out, shape)
+
+
+def _dense_weight(values: Tensor, slots: Tensor) -> Tensor:
+    """Return the dense weight, `[out_features, in_features]`, in scratch memory."""
+    (rows, cols), size = slots.shape, values.shape[1]
+    weight = _scratch_tensor("weight", values, rows, size, cols, size)
+    padded = _scratch_tensor("padded", values, values.shape[0] + 1, size, size)
+    padded[0].zero_()  # stands for the absent blocks, whose slot is -1
+    padded[1:].copy_(values)
+    # Whole blocks are gathered first. In the weight itself, their rows are far apart.
+    rows_per_band = max(1, _BAND_BYTES // (size * size * cols * values.element_size()))
+    bands = zip(weight.split(rows_per_band), (slots + 1).split(rows_per_band), strict=True)
+    for band, index in bands:
+        blocks = _gather("blocks", padded, index.flatten())
+        band.copy_(blocks.view(-1, cols, size, size).transpose(1, 2))
+    return weight.view(rows * size, cols * size)
 
 
 def _reshaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -146,21 +224,103 @@ def _add_by_block(
             target.addmm_(inputs[i], by_slot[slot])
 
 
-def _add_by_row(
-    targets: Iterator[Tensor],
+class _Batch(NamedTuple):
+    """Blocks of consecutive output blocks, multiplied by one batched GEMM.
+
+    Attributes:
+        outputs: the output blocks.
+        slots: int32, the slot of each block of the batch; None for every slot, empty ones included.
+        inputs: int32, the input block of each.
+        order: int32, the blocks of the batch in the order in which they are summed.
+        offsets: int32, where the blocks of each output block begin in `order`.
+    """
+
+    outputs: slice
+    slots: Tensor | None
+    inputs: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+def _batches(lists: BlockLists, capacity: int, block_bytes: int, band_bytes: int) -> list[_Batch]:
+    """Split the output blocks into batches.
+
+    Args:
+        lists: the blocks by output block.
+        capacity: number of slots.
+        block_bytes: size of a block.
+        band_bytes: size of a block's inputs and results.
+    """
+    offsets, entries, _ = lists
+    bounds = offsets.tolist()
+    inputs, slots = entries.T.contiguous()
+    if capacity * band_bytes <= _BATCH_BYTES:
+        # The values are read where they are, without copying them in the order of the lists.
+        by_slot = torch.empty_like(inputs)
+        by_slot[slots.long()] = inputs.clamp(min=0)
+        return [_Batch(slice(None), None, by_slot, slots[: bounds[-1]], offsets)]
+
+    batches = []
+    limit = _BATCH_BYTES // (band_bytes + block_bytes)
+    positions = torch.arange(bounds[-1], dtype=torch.int32)
+    first = 0
+    for last in range(1, len(bounds)):
+        if last == len(bounds) - 1 or bounds[last + 1] - bounds[first] > limit:
+            begin, end = bounds[first], bounds[last]
+            batch_offsets = offsets[first : last + 1] - begin
+            part, order = slice(begin, end), positions[: end - begin]
+            batches.append(
+                _Batch(slice(first, last), slots[part], inputs[part], order, batch_offsets)
+            )
+            first = last
+    return batches
+
+
+def _multiply_in_batches(
+    out: Tensor,
     tokens: Tensor,
-    sorted_blocks: Tensor,
-    bounds: list[int],
-    inputs: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    lists: BlockLists,
+    forward: bool,
 ) -> None:
-    """Add one product per output block, of gathered inputs and the blocks in sorted order."""
-    block_size = sorted_blocks.shape[1]
-    stacked = sorted_blocks.reshape(-1, block_size)
-    for o, target in enumerate(targets):
-        begin, end = bounds[o], bounds[o + 1]
-        if begin < end:
-            gathered = _gather_columns(tokens, block_size, inputs[begin:end])
-            target.addmm_(gathered, stacked[begin * block_size : end * block_size])
+    """Write bias + the sums of products to `out`, in bands of tokens.
+
+    In half precision, each block's product is rounded, and their sum is computed in fp32.
+    """
+    capacity, block_size, _ = values.shape
+    width = max(1, min(tokens.shape[0], _BATCH_TOKENS))
+    block_bytes = block_size**2 * values.element_size()
+    batches = _batches(lists, capacity, block_bytes, 2 * width * block_bytes // block_size)
+    biases = None if bias is None else bias.view(-1, block_size)
+    for band, out_band in zip(tokens.split(width), out.split(width), strict=True):
+        columns = _block_columns("x", band, block_size)
+        targets = out_band.unflatten(1, (-1, block_size)).transpose(0, 1)
+        for outputs, slots, inputs, order, offsets in batches:
+            blocks = values if slots is None else _gather("blocks", values, slots)
+            x = _gather("inputs", columns, inputs)
+            products = _scratch_tensor("products", x, *x.shape)
+            torch.bmm(x, blocks.transpose(1, 2) if forward else blocks, out=products)
+            sums = _sum_segments(products.flatten(1), order, offsets)
+            target = targets[outputs]
+            sums = sums.view(target.shape)
+            if biases is None:
+                target.copy_(sums)
+            else:
+                torch.add(sums, biases[outputs].unsqueeze(1), out=target)
+
+
+def _sum_segments(rows: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum of `rows[order[offsets[i] : offsets[i + 1]]]` for each i.
+
+    Half precision is summed in fp32. The order of a sum depends on nothing else.
+
+    >>> rows = torch.tensor([[1.0], [2.0], [4.0]])
+    >>> order, offsets = torch.tensor([2, 0, 1]), torch.tensor([0, 2, 2, 3])
+    >>> _sum_segments(rows, order, offsets).tolist()
+    [[5.0], [0.0], [2.0]]
+    """
+    return torch.embedding_bag(rows, order, offsets, mode=0, include_last_offset=True)[0]
 
 
 def _scratch_tensor(name: str, like: Tensor, *shape: int) -> Tensor:
@@ -188,23 +348,26 @@ def _columns(name: str, tokens: Tensor, block_size: int) -> tuple[Tensor, ...]:
     if block_size >= 64:
         in_place: tuple[Tensor, ...] = tokens.split(block_size, 1)
         return in_place
-    blocks: Tensor = tokens.unflatten(1, (-1, block_size))
-    n_tokens, n_blocks, _ = blocks.shape
-    columns = _scratch_tensor(name, tokens, n_blocks, n_tokens, block_size)
-    return columns.copy_(blocks.transpose(0, 1)).unbind(0)
+    return _block_columns(name, tokens, block_size).unbind(0)
 
 
-def _gather_columns(tokens: Tensor, block_size: int, index: Tensor) -> Tensor:
-    """Return the indexed blocks of columns, `[tokens, n * block_size]`, in scratch memory."""
-    blocks: Tensor = tokens.unflatten(1, (-1, block_size))
-    n_tokens, width = tokens.shape[0], len(index)
-    target = _scratch_tensor("gathered", tokens, n_tokens, width, block_size)
-    torch.index_select(blocks, 1, index, out=target)
-    return target.view(n_tokens, width * block_size)
+def _block_columns(name: str, tokens: Tensor, block_size: int) -> Tensor:
+    """Return the blocks of columns, `[blocks, tokens, block_size]`, copied to scratch memory."""
+    blocks: Tensor = tokens.unflatten(1, (-1, block_size)).transpose(0, 1)
+    return _scratch_tensor(name, tokens, *blocks.shape).copy_(blocks)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
-    """Return the present blocks of dy^T x, with zeros in empty slots; see `ops` for shapes."""
+def _gather(name: str, source: Tensor, index: Tensor) -> Tensor:
+    """Return `source[index]` in scratch memory."""
+    target = _scratch_tensor(name, source, len(index), *source.shape[1:])
+    return torch.index_select(source, 0, index, out=target)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, indices: Indices, method: str | None = None) -> Tensor:
+    """Return the present blocks of dy^T x, with zeros in empty slots; see `ops` for shapes.
+
+    `method` is one of `METHODS`; if None, it is chosen.
+    """
     coords, slots = indices.coords, indices.slots
     out_blocks, in_blocks = slots.shape
     block_size = x.shape[-1] // in_blocks
@@ -212,36 +375,29 @@ def weight_gradient(dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
     bounds = indices.row_offsets.tolist()
     n_blocks = bounds[-1]
     density = n_blocks / max(1, out_blocks * in_blocks)
-    # Each block is one product over all tokens, so no sums are rounded to the dtype of x.
-    method = choose(x.shape[0], block_size, density, torch.float32)
+    method = method or choose("dw", x.shape[0], block_size, density, x.dtype)
+    out = x.new_empty(coords.shape[0], block_size, block_size)
+    rows, cols = coords.clamp(min=0).T.contiguous()
     if method == "densify":
         dense = torch.mm(dy.T, x, out=_scratch_tensor("weight", x, dy.shape[1], x.shape[1]))
-        dense = dense.view(out_blocks, block_size, in_blocks, block_size).transpose(1, 2)
-        rows, cols = coords.long().unbind(1)
-        blocks: Tensor = dense[rows, cols]
-        blocks[rows < 0] = 0
-        return blocks
-
-    out = x.new_zeros(coords.shape[0], block_size, block_size)
-    if method == "by row":
-        # Sorted by row and transposed, the blocks of one row are a contiguous slice of `product`.
-        cols, slots = indices.row_entries[:n_blocks].long().unbind(1)
-        product = x.new_empty(n_blocks * block_size, block_size)
-        for row, dy_row in enumerate(dy.split(block_size, 1)):
-            begin, end = bounds[row], bounds[row + 1]
-            if begin < end:
-                gathered = _gather_columns(x, block_size, cols[begin:end])
-                part = product[begin * block_size : end * block_size]
-                torch.mm(gathered.T, dy_row, out=part)
-        out[slots] = product.view(n_blocks, block_size, block_size).transpose(1, 2)
+        # Every row of a block is one row of a matrix of this width.
+        first = (rows.long() * block_size * in_blocks + cols).unsqueeze(1)
+        index = (first + torch.arange(block_size) * in_blocks).flatten()
+        torch.index_select(dense.view(-1, block_size), 0, index, out=out.view(-1, block_size))
+    elif method == "batched":
+        lefts, rights = _block_columns("dy", dy, block_size), _block_columns("x", x, block_size)
+        size = max(1, _BATCH_BYTES // max(1, 2 * lefts[0].nbytes))
+        for part, row, col in zip(out.split(size), rows.split(size), cols.split(size), strict=True):
+            left, right = _gather("outputs", lefts, row), _gather("inputs", rights, col)
+            torch.bmm(left.transpose(1, 2), right, out=part)
     else:
         entries, by_slot = indices.row_entries.tolist(), out.unbind(0)
-        lefts, rights = _columns("dy", dy, block_size), _columns("x", x, block_size)
-        for row, left in enumerate(lefts):
-            transposed = left.contiguous().T  # read once per block of the row
-            for col, slot in entries[bounds[row] : bounds[row + 1]]:
-                torch.mm(transposed, rights[col], out=by_slot[slot])
-    return out
+        left_columns, right_columns = _columns("dy", dy, block_size), _columns("x", x, block_size)
+        for i, column in enumerate(left_columns):
+            transposed = column.contiguous().T  # read once per block of the row
+            for j, slot in entries[bounds[i] : bounds[i + 1]]:
+                torch.mm(transposed, right_columns[j], out=by_slot[slot])
+    return out.index_fill_(0, (coords[:, 0] < 0).nonzero().squeeze(1), 0)
 
 
 def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
@@ -254,10 +410,11 @@ def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor
     # Products of half-precision inputs are summed and squared in fp32; fp16 would overflow.
     dtype = torch.promote_types(x.dtype, torch.float32)
     dy, x = dy.to(dtype), x.to(dtype)
-    rows_per_band = max(1, _NORMS_BAND_BYTES // (block_size * x.shape[1] * x.element_size()))
+    rows_per_band = max(1, _BAND_BYTES // (block_size * x.shape[1] * x.element_size()))
     for first in range(0, out_blocks, rows_per_band):
         band = norms[first : first + rows_per_band]
         rows = slice(first * block_size, (first + band.shape[0]) * block_size)
         blocks = (dy[:, rows].T @ x).view(band.shape[0], block_size, in_blocks, block_size)
-        band.copy_(blocks.square().sum((1, 3)))
+        # Norms of contiguous rows first: one fast pass, with short sums.
+        band.copy_(torch.linalg.vector_norm(blocks, dim=3).square().sum(1))
     return norms

@@ -1,7 +1,7 @@
 """The CUDA backend: checks the operands of each op and calls the chosen kind of kernels.
 
 Each kind defines `linear` and `linear_dw` and, if it computes block norms, `norms` and
-`norms_kernel`. A new kind is added to `choice.KINDS` and `_LAUNCHERS`. `ops` describes shapes.
+`norms_kernel`. A new kind is added to `choice.KINDS` and `LAUNCHERS`. `ops` describes shapes.
 
 Nothing here waits for the device or depends on the number of present blocks, which only the device
 knows; grids are sized for the capacity. A step can thus be captured in a CUDA graph once one step
@@ -22,12 +22,11 @@ from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable import launchers as portable
 from sparse_lightning.topology import Indices, block_grid
 
-_LAUNCHERS: dict[str, ModuleType] = {
+LAUNCHERS: dict[str, ModuleType] = {
     choice.PORTABLE: portable,
     choice.HOPPER: hopper,
     choice.DENSE: densified,
 }
-_FUSING = (choice.HOPPER,)  # kinds whose `linear` also computes activations
 _MAX_PITCH = 2**31 - 1  # kernels use 32-bit row pitches
 
 
@@ -68,8 +67,9 @@ def multiply(
     bias = None if bias is None else bias.contiguous()
     op, tokens = "fwd" if forward else "dx", x.numel() // in_features
     kind = choice.choose(op, x.dtype, block_size, capacity, grid, tokens, device)
-    linear = _LAUNCHERS[kind].linear
-    if activation is not None and kind in _FUSING:
+    linear = LAUNCHERS[kind].linear
+    # The kernels, but not cuBLAS, also compute activations in half precision.
+    if activation is not None and kind != choice.DENSE and x.dtype.itemsize == 2:
         activated = torch.empty_like(y) if writes_activation else None
         linear(
             *(x, values, bias, lists, y, device),
@@ -99,7 +99,7 @@ def weight_gradient(dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
     dy, x = packed(dy), packed(x)
     grid, tokens = (out_blocks, in_blocks), x.numel() // x.shape[-1]
     kind = choice.choose("dw", x.dtype, block_size, capacity, grid, tokens, device)
-    _LAUNCHERS[kind].linear_dw(dy, x, indices, dw, device)
+    LAUNCHERS[kind].linear_dw(dy, x, indices, dw, device)
     # Kernels cannot be loaded during the capture of a CUDA graph, and a captured step computes
     # norms even if the steps before it did not. So the norms kernel is loaded with dW's.
     launchers = _norms_launchers(x.dtype, block_size, grid, tokens, device)
@@ -127,7 +127,7 @@ def _norms_launchers(
 ) -> ModuleType:
     """Return the launchers of the kind that computes the block norms of a layer."""
     blocks = grid[0] * grid[1]
-    return _LAUNCHERS[choice.choose("norms", dtype, block_size, blocks, grid, tokens, device)]
+    return LAUNCHERS[choice.choose("norms", dtype, block_size, blocks, grid, tokens, device)]
 
 
 def _common_device(first: Tensor, *others: Tensor | None) -> int:

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -475,6 +475,24 @@ _library.impl("block_linear", _BlockLinear.apply, "Autograd")
 _library.impl("block_linear_dx", _BlockLinearDx.apply, "Autograd")
 _library.impl("block_linear_dw", _BlockLinearDw.apply, "Autograd")
 _library.impl("block_mlp", _BlockMlp.apply, "Autograd")
+
+
+def _without_graph(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an op that has no derivative: the formulas call it below autograd.
+
+    Exported programs, whose MLPs were decomposed, call it with parameters that require a gradient.
+    """
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+_library.impl("block_linear_act", _without_graph(block_linear_act), "Autograd")
+_library.impl("block_linear_dh", _without_graph(block_linear_dh), "Autograd")
+_library.impl("block_norms", _without_graph(block_norms), "Autograd")
 
 
 def _block_mlp(x: Tensor, *args: Any) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparse_lightning.kernels.choice import Shape
+from sparse_lightning.kernels.speedups import Shape
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.selection import linear_layers
 

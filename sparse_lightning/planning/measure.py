@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_lightning.arguments import Input, random_inputs
 from sparse_lightning.bench.problem import Problem
-from sparse_lightning.bench.timing import device_times, speedup
 from sparse_lightning.kernels import choice
+from sparse_lightning.kernels.timing import device_times, speedup
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.planning.costs import DenseTimes, Product, ProductCounts
 
@@ -342,7 +342,7 @@ def _median_seconds(functions: Sequence[Callable[[], object]], device: torch.dev
 
 def _samples(functions: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
     with torch.no_grad():
-        return device_times(functions, _REPEATS[device.type], device)
+        return device_times([[function] for function in functions], _REPEATS[device.type], device)
 
 
 def _cast_seconds(weight: Tensor, dtype: torch.dtype, device: torch.device) -> float:

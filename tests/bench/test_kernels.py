@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_lightning.bench import environment, kernels, peers
 from sparse_lightning.bench.plot import break_even
 from sparse_lightning.bench.problem import OPS, Contender, Problem
-from sparse_lightning.bench.timing import Times, device_times
+from sparse_lightning.bench.timing import Times
 from sparse_lightning.cli import main
 from sparse_lightning.kernels import ops
 
@@ -52,6 +52,16 @@ def test_the_check_covers_every_part_of_a_result(op: str, part: int) -> None:
             p.check(op, Contender(lambda s=spoiled: s, lambda out: out))
 
 
+def test_clones_compute_the_same_on_other_weights() -> None:
+    p = problem()
+    (clone,) = p.clones(1)
+    for op in ("fwd", "dx", "dw"):
+        p.check(op, clone.ours(op))
+        p.check(op, clone.dense(op))
+    clone.layer.values.data.zero_()
+    assert p.layer.values.any() and clone.x is p.x
+
+
 def test_flops_by_hand() -> None:
     p = problem()
     assert p.layer.topology.n_blocks == 19  # 0.4 of 8 x 6
@@ -63,13 +73,6 @@ def test_flops_by_hand() -> None:
 def test_times_by_hand() -> None:
     assert Times.from_samples(range(21)) == Times(median=10, low=2, high=18)
     assert Times.from_samples([5.0]) == Times(5.0, 5.0, 5.0)
-
-
-def test_functions_alternate() -> None:
-    calls: list[str] = []
-    samples = device_times([lambda: calls.append("a"), lambda: calls.append("b")], 3, CPU)
-    assert calls == ["a", "b"] * 5  # two warm-up rounds
-    assert [len(times) for times in samples] == [3, 3]
 
 
 def test_break_even_by_hand() -> None:
@@ -87,14 +90,15 @@ def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     files = ("--json", f"{tmp_path}/out.json", "--plot", f"{tmp_path}/out.png")
     assert main([*SMALL, "--ops", "fwd", "host", "--block-sizes", "16", "32", *files]) == 0
     printed = capsys.readouterr().out
-    assert "torch 2" in printed and "64x128x96" in printed
+    assert "torch 2" in printed and "64 x 128 x 96 (tokens x in x out)" in printed
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| f", "| h"))]
-    assert [(row[0], row[1]) for row in rows] == [("| fwd", "16"), ("| host", "16")] * 4 + [
-        ("| fwd", "32"),
-        ("| host", "32"),
-    ] * 4
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        *[("| fwd", "64", "16"), ("| host", "64", "16")] * 4,
+        *[("| fwd", "64", "32"), ("| host", "64", "32")] * 4,
+    ]
     content = json.loads((tmp_path / "out.json").read_text())
-    assert content["shape"] == [64, 128, 96] and content["dtype"] == "fp32"
+    assert content["tokens"] == [64] and content["features"] == [128, 96]
+    assert content["dtype"] == "fp32"
     assert content["repeats"] == 3 and content["seed"] == 0
     assert {"device", "torch", "commit"} <= content["environment"].keys()
     first = content["rows"][0]
@@ -114,7 +118,7 @@ def test_a_wrong_kernel_is_not_timed(
     assert main([*ONE, "--ops", "fwd", "dx", "dw"]) == 1
     printed = capsys.readouterr()
     assert "| fwd |" in printed.out and "| dx |" not in printed.out
-    assert "dx with blocks of 16 at density 0.5 is wrong: ours: relative error" in printed.err
+    assert "dx of 64 tokens with blocks of 16 at density 0.5 is wrong: ours: relative error" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,28 @@ def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | Non
         assert row.as_dict()["peer_times"]["stk"]["median"] > 0
 
 
+def test_several_numbers_of_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[tuple[str, int]] = []
+    check = Problem.check
+
+    def spy(self: Problem, op: str, contender: Contender) -> None:
+        assert self.dy.shape[0] == self.x.shape[0]
+        checked.append((op, self.x.shape[0]))
+        check(self, op, contender)
+
+    monkeypatch.setattr(Problem, "check", spy)
+    output = tmp_path / "out.json"
+    given = ("--tokens", "1", "7", "--ops", "fwd", "dw", "--json", str(output))
+    assert main([*ONE, *given]) == 0
+    assert "1, 7 x 128 x 96 (tokens x in x out)" in capsys.readouterr().out
+    rows = json.loads(output.read_text())["rows"]
+    cases = [("fwd", 1), ("fwd", 7), ("dw", 1), ("dw", 7)]
+    assert [(row["op"], row["tokens"]) for row in rows] == cases
+    assert list(dict.fromkeys(checked)) == cases
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -147,7 +173,9 @@ def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | Non
         (("--densities", "0"), r"--densities.*\(0, 1\].*got 0"),
         (("--repeats", "0"), "--repeats.*at least 1; got 0"),
         (("--threads", "-1"), "--threads.*at least 1; got -1"),
-        (("--shape", "0", "128", "96"), "at least one token; got 0"),
+        (("--shape", "0", "128", "96"), "`--shape`.*at least one token; got 0"),
+        (("--tokens", "8", "0"), "`--tokens`.*at least one token; got 0"),
+        (("--tokens", "8", "9", "--plot", "x.png"), r"one number of tokens; got \[8, 9\]"),
         (("--peers", "torch_bsr"), "CUDA only"),
         (("--device", "meta"), "cuda or cpu; got 'meta'"),
         (("--device", "nonsense"), "cuda or cpu; got 'nonsense'"),

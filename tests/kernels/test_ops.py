@@ -103,7 +103,7 @@ def call(layer: BlockSparseLinear, x: Tensor, values: Tensor, bias: Tensor | Non
     return y
 
 
-@pytest.mark.parametrize("method", ["by block", "by row", "densify"])
+@pytest.mark.parametrize("method", ["by block", "batched", "densify"])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 2), (0,)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(
@@ -375,7 +375,7 @@ def test_norms_with_a_token_stride(stride: int, device: str) -> None:
 def test_norms_of_a_large_layer_equal_those_of_its_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     dy, x = torch.randn(9, 7 * 16), torch.randn(9, 5 * 16)
     expected = ops.block_norms(dy, x, torch.tensor(True), 16)
-    monkeypatch.setattr(cpu, "_NORMS_BAND_BYTES", 3 * 16 * x.shape[1] * 4)  # three block rows
+    monkeypatch.setattr(cpu, "_BAND_BYTES", 3 * 16 * x.shape[1] * 4)  # three block rows
     norms = ops.block_norms(dy, x, torch.tensor(True), 16)
     assert norms.shape == (7, 5) and (expected != 0).all()
     torch.testing.assert_close(norms, expected)
@@ -448,17 +448,17 @@ def test_norms_of_a_compiled_model(whole: bool, device: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [
-        (torch.float64, ("by block", "by row", "densify")),
-        (torch.float32, ("by block", "by row", "densify")),
+        (torch.float64, ("by block", "batched", "densify")),
+        (torch.float32, ("by block", "batched", "densify")),
         # Half precision is never summed block by block, which would round after every block.
-        (torch.bfloat16, ("by row", "densify")),
-        (torch.float16, ("by row", "densify")),
+        (torch.bfloat16, ("batched", "densify")),
+        (torch.float16, ("batched", "densify")),
     ],
     ids=str,
 )
 def test_the_methods_of_a_dtype(dtype: torch.dtype, expected: tuple[str, ...]) -> None:
     methods = {
-        cpu.choose(tokens, size, density, dtype)
+        cpu.choose("fwd", tokens, size, density, dtype)
         for tokens in (0, 1, 255, 256, 100_000)
         for size in (16, 32, 64, 128)
         for density in (0.0, 0.01, 0.3, 0.8, 1.0)
