@@ -90,7 +90,8 @@ def candidates(tokens: int, block_size: int, forward: bool) -> Iterator[TiledPro
         for tm, tn, stages, warps in itertools.product(fits, outputs, (1, 2, 4, 8), (4, 8, 16)):
             # A dX load covers 32 outputs, and registers hold all stages and the sums.
             registers = stages * (tn // 2 + tm // 2) + tn * tm // 32
-            if (forward or tn >= min(32, block_size)) and registers <= 160:
+            fits_shared = 4 * warps * tm * (tn + 4) <= _MOST_SHARED_BYTES
+            if (forward or tn >= min(32, block_size)) and registers <= 160 and fits_shared:
                 yield program(Tiling(tm, tn, 32, stages, 1, 1, warps), is_skinny=True)
     if tokens > 16:
         pipelines = ((64, 3), (64, 4), (64, 6), (128, 2), (128, 3), (128, 4))

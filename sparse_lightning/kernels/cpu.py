@@ -154,6 +154,8 @@ def _multiply(
     bounds = offsets.tolist()
     n_blocks = bounds[-1]
     shape = (*x.shape[:-1], n_out * block_size)
+    if x.numel() == 0:
+        return x.new_zeros(shape)
 
     density = n_blocks / max(1, n_out * n_in)
     op = "fwd" if forward else "dx"
@@ -254,15 +256,16 @@ def _batches(lists: BlockLists, capacity: int, block_bytes: int, band_bytes: int
     offsets, entries, _ = lists
     bounds = offsets.tolist()
     inputs, slots = entries.T.contiguous()
-    if capacity * band_bytes <= _BATCH_BYTES:
-        # The values are read where they are, without copying them in the order of the lists.
+    if capacity * band_bytes <= _BATCH_BYTES and 2 * bounds[-1] > capacity:
+        # The values are read where they are, without copying them in the order of the lists. Empty
+        # slots are multiplied in vain.
         by_slot = torch.empty_like(inputs)
         by_slot[slots.long()] = inputs.clamp(min=0)
         return [_Batch(slice(None), None, by_slot, slots[: bounds[-1]], offsets)]
 
     batches = []
     limit = _BATCH_BYTES // (band_bytes + block_bytes)
-    positions = torch.arange(bounds[-1], dtype=torch.int32)
+    positions = torch.arange(bounds[-1], dtype=torch.int32, device=offsets.device)
     first = 0
     for last in range(1, len(bounds)):
         if last == len(bounds) - 1 or bounds[last + 1] - bounds[first] > limit:
@@ -286,18 +289,20 @@ def _multiply_in_batches(
 ) -> None:
     """Write bias + the sums of products to `out`, in bands of tokens.
 
-    In half precision, each block's product is rounded, and their sum is computed in fp32.
+    bf16 products are rounded block by block, and summed in fp32. fp16 products could overflow, so
+    they are computed in fp32.
     """
     capacity, block_size, _ = values.shape
+    dtype = torch.float32 if values.dtype == torch.float16 else values.dtype
     width = max(1, min(tokens.shape[0], _BATCH_TOKENS))
-    block_bytes = block_size**2 * values.element_size()
+    block_bytes = block_size**2 * dtype.itemsize
     batches = _batches(lists, capacity, block_bytes, 2 * width * block_bytes // block_size)
     biases = None if bias is None else bias.view(-1, block_size)
     for band, out_band in zip(tokens.split(width), out.split(width), strict=True):
-        columns = _block_columns("x", band, block_size)
+        columns = _block_columns("x", band, block_size, dtype)
         targets = out_band.unflatten(1, (-1, block_size)).transpose(0, 1)
         for outputs, slots, inputs, order, offsets in batches:
-            blocks = values if slots is None else _gather("blocks", values, slots)
+            blocks = (values if slots is None else _gather("blocks", values, slots)).to(dtype)
             x = _gather("inputs", columns, inputs)
             products = _scratch_tensor("products", x, *x.shape)
             torch.bmm(x, blocks.transpose(1, 2) if forward else blocks, out=products)
@@ -334,7 +339,7 @@ def _scratch_tensor(name: str, like: Tensor, *shape: int) -> Tensor:
     if held is None or held.numel() < size:
         # Inference tensors cannot be written to outside inference mode.
         with torch.inference_mode(False):
-            held = torch.empty(size, dtype=like.dtype)
+            held = torch.empty(size, dtype=like.dtype, device=like.device)
         setattr(_scratch, f"{name}_{like.dtype}", held)
     return held[:size].view(shape)
 
@@ -348,13 +353,13 @@ def _columns(name: str, tokens: Tensor, block_size: int) -> tuple[Tensor, ...]:
     if block_size >= 64:
         in_place: tuple[Tensor, ...] = tokens.split(block_size, 1)
         return in_place
-    return _block_columns(name, tokens, block_size).unbind(0)
+    return _block_columns(name, tokens, block_size, tokens.dtype).unbind(0)
 
 
-def _block_columns(name: str, tokens: Tensor, block_size: int) -> Tensor:
+def _block_columns(name: str, tokens: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Return the blocks of columns, `[blocks, tokens, block_size]`, copied to scratch memory."""
     blocks: Tensor = tokens.unflatten(1, (-1, block_size)).transpose(0, 1)
-    return _scratch_tensor(name, tokens, *blocks.shape).copy_(blocks)
+    return _scratch_tensor(name, tokens.new_empty(0, dtype=dtype), *blocks.shape).copy_(blocks)
 
 
 def _gather(name: str, source: Tensor, index: Tensor) -> Tensor:
@@ -376,28 +381,44 @@ def weight_gradient(dy: Tensor, x: Tensor, indices: Indices, method: str | None 
     n_blocks = bounds[-1]
     density = n_blocks / max(1, out_blocks * in_blocks)
     method = method or choose("dw", x.shape[0], block_size, density, x.dtype)
-    out = x.new_empty(coords.shape[0], block_size, block_size)
-    rows, cols = coords.clamp(min=0).T.contiguous()
-    if method == "densify":
-        dense = torch.mm(dy.T, x, out=_scratch_tensor("weight", x, dy.shape[1], x.shape[1]))
-        # Every row of a block is one row of a matrix of this width.
-        first = (rows.long() * block_size * in_blocks + cols).unsqueeze(1)
-        index = (first + torch.arange(block_size) * in_blocks).flatten()
-        torch.index_select(dense.view(-1, block_size), 0, index, out=out.view(-1, block_size))
-    elif method == "batched":
-        lefts, rights = _block_columns("dy", dy, block_size), _block_columns("x", x, block_size)
-        size = max(1, _BATCH_BYTES // max(1, 2 * lefts[0].nbytes))
-        for part, row, col in zip(out.split(size), rows.split(size), cols.split(size), strict=True):
-            left, right = _gather("outputs", lefts, row), _gather("inputs", rights, col)
-            torch.bmm(left.transpose(1, 2), right, out=part)
-    else:
+    capacity = coords.shape[0]
+    if x.numel() == 0 or n_blocks == 0:
+        return x.new_zeros(capacity, block_size, block_size)
+    is_full = n_blocks == capacity
+    if method == "by block":
+        out = x.new_empty(capacity, block_size, block_size)
+        if not is_full:
+            out.zero_()
         entries, by_slot = indices.row_entries.tolist(), out.unbind(0)
         left_columns, right_columns = _columns("dy", dy, block_size), _columns("x", x, block_size)
         for i, column in enumerate(left_columns):
             transposed = column.contiguous().T  # read once per block of the row
             for j, slot in entries[bounds[i] : bounds[i + 1]]:
                 torch.mm(transposed, right_columns[j], out=by_slot[slot])
-    return out.index_fill_(0, (coords[:, 0] < 0).nonzero().squeeze(1), 0)
+        return out
+
+    # The present blocks in the order of slots are computed at once. If there are empty slots, they
+    # are moved afterwards.
+    present = (coords[:, 0] >= 0).nonzero().squeeze(1)
+    rows, cols = (coords if is_full else coords[present]).T.contiguous()
+    blocks = x.new_empty(n_blocks, block_size, block_size)
+    if method == "densify":
+        dense = torch.mm(dy.T, x, out=_scratch_tensor("weight", x, dy.shape[1], x.shape[1]))
+        # Every row of a block is one row of a matrix of this width.
+        first = (rows.long() * block_size * in_blocks + cols).unsqueeze(1)
+        index = (first + torch.arange(block_size, device=x.device) * in_blocks).flatten()
+        torch.index_select(dense.view(-1, block_size), 0, index, out=blocks.view(-1, block_size))
+    else:
+        lefts = _block_columns("dy", dy, block_size, dy.dtype)
+        rights = _block_columns("x", x, block_size, x.dtype)
+        size = max(1, _BATCH_BYTES // (2 * lefts[0].nbytes))
+        parts = zip(blocks.split(size), rows.split(size), cols.split(size), strict=True)
+        for part, row, col in parts:
+            left, right = _gather("outputs", lefts, row), _gather("inputs", rights, col)
+            torch.bmm(left.transpose(1, 2), right, out=part)
+    if is_full:
+        return blocks
+    return x.new_zeros(capacity, block_size, block_size).index_copy_(0, present, blocks)
 
 
 def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from sparse_lightning import BlockTopology
 from sparse_lightning.kernels import choice, cpu, ops, reference
 from sparse_lightning.kernels.hopper import programs as hopper_programs
+from sparse_lightning.kernels.operands import BlockLists
 
 METHODS = ("by block", "batched", "densify")  # what cpu.choose returns
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -296,6 +297,41 @@ def assert_close(
     # Comparisons with NaN are False, so NaN counts as wrong.
     wrong = ~(error <= tolerance)
     assert not wrong.any(), f"{op}: {int(wrong.sum())} of {wrong.numel()} elements are wrong"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_threads_without_tokens(
+    method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some functions of PyTorch fail on empty input only if they run on several threads."""
+    monkeypatch.setattr(cpu, "choose", lambda *_: method)
+    monkeypatch.setattr(cpu, "_BATCH_TOKENS", 8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for n in (0, 1, 20):
+            check_parity(Case(grid=(9, 7), dtype=dtype, lead=(n,)), "cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spare", [3, 500])
+def test_mostly_empty_slots(method: str, spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled layer whose density falls keeps its slots."""
+    monkeypatch.setattr(cpu, "choose", lambda *_: method)
+    check_parity(Case("skewed", grid=(9, 11), spare=spare, lead=(40,)), "cpu")
+
+
+def test_blocks_whose_products_exceed_the_range_of_fp16_are_summed() -> None:
+    """As in a dense product, only the sum must be finite."""
+    x = torch.full((1, 128), 32.0, dtype=torch.float16)
+    topology = BlockTopology.from_mask(torch.ones(1, 2, dtype=torch.bool), 64)
+    values = torch.cat([torch.full((1, 64, 64), c, dtype=torch.float16) for c in (40.0, -39.0)])
+    lists = BlockLists(topology.row_offsets, topology.row_entries, topology.slots)
+    y, _ = cpu.multiply(x, values, None, lists, forward=True, method="batched")
+    assert torch.equal(y, torch.full_like(y, 64 * 32.0))
 
 
 # -- tests of the check itself ----------------------------------------------------------------

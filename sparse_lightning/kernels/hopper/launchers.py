@@ -39,7 +39,7 @@ def linear(
     block_size = values.shape[1]
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
-    outputs = programs.tile_outputs(tokens, out_features, sm_count(device))
+    outputs = programs.tile_outputs(block_size, tokens, out_features, sm_count(device))
     kernel = _linear_kernel(x.dtype, block_size, forward, activation is not None, outputs, device)
     tiling = kernel.program.tiling
     if block_size < programs.STRIP:

@@ -269,7 +269,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const int rank = cluster_rank(), clusters = gridDim.x / CLUSTER;
   init_barriers(s, CLUSTER * WARPS, PRODUCER_WARPS + WARPS);
   cluster_sync();
-  // The total must not exceed what the launch allocates: 255, 168 or 96 registers per thread.
+  // The total must not exceed what the launch allocates: 224, 168 or 96 registers per thread.
   constexpr int CONSUMER_REGISTERS = WARPGROUPS < 4 ? 224 : 104;
   if (threadIdx.x < 128) {
     warpgroup_reg_dealloc<56>();

@@ -122,17 +122,18 @@ def linear_program(
     return TiledProgram(source, compiler_options(defines), tiling)
 
 
-def tile_outputs(tokens: int, out_features: int, sm_count: int) -> int:
+def tile_outputs(block_size: int, tokens: int, out_features: int, sm_count: int) -> int:
     """Return the outputs of a tile of `block_linear`.
 
     Wide tiles load the least x. But if they would occupy at most half of the multiprocessors, each
     is halved.
 
-    >>> tile_outputs(8192, 4096, 132), tile_outputs(256, 8192, 132)
+    >>> tile_outputs(64, 8192, 4096, 132), tile_outputs(64, 256, 8192, 132)
     (256, 128)
     """
-    tiles = -(-tokens // 128) * -(-out_features // 256)
-    return 128 if 2 * tiles <= sm_count else 256
+    cluster = CLUSTER if block_size >= STRIP else 1  # thread blocks with the same outputs
+    thread_blocks = cluster * -(-tokens // (128 * cluster)) * -(-out_features // 256)
+    return 128 if 2 * thread_blocks <= sm_count else 256
 
 
 def dw_program(

@@ -34,7 +34,9 @@ static_assert(FORWARD || TN % (8 * WORDS) == 0, "a load for dx has 8 WORDS outpu
 // Sums in shared memory, by warp and token. The pitch spreads the stores of a warp over all banks,
 // and its rows are aligned to 16 bytes.
 constexpr int PITCH = TN + 4;
-LINEAR_LAUNCH_FACTS(THREADS, WARPS * TM * PITCH * 4);
+constexpr int SHARED_BYTES = WARPS * TM * PITCH * 4;
+static_assert(SHARED_BYTES <= 99 * 1024, "the limit of a thread block on the smallest device");
+LINEAR_LAUNCH_FACTS(THREADS, SHARED_BYTES);
 
 // Loads N words that no other thread block of the tile's tokens needs, past L1.
 template <int N>
