@@ -59,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands,
         "tune",
         tune,
-        "find the fastest kernels for this machine's GPU",
-        "Time every kind of kernel on this machine's GPU for every product, block size and "
-        "density, and save the table that training uses to choose kernels. Takes minutes.",
+        "find the fastest kernels for this machine",
+        "Time every kind of kernel on this machine's GPU, or every method of its CPU, for every "
+        "product, block size and density, and save the table that training uses to choose among "
+        "them. Takes minutes.",
     )
     _add(
         commands,

@@ -1,12 +1,15 @@
-"""Atomic writes, and checks of where a file can be written."""
+"""Atomic writes, locks, and checks of where a file can be written."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_POLL_SECONDS = 0.05
 
 
 def check_writable(path: Path, argument: str, *, kind: str = "file") -> None:
@@ -47,17 +50,40 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, seconds: float) -> Iterator[None]:
     """Hold a path's lock, where the system has locks; wait while another process holds it.
 
+    Args:
+        path: the path; the file of the lock is beside it and stays.
+        seconds: the longest wait.
+
     Raises:
-        OSError: if the file of the lock, which is beside the path and stays, cannot be written.
+        TimeoutError: if another process still holds it.
+        OSError: if the file of the lock cannot be written.
     """
     with path.with_name(f"{path.name}.lock").open("ab") as file:
         try:
             import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
-        yield
+        except ImportError:  # Windows
+            yield
+            return
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        f"another process has held '{file.name}' for {seconds:.0f} s"
+                    ) from None
+                time.sleep(_POLL_SECONDS)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
+        try:
+            yield
+        finally:
+            # Closing the file would not end a lock that a forked process shares.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)

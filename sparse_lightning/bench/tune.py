@@ -1,10 +1,13 @@
-"""`sparse-lightning tune`: time every kind of kernel, and save the table for the kernel choice."""
+"""`sparse-lightning tune`: time every kind of kernel, and save the table for the kernel choice.
+
+On a CPU, its methods take the place of the kinds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -18,7 +21,7 @@ from sparse_lightning.arguments import check_count, find_device
 from sparse_lightning.bench.environment import describe_environment, prepare_device
 from sparse_lightning.bench.problem import MAX_ERROR, Contender, Problem
 from sparse_lightning.files import check_writable
-from sparse_lightning.kernels import choice
+from sparse_lightning.kernels import choice, cpu
 from sparse_lightning.kernels.choice import OPS, STEP
 from sparse_lightning.kernels.measuring import (
     LayerShape,
@@ -26,7 +29,7 @@ from sparse_lightning.kernels.measuring import (
     Products,
     available_kinds,
     blank_rows,
-    undisturbed,
+    exact,
 )
 from sparse_lightning.kernels.speedups import (
     Measured,
@@ -37,7 +40,8 @@ from sparse_lightning.kernels.speedups import (
 )
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+_DEFAULT_DTYPES = ("bf16", "fp32")
 
 
 class Grid(NamedTuple):
@@ -57,10 +61,14 @@ class Grid(NamedTuple):
 
 
 _SIZES = (512, 2048, 8192, 16384)
-# On an H200 this takes about six minutes, almost half of it for 65536 tokens.
+_CPU_GRID = Grid((1, 16, 64, 256, 1024), (cpu.MEASURED_FEATURES,))
 GRIDS = {
-    torch.bfloat16: Grid((1, 16, 64, 256, 1024, 8192, 65536), tuple(product(_SIZES, _SIZES))),
-    torch.float32: Grid((1, 64, 1024, 8192), tuple(product(_SIZES[:2], _SIZES[:2]))),
+    # On an H200 this takes about six minutes, almost half of it for 65536 tokens.
+    "cuda": {
+        torch.bfloat16: Grid((1, 16, 64, 256, 1024, 8192, 65536), tuple(product(_SIZES, _SIZES))),
+        torch.float32: Grid((1, 64, 1024, 8192), tuple(product(_SIZES[:2], _SIZES[:2]))),
+    },
+    "cpu": dict.fromkeys(_DTYPES.values(), _CPU_GRID),
 }
 _MOST_BYTES = 24 << 30  # of the tensors of a product
 # The products of which every kind is checked in full, and the part of the others that is checked.
@@ -71,7 +79,9 @@ _CHECKED_TOKENS, _CHECKED_PARTS = 8192, 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("--device", default="cuda")
+    add("--device", default="cuda",
+        help="cuda (about six minutes on an H200), or cpu (half a minute to a minute on a quiet "
+        "machine; for its current number of threads); default: %(default)s")  # fmt: skip
     add(
         "--repeats",
         type=int,
@@ -82,10 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: the file that training on this machine reads. What it already has is not "
         "measured again")  # fmt: skip
     add("--fresh", action="store_true", help="measure everything again")
-    add("--dtypes", nargs="+", choices=_DTYPES, default=[*_DTYPES], metavar="DTYPE",
-        help="bf16 (also for fp16) and fp32; default: both")  # fmt: skip
+    add("--dtypes", nargs="+", choices=_DTYPES, default=_DEFAULT_DTYPES, metavar="DTYPE",
+        help="bf16 (on a GPU also for fp16), fp32, or on a CPU fp16; default: the first two",
+    )  # fmt: skip
     add("--tokens", type=int, nargs="+", metavar="N", help="numbers of tokens")
-    add("--shapes", nargs="+", metavar="INxOUT", help="layers, as 2048x8192")
+    add("--shapes", nargs="+", metavar="INxOUT",
+        help="layers, as 2048x8192; on a CPU, one of about 1024x1024 stands for all")  # fmt: skip
     add("--block-sizes", type=int, nargs="+", choices=BLOCK_SIZES, metavar="B")
     add("--densities", type=float, nargs="+", metavar="D", help="densities in (0, 1]")
 
@@ -97,15 +109,22 @@ def run(options: argparse.Namespace) -> None:
         ValueError: for wrong options, before anything is measured.
         AssertionError: if the result of a kernel is wrong.
     """
-    device = find_device(options.device) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type != "cuda":
-        raise ValueError(
-            f"`--device` must be an available CUDA GPU; got '{options.device}'. "
-            "On a CPU there is nothing to tune: it is measured when it is first used."
-        )
+    device = find_device(options.device)
     check_count("repeats", options.repeats)
-    grids = {_DTYPES[name]: _grid(options, GRIDS[_DTYPES[name]]) for name in options.dtypes}
-    path = options.output or tuned_file(torch.cuda.get_device_name(device))
+    defaults, dtypes = GRIDS[device.type], [_DTYPES[name] for name in options.dtypes]
+    if not defaults.keys() >= set(dtypes):
+        raise ValueError(
+            f"`--dtypes` must be bf16 or fp32 on a GPU; got {' '.join(options.dtypes)}. Measure "
+            "bf16, which has the same kernels as fp16."
+        )
+    grids = {dtype: _grid(options, defaults[dtype]) for dtype in dtypes}
+    is_cpu = device.type == "cpu"
+    kinds = cpu.METHODS if is_cpu else choice.KINDS
+    path = options.output or (
+        cpu.table_file(torch.get_num_threads())
+        if is_cpu
+        else tuned_file(torch.cuda.get_device_name(device))
+    )
     with suppress(OSError):  # reported by the check
         path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path, "--output")
@@ -114,14 +133,15 @@ def run(options: argparse.Namespace) -> None:
 
     environment = describe_environment(device)
     done = {row.cell for row in rows}
-    print(f"| op | dtype | B | tokens x in x out | density | {' | '.join(choice.KINDS)} |")
-    print("|" + "---|" * (5 + len(choice.KINDS)))
+    print(f"| op | dtype | B | tokens x in x out | density | {' | '.join(kinds)} |")
+    print("|" + "---|" * (5 + len(kinds)))
     for layer in measure_all(grids, done, device, options.repeats):
         for row in layer:
-            print(table_row(row), flush=True)
+            print(table_row(row, kinds), flush=True)
         rows = merged(rows, layer)
         write_rows(path, rows, environment)
     choice.clear_table_cache()
+    cpu.clear_table_cache()
     print(f"\nSaved in {path}")
 
 
@@ -171,10 +191,10 @@ def measure_all(
                 ]  # fmt: skip
                 if not any(by_tokens):
                     continue
-                if not is_checked:
+                if device.type == "cuda" and not is_checked:
                     check_small(dtype, block_size, grid.densities, device)
                     is_checked = True
-                with undisturbed(device, dtype):
+                with exact(dtype):
                     operands = Operands(shape, grid.densities, device)
                     check_sample(operands, min(_CHECKED_TOKENS, max(grid.tokens)))
                     for rows in by_tokens:
@@ -258,9 +278,9 @@ def check_sample(operands: Operands, tokens: int) -> None:
                 )
 
 
-def table_row(row: Measured) -> str:
+def table_row(row: Measured, kinds: Sequence[str]) -> str:
     """Return a row of the Markdown table; the last columns are speed-ups over the dense product."""
     shape = "x".join(map(str, row.shape))
     cells = [row.op, row.dtype, str(row.block_size), shape, f"{row.density:.2f}"]
-    cells += [f"{row.speedups[k]:.2f}" if k in row.speedups else "n/a" for k in choice.KINDS]
+    cells += [f"{row.speedups[k]:.2f}" if k in row.speedups else "n/a" for k in kinds]
     return f"| {' | '.join(cells)} |"

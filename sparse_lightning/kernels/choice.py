@@ -19,7 +19,6 @@ from sparse_lightning.kernels.speedups import (
     DeviceSpeedups,
     Layer,
     Shape,
-    may_measure,
     tokens_bucket,
 )
 from sparse_lightning.topology import BlockTopology
@@ -74,7 +73,10 @@ def choose(
     tokens: int,
     device: int,
 ) -> str:
-    """Return the kind that computes a product; a layer shape that is new may be measured first.
+    """Return the kind that computes a product.
+
+    A layer shape that no table covers is measured first. While that is impossible, as in the
+    capture of a CUDA graph, the table's guess computes it.
 
     Args:
         op: one of `OPS`.
@@ -91,7 +93,15 @@ def choose(
     if _forced is not None:
         capability = torch.cuda.get_device_capability(device)
         return _forced if _forced in available_kinds(op, dtype, capability) else PORTABLE
-    return _cached_choice(op, dtype, block_size, capacity, grid, tokens_bucket(tokens), device)
+    product = (op, dtype, block_size, capacity, grid, tokens_bucket(tokens), device)
+    kind = _cached_choice(*product)
+    if kind is None:
+        from sparse_lightning.kernels import measuring  # which calls kernels, and so this module
+
+        in_features, out_features = grid[1] * block_size, grid[0] * block_size
+        measuring.measure_missing(device, [(dtype, block_size, in_features, out_features)])
+        kind = _fastest(*product)
+    return kind
 
 
 def step_speedup(
@@ -145,19 +155,31 @@ def _cached_choice(
     grid: tuple[int, int],
     tokens: int,
     device: int,
+) -> str | None:
+    """Return the kind that computes a product; None if its layer shape should be measured."""
+    shape = (tokens, grid[1] * block_size, grid[0] * block_size)
+    if dtype in DTYPES and not device_speedups(device).knows(_layer(dtype, block_size, shape)):
+        return None
+    return _fastest(op, dtype, block_size, capacity, grid, tokens, device)
+
+
+def _fastest(
+    op: str,
+    dtype: torch.dtype,
+    block_size: int,
+    capacity: int,
+    grid: tuple[int, int],
+    tokens: int,
+    device: int,
 ) -> str:
+    """Return the kind that is fastest by what is known."""
     if dtype not in DTYPES:
         return PORTABLE
     shape = (tokens, grid[1] * block_size, grid[0] * block_size)
-    known, layer = device_speedups(device), _layer(dtype, block_size, shape)
-    if may_measure() and not known.knows(layer):
-        from sparse_lightning.kernels import measuring  # which calls kernels, and so this module
-
-        where = torch.device("cuda", device)
-        measuring.measure_missing(known, where, [(dtype, block_size, *shape[1:])])
+    layer = _layer(dtype, block_size, shape)
     density = 1.0 if op == "norms" else capacity / (grid[0] * grid[1])
     kinds = available_kinds(op, dtype, torch.cuda.get_device_capability(device))
-    table = known.table_for(layer)
+    table = device_speedups(device).table_for(layer)
     return table.fastest(op, layer[0], block_size, shape, density, kinds) or PORTABLE
 
 

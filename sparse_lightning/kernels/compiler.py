@@ -192,11 +192,17 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder for compiled kernels and measured tables."""
+    """Return the folder for compiled kernels and measured tables.
+
+    A user without a home, as in some containers, has a folder in the system's temporary directory.
+    """
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        user = os.getuid() if hasattr(os, "getuid") else ""  # Windows has a directory per user
+        return Path(tempfile.gettempdir()) / f"sparse_lightning-{user}"
     return Path(base) / "sparse_lightning"
 
 

@@ -1,6 +1,7 @@
 """The CPU backend, in plain PyTorch.
 
-`choose` picks one of three methods from the number of tokens, dtype and density:
+`choose` picks one of three methods from the number of tokens, dtype, block size and density, by
+fixed rules or by a table that `sparse-lightning tune` measured on this machine:
 
 - by block: one GEMM per block, added to its output block. Needs enough tokens to amortize the
   calls.
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,23 +26,26 @@ from torch import Tensor, nn
 from sparse_lightning.kernels import activations
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.speedups import (
-    DeviceSpeedups,
+    Table,
     cpu_name,
-    may_measure,
+    read_rows,
     tokens_bucket,
+    tuned_file,
 )
 from sparse_lightning.topology import Indices
 
 METHODS = ("by block", "batched", "densify")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# The layer (in_features, out_features) that is measured, since speed-ups over the dense product
-# hardly depend on a layer's shape.
+# The layer (in_features, out_features) that stands for all in a table. Speed-ups over the dense
+# product depend less on a layer's shape than on tokens, block size and density, except those of
+# small layers: at 256x256 they differ by up to a factor of 2.3.
 MEASURED_FEATURES = (1024, 1024)
 
-# Without measurements: the rules below, measured on x86 with MKL at 1024x1024x1024. Smaller blocks
-# have more overhead.
-# Density above which one dense product is faster, by block size.
-_DENSIFY_ABOVE = {16: 0.4, 32: 0.5, 64: 0.75, 128: 0.85}
+# Without a table: the rules below, measured on x86 with MKL at 1024x1024x1024. Smaller blocks have
+# more overhead.
+# Density above which one dense product is faster, by block size. With blocks of 32 at density .5,
+# by block runs at .63 to .8 of the dense speed on an Intel Xeon.
+_DENSIFY_ABOVE = {16: 0.4, 32: 0.4, 64: 0.75, 128: 0.85}
 _DENSIFY_HALF_ABOVE = {16: 0.15, 32: 0.3, 64: 0.5, 128: 0.55}
 # Fewer tokens than these do not amortize building the dense weight, and one call per block.
 _MIN_TOKENS_DENSIFY = 128
@@ -54,11 +60,23 @@ _BAND_BYTES = 4 << 20
 _scratch = threading.local()
 
 
-def choose(op: str, tokens: int, block_size: int, density: float, dtype: torch.dtype) -> str:
-    """Return one of `METHODS` for a product: the fastest by what was measured on this CPU.
+def available_methods(op: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return those of `METHODS` that compute a product ("fwd", "dx" or "dw") accurately.
 
-    The first choice for a dtype and block size may measure them; see `measuring`. Without
-    measurements, the method follows from constants.
+    Sums of several blocks must not be rounded to half precision. Each block of dW is one product.
+
+    >>> available_methods("fwd", torch.bfloat16)
+    ('batched', 'densify')
+    """
+    is_exact = op == "dw" or dtype.itemsize > 2
+    return tuple(method for method in METHODS if is_exact or method != "by block")
+
+
+def choose(op: str, tokens: int, block_size: int, density: float, dtype: torch.dtype) -> str:
+    """Return one of `METHODS` for a product.
+
+    It is the fastest by the table of this machine, if there is one that was measured at such a
+    number of tokens. Otherwise it follows from constants.
 
     Args:
         op: "fwd", "dx" or "dw".
@@ -67,9 +85,9 @@ def choose(op: str, tokens: int, block_size: int, density: float, dtype: torch.d
         density: present blocks / all blocks.
         dtype: dtype of the operands.
 
-    >>> choose("fwd", 1024, 32, 0.25, torch.float32), choose("fwd", 1024, 32, 0.25, torch.bfloat16)
+    >>> choose("fwd", 4096, 32, 0.25, torch.float32), choose("fwd", 4096, 32, 0.25, torch.bfloat16)
     ('by block', 'batched')
-    >>> choose("dx", 1024, 16, 0.5, torch.float32), choose("dx", 1024, 64, 0.5, torch.float32)
+    >>> choose("dx", 4096, 16, 0.5, torch.float32), choose("dx", 4096, 64, 0.5, torch.float32)
     ('densify', 'by block')
     """
     threads = torch.get_num_threads()
@@ -80,35 +98,34 @@ def choose(op: str, tokens: int, block_size: int, density: float, dtype: torch.d
 def _cached_choice(
     op: str, tokens: int, block_size: int, density: float, dtype: torch.dtype, threads: int
 ) -> str:
-    # Sums of several blocks must not be rounded to half precision. Each block of dW is one product.
-    is_exact = op == "dw" or dtype in (torch.float32, torch.float64)
-    methods = [method for method in METHODS if is_exact or method != "by block"]
-    measured_as = torch.float32 if dtype == torch.float64 else dtype
-    known, layer = device_speedups(threads), (DTYPES[measured_as], block_size, *MEASURED_FEATURES)
-    if may_measure() and not known.knows(layer):
-        from sparse_lightning.kernels import measuring  # which calls the methods of this module
-
-        where = torch.device("cpu")
-        measuring.measure_missing(known, where, [(measured_as, block_size, *MEASURED_FEATURES)])
-    table = known.table_for(layer)
-    shape = (tokens, *MEASURED_FEATURES)
-    fastest = table.fastest(op, layer[0], block_size, shape, density, methods)
-    if fastest is not None:
-        return fastest
+    methods = available_methods(op, dtype)
+    table, shape = _table(threads), (tokens, *MEASURED_FEATURES)
+    name = DTYPES[torch.float32 if dtype == torch.float64 else dtype]
+    if table.covers(op, name, block_size, shape):
+        fastest = table.fastest(op, name, block_size, shape, density, methods)
+        if fastest is not None:
+            return fastest
     limits = _DENSIFY_HALF_ABOVE if dtype.itemsize == 2 else _DENSIFY_ABOVE
     if density > limits[block_size] and tokens >= _MIN_TOKENS_DENSIFY:
         return "densify"
+    is_exact = "by block" in methods
     return "by block" if is_exact and tokens >= _MIN_TOKENS_BY_BLOCK[block_size] else "batched"
 
 
+def table_file(threads: int) -> Path:
+    """Return the file in which `sparse-lightning tune` saves the table of this CPU."""
+    return tuned_file(f"{cpu_name()} {threads} threads")
+
+
 @functools.cache
-def device_speedups(threads: int) -> DeviceSpeedups:
-    """Return the measurements that this CPU uses with a number of threads."""
-    return DeviceSpeedups(f"{cpu_name()} {threads} threads", "cpu")
+def _table(threads: int) -> Table:
+    file = table_file(threads)
+    return Table(read_rows(file) if os.path.isfile(file) else ())
 
 
-def clear_choices() -> None:
-    """Drop cached choices, so that new measurements take effect."""
+def clear_table_cache() -> None:
+    """Drop cached tables and choices, so that a new table takes effect."""
+    _table.cache_clear()
     _cached_choice.cache_clear()
 
 

@@ -10,9 +10,12 @@
    devices of the same family: GPUs of one compute capability.
 
 Where two of these have the same cell (product, dtype, block size, shape and density), the earlier
-one wins; cells that only the later one has are added. Measurements of trainings serve their own
-layer shapes only, so that the choice for a layer does not depend on what else was measured since.
-If `SPARSE_LIGHTNING_MEASURE` is 0, they are neither made nor used.
+one wins; cells that only the later one has are added. A layer shape that a training has measured is
+predicted from its own cells only, so that the choice for a layer does not depend on what else was
+measured since. If `SPARSE_LIGHTNING_MEASURE` is 0, no, false or off, measurements of trainings are
+neither made nor used.
+
+This holds for CUDA devices. A CPU uses the table that `tune` wrote; see `cpu`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -241,22 +244,81 @@ def read_rows(path: Path) -> list[Measured]:
     """Read the measurements in a file of this package.
 
     Raises:
-        ValueError: if the file holds no measurements; the message names the file.
+        ValueError: if the file cannot be read or a row is not a measurement; the message names the
+            file and the row.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[Measured], set[Layer]]:
+    """Return the measurements in a file, and the layer shapes that exhausted memory."""
+    where = ""
     try:
-        rows = json.loads(path.read_text())["rows"]
-        return [Measured(**{**row, "shape": tuple(row["shape"])}) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = []
+        for i, row in enumerate(content["rows"]):
+            where = f" row {i}"
+            rows.append(_measured(row))
+        where = ' "exhausted"'
+        return rows, {_layer(*layer) for layer in content.get("exhausted", ())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"'{path}' must be a table that `sparse-lightning tune` or a training wrote; reading "
-            f"it failed: {error!r}. Measure it again, or remove it."
+            f"it failed{where and ' at' + where}: {error!r}. Measure it again, or remove it."
         ) from None
 
 
-def write_rows(path: Path, rows: Iterable[Measured], environment: Mapping[str, str]) -> None:
-    """Write measurements and their environment, atomically."""
+def _measured(row: Mapping[str, Any]) -> Measured:
+    """Return a row of a file.
+
+    Raises:
+        ValueError, KeyError, TypeError: if it is not a measurement.
+    """
+    found = Measured(**{**row, "shape": tuple(row["shape"])})
+    tokens, *features = found.shape
+    _layer(found.dtype, found.block_size, *features)
+    ratios = found.speedups
+    if not (
+        isinstance(found.op, str)
+        and _is_size(tokens)
+        and _is_positive(found.density)
+        and found.density <= 1
+        and isinstance(ratios, dict)
+        and ratios
+        and all(map(_is_positive, ratios.values()))
+    ):
+        raise ValueError(f"{dict(row)}")
+    return found
+
+
+def _layer(dtype: str, block_size: int, in_features: int, out_features: int) -> Layer:
+    sizes = (block_size, in_features, out_features)
+    if not (isinstance(dtype, str) and all(map(_is_size, sizes))):
+        raise ValueError(f"{(dtype, *sizes)}")
+    return (dtype, *sizes)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < cast(float, value) < math.inf
+
+
+def write_rows(
+    path: Path,
+    rows: Iterable[Measured],
+    environment: Mapping[str, str],
+    exhausted: Iterable[Layer] = (),
+) -> None:
+    """Write measurements, their environment, and the layers that exhausted memory, atomically."""
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
-    text = f'{{"environment": {json.dumps(dict(environment))},\n "rows": [\n{lines}\n ]}}\n'
+    layers = json.dumps(sorted(exhausted))
+    text = (
+        f'{{"environment": {json.dumps(dict(environment))},\n "exhausted": {layers},\n'
+        f' "rows": [\n{lines}\n ]}}\n'
+    )
     write_text(path, text)
 
 
@@ -315,13 +377,15 @@ def _slug(name: str) -> str:
 
 
 class DeviceSpeedups:
-    """The measurements that a device uses, by the rule in the docstring of this module.
+    """The measurements that a CUDA device uses, by the rule in the docstring of this module.
 
     Attributes:
         name: name of the device.
         file: file of the layer shapes that trainings have measured.
         table: the table of the device, which `tune` wrote or the package ships.
-        unmeasurable: layer shapes for which memory was exhausted.
+        rows: what trainings have measured.
+        exhausted: layer shapes whose measurement exhausted memory.
+        failed: layer shapes whose measurement failed in this process.
         can_keep: whether the file can be written to, as far as known.
 
     Args:
@@ -335,19 +399,36 @@ class DeviceSpeedups:
     def __init__(self, name: str, family: str) -> None:
         self.name, self.file = name, measured_file(name)
         files = [shipped_file(name, family), tuned_file(name)]
-        self._rows = merged(*(read_rows(file) for file in files if file and file.is_file()))
+        self._rows = merged(*(read_rows(file) for file in files if file and os.path.isfile(file)))
         self.table = Table(self._rows)
-        self.unmeasurable: set[Layer] = set()
+        self.failed: set[Layer] = set()
         self.can_keep = True
         self.read_measured()
 
-    def read_measured(self) -> list[Measured]:
-        """Read again, and return, what trainings on this machine have measured."""
-        rows = read_rows(self.file) if may_measure() and self.file.is_file() else []
-        layers = {row.layer for row in rows}
-        self._measured = Table(merged((r for r in self._rows if r.layer in layers), rows))
-        self._layers = layers
-        return rows
+    def read_measured(self) -> None:
+        """Read again what trainings on this machine have measured.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it.
+        """
+        self.rows: list[Measured] = []
+        self.exhausted: set[Layer] = set()
+        if may_measure() and os.path.isfile(self.file):
+            self.rows, self.exhausted = _read(self.file)
+        by_layer: dict[Layer, list[Measured]] = {row.layer: [] for row in self.rows}
+        for row in merged(self._rows, self.rows):
+            if row.layer in by_layer:
+                by_layer[row.layer].append(row)
+        self._measured = {layer: Table(rows) for layer, rows in by_layer.items()}
+
+    def write_measured(self) -> None:
+        """Write `rows` and `exhausted` to the file.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        environment = {"device": self.name, "torch": torch.__version__}
+        write_rows(self.file, self.rows, environment, self.exhausted)
 
     def knows(self, layer: Layer) -> bool:
         """Return whether there is nothing to measure for a layer shape.
@@ -356,9 +437,10 @@ class DeviceSpeedups:
         """
         dtype, block_size, *features = layer
         return (
-            not self.can_keep
-            or layer in self._layers
-            or layer in self.unmeasurable
+            not (may_measure() and self.can_keep)
+            or layer in self._measured
+            or layer in self.exhausted
+            or layer in self.failed
             or all(
                 self.table.covers(op, dtype, block_size, (tokens, features[0], features[1]))
                 for op in ("fwd", "dx", "dw")
@@ -368,12 +450,12 @@ class DeviceSpeedups:
 
     def table_for(self, layer: Layer) -> Table:
         """Return the table that predicts the products of a layer shape."""
-        return self._measured if layer in self._layers else self.table
+        return self._measured.get(layer, self.table)
 
 
 def may_measure() -> bool:
     """Return whether trainings may measure layer shapes, and use what they have measured."""
-    return os.environ.get(MEASURE_VARIABLE) != "0"
+    return os.environ.get(MEASURE_VARIABLE, "").lower() not in ("0", "false", "no", "off")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def device_times(
     with torch.cuda.device(device):
         if all(len(functions) == 1 for functions in contenders):
             return alternate([_flushing_timer(f, device) for (f,) in contenders], rounds)
-        caller, stream = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
+        caller, stream = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             pool = torch.cuda.graph_pool_handle()  # of all graphs, since they take turns
@@ -76,8 +77,8 @@ def device_times(
 
 
 @functools.cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    """Return the stream of captures, which the default stream does not allow.
+def side_stream(device: int) -> torch.cuda.Stream:
+    """Return a stream for captures, which the default stream does not allow, and measurements.
 
     There is one per device, since cuBLAS reserves memory for every stream that it has seen.
     """
@@ -148,8 +149,11 @@ def _capture(functions: Contender, pool: Any) -> torch.cuda.CUDAGraph | None:
         try:
             results = [function() for function in functions]  # kept, so each has its own memory
             del results
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # that the capture is invalid, which the first error says
+                graph.capture_end()
+            raise
+        graph.capture_end()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:

@@ -118,7 +118,10 @@ def test_a_wrong_kernel_is_not_timed(
     assert main([*ONE, "--ops", "fwd", "dx", "dw"]) == 1
     printed = capsys.readouterr()
     assert "| fwd |" in printed.out and "| dx |" not in printed.out
-    assert "dx of 64 tokens with blocks of 16 at density 0.5 is wrong: ours: relative error" in printed.err
+    assert (
+        "dx of 64 tokens with blocks of 16 at density 0.5 is wrong: ours: relative error"
+        in printed.err
+    )
 
 
 @pytest.mark.parametrize(

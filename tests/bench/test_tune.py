@@ -19,16 +19,36 @@ from sparse_lightning.kernels.speedups import MEASURED_TOKENS, Measured, Table, 
 CPU = torch.device("cpu")
 
 
-def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "`--device` must be an available CUDA GPU; got 'cpu'" in error
+def test_a_cpu_is_tuned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPARSE_LIGHTNING_CACHE_DIR", str(tmp_path))
+    options = ["--device", "cpu", "--repeats", "1", "--tokens", "4", "--block-sizes", "64"]
+    try:
+        for dtype in ("fp32", "fp16"):
+            assert main(["tune", *options, "--densities", ".25", "--dtypes", dtype]) == 0
+        path = cpu.table_file(torch.get_num_threads())
+        assert f"Saved in {path}" in capsys.readouterr().out
+        fp32, fp16 = (
+            [row for row in read_rows(path) if row.dtype == name] for name in ("fp32", "fp16")
+        )
+        assert [set(row.speedups) for row in fp32] == 3 * [set(cpu.METHODS)]
+        assert [set(row.speedups) for row in fp16] == [
+            *2 * [{"batched", "densify"}],
+            set(cpu.METHODS),
+        ]
+        for row in fp32:
+            fastest = max(row.speedups, key=row.speedups.__getitem__)
+            assert cpu.choose(row.op, 4, 64, 0.25, torch.float32) == fastest
+    finally:
+        cpu.clear_table_cache()
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--device", "nonsense"), "cuda or cpu; got 'nonsense'"),
+        (("--dtypes", "bf16", "fp16"), "`--dtypes` must be bf16 or fp32 on a GPU; got bf16 fp16"),
         (("--device", "cuda:1"), "one of the 1 available GPUs; got 'cuda:1'"),
         (("--repeats", "0"), "`--repeats` must be at least 1; got 0"),
         (("--tokens", "0"), "`--tokens` must be at least 1; got 0"),
@@ -54,7 +74,10 @@ def test_wrong_options(
 
 def test_a_row_of_the_table() -> None:
     row = Measured("dw", "half", 32, (8, 16, 32), 0.25, {"portable": 1.5, "dense": 0.951})
-    assert tune.table_row(row) == "| dw | half | 32 | 8x16x32 | 0.25 | 1.50 | n/a | 0.95 |"
+    assert (
+        tune.table_row(row, choice.KINDS)
+        == "| dw | half | 32 | 8x16x32 | 0.25 | 1.50 | n/a | 0.95 |"
+    )
 
 
 def row(tokens: int, ratio: float = 1.0) -> Measured:
@@ -125,7 +148,7 @@ def test_a_part_of_each_result_is_checked(op: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_table_covers_layers_of_every_usual_size() -> None:
-    grid = tune.GRIDS[torch.bfloat16]
+    grid = tune.GRIDS["cuda"][torch.bfloat16]
     table = Table(
         Measured("fwd", "half", 64, (tokens, *features), 0.5, {"dense": 1.0})
         for tokens in grid.tokens

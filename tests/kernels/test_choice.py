@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lightning import BlockSparseLinear
-from sparse_lightning.kernels import choice, cuda, speedups
+from sparse_lightning.kernels import choice, cpu, cuda, speedups
 from sparse_lightning.kernels.choice import KINDS
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.portable import launchers as portable
@@ -210,6 +211,40 @@ def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
         read_rows(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"op": 1},
+        {"dtype": None},
+        {"block_size": "64"},
+        {"shape": [8, 64]},
+        {"shape": [8, 64, 0]},
+        {"shape": [8, 64, 64.5]},
+        {"density": 0},
+        {"density": 1.5},
+        {"density": "1"},
+        {"speedups": {}},
+        {"speedups": [1.0]},
+        {"speedups": {"dense": 0}},
+        {"speedups": {"dense": float("nan")}},
+        {"speedups": {"dense": float("inf")}},
+        {"speedups": {"dense": True}},
+    ],
+    ids=str,
+)
+def test_a_damaged_row_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    good = asdict(row(0.5, dense=1.0))
+    path.write_text(json.dumps({"rows": [good, {**good, **change}]}))
+    with pytest.raises(ValueError, match=r"table\.json' must be a table.* at row 1: .*Measure it"):
+        read_rows(path)
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"'{tmp_path}' must be a table"):
+        read_rows(tmp_path)
+
+
 def test_without_a_table_the_portable_kernels_compute(device: Path) -> None:
     assert not device.exists()
     assert {choose(op) for op in choice.OPS} == {"portable"}
@@ -262,6 +297,16 @@ def test_measurements_of_a_training_serve_their_own_layer_shape(
     assert predict("fwd", 4096, 4096) == 3.0
     assert predict("dx", 4096, 4096) == 1.0, "other cells are those of the table"
     assert predict("fwd", 4096, 2048) == 1.0
+
+
+def test_a_layer_measured_in_part_does_not_depend_on_others(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose memory was exhausted before its norms."""
+    monkeypatch.delenv(speedups.MEASURE_VARIABLE)
+    other = row(1.0, "norms", (256, 512, 512), portable=1.0, hopper=2.0)
+    write_rows(measured_file(GPU), [row(0.25, portable=3.0, dense=2.0), other], {})
+    assert choose("norms") == "portable"
 
 
 # Cells in which the fastest kind is slower than .95 of the dense product. Kernels improve; a new
@@ -373,6 +418,52 @@ def test_kernel_choice_of_a_layer() -> None:
             "dw": "by block",
         }
     assert layer.predicted_speedup(0.1, torch.bfloat16) is None  # on a CPU
+
+
+def test_a_cpu_follows_its_table_near_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPARSE_LIGHTNING_CACHE_DIR", str(tmp_path))
+    ratios = {"by block": 3.0, "batched": 1.0, "densify": 2.0}
+    rows = [
+        Measured(op, dtype, 16, (tokens, *cpu.MEASURED_FEATURES), 0.5, ratios)
+        for op in ("fwd", "dw")
+        for dtype in ("fp32", "bf16")
+        for tokens in (16, 256)
+    ]
+    fp32, half = torch.float32, torch.bfloat16
+    write_rows(cpu.table_file(torch.get_num_threads()), rows, {})
+    cpu.clear_table_cache()
+    try:
+        found = [cpu.choose("fwd", tokens, 16, 0.5, fp32) for tokens in (1, 8, 64, 512, 1024)]
+        assert found == ["batched", "by block", "by block", "by block", "densify"]
+        assert cpu.choose("fwd", 64, 16, 0.5, torch.float64) == "by block"
+        # Sums of blocks would be rounded to half precision.
+        assert cpu.choose("fwd", 64, 16, 0.5, half) == "densify"
+        assert cpu.choose("dw", 64, 16, 0.5, half) == "by block"
+        assert cpu.choose("dw", 64, 32, 0.5, half) == cpu.choose("dx", 64, 16, 0.5, fp32)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:
+            assert cpu.choose("fwd", 64, 16, 0.5, fp32) == "batched"
+        finally:
+            torch.set_num_threads(threads)
+    finally:
+        cpu.clear_table_cache()
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5])
+def test_a_cpu_without_a_table_follows_rules(
+    density: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Even if measuring is on: a busy CPU would be measured for minutes, and wrongly."""
+    monkeypatch.setenv("SPARSE_LIGHTNING_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv(speedups.MEASURE_VARIABLE)
+    cpu.clear_table_cache()
+    layer = BlockSparseLinear(1024, 1024, block_size=32, density=density)
+    found = layer.kernel_choice(torch.zeros(1024, 1024))
+    assert set(found.values()) == {"by block" if density == 0.25 else "densify"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu

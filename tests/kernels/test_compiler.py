@@ -48,6 +48,14 @@ def test_an_old_device_is_rejected() -> None:
         compiler.architecture(7, 5)
 
 
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (compiler.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    folder = compiler.cache_folder()
+    assert folder.parent == Path(tempfile.gettempdir()) and folder.name.endswith(f"-{os.getuid()}")
+
+
 def programs_for(capability: tuple[int, int]) -> list[Program]:
     """Every program of an architecture, but one fp16 program per source, since fp16 differs from
     bf16 only in conversions. Programs without tensor cores are compiled for the oldest alone."""

@@ -35,6 +35,7 @@ class FakeGpu:
         self.now, self.launch = 0.0, 0.02  # an eager call takes 20 us to launch
         self.recorded: list[tuple[str, float]] | None = None
         self.ran: list[str] = []
+        self.capture_fails = False
         gpu = self
 
         class Event:
@@ -54,6 +55,8 @@ class FakeGpu:
 
             def capture_end(self) -> None:
                 gpu.recorded = None
+                if gpu.capture_fails:
+                    raise RuntimeError("the capture was invalidated")
 
             def replay(self) -> None:
                 for name, ms in self.products:
@@ -75,7 +78,7 @@ class FakeGpu:
             monkeypatch.setattr(torch.cuda, name, value)
         buffer = torch.zeros(8, dtype=torch.int8)
         monkeypatch.setattr(torch, "empty", lambda *_, **__: buffer)
-        timing._capture_stream.cache_clear()
+        timing.side_stream.cache_clear()
 
     def product(self, name: str, ms: float, capturable: bool = True) -> Callable[[], None]:
         def run() -> None:
@@ -93,7 +96,7 @@ class FakeGpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield FakeGpu(monkeypatch)
-    timing._capture_stream.cache_clear()
+    timing.side_stream.cache_clear()
 
 
 def test_short_products_are_timed_without_launches_on_all_copies(gpu: FakeGpu) -> None:
@@ -127,12 +130,22 @@ def test_what_is_not_captured_is_timed_by_events(gpu: FakeGpu, copies: int) -> N
 
 
 def test_exhausted_memory_is_not_hidden(gpu: FakeGpu) -> None:
+    """Neither is it by the capture, which fails, too."""
+
     def run() -> None:
         if gpu.recorded is not None:
+            gpu.capture_fails = True
             raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
         device_times([[run, run]], 3, torch.device("cuda"))
+
+
+def test_a_capture_that_fails_at_its_end_is_replaced_by_events(gpu: FakeGpu) -> None:
+    gpu.capture_fails = True
+    functions = [gpu.product("a", 0.5)] * 2
+    (times,) = device_times([functions], 3, torch.device("cuda"))
+    assert times == pytest.approx([0.52] * 3)
 
 
 @pytest.mark.gpu
