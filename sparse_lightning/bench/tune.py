@@ -63,7 +63,7 @@ class Grid(NamedTuple):
 _SIZES = (512, 2048, 8192, 16384)
 _CPU_GRID = Grid((1, 16, 64, 256, 1024), (cpu.MEASURED_FEATURES,))
 GRIDS = {
-    # On an H200 this takes about six minutes, almost half of it for 65536 tokens.
+    # An estimate for an H200 is six minutes, almost half of it for 65536 tokens.
     "cuda": {
         torch.bfloat16: Grid((1, 16, 64, 256, 1024, 8192, 65536), tuple(product(_SIZES, _SIZES))),
         torch.float32: Grid((1, 64, 1024, 8192), tuple(product(_SIZES[:2], _SIZES[:2]))),
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("--device", default="cuda",
-        help="cuda (about six minutes on an H200), or cpu (half a minute to a minute on a quiet "
+        help="cuda (some minutes), or cpu (half a minute to a minute on a quiet "
         "machine; for its current number of threads); default: %(default)s")  # fmt: skip
     add(
         "--repeats",
