@@ -53,10 +53,10 @@ def can_fuse(modules: nn.Sequential) -> bool:
     return any(_fusible(layers[i:]) is not None for i in range(len(layers)))
 
 
-def _activation_name(module: nn.Module) -> str | None:
+def activation_name(module: nn.Module) -> str | None:
     """Return the name of an activation in the ops; None if they do not support it.
 
-    >>> _activation_name(nn.GELU(approximate="tanh")), _activation_name(nn.Tanh())
+    >>> activation_name(nn.GELU(approximate="tanh")), activation_name(nn.Tanh())
     ('gelu_tanh', None)
     """
     if type(module) is nn.GELU:
@@ -90,7 +90,7 @@ def _fusible(
     if len(modules) < 3:
         return None
     up, middle, down = modules[:3]
-    activation = _activation_name(middle)
+    activation = activation_name(middle)
     if activation is None:
         return None
     # A subclass may compute something else.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -95,6 +95,7 @@ class DenseTimes:
         launch: time in which the host launches a step, a lower bound of any step; 0 on a CPU.
         products: time of each product that block-sparse layers would replace.
         casts: time to cast a layer's weight to the autocast dtype, and its gradient back.
+        fusions: time that fusing the activation between two layers saves, by their names.
     """
 
     step: float
@@ -102,6 +103,7 @@ class DenseTimes:
     launch: float
     products: Mapping[Product, float]
     casts: Mapping[str, float]
+    fusions: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 def model_cost(
@@ -155,8 +157,9 @@ def expected_step(
 ) -> float:
     """Return the expected seconds of a step with block-sparse layers.
 
-    In the dense step, the dense products of these layers are replaced by block-sparse ones. The
-    time of casts scales with the density, and that of the optimizer with the trained parameters.
+    In the dense step, the dense products of these layers are replaced by block-sparse ones, and
+    activations between two of them are fused. The time of casts scales with the density, and that
+    of the optimizer with the trained parameters.
 
     Args:
         dense: times of the dense model.
@@ -179,5 +182,8 @@ def expected_step(
         for product, count in counts[name].items():
             before += count * dense.products[product]
             after += count * dense.products[product] / speedup(product, density)
+    for pair, saved in dense.fusions.items():
+        if all(name in densities for name in pair):
+            before += saved
     # Parts measured separately can sum to more than the step.
     return max(max(0.0, dense.step - before) + after, dense.launch)

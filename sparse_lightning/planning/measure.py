@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from sparse_lightning.bench.problem import Problem
 from sparse_lightning.kernels import choice
 from sparse_lightning.kernels.timing import device_times, speedup
 from sparse_lightning.linear import dense_shape
+from sparse_lightning.mlp import activation_name
 from sparse_lightning.planning.costs import DenseTimes, Product, ProductCounts
 
 Result = TypeVar("Result")
@@ -38,8 +39,17 @@ _REPEATS = {"cuda": 11, "cpu": 3}
 # Upper bounds: the factor by which the product clock slows launches, and the clock rate of a GPU.
 _CLOCKED_LAUNCH, _CYCLES_PER_SECOND = 4, 2e9
 
-# (M, K, N, dtype) of a matrix product.
-_Sizes = tuple[int, int, int, torch.dtype]
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_ACTIVATIONS = {
+    torch.ops.aten.relu.default: "forward",
+    torch.ops.aten.gelu.default: "forward",
+    torch.ops.aten.silu.default: "forward",
+    torch.ops.aten.threshold_backward.default: "backward",
+    torch.ops.aten.gelu_backward.default: "backward",
+    torch.ops.aten.silu_backward.default: "backward",
+}
+# Share of the time of a separate activation that a fused one saves; see kernels/NOTES.md.
+_SAVED_BY_FUSION = 0.6
 
 
 class Training:
@@ -159,18 +169,15 @@ class Training:
         self._optimizer.zero_grad()
         return counts
 
-    def product_seconds(
-        self, products: Iterable[Product], step: float, launch: float
-    ) -> dict[Product, float]:
-        """Return the seconds of dense products within a training step.
+    def clock_steps(self, step: float, launch: float) -> StepClock:
+        """Run training steps, and return the clock that recorded them.
 
         Args:
-            products: products to time.
             step: seconds of a step.
             launch: seconds in which the host launches a step. If the host could fall behind the
                 device, the device sleeps first, so that launch times do not affect the result.
         """
-        clock = _ProductClock(self.device)
+        clock = StepClock(self.device)
         lag = _CLOCKED_LAUNCH * launch - step
         with torch.compiler.set_stance("force_eager"), clock:
             for _ in range(_ROUNDS):
@@ -178,9 +185,9 @@ class Training:
                     torch.cuda._sleep(int(lag * _CYCLES_PER_SECOND))
                 self.step()
         self._wait()
-        return {p: clock.seconds(p) or self._isolated_seconds(p) for p in products}
+        return clock
 
-    def _isolated_seconds(self, product: Product) -> float:
+    def isolated_seconds(self, product: Product) -> float:
         """Return the seconds of a single dense product that the clock did not record in a step."""
         tokens, in_features, out_features = product.shape
         x, dy, weight = (
@@ -272,8 +279,8 @@ class ProductSpeedups:
             self._cache[measured, block_size, density] = ratio
 
 
-class _ProductClock(TorchDispatchMode):
-    """Records the times of dense products in this context by their sizes.
+class StepClock(TorchDispatchMode):
+    """Records the times of dense products and activations in this context by their sizes.
 
     Within a step a product takes longer than in isolation, because caches hold other data and a GPU
     under sustained load clocks lower.
@@ -282,15 +289,20 @@ class _ProductClock(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
-        self._recorded: dict[_Sizes, list[tuple[Any, Any]]] = defaultdict(list)
+        self._recorded: dict[tuple[Any, ...], list[tuple[Any, Any]]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        key: tuple[Any, ...]
+        if func in _PRODUCTS:
+            a, b = args[-2:]
+            key = (a.shape[0], a.shape[1], b.shape[1], a.dtype)
+        elif func in _ACTIVATIONS:
+            key = (_ACTIVATIONS[func], args[0].numel(), args[0].dtype)
+        else:
             return func(*args, **(kwargs or {}))
-        a, b = args[-2:]
         begin = self._now()
         result = func(*args, **(kwargs or {}))
-        self._recorded[a.shape[0], a.shape[1], b.shape[1], a.dtype].append((begin, self._now()))
+        self._recorded[key].append((begin, self._now()))
         return result
 
     def _now(self) -> float | torch.cuda.Event:
@@ -301,8 +313,8 @@ class _ProductClock(TorchDispatchMode):
         event.record()
         return event
 
-    def seconds(self, product: Product) -> float | None:
-        """Return the median of the recorded times, or None; call it after synchronization."""
+    def product_seconds(self, product: Product) -> float | None:
+        """Return the median time of a product, or None; call it after synchronization."""
         tokens, in_features, out_features = product.shape
         sizes = {
             "fwd": [(tokens, in_features, out_features)],
@@ -310,7 +322,14 @@ class _ProductClock(TorchDispatchMode):
             # PyTorch computes dW or its transpose, depending on the weight's strides.
             "dw": [(out_features, tokens, in_features), (in_features, tokens, out_features)],
         }[product.op]
-        recorded = [pair for mkn in sizes for pair in self._recorded.get((*mkn, product.dtype), ())]
+        return self._median([(*mkn, product.dtype) for mkn in sizes])
+
+    def activation_seconds(self, direction: str, numel: int, dtype: torch.dtype) -> float | None:
+        """Return the median time of an activation ("forward" or "backward"), or None; likewise."""
+        return self._median([(direction, numel, dtype)])
+
+    def _median(self, keys: Iterable[tuple[Any, ...]]) -> float | None:
+        recorded = [pair for key in keys for pair in self._recorded.get(key, ())]
         if not recorded:
             return None
         on_cuda = self._device.type == "cuda"
@@ -326,9 +345,56 @@ def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, 
     products = {product for counter in counts.values() for product in counter}
     step = training.seconds()
     optimizer, launch = training.optimizer_and_launch_seconds()
-    seconds = training.product_seconds(products, step, launch)
+    clock = training.clock_steps(step, launch)
+    seconds = {p: clock.product_seconds(p) or training.isolated_seconds(p) for p in products}
     casts = training.cast_seconds(name for name in layers if counts[name])
-    return DenseTimes(step, optimizer, launch, seconds, casts), counts
+    fusions = {
+        (up, down): saved_by_fusion(clock, counts[up], counts[down])
+        for up, down in activated_pairs(training.model, layers)
+        if training.device.type == "cuda"
+    }
+    return DenseTimes(step, optimizer, launch, seconds, casts, fusions), counts
+
+
+def activated_pairs(model: nn.Module, layers: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names of two layers between which `sparsify` lets an activation be fused.
+
+    >>> net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16), nn.ReLU())
+    >>> list(activated_pairs(net, ["0", "2"]))
+    [('0', '2')]
+    """
+    for prefix, module in model.named_modules():
+        if type(module) is not nn.Sequential:
+            continue
+        names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_children()]
+        first, modules = 0, list(module)
+        while first + 2 < len(modules):
+            up, down = names[first], names[first + 2]
+            if up in layers and down in layers and activation_name(modules[first + 1]):
+                yield up, down
+                first += 2
+            first += 1
+
+
+def saved_by_fusion(
+    clock: StepClock, up: Mapping[Product, int], down: Mapping[Product, int]
+) -> float:
+    """Return the seconds of a step that fusing the activation between two layers saves.
+
+    Args:
+        clock: clock that has recorded steps.
+        up: products that the layer before the activation computes in a step.
+        down: products that the layer after it computes.
+    """
+    saved = 0.0
+    for op, direction, counts in (("fwd", "forward", up), ("dx", "backward", down)):
+        for product, count in counts.items():
+            if product.op == op and product.dtype.itemsize == 2:
+                tokens, in_features, out_features = product.shape
+                numel = tokens * (out_features if op == "fwd" else in_features)
+                seconds = clock.activation_seconds(direction, numel, product.dtype)
+                saved += _SAVED_BY_FUSION * count * (seconds or 0.0)
+    return saved
 
 
 def count_tokens(counts: Mapping[Product, int]) -> int:

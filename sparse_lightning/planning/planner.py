@@ -55,8 +55,8 @@ def plan(
     With inputs, the dense model's training step is measured on the device. The expected step of a
     block-sparse model follows from it and from the speed-ups of the layers' products, which come
     from the table of measured kernels or, without a table for the device, are measured. Activations
-    fused into kernels are not accounted for. Copies, such as the layers of a target network, have
-    the density of their source layers.
+    that kernels fuse are taken to cost less than half as much as separate ones. Copies, such as the
+    layers of a target network, have the density of their source layers.
 
     Args:
         model: dense model, of which a copy is measured, or a function that builds it, which avoids

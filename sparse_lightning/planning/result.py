@@ -157,7 +157,7 @@ class Plan:
                 f"The dense step was measured: forward, backward and AdamW, {self.precision}. The "
                 "other steps are expected from it, with the dense products of the layers replaced "
                 f"by block-sparse ones ({products}) and AdamW's time in proportion to the "
-                "parameters. Activations fused into kernels are not accounted for."
+                "parameters."
             )
             if self.launch:
                 remarks.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -99,3 +101,13 @@ def test_no_step_is_faster_than_its_launch() -> None:
 
 def test_the_error_of_a_check() -> None:
     assert Check(64, 0.1, expected=1.2, measured=1.0).error == pytest.approx(0.2)
+
+
+def test_activations_between_two_sparse_layers_are_fused() -> None:
+    plain, fused = times(), replace(times(), fusions={("up", "down"): 5.0})
+    for densities, saved in (({"up": 0.5, "down": 0.5}, 5.0), ({"up": 0.5}, 0.0)):
+        steps = [
+            expected_step(dense, COUNTS, densities, lambda *_: 2.0, trained_share=1.0)
+            for dense in (plain, fused)
+        ]
+        assert steps[0] - steps[1] == pytest.approx(saved)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import sparse_lightning
-from sparse_lightning import sparsify
+from sparse_lightning import BlockSparseMLP, sparsify
 from sparse_lightning.cli import main
 from sparse_lightning.export import Input
 from sparse_lightning.kernels import choice
@@ -23,8 +23,10 @@ from sparse_lightning.planning.costs import Product
 from sparse_lightning.planning.measure import (
     ProductSpeedups,
     Training,
+    activated_pairs,
     count_tokens,
     dense_times,
+    saved_by_fusion,
 )
 
 CPU = torch.device("cpu")
@@ -415,7 +417,7 @@ def test_products_are_timed_within_a_step(quick, monkeypatch: pytest.MonkeyPatch
     def isolated(*_: object) -> float:
         raise AssertionError("the clock did not see a product")
 
-    monkeypatch.setattr(Training, "_isolated_seconds", isolated)
+    monkeypatch.setattr(Training, "isolated_seconds", isolated)
     layers = nn.Linear(32, 64, bias=False), nn.Linear(64, 128), nn.Linear(128, 32, bias=False)
     for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
         net = nn.Sequential(*copy.deepcopy(layers))
@@ -430,8 +432,55 @@ def test_products_are_timed_within_a_step(quick, monkeypatch: pytest.MonkeyPatch
 def test_an_unrecorded_product_is_timed_in_isolation(quick) -> None:
     training = Training(mlp(), [Input.parse("8,32")], "32-true", CPU)
     unseen = [Product(op, (7, 32, 48), torch.float32) for op in choice.STEP]
-    times = training.product_seconds(unseen, step=1.0, launch=0.0)
-    assert set(times) == set(unseen) and min(times.values()) > 0
+    clock = training.clock_steps(step=1.0, launch=0.0)
+    assert all(clock.product_seconds(product) is None for product in unseen)
+    assert all(training.isolated_seconds(product) > 0 for product in unseen)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.SiLU])
+def test_activations_between_layers_are_timed_within_a_step(
+    quick, activation: type[nn.Module]
+) -> None:
+    net = nn.Sequential(nn.Linear(32, 64), activation(), nn.Linear(64, 32), nn.Tanh())
+    training = Training(net, [Input.parse("8,32")], "bf16-true", CPU)
+    counts = training.count_products(["0", "2"])
+    clock = training.clock_steps(step=1.0, launch=0.0)
+    for direction in ("forward", "backward"):
+        assert clock.activation_seconds(direction, 8 * 64, torch.bfloat16)
+        assert clock.activation_seconds(direction, 8 * 32, torch.bfloat16) is None
+    saved = saved_by_fusion(clock, counts["0"], counts["2"])
+    assert saved > 0
+    twice = saved_by_fusion(clock, counts["0"] + counts["0"], counts["2"] + counts["2"])
+    assert twice == pytest.approx(2 * saved)
+
+
+def test_pairs_of_layers_whose_activation_is_fused() -> None:
+    def linears(*activations: nn.Module) -> list[nn.Module]:
+        layers: list[nn.Module] = [nn.Linear(16, 16)]
+        for activation in activations:
+            layers += [activation, nn.Linear(16, 16)]
+        return layers
+
+    class Own(nn.Sequential):
+        pass
+
+    net = nn.ModuleDict(
+        {
+            "chain": nn.Sequential(*linears(nn.ReLU(), nn.GELU(), nn.SiLU())),
+            "tanh": nn.Sequential(*linears(nn.Tanh(), nn.ReLU())),
+            "own": Own(*linears(nn.ReLU())),
+        }
+    )
+    names = [name for name, module in net.named_modules() if type(module) is nn.Linear]
+    # A layer belongs to one fused product only.
+    assert list(activated_pairs(net, names)) == [
+        ("chain.0", "chain.2"),
+        ("chain.4", "chain.6"),
+        ("tanh.2", "tanh.4"),
+    ]
+    assert list(activated_pairs(net, ["chain.2", "chain.4"])) == [("chain.2", "chain.4")]
+    sparsify(net, block_size=16, density=1.0)
+    assert [type(module) for module in net.values()] == [BlockSparseMLP, BlockSparseMLP, Own]
 
 
 def test_without_a_table_speedups_are_measured(quick) -> None:
