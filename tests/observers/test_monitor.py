@@ -426,7 +426,7 @@ def test_monitor_null_logs_nothing(tmp_path: Path) -> None:
     assert not metrics.exists() or "sparsity" not in metrics.read_text()
 
 
-def test_one_call_per_logger_and_update() -> None:
+def test_one_call_per_logger_and_update(tmp_path: Path) -> None:
     calls: list[tuple[int, dict[str, Any]]] = []
 
     class Counting(CSVLogger):
@@ -434,7 +434,8 @@ def test_one_call_per_logger_and_update() -> None:
             if any(key.startswith("sparsity") for key in metrics):
                 calls.append((int(step or 0), dict(metrics)))
 
-    trainer(sparsity(), logger=[Counting("unused"), Counting("unused")]).fit(Classifier(), loader())
+    loggers = [Counting(tmp_path), Counting(tmp_path)]
+    trainer(sparsity(), root=tmp_path, logger=loggers).fit(Classifier(), loader())
     # The last call logs the rates of the steps after the last update.
     assert [step for step, _ in calls] == [4, 4, 8, 8, 12, 12, 16, 16, 18, 18, 24, 24]
     assert set(calls[-1][1]) == {"sparsity/samples_per_second"}
