@@ -16,31 +16,31 @@ import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from sparse_lightning import BlockTopology
 from sparse_lightning.arguments import check_count, find_device
 from sparse_lightning.bench.environment import (
     describe_environment,
     environment_line,
     prepare_device,
 )
+from sparse_lightning.bench.problem import MAX_ERROR
 from sparse_lightning.cli import run_command
 from sparse_lightning.kernels import compiler
 from sparse_lightning.kernels.launch import Kernel
+from sparse_lightning.kernels.measuring import Operands, Products
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable.launchers import LINEAR_LAYOUT, launch_linear
 from sparse_lightning.kernels.portable.programs import linear_program, tiled_linear_program
 from sparse_lightning.kernels.programs import TiledProgram, Tiling
-from sparse_lightning.kernels.timing import count_copies, device_times, speedup
+from sparse_lightning.kernels.timing import device_times, speedup
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
 _DTYPE = torch.bfloat16
 _MOST_SKINNY_TOKENS = 64
 _MOST_SHARED_BYTES = 99 * 1024
-_MAX_ERROR = 1e-2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,43 +133,27 @@ def measure(
         AssertionError: if a result is wrong.
     """
     forward = op == "fwd"
-    in_features, out_features = options.features if forward else options.features[::-1]
-    topology = BlockTopology.random(
-        *options.features[::-1], block_size=block_size, density=density
-    ).to_(device)
-    weights = 2 * in_features * out_features
-    copies = count_copies(int(weights * topology.density))
-    if forward:
-        lists = BlockLists(topology.row_offsets, topology.row_entries, topology.slots)
-    else:
-        lists = BlockLists(topology.col_offsets, topology.col_entries, topology.slots)
-    x = torch.randn(tokens, in_features, device=device, dtype=_DTYPE)
-    values = [
-        torch.randn(topology.capacity, block_size, block_size, device=device, dtype=_DTYPE)
-        for _ in range(copies)
-    ]
-    dense = [topology.unpack(v) for v in values[: count_copies(weights)]]
-    y = torch.empty(tokens, out_features, device=device, dtype=_DTYPE)
-    expected = x.float() @ (dense[0].float().T if forward else dense[0].float())
+    shape = (_DTYPE, block_size, *options.features)
+    operands = Operands(shape, [density], device)
+    products = Products(operands, tokens)
+    [(density, (topology, values))] = operands.sparse.items()
+    lists = BlockLists.of(topology.indices, forward=forward)
+    x, y = (products.x, products.y) if forward else (products.dy, products.dx)
+    weight = topology.unpack(values[0]).float()
+    expected = x.float() @ (weight.T if forward else weight)
 
     used = linear_program(_DTYPE, block_size, forward=forward, tokens=tokens)
     programs = list(dict.fromkeys([used, *candidates(tokens, block_size, forward)]))
-    kernels = [Kernel(p, "block_linear", LINEAR_LAYOUT, x.get_device()) for p in programs]
-    for kernel in kernels:
+    contenders = [products.dense(op)]
+    for program in programs:
+        kernel = Kernel(program, "block_linear", LINEAR_LAYOUT, x.get_device())
+        runs = [partial(launch_linear, kernel, x, copy, None, lists, y) for copy in values]
         y.fill_(torch.nan)
-        launch_linear(kernel, x, values[0], None, lists, y)
+        runs[0]()
         error = float((y.float() - expected).norm() / expected.norm())
-        if not error < _MAX_ERROR:
-            raise AssertionError(f"relative error {error:.2g} with {kernel.program}")
-
-    def run_dense(w: Tensor) -> Tensor:
-        return x @ (w.T if forward else w)
-
-    contenders = [[lambda w=w: run_dense(w) for w in dense]]
-    for kernel in kernels:
-        contenders.append(
-            [lambda k=kernel, v=v: launch_linear(k, x, v, None, lists, y) for v in values]
-        )
+        if not error <= MAX_ERROR[_DTYPE]:  # also true for NaN
+            raise AssertionError(f"relative error {error:.2g} with {program}")
+        contenders.append(runs)
     dense_times, *times = device_times(contenders, options.repeats, device)
     medians = [1e3 * statistics.median(samples) for samples in times]
     ranked = sorted(zip(medians, times, programs, strict=True), key=lambda row: row[0])
@@ -183,7 +167,7 @@ def measure(
         mark += " **in use**" if program == used else ""
         ratio = speedup(dense_times, samples)
         print(
-            f"| {op} | {tokens} | {block_size} | {topology.density:.2f} | {tiling}{mark} "
+            f"| {op} | {tokens} | {block_size} | {density:.2f} | {tiling}{mark} "
             f"| {us:.1f} | {ratio:.2f} |",
             flush=True,
         )

@@ -94,13 +94,13 @@ def choose(
         capability = torch.cuda.get_device_capability(device)
         return _forced if _forced in available_kinds(op, dtype, capability) else PORTABLE
     product = (op, dtype, block_size, capacity, grid, tokens_bucket(tokens), device)
-    kind = _cached_choice(*product)
-    if kind is None:
+    kind, is_known = _cached_choice(*product)
+    if not is_known:
         from sparse_lightning.kernels import measuring  # which calls kernels, and so this module
 
         in_features, out_features = grid[1] * block_size, grid[0] * block_size
         measuring.measure_missing(device, [(dtype, block_size, in_features, out_features)])
-        kind = _fastest(*product)
+        kind, _ = _choice(*product)
     return kind
 
 
@@ -146,8 +146,7 @@ def choose_for_step(
     return {op: cpu.choose(op, tokens, block_size, topology.density, dtype) for op in STEP}
 
 
-@functools.lru_cache(maxsize=4096)
-def _cached_choice(
+def _choice(
     op: str,
     dtype: torch.dtype,
     block_size: int,
@@ -155,32 +154,19 @@ def _cached_choice(
     grid: tuple[int, int],
     tokens: int,
     device: int,
-) -> str | None:
-    """Return the kind that computes a product; None if its layer shape should be measured."""
-    shape = (tokens, grid[1] * block_size, grid[0] * block_size)
-    if dtype in DTYPES and not device_speedups(device).knows(_layer(dtype, block_size, shape)):
-        return None
-    return _fastest(op, dtype, block_size, capacity, grid, tokens, device)
-
-
-def _fastest(
-    op: str,
-    dtype: torch.dtype,
-    block_size: int,
-    capacity: int,
-    grid: tuple[int, int],
-    tokens: int,
-    device: int,
-) -> str:
-    """Return the kind that is fastest by what is known."""
+) -> tuple[str, bool]:
+    """Return the kind that is fastest by what is known, and False if the layer shape is unknown."""
     if dtype not in DTYPES:
-        return PORTABLE
+        return PORTABLE, True
     shape = (tokens, grid[1] * block_size, grid[0] * block_size)
-    layer = _layer(dtype, block_size, shape)
+    layer, known = _layer(dtype, block_size, shape), device_speedups(device)
     density = 1.0 if op == "norms" else capacity / (grid[0] * grid[1])
     kinds = available_kinds(op, dtype, torch.cuda.get_device_capability(device))
-    table = device_speedups(device).table_for(layer)
-    return table.fastest(op, layer[0], block_size, shape, density, kinds) or PORTABLE
+    fastest = known.table_for(layer).fastest(op, layer[0], block_size, shape, density, kinds)
+    return fastest or PORTABLE, known.knows(layer)
+
+
+_cached_choice = functools.lru_cache(maxsize=4096)(_choice)
 
 
 def _layer(dtype: torch.dtype, block_size: int, shape: Shape) -> Layer:

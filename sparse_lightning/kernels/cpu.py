@@ -316,7 +316,7 @@ def _multiply_in_batches(
     batches = _batches(lists, capacity, block_bytes, 2 * width * block_bytes // block_size)
     biases = None if bias is None else bias.view(-1, block_size)
     for band, out_band in zip(tokens.split(width), out.split(width), strict=True):
-        columns = _block_columns("x", band, block_size, dtype)
+        columns = _block_columns("x", band.to(dtype), block_size)
         targets = out_band.unflatten(1, (-1, block_size)).transpose(0, 1)
         for outputs, slots, inputs, order, offsets in batches:
             blocks = (values if slots is None else _gather("blocks", values, slots)).to(dtype)
@@ -370,13 +370,13 @@ def _columns(name: str, tokens: Tensor, block_size: int) -> tuple[Tensor, ...]:
     if block_size >= 64:
         in_place: tuple[Tensor, ...] = tokens.split(block_size, 1)
         return in_place
-    return _block_columns(name, tokens, block_size, tokens.dtype).unbind(0)
+    return _block_columns(name, tokens, block_size).unbind(0)
 
 
-def _block_columns(name: str, tokens: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def _block_columns(name: str, tokens: Tensor, block_size: int) -> Tensor:
     """Return the blocks of columns, `[blocks, tokens, block_size]`, copied to scratch memory."""
     blocks: Tensor = tokens.unflatten(1, (-1, block_size)).transpose(0, 1)
-    return _scratch_tensor(name, tokens.new_empty(0, dtype=dtype), *blocks.shape).copy_(blocks)
+    return _scratch_tensor(name, tokens, *blocks.shape).copy_(blocks)
 
 
 def _gather(name: str, source: Tensor, index: Tensor) -> Tensor:
@@ -426,8 +426,8 @@ def weight_gradient(dy: Tensor, x: Tensor, indices: Indices, method: str | None 
         index = (first + torch.arange(block_size, device=x.device) * in_blocks).flatten()
         torch.index_select(dense.view(-1, block_size), 0, index, out=blocks.view(-1, block_size))
     else:
-        lefts = _block_columns("dy", dy, block_size, dy.dtype)
-        rights = _block_columns("x", x, block_size, x.dtype)
+        lefts = _block_columns("dy", dy, block_size)
+        rights = _block_columns("x", x, block_size)
         size = max(1, _BATCH_BYTES // (2 * lefts[0].nbytes))
         parts = zip(blocks.split(size), rows.split(size), cols.split(size), strict=True)
         for part, row, col in parts:

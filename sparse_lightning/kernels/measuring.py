@@ -34,6 +34,7 @@ from sparse_lightning.kernels.choice import OPS, STEP
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.speedups import (
     MEASURE_VARIABLE,
+    MEASURED_TOKENS,
     DeviceSpeedups,
     Layer,
     Measured,
@@ -71,7 +72,7 @@ class Ladder(NamedTuple):
 
 
 # Beyond the ends nothing is extrapolated, so one of them is density 1, where many trainings begin.
-LADDER = Ladder((1, 16, 64, 256, 1024, 4096, 16384), (1.0, 0.5, 0.25, 0.1), 5, 2.0)
+LADDER = Ladder(MEASURED_TOKENS, (1.0, 0.5, 0.25, 0.1), 5, 2.0)
 # The factor by which times grow from one number of tokens to the next, at most.
 _GROWTH = 4
 # Times of more tokens vary little.
@@ -573,7 +574,7 @@ class Products:
 
     def _sparse(self, kind: str, op: str, topology: BlockTopology, values: Tensor) -> Function:
         left, out = (self.x, self.y) if op == "fwd" else (self.dy, self.dx)
-        lists = _block_lists(topology, op)
+        lists = BlockLists.of(topology.indices, forward=op == "fwd")
         if not self._on_cuda:
             if op == "dw":
                 return partial(cpu.weight_gradient, self.dy, self.x, topology.indices, kind)
@@ -603,9 +604,3 @@ class Products:
         norms = torch.empty(grid, dtype=torch.float32, device=self.x.device)
         armed = torch.ones((), dtype=torch.bool, device=self.x.device)
         return partial(cuda.LAUNCHERS[kind].norms, self.dy, self.x, armed, norms, device)
-
-
-def _block_lists(topology: BlockTopology, op: str) -> BlockLists:
-    if op == "fwd":
-        return BlockLists(topology.row_offsets, topology.row_entries, topology.slots)
-    return BlockLists(topology.col_offsets, topology.col_entries, topology.slots)

@@ -24,6 +24,13 @@ class BlockLists(NamedTuple):
     entries: Tensor
     slots: Tensor
 
+    @classmethod
+    def of(cls, indices: Indices, *, forward: bool) -> BlockLists:
+        """Return the lists of a layer for x W^T (`forward`) or x W."""
+        if forward:
+            return cls(indices.row_offsets, indices.row_entries, indices.slots)
+        return cls(indices.col_offsets, indices.col_entries, indices.slots)
+
 
 class LayerOperands(NamedTuple):
     """One layer's arguments for the ops, in the order of their schemas.

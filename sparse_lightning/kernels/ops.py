@@ -174,7 +174,7 @@ def implement(dispatch_key: str, backend: Backend) -> None:
     def block_linear_act(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Any:
         indices, activation = Indices(*args[:-1]), args[-1]
         activations.check(activation)
-        lists = BlockLists(indices.row_offsets, indices.row_entries, indices.slots)
+        lists = BlockLists.of(indices, forward=True)
         return backend.multiply(x, values, bias, lists, forward=True, activation=activation)
 
     def block_linear_dh(

@@ -57,9 +57,9 @@ def device_times(
     On CUDA, calls on several copies are captured in a graph, which excludes launch times and has no
     gaps between the calls, unless one call takes longer than a graph. If all contenders are single
     functions, and where one cannot be captured, calls are timed one by one with the L2 cache
-    flushed before. Writing a large buffer several times evicts the operands and
-    keeps the device busy while the host launches the work, which excludes launch times. Reading the
-    buffer afterwards writes its dirty lines back before the work is timed.
+    flushed before. Writing a large buffer several times evicts the operands and keeps the device
+    busy while the host launches the work, which excludes launch times. Reading the buffer
+    afterwards writes its dirty lines back before the work is timed.
     """
     if device.type != "cuda":
         return alternate([_cpu_timer(functions) for functions in contenders], rounds)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
+import tilings
 import torch
 
 from sparse_lightning.kernels.portable.programs import linear_program
-
-
-@pytest.fixture(scope="module")
-def tilings() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks/tilings.py"
-    spec = importlib.util.spec_from_file_location("tilings", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("forward", [True, False], ids=["fwd", "dx"])
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64])
 def test_the_tilings_in_use_are_among_those_tried(
-    tilings: ModuleType, tokens: int, forward: bool, block_size: int
+    tokens: int, forward: bool, block_size: int
 ) -> None:
     used = linear_program(torch.bfloat16, block_size, forward=forward, tokens=tokens)
     tried = list(tilings.candidates(tokens, block_size, forward))
@@ -35,9 +22,7 @@ def test_the_tilings_in_use_are_among_those_tried(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_the_table_shows_the_tiling_in_use(
-    tilings: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_shows_the_tiling_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     given = "--tokens 3 --features 256 512 --block-sizes 16 --repeats 2 --show 2"
     assert tilings.main(given.split()) == 0
     lines = capsys.readouterr().out.splitlines()

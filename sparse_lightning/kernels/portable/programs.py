@@ -1,7 +1,9 @@
 """The programs for every device and dtype: pure functions of dtypes and ints.
 
-Tilings were tuned on an H100, those for few tokens on an H200. They fit into the 99 KiB of shared
-memory that a thread block can have on the smallest supported devices.
+Tilings for many tokens were tuned on an H100; those for up to 32, with blocks of 32 or more, follow
+a prototype on an H200; the others for few tokens are estimates, which `benchmarks/tilings.py` can
+test. All fit into the 99 KiB of shared memory that a thread block can have on the smallest
+supported devices.
 """
 
 from __future__ import annotations
