@@ -29,7 +29,7 @@ from sparse_lightning.bench.environment import (
 from sparse_lightning.bench.problem import MAX_ERROR
 from sparse_lightning.cli import run_command
 from sparse_lightning.kernels import compiler
-from sparse_lightning.kernels.launch import Kernel
+from sparse_lightning.kernels.launch import Kernel, has_clusters
 from sparse_lightning.kernels.measuring import Operands, Products
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable.launchers import LINEAR_LAYOUT, launch_linear
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--products", nargs="+", choices=("fwd", "dx"), default=("fwd", "dx"))
     add("--show", type=int, default=5, help="tilings per product; default: %(default)s")
     add("--repeats", type=int, default=5, help="rounds of which the median is taken")
-    return run_command(run, parser.parse_args(arguments))
+    return run_command(run, parser.parse_args(arguments), parser.prog)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -67,17 +67,25 @@ def run(options: argparse.Namespace) -> None:
         check_density(density, "--densities")
     prepare_device(device)
     print(environment_line(describe_environment(device)))
-    print("| op | tokens | B | density | tm, tn, tk, stages, groups m, n, k | us | speed-up |")
+    print(
+        "| op | tokens | B | density | tm, tn, tk, stages, groups m, n, k, splits | us | speed-up |"
+    )
     print("|---|---|---|---|---|---|---|")
     cases = list(itertools.product(options.products, options.tokens, options.block_sizes))
-    compile_all({p for op, tokens, size in cases for p in candidates(tokens, size, op == "fwd")})
+    splits = (1, 2, 4) if has_clusters(torch.cuda.current_device()) else (1,)
+    compile_all({p for op, n, size in cases for p in candidates(n, size, op == "fwd", splits)})
     for op, tokens, block_size in cases:
         for density in options.densities:
-            measure(op, tokens, block_size, density, options, device)
+            measure(op, tokens, block_size, density, splits, options, device)
 
 
-def candidates(tokens: int, block_size: int, forward: bool) -> Iterator[TiledProgram]:
-    """Yield the programs that can compute a product of a number of tokens."""
+def candidates(
+    tokens: int, block_size: int, forward: bool, splits: Sequence[int]
+) -> Iterator[TiledProgram]:
+    """Yield the programs that can compute a product of a number of tokens.
+
+    `splits` are the numbers of thread blocks that may share a tile.
+    """
 
     def program(tiling: Tiling, is_skinny: bool) -> TiledProgram:
         return tiled_linear_program(
@@ -94,10 +102,10 @@ def candidates(tokens: int, block_size: int, forward: bool) -> Iterator[TiledPro
             if (forward or tn >= min(32, block_size)) and registers <= 160 and fits_shared:
                 yield program(Tiling(tm, tn, 32, stages, 1, 1, warps), is_skinny=True)
     if tokens > 16:
-        pipelines = ((64, 3), (64, 4), (64, 6), (128, 2), (128, 3), (128, 4))
-        groups = ((2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (4, 2, 1))
-        for tm, tn, (tk, stages), (m, n, k) in itertools.product(
-            (64, 128), outputs, pipelines, groups
+        pipelines = ((64, 3), (64, 4), (128, 2), (128, 3), (128, 4))
+        groups = ((2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 2, 2))
+        for tm, tn, (tk, stages), (m, n, k), shares in itertools.product(
+            (64, 128), outputs, pipelines, groups, splits
         ):
             tile = tm // m * (tn // n)  # of a warp
             if (
@@ -107,7 +115,7 @@ def candidates(tokens: int, block_size: int, forward: bool) -> Iterator[TiledPro
                 and 32 * 1024 <= 2 * stages * (tm + tn) * tk <= _MOST_SHARED_BYTES
                 and 4 * tm * tn <= _MOST_SHARED_BYTES
             ):
-                yield program(Tiling(tm, tn, tk, stages, m, n, k), is_skinny=False)
+                yield program(Tiling(tm, tn, tk, stages, m, n, k, shares), is_skinny=False)
 
 
 def compile_all(programs: set[TiledProgram]) -> None:
@@ -124,6 +132,7 @@ def measure(
     tokens: int,
     block_size: int,
     density: float,
+    splits: Sequence[int],
     options: argparse.Namespace,
     device: torch.device,
 ) -> None:
@@ -142,8 +151,10 @@ def measure(
     weight = topology.unpack(values[0]).float()
     expected = x.float() @ (weight.T if forward else weight)
 
-    used = linear_program(_DTYPE, block_size, forward=forward, tokens=tokens)
-    programs = list(dict.fromkeys([used, *candidates(tokens, block_size, forward)]))
+    used = linear_program(
+        _DTYPE, block_size, forward=forward, tokens=tokens, clusters=max(splits) > 1
+    )
+    programs = list(dict.fromkeys([used, *candidates(tokens, block_size, forward, splits)]))
     contenders = [products.dense(op)]
     for program in programs:
         kernel = Kernel(program, "block_linear", LINEAR_LAYOUT, x.get_device())

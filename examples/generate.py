@@ -1,16 +1,18 @@
 """Compare the generation speed of a Llama with dense and with block-sparse layers in one run.
 
     python examples/generate.py                  # 2048 wide, 16 layers, bf16: for a GPU
-    python examples/generate.py --mode compile   # torch.compile instead of a captured CUDA graph
+    python examples/generate.py --mode graph     # without torch.compile
     python examples/generate.py --host           # also the host's time for the call of one layer
     python examples/generate.py --width 256 --hidden 1024 --layers 2 --heads 4 --kv-heads 2 \
         --vocabulary 1000 --batches 1 4 --prefill 2 64 --new 16 --rounds 3    # a quick try
 
 The weights are random. Decoding is greedy, after a short prompt and with a static cache; `--mode`
-says how its steps run. Prefills run eagerly in every mode. Before anything is timed, each
-block-sparse model is compared with its dense copy, and each compiled or captured step with the
-eager one. The models take turns, so that all run under the same conditions of the machine. The peak
-memory of a model consists of its weights and of what its preparation and runs allocate.
+says how its steps run: `compile` uses torch.compile and, on a GPU, captures the compiled step in a
+CUDA graph; `graph` captures the eager step. A prefill computes the logits after a text and keeps no
+cache; `compile` compiles its layers. Before anything is timed, each block-sparse model is compared
+with its dense copy, and each compiled or captured step with the eager one. The models take turns,
+so that all run under the same conditions of the machine. The peak memory of a model consists of its
+weights and of what its preparation and runs allocate.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--host", action="store_true")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
-    options.mode = options.mode or ("graph" if on_gpu else "eager")
+    options.mode = options.mode or ("compile" if on_gpu else "eager")
     if options.mode == "graph" and not on_gpu:
         parser.error("`--mode` must be eager or compile on a CPU; got graph.")
     options.dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -87,7 +89,9 @@ def main() -> None:
         compare(models, make, batch * options.new, options.rounds)
     text = torch.randint(options.vocabulary, tuple(options.prefill), device=options.device)
     print(f"\nPrefill, {text.shape[0]} x {text.shape[1]} tokens:")
-    compare(models, functools.partial(prefill, text=text), text.numel(), options.rounds)
+    torch.compiler.reset()
+    make = functools.partial(prefill, text=text, options=options)
+    compare(models, make, text.numel(), options.rounds)
     if options.host:
         time_host(options)
 
@@ -143,7 +147,7 @@ class Decoder:
         self.cache = StaticCache(config=model.config, max_cache_len=length + new)
         self.tokens = prompt.new_zeros(prompt.shape[0], length + new + 1)
         self.position = prompt.new_zeros(1)
-        self.advance: Callable[[], object] = self.step
+        self.advance: Callable[[], Tensor] = self.step
         # Transformers has renamed the argument during version 5.
         is_renamed = "cache" in inspect.signature(model.forward).parameters
         self.cache_argument = {"cache" if is_renamed else "past_key_values": self.cache}
@@ -186,40 +190,41 @@ def decoding(model: nn.Module, prompt: Tensor, options: argparse.Namespace) -> R
     """Return the decoding of a batch in the chosen mode, after comparing it with the eager one."""
     decoder = Decoder(model, prompt, options.new)
     decoder.start()
-    decoder.run()  # allocates the cache and loads the kernels, which a capture cannot do
-    expected = decoder.tokens.clone()
-    if options.mode == "graph":
+    expected = decoder.step().clone()  # loads the kernels, too, which a capture cannot do
+    if options.mode == "compile":
+        decoder.advance = torch.compile(decoder.step, fullgraph=True, dynamic=False)
+    if options.mode != "eager" and options.device == "cuda":
         decoder.advance = capture(decoder)
-        decoder.start()
-        decoder.run()
-        if not torch.equal(decoder.tokens, expected):
-            raise RuntimeError("Captured steps must generate the tokens of eager ones.")
-    elif options.mode == "compile":
-        decoder.advance = compiled = torch.compile(decoder.step, fullgraph=True, dynamic=False)
-        decoder.start()
-        logits = decoder.step()
-        decoder.start()
-        check_close(compiled(), logits, "compiled step")
+    decoder.start()
+    check_close(decoder.advance(), expected, f"{options.mode}, batch {len(prompt)}")
     return decoder.start, decoder.run
 
 
-def capture(decoder: Decoder) -> Callable[[], object]:
+def capture(decoder: Decoder) -> Callable[[], Tensor]:
     """Return the replay of a CUDA graph of one step."""
     decoder.start()
     side = torch.cuda.Stream()  # PyTorch asks for a warm-up on another stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        decoder.step()
+        decoder.advance()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decoder.step()
-    return graph.replay
+        logits = decoder.advance()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
 
 
-def prefill(model: nn.Module, text: Tensor) -> Run:
-    """Return the computation of a new cache, and of the logits after a text."""
-    return lambda: None, lambda: model(text, use_cache=True, logits_to_keep=1)
+def prefill(model: nn.Module, text: Tensor, options: argparse.Namespace) -> Run:
+    """Return the computation of the logits after a text."""
+    if options.mode == "compile":
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+    return lambda: None, lambda: model(text, use_cache=False, logits_to_keep=1)
 
 
 def compare(models: Models, make: Callable[[nn.Module], Run], tokens: int, rounds: int) -> None:

@@ -84,7 +84,7 @@ def test_the_best_are_marked() -> None:
 
 def test_remarks_name_the_source_and_bound_of_speedups() -> None:
     text = " ".join(str(plan(setting(32, 0.5, 1.2))).split())
-    assert "by the table of kernels measured on such a GPU" in text
+    assert "by tables of kernels measured on such a GPU" in text
     assert "to launch a step" not in text and "No setting is expected" not in text
     text = " ".join(str(plan(setting(32, 0.5, 0.8), measured=True, launch=0.0123)).split())
     assert "measured one by one" in text and "12.3 ms to launch a step" in text

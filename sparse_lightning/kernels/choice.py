@@ -122,13 +122,26 @@ def step_speedup(
 
 
 def product_speedup(
-    op: str, dtype: torch.dtype, block_size: int, shape: Shape, density: float, device: int
+    op: str,
+    dtype: torch.dtype,
+    block_size: int,
+    shape: Shape,
+    density: float,
+    device: int,
+    *,
+    may_guess: bool = True,
 ) -> float | None:
-    """Return the predicted speed-up of the best kind for one product; None if not measured."""
+    """Return the predicted speed-up of the best kind for one product.
+
+    It is None if nothing was measured or, unless `may_guess`, no similar shape.
+    """
     if dtype not in DTYPES:
         return None
     table = device_speedups(device).table_for(_layer(dtype, block_size, shape))
-    speedups = table.predict(op, DTYPES[dtype], block_size, shape, density)
+    product = (op, DTYPES[dtype], block_size, shape)
+    if not (may_guess or table.covers(*product)):
+        return None
+    speedups = table.predict(*product, density)
     kinds = available_kinds(op, dtype, torch.cuda.get_device_capability(device))
     return max((speedups[kind] for kind in kinds if kind in speedups), default=None)
 

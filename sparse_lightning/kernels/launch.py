@@ -66,6 +66,12 @@ def sm_count(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def has_clusters(device: int) -> bool:
+    """Return whether thread blocks of a CUDA device can form clusters, given its index."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class Kernel(Generic[AnyProgram]):
     """One kernel of a program, loaded on one device.
 

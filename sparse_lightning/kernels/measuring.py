@@ -62,7 +62,8 @@ class Ladder(NamedTuple):
             memory.
         densities: densities of the layer.
         rounds: samples of each time.
-        seconds: time that should not be exceeded, except by the compilation of kernels.
+        seconds: time that should not be exceeded, except by the compilation of kernels. Numbers of
+            tokens for which it does not suffice are predicted from the others.
     """
 
     tokens: tuple[int, ...]
@@ -72,7 +73,8 @@ class Ladder(NamedTuple):
 
 
 # Beyond the ends nothing is extrapolated, so one of them is density 1, where many trainings begin.
-LADDER = Ladder(MEASURED_TOKENS, (1.0, 0.5, 0.25, 0.1), 5, 2.0)
+# An idle H200 takes one to three seconds, and several times as long if other processes share it.
+LADDER = Ladder(MEASURED_TOKENS, (1.0, 0.5, 0.25, 0.1), 5, 20.0)
 # The factor by which times grow from one number of tokens to the next, at most.
 _GROWTH = 4
 # Times of more tokens vary little.

@@ -36,6 +36,7 @@ class Tiling:
         groups_m, groups_n: how many warps or warpgroups (threads for fp32 and fp64, which do not
             use tensor cores) share the tile's rows and columns.
         groups_k: how many such groups share the extent along k, and add their results.
+        splits: how many thread blocks of a cluster share the k-tiles, and add their results.
     """
 
     tm: int
@@ -45,6 +46,7 @@ class Tiling:
     groups_m: int
     groups_n: int
     groups_k: int = 1
+    splits: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_lightning.arguments import Input, random_inputs
 from sparse_lightning.bench.problem import Problem
-from sparse_lightning.kernels import choice
+from sparse_lightning.kernels import choice, measuring
 from sparse_lightning.kernels.timing import device_times, speedup
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.mlp import activation_name
@@ -234,13 +234,19 @@ class ProductSpeedups:
     """Speed-ups of block-sparse over dense products on a device, from a table or measured.
 
     Attributes:
-        measured: whether any product was measured, because there is no table for the device.
+        measured: whether any product was measured here, because no table covers it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.measured = False
         self._cache: dict[tuple[Product, int, float], float] = {}
+
+    def prepare(self, products: Iterable[Product], block_sizes: Iterable[int]) -> None:
+        """Measure the layer shapes that no table covers, as a training would, and keep them."""
+        if self.device.type == "cuda":
+            shapes = {(p.dtype, size, *p.shape[1:]) for p in products for size in block_sizes}
+            measuring.measure_missing(torch.cuda.current_device(), sorted(shapes, key=str))
 
     def get(self, product: Product, block_size: int, density: float) -> float:
         """Return dense time / block-sparse time of a product."""
@@ -259,9 +265,9 @@ class ProductSpeedups:
         # Tables are relative to exact fp32 products.
         if product.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
             return None
-        index = torch.cuda.current_device()
+        index, op, shape = torch.cuda.current_device(), product.op, product.shape
         return choice.product_speedup(
-            product.op, product.dtype, block_size, product.shape, density, index
+            op, product.dtype, block_size, shape, density, index, may_guess=False
         )
 
     def _measure(self, product: Product, block_size: int, density: float) -> None:

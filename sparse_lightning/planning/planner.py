@@ -54,7 +54,7 @@ def plan(
 
     With inputs, the dense model's training step is measured on the device. The expected step of a
     block-sparse model follows from it and from the speed-ups of the layers' products, which come
-    from the table of measured kernels or, without a table for the device, are measured. Activations
+    from tables of measured kernels or, where no table covers them, are measured. Activations
     that kernels fuse are taken to cost less than half as much as separate ones. Copies, such as the
     layers of a target network, have the density of their source layers.
 
@@ -165,6 +165,7 @@ def _add_steps(
     """Return a plan with the dense model's measured step, and the expected step of each setting."""
     times, counts = dense_times(training, [*result.layers, *result.follows])
     speedups = ProductSpeedups(training.device)
+    speedups.prepare(times.products, {setting.block_size for setting in layer_densities})
     settings = []
     for setting, densities in layer_densities.items():
 

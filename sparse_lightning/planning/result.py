@@ -38,8 +38,8 @@ class Plan:
         settings: cost with block-sparse layers for each block size and density.
         launch: seconds in which the host launches the dense step, a lower bound of every expected
             step; 0 on a CPU. None, like `measured`, if no input was given to measure with.
-        measured: whether the speed-ups of block-sparse products were measured; otherwise they come
-            from a table for the GPU.
+        measured: whether speed-ups of block-sparse products were measured for this plan; otherwise
+            all come from tables for the GPU.
         checks: comparisons of expected with measured steps.
         follows: copies that would have the blocks of one of `layers`: `{copy: source}`.
     """
@@ -149,9 +149,9 @@ class Plan:
             remarks.append("Step times are unknown: without --input nothing was measured.")
         else:
             products = (
-                "measured one by one, as there is no table for this device"
+                "measured one by one, where no table covers them"
                 if self.measured
-                else "by the table of kernels measured on such a GPU"
+                else "by tables of kernels measured on such a GPU"
             )
             remarks.append(
                 f"The dense step was measured: forward, backward and AdamW, {self.precision}. The "

@@ -11,13 +11,16 @@ from sparse_lightning.kernels.portable.programs import linear_program
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("forward", [True, False], ids=["fwd", "dx"])
-@pytest.mark.parametrize("tokens", [1, 16, 32, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
 def test_the_tilings_in_use_are_among_those_tried(
     tokens: int, forward: bool, block_size: int
 ) -> None:
-    used = linear_program(torch.bfloat16, block_size, forward=forward, tokens=tokens)
-    tried = list(tilings.candidates(tokens, block_size, forward))
-    assert used in tried and len(tried) == len(set(tried)) > 5
+    for splits in (1,), (1, 2, 4):
+        used = linear_program(
+            torch.bfloat16, block_size, forward=forward, tokens=tokens, clusters=len(splits) > 1
+        )
+        tried = list(tilings.candidates(tokens, block_size, forward, splits))
+        assert used in tried and len(tried) == len(set(tried)) > 5
 
 
 @pytest.mark.gpu

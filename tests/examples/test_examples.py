@@ -151,15 +151,16 @@ def test_throughput_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-GRAPH = pytest.param("graph", marks=[pytest.mark.gpu, NO_GPU])
+ON_GPU = [
+    pytest.param(mode, "cuda", marks=[pytest.mark.gpu, NO_GPU]) for mode in ("graph", "compile")
+]
 
 
-@pytest.mark.parametrize("mode", ["eager", "compile", GRAPH])
-def test_generate(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "device"), [("eager", "cpu"), ("compile", "cpu"), *ON_GPU])
+def test_generate(mode: str, device: str, tmp_path: Path) -> None:
     """The script compares block-sparse with dense logits, and each mode's steps with eager ones."""
     size = "--width 64 --hidden 128 --layers 1 --heads 4 --kv-heads 2 --vocabulary 96"
     runs = "--prompt 4 --new 3 --batches 2 --prefill 2 8 --rounds 1 --block-sizes 16 --host"
-    device = "cuda" if mode == "graph" else "cpu"
     given = f"{size} {runs} --densities 0.1 --mode {mode} --device {device}"
     output = run("generate.py", *given.split(), cwd=tmp_path)
     for title in ("Decoding, batch 2, 3 tokens after 4:", "Prefill, 2 x 8 tokens:"):

@@ -62,7 +62,10 @@ def programs_for(capability: tuple[int, int]) -> list[Program]:
     if capability == hopper_programs.CAPABILITY:
         programs: list[Program] = [*hopper_programs.all_programs()]
     else:
-        programs = [*portable_programs.all_programs(), densified.PROGRAM]
+        programs = [
+            *portable_programs.all_programs(clusters=capability >= (9, 0)),
+            densified.PROGRAM,
+        ]
         programs += map(block_work.program, DTYPES)
     if capability > hopper_programs.CAPABILITY:
         programs = [
@@ -137,8 +140,8 @@ BFLOAT16 = torch.bfloat16
 @pytest.mark.parametrize(
     "module, builder, arguments",
     [
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 8)),
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1000)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 8, False)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1000, False)),
         (portable, "_dw_kernels", (BFLOAT16, 64)),
         (portable, "norms_kernel", (BFLOAT16,)),
         (hopper, "_linear_kernel", (BFLOAT16, 16, True, False, 128)),

@@ -113,7 +113,7 @@ def test_parity_with_many_tokens(block_size: int, dtype: torch.dtype) -> None:
     check_parity(case, "cuda")
 
 
-# The kernels have tilings for up to 8, 16, 32 and 128 tokens; tiles are as large as 256.
+# The kernels have tilings for up to 8, 16, 32, 64 and 128 tokens; tiles are as large as 256.
 FEW_TOKENS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 
 

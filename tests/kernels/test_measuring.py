@@ -608,10 +608,10 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     allocated, state = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
     begin = time.monotonic()
     rows = measure_layer((dtype, 64, 512, 1024), measuring.LADDER, device, stop)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     assert torch.cuda.memory_allocated() <= allocated
     assert torch.equal(torch.cuda.get_rng_state(), state)
-    assert {row.shape[0] for row in rows} >= {1, 16, 64, 256}
+    assert {row.shape[0] for row in rows} == {*measuring.LADDER.tokens}
     for row in rows:
         kinds = choice.available_kinds(row.op, dtype, torch.cuda.get_device_capability())
         assert set(row.speedups) == set(kinds) and min(row.speedups.values()) > 0.01

@@ -13,8 +13,11 @@ from sparse_lightning.kernels.portable.programs import dw_program, norms_program
 
 
 def test_every_dtype_and_block_size_has_its_programs() -> None:
-    programs = list(portable_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 4 * 5 + 2 * (2 * 4 * 5) + 2 * (2 * 4 * 2)
+    programs = list(portable_programs.all_programs(clusters=True))
+    linear = 2 * 2 * (6 * 4 - 1) + 2 * 2 * (2 * 4)  # blocks of 16 have one for 32 and for 64 tokens
+    assert len(programs) == len(set(programs)) == 4 * 5 + linear
+    without = list(portable_programs.all_programs(clusters=False))
+    assert len(without) == len(programs) and max(p.tiling.splits for p in without) == 1
     programs = list(hopper_programs.all_programs())
     assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 8 + 2 + 2 + 4 + 5)
 

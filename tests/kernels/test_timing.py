@@ -157,4 +157,4 @@ def test_graphs_and_events_agree_on_a_gpu() -> None:
     graph, events = (
         device_times([each], 5, torch.device("cuda"))[0] for each in (functions, functions[:1])
     )
-    assert sorted(graph)[2] == pytest.approx(sorted(events)[2], rel=0.2)
+    assert min(graph) == pytest.approx(min(events), rel=0.2)

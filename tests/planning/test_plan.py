@@ -17,7 +17,7 @@ import sparse_lightning
 from sparse_lightning import BlockSparseMLP, sparsify
 from sparse_lightning.cli import main
 from sparse_lightning.export import Input
-from sparse_lightning.kernels import choice
+from sparse_lightning.kernels import choice, measuring
 from sparse_lightning.planning import measure
 from sparse_lightning.planning.costs import Product
 from sparse_lightning.planning.measure import (
@@ -494,7 +494,8 @@ def test_without_a_table_speedups_are_measured(quick) -> None:
 def test_a_table_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def expected(*of: object) -> float:
+    def expected(*of: object, may_guess: bool) -> float:
+        assert not may_guess
         asked.append(of)
         return 2.5
 
@@ -505,8 +506,18 @@ def test_a_table_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("dx", torch.bfloat16, 32, (8, 64, 32), 0.1, 1)] and not speedups.measured
 
 
+def test_layer_shapes_are_measured_as_by_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(measuring, "measure_missing", lambda *of: asked.append(of))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    products = [Product(op, (8, 64, 32), torch.bfloat16) for op in ("fwd", "dx")]
+    ProductSpeedups(torch.device("cuda")).prepare(products, [16, 32])
+    ProductSpeedups(CPU).prepare(products, [16])
+    assert asked == [(1, [(torch.bfloat16, size, 64, 32) for size in (16, 32)])]
+
+
 def test_the_table_is_not_used_with_tf32(quick, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "product_speedup", lambda *_: 2.5)
+    monkeypatch.setattr(choice, "product_speedup", lambda *_, **__: 2.5)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     speedups, product = (
         ProductSpeedups(torch.device("cuda")),

@@ -1,8 +1,7 @@
-// PTX wrappers for sm_90a, as far as the kernels use them: mbarriers, TMA, clusters, WGMMA and
-// setmaxnreg.
+// PTX wrappers for sm_90a, as far as the kernels use them: mbarriers, TMA, WGMMA and setmaxnreg.
 
 #pragma once
-#include "common.cuh"
+#include "clusters.cuh"
 
 typedef unsigned long long u64;
 
@@ -108,38 +107,6 @@ __device__ void init_barriers(Shared& s, int releases, int readers) {
     }
     fence_mbarrier_init();
   }
-}
-
-// -- clusters --------------------------------------------------------------------------------
-
-__device__ inline int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ inline void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
-
-// Returns the distributed shared memory address of the same location in another thread block.
-__device__ inline unsigned remote_shared_address(const void* local, int cluster_rank) {
-  unsigned address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(address)
-               : "r"(shared_address(local)), "r"(cluster_rank));
-  return address;
-}
-__device__ inline float4 load_remote_shared(unsigned address) {
-  float4 out;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
-               : "r"(address)
-               : "memory");
-  return out;
 }
 
 // -- TMA -------------------------------------------------------------------------------------

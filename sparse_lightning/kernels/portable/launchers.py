@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_lightning.kernels.activations import ACTIVATIONS
-from sparse_lightning.kernels.launch import Kernel, build_once, row_pitch
+from sparse_lightning.kernels.launch import Kernel, build_once, has_clusters, row_pitch
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable.programs import (
     dw_program,
@@ -43,8 +43,8 @@ def linear(
     activation of `y`, and x W is multiplied by the derivative at `preactivation`. Both are
     contiguous like `y`.
     """
-    most = most_tokens(x.dtype, x.numel() // x.shape[-1])
-    kernel = _linear_kernel(x.dtype, values.shape[1], forward, most, device)
+    most, clusters = most_tokens(x.dtype, x.numel() // x.shape[-1]), has_clusters(device)
+    kernel = _linear_kernel(x.dtype, values.shape[1], forward, most, clusters, device)
     fused = activated if forward else preactivation
     launch_linear(kernel, x, values, bias, lists, y, fused, activation)
 
@@ -64,7 +64,7 @@ def launch_linear(
     tokens = x.numel() // in_features
     tiling = kernel.program.tiling
     kernel.launch(
-        -(-tokens // tiling.tm) * n_out * (block_size // tiling.tn),
+        -(-tokens // tiling.tm) * n_out * (block_size // tiling.tn) * tiling.splits,
         1,
         x.data_ptr(),
         values.data_ptr(),
@@ -143,9 +143,9 @@ def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> Non
 
 @build_once
 def _linear_kernel(
-    dtype: torch.dtype, block_size: int, forward: bool, tokens: int, device: int
+    dtype: torch.dtype, block_size: int, forward: bool, tokens: int, clusters: bool, device: int
 ) -> Kernel[TiledProgram]:
-    program = linear_program(dtype, block_size, forward=forward, tokens=tokens)
+    program = linear_program(dtype, block_size, forward=forward, tokens=tokens, clusters=clusters)
     return Kernel(program, "block_linear", LINEAR_LAYOUT, device)
 
 

@@ -12,15 +12,23 @@
 // `entries` those of W^T. Each thread block computes TM tokens x TN outputs of one output block;
 // outputs vary fastest over the grid, so that inputs are reused from L2. k runs over the
 // present blocks of the output block as if they were adjacent, in k-tiles of TK (several blocks
-// where B < TK). The order of accumulation is fixed, so results depend neither on slots nor timing.
+// where B < TK). The SPLITS thread blocks of a cluster have an equal share of the k-tiles each, and
+// add their sums in the order of the shares: that keeps the device busy where there are few tiles.
+// The order of accumulation is fixed, so results depend neither on slots nor timing.
 //
 // The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
 // arithmetic.
 
+#include "clusters.cuh"
 #include "portable/linear.cuh"
 #include CONFIG_PRODUCT
 
-constexpr int STAGES = CONFIG_STAGES;
+constexpr int STAGES = CONFIG_STAGES, SPLITS = CONFIG_SPLITS;
+#if CONFIG_SPLITS > 1
+#define CLUSTER __cluster_dims__(CONFIG_SPLITS)
+#else
+#define CLUSTER
+#endif
 
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, false, !FORWARD, CONFIG_GROUPS_K>
     BlockProduct;
@@ -60,35 +68,53 @@ struct WeightRows<true> {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(BlockProduct::THREADS)
+extern "C" __global__ void CLUSTER __launch_bounds__(BlockProduct::THREADS)
     block_linear(const Arguments a) {
   extern __shared__ __align__(128) char shared[];
-  const OutputTile tile(a);
+  const int share = blockIdx.x % SPLITS;
+  const OutputTile tile(a, blockIdx.x / SPLITS);
   const int begin = a.offsets[tile.out_block], end = a.offsets[tile.out_block + 1];
+  const int k_tiles = ((end - begin) * B + TK - 1) / TK;
+  const int first_k_tile = share * k_tiles / SPLITS, end_k_tile = (share + 1) * k_tiles / SPLITS;
 
   const T* x = a.x + tile.first_token * a.in_features;
   const int n_tokens = (int)min((long long)TM, a.tokens - tile.first_token);
   auto input = [&](int k_tile, int col) -> Rows<T> {
-    const int k = k_tile * TK + col, entry = begin + k / B;
+    const int k = (first_k_tile + k_tile) * TK + col, entry = begin + k / B;
     if (entry >= end) return {x, 0, 0};
     return {x + a.entries[entry].x * B + k % B, a.in_features, n_tokens};
   };
   auto weight = [&](int k_tile, int col) {
-    return WeightRows<!FORWARD>(a, begin, end, tile.first_out, k_tile * TK, col);
+    return WeightRows<!FORWARD>(a, begin, end, tile.first_out, (first_k_tile + k_tile) * TK, col);
   };
   BlockProduct product;
-  run_pipeline<STAGES>(product, shared, ((end - begin) * B + TK - 1) / TK, input, weight);
+  run_pipeline<STAGES>(product, shared, end_k_tile - first_k_tile, input, weight);
 
   Result result(shared);
   product.store(result);
-  __syncthreads();
+  if constexpr (SPLITS > 1)
+    cluster_sync();
+  else
+    __syncthreads();
   constexpr int CHUNK = Chunk<T>::SIZE, PER_ROW = TN / CHUNK;
-  for (int chunk = threadIdx.x; chunk < TM * PER_ROW; chunk += BlockProduct::THREADS) {
+  for (int chunk = share * BlockProduct::THREADS + threadIdx.x; chunk < TM * PER_ROW;
+       chunk += SPLITS * BlockProduct::THREADS) {
     const int row = chunk / PER_ROW, col = chunk % PER_ROW * CHUNK;
     if (row >= n_tokens) break;
-    Acc sums[CHUNK];
+    Acc sums[CHUNK] = {};
+    if constexpr (SPLITS > 1) {
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) sums[i] = *result.at(row, col + i);
+      for (int i = 0; i < SPLITS; ++i)
+#pragma unroll
+        for (int j = 0; j < CHUNK; j += 4) {
+          const float4 part = load_remote_shared(remote_shared_address(result.at(row, col + j), i));
+          sums[j] += part.x, sums[j + 1] += part.y, sums[j + 2] += part.z, sums[j + 3] += part.w;
+        }
+    } else {
+#pragma unroll
+      for (int i = 0; i < CHUNK; ++i) sums[i] = *result.at(row, col + i);
+    }
     tile.store(a, row, col, sums);
   }
+  if constexpr (SPLITS > 1) cluster_sync();  // no thread block ends while others read its sums
 }

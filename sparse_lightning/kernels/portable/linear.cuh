@@ -38,16 +38,16 @@ __device__ void store_chunk(const Arguments& a, T* destination, const Chunk<T>& 
     *reinterpret_cast<Chunk<T>*>(destination) = out;
 }
 
-// The TM x TN tile of y that a thread block computes.
+// The TM x TN tile of y that a thread block or a cluster computes.
 struct OutputTile {
   int out_block, first_out;  // `first_out` within the block
   long long first_token;
 
-  __device__ explicit OutputTile(const Arguments& a) {
+  __device__ OutputTile(const Arguments& a, unsigned index) {
     constexpr int SLICES = B / TN;
-    first_out = blockIdx.x % SLICES * TN;
-    out_block = blockIdx.x / SLICES % a.out_blocks;
-    first_token = (long long)(blockIdx.x / SLICES / a.out_blocks) * TM;
+    first_out = index % SLICES * TN;
+    out_block = index / SLICES % a.out_blocks;
+    first_token = (long long)(index / SLICES / a.out_blocks) * TM;
   }
   // Stores 16 bytes of a row of the tile, from column `col` on.
   __device__ void store(const Arguments& a, int row, int col,

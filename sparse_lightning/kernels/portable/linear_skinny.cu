@@ -67,7 +67,7 @@ struct Step {
 extern "C" __global__ void __launch_bounds__(THREADS) block_linear(const Arguments a) {
   extern __shared__ __align__(128) float sums[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const OutputTile tile(a);
+  const OutputTile tile(a, blockIdx.x);
   const int n_tokens = (int)min((long long)TM, a.tokens - tile.first_token);
   const T* x = a.x + tile.first_token * a.in_features;
 

@@ -1,15 +1,15 @@
 """The programs for every device and dtype: pure functions of dtypes and ints.
 
-Tilings for many tokens were tuned on an H100; those for up to 32, with blocks of 32 or more, follow
-a prototype on an H200; the others for few tokens are estimates, which `benchmarks/tilings.py` can
-test. All fit into the 99 KiB of shared memory that a thread block can have on the smallest
-supported devices.
+Tilings for many tokens were tuned on an H100, those of two-byte dtypes for few tokens on an H200 by
+`benchmarks/tilings.py`; those of fp32 and fp64 for few tokens are estimates. All fit into the 99
+KiB of shared memory that a thread block can have on the smallest supported devices.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -21,28 +21,34 @@ from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 MANY = 2**63
 _LINEAR_MMA = {
     8: {
-        16: Tiling(8, 16, 32, 8, 1, 1, 8),
-        32: Tiling(8, 32, 32, 4, 1, 1, 8),
-        64: Tiling(8, 32, 32, 4, 1, 1, 8),
+        16: Tiling(8, 16, 32, 2, 1, 1, 8),
+        32: Tiling(8, 32, 32, 1, 1, 1, 16),
+        64: Tiling(8, 32, 32, 2, 1, 1, 8),
         128: Tiling(8, 32, 32, 4, 1, 1, 8),
     },
     16: {
-        16: Tiling(16, 16, 32, 4, 1, 1, 8),
+        16: Tiling(16, 16, 32, 2, 1, 1, 8),
         32: Tiling(16, 32, 32, 2, 1, 1, 8),
         64: Tiling(16, 32, 32, 2, 1, 1, 8),
         128: Tiling(16, 32, 32, 2, 1, 1, 8),
     },
     32: {
-        16: Tiling(32, 16, 32, 2, 1, 1, 8),
-        32: Tiling(32, 32, 32, 2, 1, 1, 4),
-        64: Tiling(32, 32, 32, 2, 1, 1, 4),
-        128: Tiling(32, 32, 32, 2, 1, 1, 4),
+        16: Tiling(32, 16, 32, 1, 1, 1, 8),
+        32: Tiling(32, 32, 32, 2, 1, 1, 8),
+        64: Tiling(32, 32, 32, 1, 1, 1, 8),
+        128: Tiling(32, 32, 32, 1, 1, 1, 8),
+    },
+    64: {
+        16: Tiling(32, 16, 32, 1, 1, 1, 8),
+        32: Tiling(64, 32, 64, 4, 2, 1, 2, splits=2),
+        64: Tiling(64, 64, 128, 3, 2, 2, 1, splits=2),
+        128: Tiling(64, 64, 128, 3, 2, 2, 1, splits=2),
     },
     128: {
-        16: Tiling(64, 16, 128, 4, 2, 1, 4),
-        32: Tiling(64, 32, 128, 4, 2, 1, 4),
-        64: Tiling(64, 64, 128, 3, 2, 2, 2),
-        128: Tiling(64, 64, 128, 3, 2, 2, 2),
+        16: Tiling(128, 16, 64, 3, 2, 1, 2, splits=2),
+        32: Tiling(128, 32, 64, 4, 2, 1, 2),
+        64: Tiling(64, 64, 64, 3, 2, 1, 2, splits=2),
+        128: Tiling(64, 64, 64, 3, 2, 1, 2, splits=2),
     },
     MANY: {
         16: Tiling(256, 16, 64, 2, 4, 1),
@@ -51,7 +57,7 @@ _LINEAR_MMA = {
         128: Tiling(128, 128, 64, 2, 2, 4),
     },
 }
-_SKINNY_TOKENS = 32  # up to which `linear_skinny.cu` computes the product of two-byte dtypes
+_SKINNY_TILE = 32  # the most tokens of a tile that `linear_skinny.cu` computes for two-byte dtypes
 _LINEAR_SIMT = {
     32: {
         16: Tiling(16, 16, 64, 2, 8, 8),
@@ -93,15 +99,22 @@ def most_tokens(dtype: torch.dtype, tokens: int) -> int:
 
 
 def linear_program(
-    dtype: torch.dtype, block_size: int, *, forward: bool, tokens: int = MANY
+    dtype: torch.dtype,
+    block_size: int,
+    *,
+    forward: bool,
+    tokens: int = MANY,
+    clusters: bool = True,
 ) -> TiledProgram:
     """Return the program of `block_linear` for a number of tokens.
 
-    It computes y = x W^T (forward) or dx = dy W.
+    It computes y = x W^T (forward) or dx = dy W. `clusters` says whether the device has clusters.
     """
     check_block_size(block_size)
     tiling = _linear_tilings(dtype)[most_tokens(dtype, tokens)][block_size]
-    is_skinny = _has_mma(dtype) and tokens <= _SKINNY_TOKENS
+    if not clusters:
+        tiling = replace(tiling, splits=1)
+    is_skinny = _has_mma(dtype) and tiling.tm <= _SKINNY_TILE
     return tiled_linear_program(dtype, block_size, tiling, forward=forward, is_skinny=is_skinny)
 
 
@@ -110,7 +123,8 @@ def tiled_linear_program(
 ) -> TiledProgram:
     """Return the program of `block_linear` with a tiling, by `linear_skinny.cu` or `linear.cu`."""
     source = "portable/linear_skinny.cu" if is_skinny else "portable/linear.cu"
-    options = {"B": block_size, "FORWARD": int(forward), "GROUPS_K": tiling.groups_k}
+    options = {"B": block_size, "FORWARD": int(forward)}
+    options |= {"GROUPS_K": tiling.groups_k, "SPLITS": tiling.splits}
     return _program(source, dtype, tiling, options)
 
 
@@ -131,15 +145,17 @@ def norms_program(dtype: torch.dtype) -> TiledProgram:
     return _program("portable/norms.cu", dtype, tiling, {})
 
 
-def all_programs() -> Iterator[TiledProgram]:
-    """Yield every portable program."""
+def all_programs(*, clusters: bool) -> Iterator[TiledProgram]:
+    """Yield every portable program for a device with or without clusters."""
     for dtype in DTYPES:
         yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
             yield dw_program(dtype, block_size)
-            for tokens in _linear_tilings(dtype):
-                yield linear_program(dtype, block_size, forward=True, tokens=tokens)
-                yield linear_program(dtype, block_size, forward=False, tokens=tokens)
+            for forward in (True, False):
+                linear = functools.partial(
+                    linear_program, dtype, block_size, forward=forward, clusters=clusters
+                )
+                yield from dict.fromkeys(linear(tokens=most) for most in _linear_tilings(dtype))
 
 
 _TILES_PER_SM = 3
