@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
@@ -611,4 +612,11 @@ def test_function_transforms_raise_a_helpful_error(make: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=says):
             refused()
+        # Only reverse mode is off here.
+        with torch.no_grad(), pytest.raises(RuntimeError, match=says):
+            refused()
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match=says):
+        model(forward_ad.make_dual(x, x))
     assert_near(torch.func.vmap(model)(x), model(x))
+    with torch.no_grad():
+        assert_near(torch.func.vmap(model)(x), model(x))

@@ -45,6 +45,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 from sparse_lightning.kernels import activations
@@ -471,10 +472,29 @@ def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
         leaf.grad += gradient
 
 
-_library.impl("block_linear", _BlockLinear.apply, "Autograd")
-_library.impl("block_linear_dx", _BlockLinearDx.apply, "Autograd")
-_library.impl("block_linear_dw", _BlockLinearDw.apply, "Autograd")
-_library.impl("block_mlp", _BlockMlp.apply, "Autograd")
+def _with_formula(op: Callable[..., Any], formula: type[_Formula]) -> Callable[..., Any]:
+    """Return an op with its autograd formula, which costs host time and is skipped under no_grad.
+
+    Forward mode and transforms do not depend on grad mode; for them, the formula raises.
+    """
+
+    def call(*args: Any) -> Any:
+        if (
+            torch.is_grad_enabled()
+            or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return formula.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+_library.impl("block_linear", _with_formula(block_linear, _BlockLinear), "Autograd")
+_library.impl("block_linear_dx", _with_formula(block_linear_dx, _BlockLinearDx), "Autograd")
+_library.impl("block_linear_dw", _with_formula(block_linear_dw, _BlockLinearDw), "Autograd")
+_library.impl("block_mlp", _with_formula(block_mlp, _BlockMlp), "Autograd")
 
 
 def _without_graph(op: Callable[..., Any]) -> Callable[..., Any]:
