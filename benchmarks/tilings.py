@@ -32,7 +32,11 @@ from sparse_lightning.kernels import compiler
 from sparse_lightning.kernels.launch import Kernel, has_clusters
 from sparse_lightning.kernels.measuring import Operands, Products
 from sparse_lightning.kernels.operands import BlockLists
-from sparse_lightning.kernels.portable.launchers import LINEAR_LAYOUT, launch_linear
+from sparse_lightning.kernels.portable.launchers import (
+    LINEAR_LAYOUT,
+    launch_linear,
+    linear_variant,
+)
 from sparse_lightning.kernels.portable.programs import linear_program, tiled_linear_program
 from sparse_lightning.kernels.programs import TiledProgram, Tiling
 from sparse_lightning.kernels.timing import device_times, speedup
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     cases = list(itertools.product(options.products, options.tokens, options.block_sizes))
-    splits = (1, 2, 4) if has_clusters(torch.cuda.current_device()) else (1,)
+    splits = (1, 2, 4, 8) if has_clusters(torch.cuda.current_device()) else (1,)
     compile_all({p for op, n, size in cases for p in candidates(n, size, op == "fwd", splits)})
     for op, tokens, block_size in cases:
         for density in options.densities:
@@ -95,12 +99,14 @@ def candidates(
     outputs = [tn for tn in (16, 32, 64, 128) if tn <= block_size]
     if tokens <= _MOST_SKINNY_TOKENS:
         fits = [tm for tm in (8, 16, 32) if tm >= min(tokens, 32) and tm <= max(8, 2 * tokens)]
-        for tm, tn, stages, warps in itertools.product(fits, outputs, (1, 2, 4, 8), (4, 8, 16)):
+        for tm, tn, stages, warps, shares in itertools.product(
+            fits, outputs, (1, 2, 4, 8), (4, 8, 16), splits
+        ):
             # A dX load covers 32 outputs, and registers hold all stages and the sums.
             registers = stages * (tn // 2 + tm // 2) + tn * tm // 32
             fits_shared = 4 * warps * tm * (tn + 4) <= _MOST_SHARED_BYTES
             if (forward or tn >= min(32, block_size)) and registers <= 160 and fits_shared:
-                yield program(Tiling(tm, tn, 32, stages, 1, 1, warps), is_skinny=True)
+                yield program(Tiling(tm, tn, 32, stages, 1, 1, warps, shares), is_skinny=True)
     if tokens > 16:
         pipelines = ((64, 3), (64, 4), (128, 2), (128, 3), (128, 4))
         groups = ((2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 2, 2))
@@ -151,9 +157,11 @@ def measure(
     weight = topology.unpack(values[0]).float()
     expected = x.float() @ (weight.T if forward else weight)
 
-    used = linear_program(
-        _DTYPE, block_size, forward=forward, tokens=tokens, clusters=max(splits) > 1
+    n_out = lists.offsets.shape[0] - 1
+    most, used_splits = linear_variant(
+        _DTYPE, block_size, tokens, topology.capacity, n_out, x.get_device()
     )
+    used = linear_program(_DTYPE, block_size, forward=forward, tokens=most, splits=used_splits)
     programs = list(dict.fromkeys([used, *candidates(tokens, block_size, forward, splits)]))
     contenders = [products.dense(op)]
     for program in programs:

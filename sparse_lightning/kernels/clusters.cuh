@@ -32,3 +32,16 @@ __device__ inline float4 load_remote_shared(unsigned address) {
                : "memory");
   return out;
 }
+
+// Adds N floats of each thread block of a cluster to `sums`, in the order of ranks. at(i) is the
+// local address of the i-th float, which four at a time are adjacent.
+template <int CLUSTER_SIZE, int N, typename At>
+__device__ void add_shares(float (&sums)[N], At at) {
+#pragma unroll
+  for (int rank = 0; rank < CLUSTER_SIZE; ++rank)
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 part = load_remote_shared(remote_shared_address(at(i), rank));
+      sums[i] += part.x, sums[i + 1] += part.y, sums[i + 2] += part.z, sums[i + 3] += part.w;
+    }
+}

@@ -67,6 +67,15 @@ def sm_count(device: int) -> int:
 
 
 @functools.cache
+def sm_shared_bytes(device: int) -> int:
+    """Return the shared memory of a multiprocessor of a CUDA device, given its index."""
+    from cupy.cuda import runtime
+
+    attribute = runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor
+    return int(runtime.deviceGetAttribute(attribute, device))
+
+
+@functools.cache
 def has_clusters(device: int) -> bool:
     """Return whether thread blocks of a CUDA device can form clusters, given its index."""
     return torch.cuda.get_device_capability(device) >= (9, 0)

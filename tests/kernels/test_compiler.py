@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import re
 import sys
@@ -58,7 +59,8 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
 
 def programs_for(capability: tuple[int, int]) -> list[Program]:
     """Every program of an architecture, but one fp16 program per source, since fp16 differs from
-    bf16 only in conversions. Programs without tensor cores are compiled for the oldest alone."""
+    bf16 only in conversions. Programs without tensor cores are compiled for the oldest that can
+    run them alone."""
     if capability == hopper_programs.CAPABILITY:
         programs: list[Program] = [*hopper_programs.all_programs()]
     else:
@@ -69,7 +71,10 @@ def programs_for(capability: tuple[int, int]) -> list[Program]:
         programs += map(block_work.program, DTYPES)
     if capability > hopper_programs.CAPABILITY:
         programs = [
-            p for p in programs if not {"-DCONFIG_T=float", "-DCONFIG_T=double"} & {*p.options}
+            p
+            for p in programs
+            if not {"-DCONFIG_T=float", "-DCONFIG_T=double"} & {*p.options}
+            or "-DCONFIG_SPLITS=2" in p.options
         ]
     # Splits of the tokens beyond two differ in a constant.
     many = {"-DCONFIG_SPLIT_K=4", "-DCONFIG_SPLIT_K=8"}
@@ -121,6 +126,14 @@ def test_shared_memory_by_hand() -> None:
     assert facts_of(norms_program(torch.float64), "block_norms").shared_bytes == 65_536
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_shared_memory_of_tilings(dtype: torch.dtype) -> None:
+    for block_size, tokens in itertools.product((16, 128), (8, 16, 32, 64, 128, 256)):
+        program = portable_programs.linear_program(dtype, block_size, forward=True, tokens=tokens)
+        computed = portable_programs.linear_shared_bytes(dtype, program.tiling)
+        assert computed == facts_of(program, "block_linear").shared_bytes
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 def test_forward_on_hopper_uses_the_available_shared_memory(block_size: int) -> None:
     program = hopper_programs.linear_program(torch.bfloat16, block_size, forward=True)
@@ -140,8 +153,8 @@ BFLOAT16 = torch.bfloat16
 @pytest.mark.parametrize(
     "module, builder, arguments",
     [
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 8, False)),
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1000, False)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 8, 1)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1000, 1)),
         (portable, "_dw_kernels", (BFLOAT16, 64)),
         (portable, "norms_kernel", (BFLOAT16,)),
         (hopper, "_linear_kernel", (BFLOAT16, 16, True, False, 128)),

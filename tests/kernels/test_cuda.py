@@ -20,7 +20,9 @@ from sparse_lightning.kernels.activations import ACTIVATIONS, activate, activati
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.hopper import programs as hopper_programs
 from sparse_lightning.kernels.hopper import tensor_maps
+from sparse_lightning.kernels.launch import has_clusters
 from sparse_lightning.kernels.portable import launchers as portable
+from sparse_lightning.kernels.portable.programs import most_tokens
 from sparse_lightning.policy.criteria import BlockScores, gradient, magnitude, seeded_generator
 from sparse_lightning.policy.updates import update_topology
 from tests.kernels.test_parity import (
@@ -123,6 +125,24 @@ FEW_TOKENS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255
 def test_parity_with_few_tokens(block_size: int, dtype: torch.dtype) -> None:
     masks = itertools.cycle(["random", "skewed", "empty_row_and_column"])
     for n, mask in zip(FEW_TOKENS, masks, strict=False):
+        check_parity(Case(mask, (7, 19), block_size, dtype, lead=(n,), spare=3), "cuda")
+
+
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_parity_of_shared_tiles_of_few_tokens(
+    splits: int, block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some shares are empty. How many share a tile depends on the number of multiprocessors."""
+    if not has_clusters(torch.cuda.current_device()):
+        pytest.skip("needs clusters of thread blocks")
+    force_kernels(choice.PORTABLE, monkeypatch)
+    monkeypatch.setattr(
+        portable, "linear_variant", lambda dtype, _, n, *__: (most_tokens(dtype, n), splits)
+    )
+    for mask, n in itertools.product(MASKS, (1, 9, 20, 40, 100, 300)):
         check_parity(Case(mask, (7, 19), block_size, dtype, lead=(n,), spare=3), "cuda")
 
 

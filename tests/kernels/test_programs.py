@@ -10,16 +10,48 @@ from hypothesis import strategies as st
 from sparse_lightning.kernels.hopper import programs as hopper_programs
 from sparse_lightning.kernels.portable import programs as portable_programs
 from sparse_lightning.kernels.portable.programs import dw_program, norms_program, split_k
+from sparse_lightning.kernels.programs import DTYPES
 
 
 def test_every_dtype_and_block_size_has_its_programs() -> None:
-    programs = list(portable_programs.all_programs(clusters=True))
-    linear = 2 * 2 * (6 * 4 - 1) + 2 * 2 * (2 * 4)  # blocks of 16 have one for 32 and for 64 tokens
-    assert len(programs) == len(set(programs)) == 4 * 5 + linear
-    without = list(portable_programs.all_programs(clusters=False))
-    assert len(without) == len(programs) and max(p.tiling.splits for p in without) == 1
+    # Blocks of 16 have one program for 32 and for 64 tokens.
+    mma, fp32, fp64 = 2 * 2 * (6 * 4 - 1), 2 * (2 * 4), 2 * (2 * 4)
+    for clusters, linear in (False, mma + fp32 + fp64), (True, 2 * mma + 2 * fp32 + fp64):
+        programs = list(portable_programs.all_programs(clusters=clusters))
+        assert len(programs) == len(set(programs)) == 4 * 5 + linear
+        assert max(program.tiling.splits for program in programs) == 1 + clusters
     programs = list(hopper_programs.all_programs())
     assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 8 + 2 + 2 + 4 + 5)
+
+
+@given(
+    dtype=st.sampled_from([*DTYPES]),
+    block_size=st.sampled_from([16, 32, 64, 128]),
+    tokens=st.integers(1, 10**6),
+    row_blocks=st.integers(0, 2000),
+    out_blocks=st.integers(1, 2000),
+    sm_count=st.integers(1, 200),
+    shared=st.sampled_from([100, 228]),
+)
+def test_tiles_are_shared_while_multiprocessors_are_idle(
+    dtype: torch.dtype,
+    block_size: int,
+    tokens: int,
+    row_blocks: int,
+    out_blocks: int,
+    sm_count: int,
+    shared: int,
+) -> None:
+    sizes = (tokens, row_blocks * out_blocks, out_blocks, sm_count, shared * 1024)
+    splits = portable_programs.linear_splits(dtype, block_size, *sizes)
+    assert splits in (1, 2, 4, 8)
+    if splits > 1:
+        assert dtype != torch.float64 and row_blocks * block_size >= 256 * splits
+        tiling = portable_programs.linear_program(
+            dtype, block_size, forward=True, tokens=tokens
+        ).tiling
+        tiles = -(-tokens // tiling.tm) * out_blocks * (block_size // tiling.tn)
+        assert tiles * splits <= 16 * sm_count
 
 
 @given(

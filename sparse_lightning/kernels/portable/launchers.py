@@ -5,15 +5,25 @@ Operands are contiguous, aligned to 16 bytes, of one dtype, and on the device of
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from sparse_lightning.kernels.activations import ACTIVATIONS
-from sparse_lightning.kernels.launch import Kernel, build_once, has_clusters, row_pitch
+from sparse_lightning.kernels.launch import (
+    Kernel,
+    build_once,
+    has_clusters,
+    row_pitch,
+    sm_count,
+    sm_shared_bytes,
+)
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable.programs import (
     dw_program,
     linear_program,
+    linear_splits,
     most_tokens,
     norms_program,
     split_k,
@@ -43,8 +53,13 @@ def linear(
     activation of `y`, and x W is multiplied by the derivative at `preactivation`. Both are
     contiguous like `y`.
     """
-    most, clusters = most_tokens(x.dtype, x.numel() // x.shape[-1]), has_clusters(device)
-    kernel = _linear_kernel(x.dtype, values.shape[1], forward, most, clusters, device)
+    block_size, tokens, n_out = (
+        values.shape[1],
+        x.numel() // x.shape[-1],
+        lists.offsets.shape[0] - 1,
+    )
+    variant = linear_variant(x.dtype, block_size, tokens, n_out, device)
+    kernel = _linear_kernel(x.dtype, block_size, forward, *variant, device)
     fused = activated if forward else preactivation
     launch_linear(kernel, x, values, bias, lists, y, fused, activation)
 
@@ -141,11 +156,23 @@ def norms(dy: Tensor, x: Tensor, armed: Tensor, out: Tensor, device: int) -> Non
     )
 
 
+@functools.lru_cache(maxsize=4096)  # called at every product, for inputs of any length
+def linear_variant(
+    dtype: torch.dtype, block_size: int, tokens: int, capacity: int, out_blocks: int, device: int
+) -> tuple[int, int]:
+    """Return the most tokens and the splits of the program for a product."""
+    splits = 1
+    if has_clusters(device):
+        sizes = sm_count(device), sm_shared_bytes(device)
+        splits = linear_splits(dtype, block_size, tokens, capacity, out_blocks, *sizes)
+    return most_tokens(dtype, tokens), splits
+
+
 @build_once
 def _linear_kernel(
-    dtype: torch.dtype, block_size: int, forward: bool, tokens: int, clusters: bool, device: int
+    dtype: torch.dtype, block_size: int, forward: bool, tokens: int, splits: int, device: int
 ) -> Kernel[TiledProgram]:
-    program = linear_program(dtype, block_size, forward=forward, tokens=tokens, clusters=clusters)
+    program = linear_program(dtype, block_size, forward=forward, tokens=tokens, splits=splits)
     return Kernel(program, "block_linear", LINEAR_LAYOUT, device)
 
 

@@ -19,16 +19,10 @@
 // The options CONFIG_... (portable/programs.py) set the dtype, the sizes and the header with the
 // arithmetic.
 
-#include "clusters.cuh"
 #include "portable/linear.cuh"
 #include CONFIG_PRODUCT
 
-constexpr int STAGES = CONFIG_STAGES, SPLITS = CONFIG_SPLITS;
-#if CONFIG_SPLITS > 1
-#define CLUSTER __cluster_dims__(CONFIG_SPLITS)
-#else
-#define CLUSTER
-#endif
+constexpr int STAGES = CONFIG_STAGES;
 
 typedef Product<T, TM, TN, TK, CONFIG_GROUPS_M, CONFIG_GROUPS_N, false, !FORWARD, CONFIG_GROUPS_K>
     BlockProduct;
@@ -68,6 +62,17 @@ struct WeightRows<true> {
   }
 };
 
+// Loads the sums of a tile at N places, of all thread blocks that share it.
+template <int SHARES, int N, typename At>
+__device__ void load_sums(Acc (&sums)[N], At at) {
+  if constexpr (SHARES > 1) {
+    add_shares<SHARES>(sums, at);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i] = *at(i);
+  }
+}
+
 extern "C" __global__ void CLUSTER __launch_bounds__(BlockProduct::THREADS)
     block_linear(const Arguments a) {
   extern __shared__ __align__(128) char shared[];
@@ -102,18 +107,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(BlockProduct::THREADS)
     const int row = chunk / PER_ROW, col = chunk % PER_ROW * CHUNK;
     if (row >= n_tokens) break;
     Acc sums[CHUNK] = {};
-    if constexpr (SPLITS > 1) {
-#pragma unroll
-      for (int i = 0; i < SPLITS; ++i)
-#pragma unroll
-        for (int j = 0; j < CHUNK; j += 4) {
-          const float4 part = load_remote_shared(remote_shared_address(result.at(row, col + j), i));
-          sums[j] += part.x, sums[j + 1] += part.y, sums[j + 2] += part.z, sums[j + 3] += part.w;
-        }
-    } else {
-#pragma unroll
-      for (int i = 0; i < CHUNK; ++i) sums[i] = *result.at(row, col + i);
-    }
+    load_sums<SPLITS>(sums, [&](int i) { return result.at(row, col + i); });
     tile.store(a, row, col, sums);
   }
   if constexpr (SPLITS > 1) cluster_sync();  // no thread block ends while others read its sums

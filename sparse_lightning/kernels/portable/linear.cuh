@@ -2,11 +2,18 @@
 
 #pragma once
 #include "activations.cuh"
+#include "clusters.cuh"
 
 typedef CONFIG_T T;
 typedef Accumulator<T>::type Acc;
 constexpr int B = CONFIG_B, TM = CONFIG_TM, TN = CONFIG_TN, TK = CONFIG_TK;  // tokens, outputs, k
 constexpr bool FORWARD = CONFIG_FORWARD;
+constexpr int SPLITS = CONFIG_SPLITS;  // thread blocks of a cluster that share a tile
+#if CONFIG_SPLITS > 1
+#define CLUSTER __cluster_dims__(CONFIG_SPLITS)
+#else
+#define CLUSTER
+#endif
 static_assert(B % TN == 0, "a tile lies within an output block");
 
 struct Arguments {

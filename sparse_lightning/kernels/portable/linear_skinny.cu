@@ -1,9 +1,9 @@
 // What linear.cu computes, for bf16 and fp16 and few tokens: y = x W^T + bias (FORWARD), or
 // dx = dy W, bound by reading W once.
 //
-// Arguments and grid are those of linear.cu. The warps of a thread block share the present blocks
-// of its output block: each multiplies its own, and the sums are added in the order of warps, so
-// results depend neither on slots nor on timing.
+// Arguments and grid are those of linear.cu. The warps of a tile, in one thread block or the SPLITS
+// of a cluster, share the present blocks of its output block: each multiplies its own, and the sums
+// are added in the order of warps, so results depend neither on slots nor on timing.
 //
 // A warp computes the transpose of its tile with mma.sync m16n8k16, outputs as rows (A = W) and
 // tokens as columns (B = x^T), so that eight tokens suffice. It takes k-steps of 32, from one block
@@ -24,6 +24,7 @@
 #include "product_mma.cuh"
 
 constexpr int STAGES = CONFIG_STAGES, WARPS = CONFIG_GROUPS_K, THREADS = 32 * WARPS;
+constexpr int WORKERS = SPLITS * WARPS;
 constexpr int STEP_BLOCKS = B < 32 ? 32 / B : 1, BLOCK_STEPS = B < 32 ? 1 : B / 32;
 constexpr int WORDS = B < 32 ? 2 : 4;
 constexpr int MMAS_M = TN / 16, MMAS_N = TM / 8;
@@ -64,17 +65,18 @@ struct Step {
   uint4 x[MMAS_N];
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) block_linear(const Arguments a) {
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) block_linear(const Arguments a) {
   extern __shared__ __align__(128) float sums[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const OutputTile tile(a, blockIdx.x);
+  const int share = blockIdx.x % SPLITS, worker = share * WARPS + warp;
+  const OutputTile tile(a, blockIdx.x / SPLITS);
   const int n_tokens = (int)min((long long)TM, a.tokens - tile.first_token);
   const T* x = a.x + tile.first_token * a.in_features;
 
-  // Groups of STEP_BLOCKS entries go round the warps.
+  // Groups of STEP_BLOCKS entries go round the warps of the tile.
   const int begin = a.offsets[tile.out_block], end = a.offsets[tile.out_block + 1];
   const int groups = (end - begin + STEP_BLOCKS - 1) / STEP_BLOCKS;
-  const int own_groups = max(0, (groups - warp + WARPS - 1) / WARPS);
+  const int own_groups = max(0, (groups - worker + WORKERS - 1) / WORKERS);
   const int steps = own_groups * BLOCK_STEPS;
 
   // Lane i holds the i-th of the next 32 entries of the warp.
@@ -83,8 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) block_linear(const Argumen
     const int group = step / BLOCK_STEPS, first_k = step % BLOCK_STEPS * 32;
     constexpr int HELD_GROUPS = 32 / STEP_BLOCKS;
     if (step % (HELD_GROUPS * BLOCK_STEPS) == 0) {
-      const int entry =
-          begin + ((group + lane / STEP_BLOCKS) * WARPS + warp) * STEP_BLOCKS + lane % STEP_BLOCKS;
+      const int entry = begin + ((group + lane / STEP_BLOCKS) * WORKERS + worker) * STEP_BLOCKS +
+                        lane % STEP_BLOCKS;
       held = entry < end ? a.entries[entry] : make_int2(0, -1);
     }
     const int first_held = group % HELD_GROUPS * STEP_BLOCKS;
@@ -181,6 +183,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) block_linear(const Argumen
     for (int w = 0; w < WARPS; ++w)
 #pragma unroll
       for (int i = 0; i < 8; ++i) total[i] += sums[(w * TM + token) * PITCH + col + i];
-    tile.store(a, token, col, total);
+    if constexpr (SPLITS > 1) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[token * PITCH + col + i] = total[i];
+    } else {
+      tile.store(a, token, col, total);
+    }
+  }
+  if constexpr (SPLITS > 1) {
+    cluster_sync();
+    for (int chunk = share * THREADS + threadIdx.x; chunk < TM * PER_ROW;
+         chunk += SPLITS * THREADS) {
+      const int token = chunk / PER_ROW, col = chunk % PER_ROW * 8;
+      if (token >= n_tokens) break;
+      float total[8] = {};
+      add_shares<SPLITS>(total, [&](int i) { return &sums[token * PITCH + col + i]; });
+      tile.store(a, token, col, total);
+    }
+    cluster_sync();  // no thread block ends while others read its sums
   }
 }

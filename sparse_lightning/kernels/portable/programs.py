@@ -8,6 +8,7 @@ KiB of shared memory that a thread block can have on the smallest supported devi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -40,15 +41,15 @@ _LINEAR_MMA = {
     },
     64: {
         16: Tiling(32, 16, 32, 1, 1, 1, 8),
-        32: Tiling(64, 32, 64, 4, 2, 1, 2, splits=2),
-        64: Tiling(64, 64, 128, 3, 2, 2, 1, splits=2),
-        128: Tiling(64, 64, 128, 3, 2, 2, 1, splits=2),
+        32: Tiling(64, 32, 64, 4, 2, 1, 2),
+        64: Tiling(64, 64, 128, 3, 2, 2, 1),
+        128: Tiling(64, 64, 128, 3, 2, 2, 1),
     },
     128: {
-        16: Tiling(128, 16, 64, 3, 2, 1, 2, splits=2),
+        16: Tiling(128, 16, 64, 3, 2, 1, 2),
         32: Tiling(128, 32, 64, 4, 2, 1, 2),
-        64: Tiling(64, 64, 64, 3, 2, 1, 2, splits=2),
-        128: Tiling(64, 64, 64, 3, 2, 1, 2, splits=2),
+        64: Tiling(64, 64, 64, 3, 2, 1, 2),
+        128: Tiling(64, 64, 64, 3, 2, 1, 2),
     },
     MANY: {
         16: Tiling(256, 16, 64, 2, 4, 1),
@@ -57,6 +58,11 @@ _LINEAR_MMA = {
         128: Tiling(128, 128, 64, 2, 2, 4),
     },
 }
+_CLUSTERS = (8, 4, 2)  # sizes of clusters; every device that has clusters supports eight
+_MIN_SHARE_INPUTS = 256  # of a thread block in a cluster, on average
+# The threads that run on a multiprocessor at once, each with about 128 registers, and the shared
+# memory that it needs for each of its thread blocks.
+_SM_THREADS, _RESERVED_BYTES = 512, 1024
 _SKINNY_TILE = 32  # the most tokens of a tile that `linear_skinny.cu` computes for two-byte dtypes
 _LINEAR_SIMT = {
     32: {
@@ -88,7 +94,6 @@ _NORMS_MMA = Tiling(128, 128, 64, 2, 2, 4)
 _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
 
 
-@functools.lru_cache(maxsize=4096)  # called at every product, for inputs of any length
 def most_tokens(dtype: torch.dtype, tokens: int) -> int:
     """Return the most tokens for which `linear_program` is the same as for `tokens`.
 
@@ -104,18 +109,77 @@ def linear_program(
     *,
     forward: bool,
     tokens: int = MANY,
-    clusters: bool = True,
+    splits: int = 1,
 ) -> TiledProgram:
-    """Return the program of `block_linear` for a number of tokens.
+    """Return the program of `block_linear` for a number of tokens, and of thread blocks per tile.
 
-    It computes y = x W^T (forward) or dx = dy W. `clusters` says whether the device has clusters.
+    It computes y = x W^T (forward) or dx = dy W.
     """
     check_block_size(block_size)
-    tiling = _linear_tilings(dtype)[most_tokens(dtype, tokens)][block_size]
-    if not clusters:
-        tiling = replace(tiling, splits=1)
-    is_skinny = _has_mma(dtype) and tiling.tm <= _SKINNY_TILE
+    tiling = replace(_linear_tiling(dtype, block_size, tokens), splits=splits)
+    is_skinny = _is_skinny(dtype, tiling)
     return tiled_linear_program(dtype, block_size, tiling, forward=forward, is_skinny=is_skinny)
+
+
+def linear_splits(
+    dtype: torch.dtype,
+    block_size: int,
+    tokens: int,
+    capacity: int,
+    out_blocks: int,
+    sm_count: int,
+    sm_shared_bytes: int,
+) -> int:
+    """Return how many thread blocks of a cluster share a tile of `block_linear`.
+
+    Where tiles are few, as many as run at once on the device, if each has enough inputs.
+
+    Args:
+        dtype: dtype of the operands.
+        block_size: block size of the layer.
+        tokens: number of tokens of the input.
+        capacity: the most blocks that can be present; only the device knows their number.
+        out_blocks: number of output blocks.
+        sm_count: number of multiprocessors of the device.
+        sm_shared_bytes: shared memory of a multiprocessor.
+
+    >>> h200 = {"sm_count": 132, "sm_shared_bytes": 228 << 10}
+    >>> [linear_splits(torch.bfloat16, 64, 1, 32 * n, n, **h200) for n in (128, 64, 32, 8)]
+    [1, 2, 4, 8]
+    >>> [linear_splits(torch.bfloat16, 64, 64, 8 * n, n, **h200) for n in (256, 128, 32)]
+    [1, 2, 2]
+    """
+    if dtype == torch.float64:
+        return 1  # shares are added in fp32
+    tiling = _linear_tiling(dtype, block_size, tokens)
+    most = capacity * block_size // (out_blocks * _MIN_SHARE_INPUTS)
+    tiles = -(-tokens // tiling.tm) * out_blocks * (block_size // tiling.tn)
+    resident = sm_count * min(
+        sm_shared_bytes // (linear_shared_bytes(dtype, tiling) + _RESERVED_BYTES),
+        _SM_THREADS // _linear_threads(dtype, tiling),
+    )
+    return next((n for n in _CLUSTERS if n <= most and n * tiles <= resident), 1)
+
+
+def linear_shared_bytes(dtype: torch.dtype, tiling: Tiling) -> int:
+    """Return the shared memory of a thread block of `block_linear`."""
+    t, sum_bytes = tiling, max(4, dtype.itemsize)
+    if _is_skinny(dtype, tiling):
+        return t.groups_k * t.tm * (t.tn + 4) * sum_bytes
+    return max(t.stages * (t.tm + t.tn) * t.tk * dtype.itemsize, t.tm * t.tn * sum_bytes)
+
+
+def _linear_threads(dtype: torch.dtype, tiling: Tiling) -> int:
+    groups = tiling.groups_m * tiling.groups_n * tiling.groups_k
+    return 32 * groups if _has_mma(dtype) else groups
+
+
+def _linear_tiling(dtype: torch.dtype, block_size: int, tokens: int) -> Tiling:
+    return _linear_tilings(dtype)[most_tokens(dtype, tokens)][block_size]
+
+
+def _is_skinny(dtype: torch.dtype, tiling: Tiling) -> bool:
+    return _has_mma(dtype) and tiling.tm <= _SKINNY_TILE
 
 
 def tiled_linear_program(
@@ -146,14 +210,19 @@ def norms_program(dtype: torch.dtype) -> TiledProgram:
 
 
 def all_programs(*, clusters: bool) -> Iterator[TiledProgram]:
-    """Yield every portable program for a device with or without clusters."""
+    """Yield every portable program, with `clusters` also for two thread blocks that share a tile.
+
+    Those for more differ in a constant.
+    """
     for dtype in DTYPES:
         yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
             yield dw_program(dtype, block_size)
-            for forward in (True, False):
+            for forward, splits in itertools.product((True, False), (1, 2) if clusters else (1,)):
+                if splits > 1 and dtype == torch.float64:
+                    continue
                 linear = functools.partial(
-                    linear_program, dtype, block_size, forward=forward, clusters=clusters
+                    linear_program, dtype, block_size, forward=forward, splits=splits
                 )
                 yield from dict.fromkeys(linear(tokens=most) for most in _linear_tilings(dtype))
 
