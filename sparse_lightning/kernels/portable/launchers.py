@@ -53,12 +53,9 @@ def linear(
     activation of `y`, and x W is multiplied by the derivative at `preactivation`. Both are
     contiguous like `y`.
     """
-    block_size, tokens, n_out = (
-        values.shape[1],
-        x.numel() // x.shape[-1],
-        lists.offsets.shape[0] - 1,
-    )
-    variant = linear_variant(x.dtype, block_size, tokens, n_out, device)
+    (capacity, block_size, _), n_out = values.shape, lists.offsets.shape[0] - 1
+    tokens = x.numel() // x.shape[-1]
+    variant = linear_variant(x.dtype, block_size, tokens, capacity, n_out, device)
     kernel = _linear_kernel(x.dtype, block_size, forward, *variant, device)
     fused = activated if forward else preactivation
     launch_linear(kernel, x, values, bias, lists, y, fused, activation)
