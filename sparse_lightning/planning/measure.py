@@ -242,11 +242,14 @@ class ProductSpeedups:
         self.measured = False
         self._cache: dict[tuple[Product, int, float], float] = {}
 
-    def prepare(self, products: Iterable[Product], block_sizes: Iterable[int]) -> None:
-        """Measure the layer shapes that no table covers, as a training would, and keep them."""
+    def prepare(self, needed: Iterable[tuple[Product, int]]) -> None:
+        """Measure and keep the layer shapes that no table covers, as a training would.
+
+        `needed` are the products and the block sizes of their layers.
+        """
         if self.device.type == "cuda":
-            shapes = {(p.dtype, size, *p.shape[1:]) for p in products for size in block_sizes}
-            measuring.measure_missing(torch.cuda.current_device(), sorted(shapes, key=str))
+            shapes = [(p.dtype, size, *p.shape[1:]) for p, size in needed if _uses_tables(p)]
+            measuring.measure_missing(torch.cuda.current_device(), list(dict.fromkeys(shapes)))
 
     def get(self, product: Product, block_size: int, density: float) -> float:
         """Return dense time / block-sparse time of a product."""
@@ -260,10 +263,7 @@ class ProductSpeedups:
         return self._cache[key]
 
     def _from_table(self, product: Product, block_size: int, density: float) -> float | None:
-        if self.device.type != "cuda":
-            return None
-        # Tables are relative to exact fp32 products.
-        if product.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        if self.device.type != "cuda" or not _uses_tables(product):
             return None
         index, op, shape = torch.cuda.current_device(), product.op, product.shape
         return choice.product_speedup(
@@ -283,6 +283,11 @@ class ProductSpeedups:
             measured = Product(op, product.shape, product.dtype)
             ratio = speedup(samples[i], samples[i + len(dense)])
             self._cache[measured, block_size, density] = ratio
+
+
+def _uses_tables(product: Product) -> bool:
+    """Return whether tables predict a product: they are relative to exact fp32 products."""
+    return not (product.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
 
 
 class StepClock(TorchDispatchMode):

@@ -165,7 +165,12 @@ def _add_steps(
     """Return a plan with the dense model's measured step, and the expected step of each setting."""
     times, counts = dense_times(training, [*result.layers, *result.follows])
     speedups = ProductSpeedups(training.device)
-    speedups.prepare(times.products, {setting.block_size for setting in layer_densities})
+    speedups.prepare(
+        (product, setting.block_size)
+        for setting, densities in layer_densities.items()
+        for name in densities
+        for product in counts[name]
+    )
     settings = []
     for setting, densities in layer_densities.items():
 

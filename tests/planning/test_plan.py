@@ -510,10 +510,28 @@ def test_layer_shapes_are_measured_as_by_a_training(monkeypatch: pytest.MonkeyPa
     asked = []
     monkeypatch.setattr(measuring, "measure_missing", lambda *of: asked.append(of))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    products = [Product(op, (8, 64, 32), torch.bfloat16) for op in ("fwd", "dx")]
-    ProductSpeedups(torch.device("cuda")).prepare(products, [16, 32])
-    ProductSpeedups(CPU).prepare(products, [16])
-    assert asked == [(1, [(torch.bfloat16, size, 64, 32) for size in (16, 32)])]
+    half = [(Product(op, (8, 64, 32), torch.bfloat16), 16) for op in ("fwd", "dx")]
+    exact = Product("fwd", (8, 64, 32), torch.float32), 32
+    ProductSpeedups(torch.device("cuda")).prepare([*half, exact])
+    ProductSpeedups(CPU).prepare(half)
+    assert asked == [(1, [(torch.bfloat16, 16, 64, 32), (torch.float32, 32, 64, 32)])]
+    torch.backends.cuda.matmul.allow_tf32 = True  # with which tables are not used
+    try:
+        ProductSpeedups(torch.device("cuda")).prepare([exact])
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert asked.pop() == (1, [])
+
+
+def test_only_block_sizes_that_fit_a_layer_are_measured(
+    quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Product, int]] = []
+    monkeypatch.setattr(ProductSpeedups, "prepare", lambda _, needed: asked.extend(needed))
+    net = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 64))
+    sparse_lightning.plan(net, "8,64", block_sizes=[32, 64], densities=[0.5], device="cpu")
+    sizes = {size: {p.shape[1:] for p, s in asked if s == size} for _, size in asked}
+    assert sizes == {32: {(64, 96), (96, 64), (64, 64)}, 64: {(64, 64)}}
 
 
 def test_the_table_is_not_used_with_tf32(quick, monkeypatch: pytest.MonkeyPatch) -> None:
