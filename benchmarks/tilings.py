@@ -91,11 +91,7 @@ def candidates(
     `splits` are the numbers of thread blocks that may share a tile.
     """
 
-    def program(tiling: Tiling, is_skinny: bool) -> TiledProgram:
-        return tiled_linear_program(
-            _DTYPE, block_size, tiling, forward=forward, is_skinny=is_skinny
-        )
-
+    program = partial(tiled_linear_program, _DTYPE, block_size, forward=forward)
     outputs = [tn for tn in (16, 32, 64, 128) if tn <= block_size]
     if tokens <= _MOST_SKINNY_TOKENS:
         fits = [tm for tm in (8, 16, 32) if tm >= min(tokens, 32) and tm <= max(8, 2 * tokens)]
@@ -106,7 +102,7 @@ def candidates(
             registers = stages * (tn // 2 + tm // 2) + tn * tm // 32
             fits_shared = 4 * warps * tm * (tn + 4) <= _MOST_SHARED_BYTES
             if (forward or tn >= min(32, block_size)) and registers <= 160 and fits_shared:
-                yield program(Tiling(tm, tn, 32, stages, 1, 1, warps, shares), is_skinny=True)
+                yield program(tiling=Tiling(tm, tn, 32, stages, 1, 1, warps, shares))
     if tokens > 16:
         pipelines = ((64, 3), (64, 4), (128, 2), (128, 3), (128, 4))
         groups = ((2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 2, 2))
@@ -121,7 +117,7 @@ def candidates(
                 and 32 * 1024 <= 2 * stages * (tm + tn) * tk <= _MOST_SHARED_BYTES
                 and 4 * tm * tn <= _MOST_SHARED_BYTES
             ):
-                yield program(Tiling(tm, tn, tk, stages, m, n, k, shares), is_skinny=False)
+                yield program(tiling=Tiling(tm, tn, tk, stages, m, n, k, shares))
 
 
 def compile_all(programs: set[TiledProgram]) -> None:

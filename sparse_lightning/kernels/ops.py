@@ -472,11 +472,22 @@ def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
         leaf.grad += gradient
 
 
+def _without_graph(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an op that is called below autograd, and so without a derivative."""
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
 def _with_formula(op: Callable[..., Any], formula: type[_Formula]) -> Callable[..., Any]:
     """Return an op with its autograd formula, which costs host time and is skipped under no_grad.
 
     Forward mode and transforms do not depend on grad mode; for them, the formula raises.
     """
+    below = _without_graph(op)
 
     def call(*args: Any) -> Any:
         if (
@@ -485,8 +496,7 @@ def _with_formula(op: Callable[..., Any], formula: type[_Formula]) -> Callable[.
             or torch._C._are_functorch_transforms_active()
         ):
             return formula.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return below(*args)
 
     return call
 
@@ -497,19 +507,8 @@ _library.impl("block_linear_dw", _with_formula(block_linear_dw, _BlockLinearDw),
 _library.impl("block_mlp", _with_formula(block_mlp, _BlockMlp), "Autograd")
 
 
-def _without_graph(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an op that has no derivative: the formulas call it below autograd.
-
-    Exported programs, whose MLPs were decomposed, call it with parameters that require a gradient.
-    """
-
-    def call(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
-
-
+# These have no derivative: formulas call them below autograd. Exported programs, whose MLPs were
+# decomposed, call them with parameters that require a gradient.
 _library.impl("block_linear_act", _without_graph(block_linear_act), "Autograd")
 _library.impl("block_linear_dh", _without_graph(block_linear_dh), "Autograd")
 _library.impl("block_norms", _without_graph(block_norms), "Autograd")

@@ -58,11 +58,6 @@ _LINEAR_MMA = {
         128: Tiling(128, 128, 64, 2, 2, 4),
     },
 }
-_CLUSTERS = (8, 4, 2)  # sizes of clusters; every device that has clusters supports eight
-_MIN_SHARE_INPUTS = 256  # of a thread block in a cluster, on average
-# The threads that run on a multiprocessor at once, each with about 128 registers, and the shared
-# memory that it needs for each of its thread blocks.
-_SM_THREADS, _RESERVED_BYTES = 512, 1024
 _SKINNY_TILE = 32  # the most tokens of a tile that `linear_skinny.cu` computes for two-byte dtypes
 _LINEAR_SIMT = {
     32: {
@@ -93,6 +88,12 @@ _DW_SIMT = {
 _NORMS_MMA = Tiling(128, 128, 64, 2, 2, 4)
 _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
 
+_CLUSTERS = (8, 4, 2)  # sizes of clusters; every device that has clusters supports eight
+_MIN_SHARE_INPUTS = 256  # of a thread block in a cluster, on average
+# The threads that run on a multiprocessor at once, each with about 128 registers, and the shared
+# memory that it needs for each of its thread blocks.
+_SM_THREADS, _RESERVED_BYTES = 512, 1024
+
 
 def most_tokens(dtype: torch.dtype, tokens: int) -> int:
     """Return the most tokens for which `linear_program` is the same as for `tokens`.
@@ -117,8 +118,7 @@ def linear_program(
     """
     check_block_size(block_size)
     tiling = replace(_linear_tiling(dtype, block_size, tokens), splits=splits)
-    is_skinny = _is_skinny(dtype, tiling)
-    return tiled_linear_program(dtype, block_size, tiling, forward=forward, is_skinny=is_skinny)
+    return tiled_linear_program(dtype, block_size, tiling, forward=forward)
 
 
 def linear_splits(
@@ -183,10 +183,11 @@ def _is_skinny(dtype: torch.dtype, tiling: Tiling) -> bool:
 
 
 def tiled_linear_program(
-    dtype: torch.dtype, block_size: int, tiling: Tiling, *, forward: bool, is_skinny: bool
+    dtype: torch.dtype, block_size: int, tiling: Tiling, *, forward: bool
 ) -> TiledProgram:
-    """Return the program of `block_linear` with a tiling, by `linear_skinny.cu` or `linear.cu`."""
-    source = "portable/linear_skinny.cu" if is_skinny else "portable/linear.cu"
+    """Return the program of `block_linear` with a tiling."""
+    skinny = "_skinny" if _is_skinny(dtype, tiling) else ""
+    source = f"portable/linear{skinny}.cu"
     options = {"B": block_size, "FORWARD": int(forward)}
     options |= {"GROUPS_K": tiling.groups_k, "SPLITS": tiling.splits}
     return _program(source, dtype, tiling, options)
