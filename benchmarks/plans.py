@@ -1,7 +1,9 @@
 """Compare the steps that `plan` expects with measured ones, for three models, eager and compiled.
 
-python benchmarks/plans.py                            # the examples' models: for a GPU
-python benchmarks/plans.py --models mlp --modes eager
+    python benchmarks/plans.py                            # for a large GPU; takes minutes
+    python benchmarks/plans.py --models mlp --modes eager
+
+Run it in the repository's root, whose examples have the models.
 """
 
 from __future__ import annotations
