@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     cases = list(itertools.product(options.products, options.tokens, options.block_sizes))
-    splits = (1, 2, 4, 8) if has_clusters(torch.cuda.current_device()) else (1,)
+    splits = (1, 2, 4) if has_clusters(torch.cuda.current_device()) else (1,)
     compile_all({p for op, n, size in cases for p in candidates(n, size, op == "fwd", splits)})
     for op, tokens, block_size in cases:
         for density in options.densities:

@@ -44,14 +44,14 @@ def test_tiles_are_shared_while_multiprocessors_are_idle(
 ) -> None:
     sizes = (tokens, row_blocks * out_blocks, out_blocks, sm_count, shared * 1024)
     splits = portable_programs.linear_splits(dtype, block_size, *sizes)
-    assert splits in (1, 2, 4, 8)
+    assert splits in (1, 2, 4)
     if splits > 1:
-        assert dtype != torch.float64 and row_blocks * block_size >= 256 * splits
+        assert dtype != torch.float64 and row_blocks * block_size >= 64 * splits
         tiling = portable_programs.linear_program(
             dtype, block_size, forward=True, tokens=tokens
         ).tiling
         tiles = -(-tokens // tiling.tm) * out_blocks * (block_size // tiling.tn)
-        assert tiles * splits <= 16 * sm_count
+        assert tiles * splits**2 <= 2 * 16 * sm_count
 
 
 @given(

@@ -88,8 +88,10 @@ _DW_SIMT = {
 _NORMS_MMA = Tiling(128, 128, 64, 2, 2, 4)
 _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
 
-_CLUSTERS = (8, 4, 2)  # sizes of clusters; every device that has clusters supports eight
-_MIN_SHARE_INPUTS = 256  # of a thread block in a cluster, on average
+_CLUSTERS = (4, 2)  # sizes of clusters; eight thread blocks are slower than four
+# The inputs that a thread block of a cluster has at least, on average. In `linear_skinny.cu`, all
+# its warps load that many at once.
+_MIN_SHARE_INPUTS, _MIN_SKINNY_SHARE_INPUTS = 64, 512
 # The threads that run on a multiprocessor at once, each with about 128 registers, and the shared
 # memory that it needs for each of its thread blocks.
 _SM_THREADS, _RESERVED_BYTES = 512, 1024
@@ -132,7 +134,8 @@ def linear_splits(
 ) -> int:
     """Return how many thread blocks of a cluster share a tile of `block_linear`.
 
-    Where tiles are few, as many as run at once on the device, if each has enough inputs.
+    Where tiles are few, as many as run at once on the device, if each has enough inputs. Clusters
+    of four may take half of it: they need four free multiprocessors that are close together.
 
     Args:
         dtype: dtype of the operands.
@@ -144,21 +147,22 @@ def linear_splits(
         sm_shared_bytes: shared memory of a multiprocessor.
 
     >>> h200 = {"sm_count": 132, "sm_shared_bytes": 228 << 10}
-    >>> [linear_splits(torch.bfloat16, 64, 1, 32 * n, n, **h200) for n in (128, 64, 32, 8)]
-    [1, 2, 4, 8]
+    >>> [linear_splits(torch.bfloat16, 64, 1, 32 * n, n, **h200) for n in (128, 64, 16)]
+    [1, 2, 4]
     >>> [linear_splits(torch.bfloat16, 64, 64, 8 * n, n, **h200) for n in (256, 128, 32)]
-    [1, 2, 2]
+    [1, 2, 4]
     """
     if dtype == torch.float64:
         return 1  # shares are added in fp32
     tiling = _linear_tiling(dtype, block_size, tokens)
-    most = capacity * block_size // (out_blocks * _MIN_SHARE_INPUTS)
+    least = _MIN_SKINNY_SHARE_INPUTS if _is_skinny(dtype, tiling) else _MIN_SHARE_INPUTS
+    most = capacity * block_size // (out_blocks * least)
     tiles = -(-tokens // tiling.tm) * out_blocks * (block_size // tiling.tn)
     resident = sm_count * min(
         sm_shared_bytes // (linear_shared_bytes(dtype, tiling) + _RESERVED_BYTES),
         _SM_THREADS // _linear_threads(dtype, tiling),
     )
-    return next((n for n in _CLUSTERS if n <= most and n * tiles <= resident), 1)
+    return next((n for n in _CLUSTERS if n <= most and n * n * tiles <= 2 * resident), 1)
 
 
 def linear_shared_bytes(dtype: torch.dtype, tiling: Tiling) -> int:
