@@ -1,4 +1,4 @@
-"""Time tilings of the portable forward and dX kernels for few tokens, on CUDA.
+"""Time tilings of the portable kernels for few tokens, on CUDA.
 
     python benchmarks/tilings.py --tokens 1 16 64 --block-sizes 64 128 --densities .25 .1
 
@@ -29,17 +29,25 @@ from sparse_lightning.bench.environment import (
 from sparse_lightning.bench.problem import MAX_ERROR
 from sparse_lightning.cli import run_command
 from sparse_lightning.kernels import compiler
+from sparse_lightning.kernels.choice import STEP
 from sparse_lightning.kernels.launch import Kernel, has_clusters
 from sparse_lightning.kernels.measuring import Operands, Products
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable.launchers import (
     LINEAR_LAYOUT,
+    dw_kernels,
+    launch_dw,
     launch_linear,
     linear_variant,
 )
-from sparse_lightning.kernels.portable.programs import linear_program, tiled_linear_program
+from sparse_lightning.kernels.portable.programs import (
+    dw_program,
+    linear_program,
+    tiled_dw_program,
+    tiled_linear_program,
+)
 from sparse_lightning.kernels.programs import TiledProgram, Tiling
-from sparse_lightning.kernels.timing import device_times, speedup
+from sparse_lightning.kernels.timing import Function, device_times, speedup
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
 _DTYPE = torch.bfloat16
@@ -55,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--features", type=int, nargs=2, default=(8192, 8192), metavar=("IN", "OUT"))
     add("--block-sizes", type=int, nargs="+", choices=BLOCK_SIZES, default=BLOCK_SIZES)
     add("--densities", type=float, nargs="+", default=(0.25,))
-    add("--products", nargs="+", choices=("fwd", "dx"), default=("fwd", "dx"))
+    add("--products", nargs="+", choices=STEP, default=STEP)
     add("--show", type=int, default=5, help="tilings per product; default: %(default)s")
     add("--repeats", type=int, default=5, help="rounds of which the median is taken")
     return run_command(run, parser.parse_args(arguments), parser.prog)
@@ -77,20 +85,23 @@ def run(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|")
     cases = list(itertools.product(options.products, options.tokens, options.block_sizes))
     splits = (1, 2, 4) if has_clusters(torch.cuda.current_device()) else (1,)
-    compile_all({p for op, n, size in cases for p in candidates(n, size, op == "fwd", splits)})
+    compile_all({p for op, n, size in cases for p in candidates(op, n, size, splits)})
     for op, tokens, block_size in cases:
         for density in options.densities:
             measure(op, tokens, block_size, density, splits, options, device)
 
 
 def candidates(
-    tokens: int, block_size: int, forward: bool, splits: Sequence[int]
+    op: str, tokens: int, block_size: int, splits: Sequence[int]
 ) -> Iterator[TiledProgram]:
     """Yield the programs that can compute a product of a number of tokens.
 
-    `splits` are the numbers of thread blocks that may share a tile.
+    `splits` are the numbers of thread blocks that may share a tile of the forward and of dX.
     """
-
+    if op == "dw":
+        yield from _dw_candidates(tokens, block_size)
+        return
+    forward = op == "fwd"
     program = partial(tiled_linear_program, _DTYPE, block_size, forward=forward)
     outputs = [tn for tn in (16, 32, 64, 128) if tn <= block_size]
     if tokens <= _MOST_SKINNY_TOKENS:
@@ -120,6 +131,24 @@ def candidates(
                 yield program(tiling=Tiling(tm, tn, tk, stages, m, n, k, shares))
 
 
+def _dw_candidates(tokens: int, block_size: int) -> Iterator[TiledProgram]:
+    pipelines = ((16, 2), (32, 2), (64, 2), (16, 4), (32, 4))
+    groups = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4))
+    for tm, tn, (tk, stages), (m, n) in itertools.product(
+        (16, 32, 64, 128), (32, 64, 128, 256), pipelines, groups
+    ):
+        tile = tm // m * (tn // n)  # of a warp
+        if (
+            max(16, block_size // 4) <= tm <= block_size <= tn
+            and tk <= 2 * max(tokens, 16)
+            and (stages == 2 or tk < tokens)
+            and tm % (16 * m) == tn % (16 * n) == 0
+            and 256 <= tile <= 4096
+            and max(2 * stages * (tm + tn) * tk, 4 * tm * tn) <= _MOST_SHARED_BYTES
+        ):
+            yield tiled_dw_program(_DTYPE, block_size, Tiling(tm, tn, tk, stages, m, n))
+
+
 def compile_all(programs: set[TiledProgram]) -> None:
     """Compile programs into the cache, in parallel."""
     arch = compiler.architecture(*torch.cuda.get_device_capability())
@@ -143,29 +172,40 @@ def measure(
     Raises:
         AssertionError: if a result is wrong.
     """
-    forward = op == "fwd"
     shape = (_DTYPE, block_size, *options.features)
     operands = Operands(shape, [density], device)
     products = Products(operands, tokens)
     [(density, (topology, values))] = operands.sparse.items()
-    lists = BlockLists.of(topology.indices, forward=forward)
-    x, y = (products.x, products.y) if forward else (products.dy, products.dx)
-    weight = topology.unpack(values[0]).float()
-    expected = x.float() @ (weight.T if forward else weight)
+    x, dy, y = products.x, products.dy, products.dx if op == "dx" else products.y
+    index = x.get_device()
 
-    n_out = lists.offsets.shape[0] - 1
-    most, used_splits = linear_variant(
-        _DTYPE, block_size, tokens, topology.capacity, n_out, x.get_device()
-    )
-    used = linear_program(_DTYPE, block_size, forward=forward, tokens=most, splits=used_splits)
-    programs = list(dict.fromkeys([used, *candidates(tokens, block_size, forward, splits)]))
+    if op == "dw":
+        expected = topology.pack(dy.float().t() @ x.float())
+        used = dw_program(_DTYPE, block_size, tokens)
+    else:
+        weight = topology.unpack(values[0]).float()
+        expected = x.float() @ weight.t() if op == "fwd" else dy.float() @ weight
+        lists = BlockLists.of(topology.indices, forward=op == "fwd")
+        n_out = lists.offsets.shape[0] - 1
+        most, shares = linear_variant(_DTYPE, block_size, tokens, topology.capacity, n_out, index)
+        used = linear_program(_DTYPE, block_size, forward=op == "fwd", tokens=most, splits=shares)
+
+    def launches(program: TiledProgram) -> list[Function]:
+        if op == "dw":
+            kernels = dw_kernels(program, index)
+            return [partial(launch_dw, *kernels, dy, x, topology.indices, w) for w in values]
+        kernel = Kernel(program, "block_linear", LINEAR_LAYOUT, index)
+        left = x if op == "fwd" else dy
+        return [partial(launch_linear, kernel, left, w, None, lists, y) for w in values]
+
+    programs = list(dict.fromkeys([used, *candidates(op, tokens, block_size, splits)]))
     contenders = [products.dense(op)]
     for program in programs:
-        kernel = Kernel(program, "block_linear", LINEAR_LAYOUT, x.get_device())
-        runs = [partial(launch_linear, kernel, x, copy, None, lists, y) for copy in values]
-        y.fill_(torch.nan)
+        runs = launches(program)
+        result = values[0] if op == "dw" else y
+        result.fill_(torch.nan)
         runs[0]()
-        error = float((y.float() - expected).norm() / expected.norm())
+        error = float((result.float() - expected).norm() / expected.norm())
         if not error <= MAX_ERROR[_DTYPE]:  # also true for NaN
             raise AssertionError(f"relative error {error:.2g} with {program}")
         contenders.append(runs)

@@ -155,7 +155,8 @@ BFLOAT16 = torch.bfloat16
     [
         (portable, "_linear_kernel", (BFLOAT16, 64, True, 8, 1)),
         (portable, "_linear_kernel", (BFLOAT16, 64, True, 1000, 1)),
-        (portable, "_dw_kernels", (BFLOAT16, 64)),
+        (portable, "_dw_kernels", (BFLOAT16, 64, 16)),
+        (portable, "_dw_kernels", (BFLOAT16, 64, 1000)),
         (portable, "norms_kernel", (BFLOAT16,)),
         (hopper, "_linear_kernel", (BFLOAT16, 16, True, False, 128)),
         (hopper, "_linear_kernel", (BFLOAT16, 64, True, False, 256)),

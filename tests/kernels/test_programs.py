@@ -16,9 +16,10 @@ from sparse_lightning.kernels.programs import DTYPES
 def test_every_dtype_and_block_size_has_its_programs() -> None:
     # Blocks of 16 have one program for 32 and for 64 tokens.
     mma, fp32, fp64 = 2 * 2 * (6 * 4 - 1), 2 * (2 * 4), 2 * (2 * 4)
+    dw = 2 * 3 * 4 + 2 * 4
     for clusters, linear in (False, mma + fp32 + fp64), (True, 2 * mma + 2 * fp32 + fp64):
         programs = list(portable_programs.all_programs(clusters=clusters))
-        assert len(programs) == len(set(programs)) == 4 * 5 + linear
+        assert len(programs) == len(set(programs)) == 4 + dw + linear
         assert max(program.tiling.splits for program in programs) == 1 + clusters
     programs = list(hopper_programs.all_programs())
     assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 8 + 2 + 2 + 4 + 5)

@@ -24,6 +24,7 @@ from sparse_lightning.kernels.portable.programs import (
     dw_program,
     linear_program,
     linear_splits,
+    most_dw_tokens,
     most_tokens,
     norms_program,
     split_k,
@@ -94,10 +95,23 @@ def launch_linear(
 
 def linear_dw(dy: Tensor, x: Tensor, indices: Indices, dw: Tensor, device: int) -> None:
     """Fill `dw` with the present blocks of dy^T x, and zeros in empty slots."""
+    most = most_dw_tokens(x.dtype, x.numel() // x.shape[-1])
+    kernel, add = _dw_kernels(x.dtype, dw.shape[1], most, device)
+    launch_dw(kernel, add, dy, x, indices, dw)
+
+
+def launch_dw(
+    kernel: Kernel[TiledProgram],
+    add: Kernel[TiledProgram],
+    dy: Tensor,
+    x: Tensor,
+    indices: Indices,
+    dw: Tensor,
+) -> None:
+    """Launch the kernels of `linear_dw`; `add` only where there are several splits."""
     capacity, block_size, _ = dw.shape
     out_blocks, in_features = indices.slots.shape[0], x.shape[-1]
     tokens = x.numel() // in_features
-    kernel, add = _dw_kernels(x.dtype, block_size, device)
     tiling = kernel.program.tiling
     row_tiles, group = block_size // tiling.tm, tiling.tn // block_size
     groups = -(-(in_features // block_size) // group)
@@ -175,9 +189,15 @@ def _linear_kernel(
 
 @build_once
 def _dw_kernels(
-    dtype: torch.dtype, block_size: int, device: int
+    dtype: torch.dtype, block_size: int, tokens: int, device: int
 ) -> tuple[Kernel[TiledProgram], Kernel[TiledProgram]]:
-    program = dw_program(dtype, block_size)
+    return dw_kernels(dw_program(dtype, block_size, tokens), device)
+
+
+def dw_kernels(
+    program: TiledProgram, device: int
+) -> tuple[Kernel[TiledProgram], Kernel[TiledProgram]]:
+    """Load the kernels that `launch_dw` takes."""
     return (
         Kernel(program, "block_linear_dw", "PPPPPPqqiiii", device),
         Kernel(program, "add_partials", "PPPii", device),

@@ -74,16 +74,32 @@ _LINEAR_SIMT = {
     },
 }
 _DW_MMA = {
-    16: Tiling(16, 256, 64, 2, 1, 4),
-    32: Tiling(32, 128, 64, 2, 1, 4),
-    64: Tiling(64, 128, 64, 2, 1, 4),
-    128: Tiling(128, 128, 32, 4, 2, 2),
+    16: {
+        16: Tiling(16, 128, 16, 2, 1, 2),
+        32: Tiling(32, 128, 16, 2, 1, 4),
+        64: Tiling(32, 64, 16, 2, 1, 2),
+        128: Tiling(32, 128, 16, 2, 1, 4),
+    },
+    64: {
+        16: Tiling(16, 64, 32, 2, 1, 2),
+        32: Tiling(32, 128, 32, 2, 1, 4),
+        64: Tiling(64, 128, 32, 2, 1, 4),
+        128: Tiling(64, 128, 64, 2, 1, 4),
+    },
+    MANY: {
+        16: Tiling(16, 256, 64, 2, 1, 4),
+        32: Tiling(32, 128, 64, 2, 1, 4),
+        64: Tiling(64, 128, 64, 2, 1, 4),
+        128: Tiling(128, 128, 32, 4, 2, 2),
+    },
 }
 _DW_SIMT = {
-    16: Tiling(16, 128, 16, 2, 8, 32),
-    32: Tiling(32, 128, 16, 2, 8, 32),
-    64: Tiling(64, 128, 16, 2, 16, 16),
-    128: Tiling(64, 128, 16, 2, 16, 16),
+    MANY: {
+        16: Tiling(16, 128, 16, 2, 8, 32),
+        32: Tiling(32, 128, 16, 2, 8, 32),
+        64: Tiling(64, 128, 16, 2, 16, 16),
+        128: Tiling(64, 128, 16, 2, 16, 16),
+    },
 }
 _NORMS_MMA = Tiling(128, 128, 64, 2, 2, 4)
 _NORMS_SIMT = Tiling(128, 128, 16, 2, 16, 16)
@@ -103,7 +119,7 @@ def most_tokens(dtype: torch.dtype, tokens: int) -> int:
     >>> most_tokens(torch.bfloat16, 1), most_tokens(torch.bfloat16, 17)
     (8, 32)
     """
-    return next(most for most in _linear_tilings(dtype) if tokens <= most)
+    return _most_tokens(_linear_tilings(dtype), tokens)
 
 
 def linear_program(
@@ -201,11 +217,29 @@ def _linear_tilings(dtype: torch.dtype) -> dict[int, dict[int, Tiling]]:
     return _LINEAR_MMA if _has_mma(dtype) else _LINEAR_SIMT
 
 
-def dw_program(dtype: torch.dtype, block_size: int) -> TiledProgram:
+def most_dw_tokens(dtype: torch.dtype, tokens: int) -> int:
+    """Return the most tokens for which `dw_program` is the same as for `tokens`."""
+    return _most_tokens(_dw_tilings(dtype), tokens)
+
+
+def dw_program(dtype: torch.dtype, block_size: int, tokens: int = MANY) -> TiledProgram:
     """Return the program of dW at present blocks: `block_linear_dw` and `add_partials`."""
     check_block_size(block_size)
-    tiling = (_DW_MMA if _has_mma(dtype) else _DW_SIMT)[block_size]
+    tiling = _dw_tilings(dtype)[most_dw_tokens(dtype, tokens)][block_size]
+    return tiled_dw_program(dtype, block_size, tiling)
+
+
+def tiled_dw_program(dtype: torch.dtype, block_size: int, tiling: Tiling) -> TiledProgram:
+    """Return the program of dW with a tiling."""
     return _program("portable/dw.cu", dtype, tiling, {"B": block_size})
+
+
+def _dw_tilings(dtype: torch.dtype) -> dict[int, dict[int, Tiling]]:
+    return _DW_MMA if _has_mma(dtype) else _DW_SIMT
+
+
+def _most_tokens(tilings: dict[int, dict[int, Tiling]], tokens: int) -> int:
+    return next(most for most in tilings if tokens <= most)
 
 
 def norms_program(dtype: torch.dtype) -> TiledProgram:
@@ -222,7 +256,8 @@ def all_programs(*, clusters: bool) -> Iterator[TiledProgram]:
     for dtype in DTYPES:
         yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
-            yield dw_program(dtype, block_size)
+            for most in _dw_tilings(dtype):
+                yield dw_program(dtype, block_size, most)
             for forward, splits in itertools.product((True, False), (1, 2) if clusters else (1,)):
                 if splits > 1 and dtype == torch.float64:
                     continue
