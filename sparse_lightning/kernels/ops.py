@@ -31,15 +31,18 @@ The derivatives of each of the three products are the other two, so gradients of
 A backward calls the products below autograd. Only if it is itself differentiated (`create_graph`)
 do they go through autograd, as they would in a model.
 
-The ops use `Library.define` with an `autograd.Function` at the Autograd key, because
-`torch.library.custom_op` takes about twice the host time, and a kernel at low density runs no
-longer than its launch takes.
+Host time counts, since a kernel at low density runs no longer than its launch takes. So the ops use
+`Library.define` with an `autograd.Function` at the Autograd key, because `torch.library.custom_op`
+takes about twice as long. And the functions of this module skip the dispatcher where it would do
+nothing but call the backend, which halves the host time of a layer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -91,13 +94,8 @@ OPS = (
     "block_linear_dh",
 )
 
-block_linear = torch.ops.sparse_lightning.block_linear.default
-block_linear_dx = torch.ops.sparse_lightning.block_linear_dx.default
-block_linear_dw = torch.ops.sparse_lightning.block_linear_dw.default
-block_norms = torch.ops.sparse_lightning.block_norms.default
-block_linear_act = torch.ops.sparse_lightning.block_linear_act.default
-block_linear_dh = torch.ops.sparse_lightning.block_linear_dh.default
-block_mlp = torch.ops.sparse_lightning.block_mlp.default
+# The backends' implementations, by the dispatch keys of plain tensors and by name of the op.
+_implementations: dict[int, dict[str, Callable[..., Any]]] = {}
 
 
 class Backend(Protocol):
@@ -193,7 +191,7 @@ def implement(dispatch_key: str, backend: Backend) -> None:
             dy, values, None, lists, forward=False, activation=activation, preactivation=h
         )[0]
 
-    implementations = {
+    implementations: dict[str, Callable[..., Any]] = {
         "block_linear": block_linear,
         "block_linear_dx": block_linear_dx,
         "block_linear_dw": block_linear_dw,
@@ -203,6 +201,71 @@ def implement(dispatch_key: str, backend: Backend) -> None:
     }
     for op in OPS:
         _library.impl(op, implementations[op], dispatch_key)
+    for keys in _plain_keys(dispatch_key):
+        _implementations[keys] = {**implementations, "block_mlp": _block_mlp}
+
+
+def _key_set(*names: str) -> int:
+    sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+    return int(functools.reduce(operator.or_, sets).raw_repr())
+
+
+def _plain_keys(device: str) -> tuple[int, int]:
+    """Return the dispatch keys of plain tensors on a device, outside and inside inference mode."""
+    inference = device, f"Autocast{device}"
+    return (
+        _key_set(*inference, f"Autograd{device}", "ADInplaceOrView"),
+        _key_set(*inference),
+    )
+
+
+# The keys that a thread adds to those of tensors, likewise.
+_PLAIN_THREAD_KEYS = _key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")
+_PLAIN_TYPES = Tensor, torch.nn.Parameter
+
+
+def _implementation(name: str, first: Tensor, second: Tensor) -> Callable[..., Any] | None:
+    """Return what computes an op if the dispatcher would do nothing but call it, else None.
+
+    It does more for tensors and modes that compute, record or transform ops in their own way, such
+    as fake tensors, DTensor, FLOP counters and `torch.func`, and while a profiler lists ops.
+
+    Args:
+        name: name of the op.
+        first, second: its first arguments; the backend is that of the first.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(first) not in _PLAIN_TYPES
+        or type(second) not in _PLAIN_TYPES
+        or forward_ad._current_level >= 0
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREAD_KEYS
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return None
+    found = _implementations.get(torch._C._dispatch_keys(first).raw_repr())
+    return None if found is None else found[name]
+
+
+def _dispatched(name: str) -> Callable[..., Any]:
+    op: Callable[..., Any] = getattr(torch.ops.sparse_lightning, name).default
+    return op
+
+
+def _op_function(name: str, formula: type[_Formula] | None = None) -> Callable[..., Any]:
+    """Return the function that computes an op, with its derivative if it has a formula."""
+    dispatched = _dispatched(name)
+
+    def call(first: Tensor, second: Tensor, *args: Any) -> Any:
+        implementation = _implementation(name, first, second)
+        if implementation is None:
+            return dispatched(first, second, *args)
+        if not torch.is_grad_enabled():
+            return implementation(first, second, *args)
+        return (dispatched if formula is None else formula.apply)(first, second, *args)
+
+    return call
 
 
 _REVERSE_MODE_ONLY = (
@@ -472,8 +535,18 @@ def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
         leaf.grad += gradient
 
 
-def _without_graph(op: Callable[..., Any]) -> Callable[..., Any]:
+block_linear = _op_function("block_linear", _BlockLinear)
+block_linear_dx = _op_function("block_linear_dx", _BlockLinearDx)
+block_linear_dw = _op_function("block_linear_dw", _BlockLinearDw)
+block_norms = _op_function("block_norms")
+block_linear_act = _op_function("block_linear_act")
+block_linear_dh = _op_function("block_linear_dh")
+block_mlp = _op_function("block_mlp", _BlockMlp)
+
+
+def _without_graph(name: str) -> Callable[..., Any]:
     """Return an op that is called below autograd, and so without a derivative."""
+    op = _dispatched(name)
 
     def call(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -482,12 +555,12 @@ def _without_graph(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _with_formula(op: Callable[..., Any], formula: type[_Formula]) -> Callable[..., Any]:
+def _with_formula(name: str, formula: type[_Formula]) -> Callable[..., Any]:
     """Return an op with its autograd formula, which costs host time and is skipped under no_grad.
 
     Forward mode and transforms do not depend on grad mode; for them, the formula raises.
     """
-    below = _without_graph(op)
+    below = _without_graph(name)
 
     def call(*args: Any) -> Any:
         if (
@@ -501,17 +574,18 @@ def _with_formula(op: Callable[..., Any], formula: type[_Formula]) -> Callable[.
     return call
 
 
-_library.impl("block_linear", _with_formula(block_linear, _BlockLinear), "Autograd")
-_library.impl("block_linear_dx", _with_formula(block_linear_dx, _BlockLinearDx), "Autograd")
-_library.impl("block_linear_dw", _with_formula(block_linear_dw, _BlockLinearDw), "Autograd")
-_library.impl("block_mlp", _with_formula(block_mlp, _BlockMlp), "Autograd")
-
+for _name, _formula in (
+    ("block_linear", _BlockLinear),
+    ("block_linear_dx", _BlockLinearDx),
+    ("block_linear_dw", _BlockLinearDw),
+    ("block_mlp", _BlockMlp),
+):
+    _library.impl(_name, _with_formula(_name, _formula), "Autograd")
 
 # These have no derivative: formulas call them below autograd. Exported programs, whose MLPs were
 # decomposed, call them with parameters that require a gradient.
-_library.impl("block_linear_act", _without_graph(block_linear_act), "Autograd")
-_library.impl("block_linear_dh", _without_graph(block_linear_dh), "Autograd")
-_library.impl("block_norms", _without_graph(block_norms), "Autograd")
+for _name in "block_linear_act", "block_linear_dh", "block_norms":
+    _library.impl(_name, _without_graph(_name), "Autograd")
 
 
 def _block_mlp(x: Tensor, *args: Any) -> Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.kernels import cpu, ops, reference
@@ -83,15 +90,77 @@ DIFFERENTIABLE = ("block_linear", "block_linear_dx", "block_linear_dw", "block_m
 )
 def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype, device: str) -> None:
     arguments = op_arguments(op, dtype, requires_grad, device)
-    results = torch.library.opcheck(getattr(ops, op), arguments)
+    results = torch.library.opcheck(getattr(torch.ops.sparse_lightning, op).default, arguments)
     assert len(results) >= 4
     assert set(results.values()) == {"SUCCESS"}
 
 
 def test_opcheck_without_bias_and_norms() -> None:
     x, values, _, *indices = op_arguments("block_linear", torch.float32, requires_grad=True)[:9]
-    results = torch.library.opcheck(ops.block_linear, (x, values, None, *indices, None, None, 1))
+    op = torch.ops.sparse_lightning.block_linear.default
+    results = torch.library.opcheck(op, (x, values, None, *indices, None, None, 1))
     assert set(results.values()) == {"SUCCESS"}
+
+
+# -- the way around the dispatcher ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        contextlib.nullcontext,
+        torch.no_grad,
+        torch.inference_mode,
+        torch._C._AutoDispatchBelowAutograd,
+        partial(torch.autocast, "cpu", torch.bfloat16),
+    ],
+)
+def test_plain_tensors_go_around_the_dispatcher(
+    context: Callable[[], AbstractContextManager[Any]], device: str
+) -> None:
+    for requires_grad in False, True:
+        x, values, *_ = op_arguments("block_linear", torch.float32, requires_grad, device)
+        with context():
+            for tensor in x, x * 1, x.expand(4, *x.shape):
+                assert all(ops._implementation(op, tensor, values) for op in ops.OPS)
+                assert ops._implementation("block_mlp", tensor, nn.Parameter(values.detach()))
+
+
+class Marked(Tensor):
+    pass
+
+
+def test_other_tensors_and_modes_reach_the_dispatcher() -> None:
+    x, values, *_ = op_arguments("block_linear", torch.float32)
+    found = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(ops._implementation("block_linear", x, values))
+        return x.sum()
+
+    look(x)
+    assert found.pop() is not None
+    look(x.as_subclass(Marked))
+    found.append(ops._implementation("block_linear", x, values.as_subclass(Marked)))
+    look(torch.complex(x, x).conj().imag)  # a negative view
+    look(torch._efficientzerotensor(x.shape))
+    look(x.to("meta"))
+    torch.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.func.functionalize(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    make_fx(look)(x)
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(x))
+    with FlopCounterMode(display=False):
+        look(x)
+    with torch.device("cpu"):
+        look(x)
+    with torch.profiler.profile():
+        look(x)
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x, x))
+    assert found == [None] * 15
 
 
 # -- autograd ---------------------------------------------------------------------------------
