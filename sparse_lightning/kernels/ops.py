@@ -232,12 +232,13 @@ def _implementation(name: str, first: Tensor, second: Tensor) -> Callable[..., A
 
     Args:
         name: name of the op.
-        first, second: its first arguments; the backend is that of the first.
+        first, second: its first arguments. The backend is that of their device.
     """
     if (
         torch.compiler.is_compiling()
         or type(first) not in _PLAIN_TYPES
         or type(second) not in _PLAIN_TYPES
+        or first.device != second.device
         or forward_ad._current_level >= 0
         or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_THREAD_KEYS
         or torch._C._len_torch_function_stack() > 0

@@ -309,9 +309,10 @@ def test_a_layer_measured_in_part_does_not_depend_on_others(
     assert choose("norms") == "portable"
 
 
-# Cells in which the fastest kind is slower than .95 of the dense product. Kernels improve; a new
-# table may have fewer of them, and a file that is not listed none.
-SLOW_CELLS: dict[str, int] = {"sm_90-NVIDIA-H100-80GB-HBM3": 156}
+# Cells in which the fastest kind is slower than .95 of the dense product: all, and those of large
+# sparse layers in half precision. In a table that is not listed there must be none. The others are
+# dense layers, blocks of 16 and 32, and layers so small that launches take most of the time.
+SLOW_CELLS = {"sm_90-NVIDIA-H100-80GB-HBM3": (156, 0), "sm_90-NVIDIA-H200": (2613, 11)}
 TABLES = sorted((Path(speedups.__file__).parent / "tables").glob("*.json"))
 
 
@@ -320,12 +321,19 @@ def test_what_is_chosen_from_a_shipped_table_is_fast(path: Path) -> None:
     rows = read_rows(path)
     table = Table(rows)
     slow = [
-        r.cell
+        r
         for r in rows
         if r.op != "norms"
         and r.speedups[table.fastest(*r.cell[:3], r.shape, r.density, KINDS)] < 0.95  # type: ignore
     ]
-    assert len(slow) <= SLOW_CELLS.get(path.stem, 0), slow
+    large = [
+        r.cell
+        for r in slow
+        if r.dtype == "half" and r.block_size >= 64 and r.density < 0.3 and min(r.shape[1:]) >= 2048
+    ]
+    most, most_large = SLOW_CELLS.get(path.stem, (0, 0))
+    assert len(slow) <= most
+    assert len(large) <= most_large, large
     assert len({r.cell for r in rows}) == len(rows)
 
 

@@ -142,6 +142,7 @@ def test_other_tensors_and_modes_reach_the_dispatcher() -> None:
     assert found.pop() is not None
     look(x.as_subclass(Marked))
     found.append(ops._implementation("block_linear", x, values.as_subclass(Marked)))
+    found.append(ops._implementation("block_linear", x, values.to("meta")))
     look(torch.complex(x, x).conj().imag)  # a negative view
     look(torch._efficientzerotensor(x.shape))
     look(x.to("meta"))
@@ -160,7 +161,7 @@ def test_other_tensors_and_modes_reach_the_dispatcher() -> None:
         look(x)
     with forward_ad.dual_level():
         look(forward_ad.make_dual(x, x))
-    assert found == [None] * 15
+    assert found == [None] * 16
 
 
 # -- autograd ---------------------------------------------------------------------------------
