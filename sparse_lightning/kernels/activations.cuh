@@ -1,4 +1,4 @@
-// Activations, their derivatives, and the epilogues that apply them to the results of a product.
+// Activations and their derivatives.
 
 #pragma once
 #include "common.cuh"
@@ -49,86 +49,5 @@ __device__ float derivative(float x) {
   if constexpr (A == SILU) {
     const float s = sigmoid(x);
     return s * (1 + x * (1 - s));
-  }
-}
-
-// Applies f to corresponding elements of two vectors of eight.
-template <typename T, typename F>
-__device__ uint4 map_elements(uint4 first, uint4 second, F f) {
-  unsigned *a = reinterpret_cast<unsigned*>(&first), *b = reinterpret_cast<unsigned*>(&second);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    auto low = [](unsigned word) { return widen(T{(unsigned short)word}); };
-    auto high = [](unsigned word) { return widen(T{(unsigned short)(word >> 16)}); };
-    a[i] = round_to<T>(f(low(a[i]), low(b[i]))).bits |
-           (unsigned)round_to<T>(f(high(a[i]), high(b[i]))).bits << 16;
-  }
-  return first;
-}
-
-// Calls epilogue.store_as<A>(...) for the epilogue's activation A.
-template <typename Epilogue, typename T>
-__device__ void dispatch_activation(const Epilogue& epilogue, T* destination, uint4 results,
-                                    uint4 loaded) {
-  switch (epilogue.activation) {
-    case RELU:
-      return epilogue.template store_as<RELU>(destination, results, loaded);
-    case GELU:
-      return epilogue.template store_as<GELU>(destination, results, loaded);
-    case GELU_TANH:
-      return epilogue.template store_as<GELU_TANH>(destination, results, loaded);
-    case SILU:
-      return epilogue.template store_as<SILU>(destination, results, loaded);
-  }
-}
-
-// Stores the results h and, `aux_offset` elements further, their activations.
-template <typename T>
-struct ActivationEpilogue {
-  long long aux_offset;
-  int activation;
-  __device__ uint4 load(const T*) const { return {}; }
-  __device__ void store(T* destination, uint4 h, uint4 none) const {
-    *reinterpret_cast<uint4*>(destination) = h;
-    dispatch_activation(*this, destination + aux_offset, h, none);
-  }
-  template <int A>
-  __device__ void store_as(T* destination, uint4 h, uint4) const {
-    *reinterpret_cast<uint4*>(destination) =
-        map_elements<T>(h, h, [](float x, float) { return activate<A>(x); });
-  }
-};
-
-// Turns results, the gradient of an activation's output, into that of its input h, which is loaded
-// from `aux_offset` elements further.
-template <typename T>
-struct ActivationGradientEpilogue {
-  long long aux_offset;
-  int activation;
-  __device__ uint4 load(const T* destination) const {
-    return *reinterpret_cast<const uint4*>(destination + aux_offset);
-  }
-  __device__ void store(T* destination, uint4 results, uint4 h) const {
-    dispatch_activation(*this, destination, results, h);
-  }
-  template <int A>
-  __device__ void store_as(T* destination, uint4 results, uint4 h) const {
-    *reinterpret_cast<uint4*>(destination) =
-        map_elements<T>(results, h, [](float dy, float x) { return dy * derivative<A>(x); });
-  }
-};
-
-// Stores eight results at `destination`, with an activation's epilogue if there is `aux`: the
-// tensor, laid out like y, that receives the activation (FORWARD) or holds its input.
-template <bool FORWARD, typename T>
-__device__ void store_activated(T* destination, uint4 results, const T* y, const T* aux,
-                                int activation) {
-  if (!aux) {
-    *reinterpret_cast<uint4*>(destination) = results;
-  } else if constexpr (FORWARD) {
-    ActivationEpilogue<T>{aux - y, activation}.store(destination, results, {});
-  } else {
-    const ActivationGradientEpilogue<T> epilogue{aux - y, activation};
-    epilogue.store(destination, results, epilogue.load(destination));
   }
 }

@@ -66,12 +66,14 @@ struct alignas(16) Chunk {
   T element[SIZE];
 };
 
-// An epilogue stores eight results at a time. `load` reads its other inputs before any result is
-// stored, so that latencies overlap.
+// An epilogue stores eight results at a time. `load` reads its other inputs, for up to LOADS of
+// them before any is stored, so that latencies overlap.
 template <typename T>
 struct StoreEpilogue {
-  __device__ uint4 load(const T*) const { return {}; }
-  __device__ void store(T* destination, uint4 results, uint4) const {
+  struct Read {};
+  static constexpr int LOADS = 4;
+  __device__ Read load(const T*) const { return {}; }
+  __device__ void store(T* destination, const uint4& results, Read) const {
     *reinterpret_cast<uint4*>(destination) = results;
   }
 };

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_lightning.kernels import activations
+from sparse_lightning.kernels.epilogues import STORE, Epilogue
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.speedups import (
     Table,
@@ -136,20 +136,14 @@ def multiply(
     lists: BlockLists,
     *,
     forward: bool,
-    activation: str | None = None,
-    preactivation: Tensor | None = None,
+    epilogue: Epilogue = STORE,
     method: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return x W^T + bias or x W, with an activation if one is given; see `ops.Backend`.
+) -> tuple[Tensor, ...]:
+    """Return x W^T + bias or x W, or what an epilogue makes of it; see `ops.Backend`.
 
     `method` is one of `METHODS`; if None, it is chosen.
     """
-    y = _multiply(x, values, bias, lists, forward, method)
-    if activation is None:
-        return y, None
-    if preactivation is None:
-        return y, activations.activate(y, activation)
-    return activations.activation_backward(y, preactivation, activation), None
+    return epilogue.compute(_multiply(x, values, bias, lists, forward, method))
 
 
 def _multiply(

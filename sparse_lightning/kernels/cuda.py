@@ -15,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_lightning.kernels import activations, choice, densified
+from sparse_lightning.kernels import choice, densified
+from sparse_lightning.kernels.epilogues import STORE, Epilogue
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.launch import packed, row_pitch
 from sparse_lightning.kernels.operands import BlockLists
@@ -37,54 +38,42 @@ def multiply(
     lists: BlockLists,
     *,
     forward: bool,
-    activation: str | None = None,
-    preactivation: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return x W^T + bias or x W, with an activation if one is given; see `ops.Backend`."""
+    epilogue: Epilogue = STORE,
+) -> tuple[Tensor, ...]:
+    """Return x W^T + bias or x W, or what an epilogue makes of it; see `ops.Backend`."""
     capacity, block_size, _ = values.shape
     grid = lists.slots.shape[0], lists.slots.shape[1]
     n_out, n_in = grid if forward else grid[::-1]
     in_features, out_features = n_in * block_size, n_out * block_size
     if x.shape[-1] != in_features:
         raise ValueError(f"The input must have {in_features} features; got {list(x.shape)}.")
-    device = _common_device(x, values, *lists, bias, preactivation)
+    device = _common_device(x, values, *lists, bias, *epilogue.operands)
     if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(
             f"The input must have the dtype of values and bias, {values.dtype}; got {x.dtype}."
         )
     y = x.new_empty(*x.shape[:-1], out_features)
-    if preactivation is not None:
-        if preactivation.shape != y.shape or preactivation.dtype != y.dtype:
+    for operand in epilogue.operands:
+        if operand.shape != y.shape or operand.dtype != y.dtype:
             raise ValueError(
-                f"`h` must have shape {list(y.shape)} and dtype {y.dtype}, as implied by dy and "
-                f"the layer; got {list(preactivation.shape)} and {preactivation.dtype}."
+                f"The operands of an epilogue must have shape {list(y.shape)} and dtype {y.dtype}, "
+                f"as implied by the product; got {list(operand.shape)} and {operand.dtype}."
             )
-        preactivation = packed(preactivation)
-    writes_activation = activation is not None and preactivation is None
     if x.numel() == 0:
-        return y, torch.empty_like(y) if writes_activation else None
+        return epilogue.compute(y)
     x, values = packed(x), packed(values)
     bias = None if bias is None else bias.contiguous()
     op, tokens = "fwd" if forward else "dx", x.numel() // in_features
     kind = choice.choose(op, x.dtype, block_size, capacity, grid, tokens, device)
     linear = LAUNCHERS[kind].linear
-    # The kernels, but not cuBLAS, also compute activations in half precision.
-    if activation is not None and kind != choice.DENSE and x.dtype.itemsize == 2:
-        activated = torch.empty_like(y) if writes_activation else None
-        linear(
-            *(x, values, bias, lists, y, device),
-            forward=forward,
-            activation=activation,
-            activated=activated,
-            preactivation=preactivation,
-        )
-        return y, activated
+    # The kernels, but not cuBLAS, fuse epilogues in half precision.
+    if epilogue is not STORE and kind != choice.DENSE and x.dtype.itemsize == 2:
+        epilogue = epilogue.map_operands(packed)
+        extra = tuple(torch.empty_like(y) for _ in range(epilogue.extra_outputs))
+        linear(x, values, bias, lists, y, device, forward=forward, epilogue=epilogue, extra=extra)
+        return y, *extra
     linear(x, values, bias, lists, y, device, forward=forward)
-    if activation is None:
-        return y, None
-    if preactivation is None:
-        return y, activations.activate(y, activation)
-    return activations.activation_backward(y, preactivation, activation), None
+    return epilogue.compute(y)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, indices: Indices) -> Tensor:

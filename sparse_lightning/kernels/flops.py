@@ -35,7 +35,9 @@ def _product(x: Tensor, offsets: Tensor, slots: int, block_size: int) -> int:
     return 2 * x.shape[:-1].numel() * blocks * block_size**2
 
 
-@register_flop_formula([_ops.block_linear, _ops.block_linear_act], get_raw=True)
+@register_flop_formula(
+    [_ops.block_linear, _ops.block_linear_act, _ops.block_linear_glu], get_raw=True
+)
 def _forward(
     x: Tensor,
     values: Tensor,
@@ -55,8 +57,12 @@ def _dx(
     return _product(dy, row_offsets, *values.shape[:2])
 
 
-@register_flop_formula(_ops.block_linear_dh, get_raw=True)
-def _dh(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any, out_val: Any = None) -> int:
+@register_flop_formula(
+    [_ops.block_linear_dh, _ops.block_linear_dglu, _ops.block_linear_dx_add], get_raw=True
+)
+def _dx_with_epilogue(
+    dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any, out_val: Any = None
+) -> int:
     return _product(dy, col_offsets, *values.shape[:2])
 
 
@@ -75,8 +81,8 @@ def _norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int, out_val: Any =
     return 2 * x.shape[:-1].numel() * dy.shape[-1] * x.shape[-1]
 
 
-@register_flop_formula(_ops.block_mlp, get_raw=True)
+@register_flop_formula([_ops.block_mlp, _ops.block_glu], get_raw=True)
 def _mlp(x: Tensor, *args: Any, out_val: Any = None) -> int:
-    # A counter sees this op only in inference mode; otherwise it sees the two products.
+    # A counter sees these ops only in inference mode; otherwise it sees their products.
     n = len(LayerOperands._fields)
-    return _forward(x, *args[:n]) + _forward(x, *args[n : 2 * n])
+    return sum(_forward(x, *args[i : i + n]) for i in range(0, len(args) - 1, n))

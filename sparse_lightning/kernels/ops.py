@@ -10,11 +10,17 @@ so a topology update causes neither recompilation nor recapture.
     block_norms       the squared Frobenius norm of each block of dy^T x, including absent
                       blocks, if `armed`; zeros otherwise
 
-For two layers with an activation between them, fused ops save passes over memory:
+For MLPs, whose layers have an activation between them, fused ops save passes over memory and keep
+less of it for the backward:
 
-    block_mlp         y  = f(x V^T + bias) W^T + bias                (differentiable)
+    block_mlp         y  = down(f(up(x)))                            (differentiable)
+    block_glu         y  = down(f(gate(x)) * up(x))                  (differentiable)
+
     block_linear_act  h  = x W^T + bias, and f(h)
-    block_linear_dh   dh = (dy W) * f'(h), elementwise
+    block_linear_glu  u  = x W^T + bias, and f(gate) * u
+    block_linear_dh   dh = (dy W) * f'(h) and, if `recompute`, f(h)
+    block_linear_dglu the gradients of gate and u and, if `recompute`, f(gate) * u
+    block_linear_dx_add  dx = dy W + other
 
 `x` is `[..., in_features]`, `dy` and `y` are `[..., out_features]`, `values` and `dW` are
 `[capacity, B, B]`. The indices are int32, as in `BlockTopology`. The activation f is one of
@@ -41,9 +47,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +60,15 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 from sparse_lightning.kernels import activations
+from sparse_lightning.kernels.epilogues import (
+    STORE,
+    Activated,
+    ActivationGradient,
+    Added,
+    Epilogue,
+    Gated,
+    GatedGradient,
+)
 from sparse_lightning.kernels.operands import BlockLists, LayerOperands
 from sparse_lightning.topology import Indices
 
@@ -73,9 +90,18 @@ _library.define(
     "-> (Tensor, Tensor)"
 )
 _library.define(
-    "block_linear_dh(Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries, "
-    "Tensor slots, Tensor h, str activation) -> Tensor"
+    f"block_linear_glu(Tensor x, Tensor values, Tensor? bias, {_INDICES}, Tensor gate, "
+    "str activation) -> (Tensor, Tensor)"
 )
+_COLUMNS = "Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries, Tensor slots"
+_library.define(
+    f"block_linear_dh({_COLUMNS}, Tensor h, str activation, bool recompute) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"block_linear_dglu({_COLUMNS}, Tensor gate, Tensor u, str activation, bool recompute) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(f"block_linear_dx_add({_COLUMNS}, Tensor other) -> Tensor")
 _LAYER = (
     "Tensor {0}_values, Tensor? {0}_bias, Tensor {0}_coords, Tensor {0}_row_offsets, "
     "Tensor {0}_row_entries, Tensor {0}_col_offsets, Tensor {0}_col_entries, Tensor {0}_slots, "
@@ -84,6 +110,10 @@ _LAYER = (
 _library.define(
     f"block_mlp(Tensor x, {_LAYER.format('up')}, {_LAYER.format('down')}, str activation) -> Tensor"
 )
+_library.define(
+    f"block_glu(Tensor x, {_LAYER.format('gate')}, {_LAYER.format('up')}, "
+    f"{_LAYER.format('down')}, str activation) -> Tensor"
+)
 
 OPS = (
     "block_linear",
@@ -91,7 +121,10 @@ OPS = (
     "block_linear_dw",
     "block_norms",
     "block_linear_act",
+    "block_linear_glu",
     "block_linear_dh",
+    "block_linear_dglu",
+    "block_linear_dx_add",
 )
 
 # The backends' implementations, by the dispatch keys of plain tensors and by name of the op.
@@ -109,9 +142,8 @@ class Backend(Protocol):
         lists: BlockLists,
         *,
         forward: bool,
-        activation: str | None = None,
-        preactivation: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        epilogue: Epilogue = STORE,
+    ) -> tuple[Tensor, ...]:
         """Compute x W^T + bias (`forward`), or x W.
 
         Args:
@@ -120,12 +152,10 @@ class Backend(Protocol):
             bias: `[out_features]`; None for the product x W.
             lists: the blocks by output block: by row of W if `forward`, else by column.
             forward: whether to multiply by the transposed weight.
-            activation: activation to fuse, one of `activations.ACTIVATIONS`.
-            preactivation: h, of the shape of x W; required with an activation unless `forward`.
+            epilogue: what to do with the product.
 
         Returns:
-            The product and, with `forward` and an activation, its activation, else None. With
-            `preactivation`, the product is multiplied by the activation's derivative at h.
+            The product alone, or what the epilogue's `compute` makes of it.
         """
 
     def weight_gradient(self, dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
@@ -171,25 +201,33 @@ def implement(dispatch_key: str, backend: Backend) -> None:
         return backend.weight_gradient(dy, x, Indices(*indices))
 
     def block_linear_act(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Any:
-        indices, activation = Indices(*args[:-1]), args[-1]
-        activations.check(activation)
-        lists = BlockLists.of(indices, forward=True)
-        return backend.multiply(x, values, bias, lists, forward=True, activation=activation)
+        lists, epilogue = BlockLists.of(Indices(*args[:-1]), forward=True), Activated(args[-1])
+        return backend.multiply(x, values, bias, lists, forward=True, epilogue=epilogue)
 
-    def block_linear_dh(
-        dy: Tensor,
-        values: Tensor,
-        col_offsets: Tensor,
-        col_entries: Tensor,
-        slots: Tensor,
-        h: Tensor,
-        activation: str,
-    ) -> Tensor:
-        activations.check(activation)
-        lists = BlockLists(col_offsets, col_entries, slots)
-        return backend.multiply(
-            dy, values, None, lists, forward=False, activation=activation, preactivation=h
-        )[0]
+    def block_linear_glu(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Any:
+        *indices, gate, activation = args
+        lists, epilogue = BlockLists.of(Indices(*indices), forward=True), Gated(activation, gate)
+        return backend.multiply(x, values, bias, lists, forward=True, epilogue=epilogue)
+
+    def multiply_columns(dy: Tensor, values: Tensor, lists: Any, epilogue: Epilogue) -> Any:
+        lists = BlockLists(*lists)
+        return backend.multiply(dy, values, None, lists, forward=False, epilogue=epilogue)
+
+    def block_linear_dh(dy: Tensor, values: Tensor, *args: Any) -> Any:
+        *lists, h, activation, recompute = args
+        epilogue = ActivationGradient(activation, h, recompute)
+        found = multiply_columns(dy, values, lists, epilogue)
+        return found if recompute else (*found, h.new_empty(0))
+
+    def block_linear_dglu(dy: Tensor, values: Tensor, *args: Any) -> Any:
+        *lists, gate, u, activation, recompute = args
+        epilogue = GatedGradient(activation, gate, u, recompute)
+        found = multiply_columns(dy, values, lists, epilogue)
+        return found if recompute else (*found, u.new_empty(0))
+
+    def block_linear_dx_add(dy: Tensor, values: Tensor, *args: Tensor) -> Any:
+        *lists, other = args
+        return multiply_columns(dy, values, lists, Added(other))[0]
 
     implementations: dict[str, Callable[..., Any]] = {
         "block_linear": block_linear,
@@ -197,12 +235,16 @@ def implement(dispatch_key: str, backend: Backend) -> None:
         "block_linear_dw": block_linear_dw,
         "block_norms": backend.block_norms,
         "block_linear_act": block_linear_act,
+        "block_linear_glu": block_linear_glu,
         "block_linear_dh": block_linear_dh,
+        "block_linear_dglu": block_linear_dglu,
+        "block_linear_dx_add": block_linear_dx_add,
     }
     for op in OPS:
         _library.impl(op, implementations[op], dispatch_key)
     for keys in _plain_keys(dispatch_key):
-        _implementations[keys] = {**implementations, "block_mlp": _block_mlp}
+        composed = {"block_mlp": _block_mlp, "block_glu": _block_glu}
+        _implementations[keys] = implementations | composed
 
 
 def _key_set(*names: str) -> int:
@@ -372,53 +414,129 @@ class _BlockLinearDw(_Formula):
 
 
 class _BlockMlp(_Formula):
+    """It keeps the pre-activation h, from which the backward computes f(h) again."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        up, down, activation = _split_mlp(args)
-        up_indices = up.indices
+        (up, down), activation = _split_layers(args)
         with torch._C._AutoDispatchBelowAutograd():
-            h, a = block_linear_act(x, up.values, up.bias, *up_indices, activation)
+            h, a = block_linear_act(x, up.values, up.bias, *up.indices, activation)
             y: Tensor = block_linear(a, *down)
-        ctx.save_for_backward(x, h, a, up.values, up.bias, down.values, *up_indices, *down.indices)
+        ctx.save_for_backward(x, h, up.values, up.bias, down.values, *up.indices, *down.indices)
         ctx.norm_operands = up.norm_operands, down.norm_operands
         ctx.activation = activation
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, up, up_bias, down, *indices = ctx.saved_tensors
-        up_indices = Indices(*indices[:_N_INDICES])
-        down_indices = Indices(*indices[_N_INDICES:])
+        x, h, up, up_bias, down, *indices = ctx.saved_tensors
+        up_indices, down_indices = _split_indices(indices)
         up_norms, down_norms = ctx.norm_operands
         requested = _requested_gradients(ctx)
         needs_dh = any(requested[: 1 + _N_LAYER_OPERANDS])
+        needs_a = _needs_input(requested, 1 + _N_LAYER_OPERANDS)
+        a: Any = None  # like dh, stays None if no gradient depends on it
+        dh: Any = None
         dx = None
-        up_gradients: tuple[Tensor | None, ...] = (None,) * _N_LAYER_OPERANDS
         with _below_autograd_unless_differentiated():
             if torch.is_grad_enabled():
-                # Recompute from x as separate layers would: h and a were saved without a graph.
+                # Recompute from x as separate layers would: h was saved without a graph.
                 h = block_linear(x, up, up_bias, *up_indices, *up_norms)
                 a = activations.activate(h, ctx.activation)
                 if needs_dh:
                     da = block_linear_dx(dy, down, *down_indices, *down_norms)
                     dh = activations.activation_backward_differentiable(da, h, ctx.activation)
             elif needs_dh:
-                lists = down_indices.col_offsets, down_indices.col_entries, down_indices.slots
-                dh = block_linear_dh(dy, down, *lists, h, ctx.activation)
+                lists = BlockLists.of(down_indices, forward=False)
+                dh, a = block_linear_dh(dy, down, *lists, h, ctx.activation, needs_a)
+            elif needs_a:
+                a = activations.activate(h, ctx.activation)
             down_gradients = _layer_gradients(
                 ctx, requested, 1 + _N_LAYER_OPERANDS, dy, a, down_indices, down_norms
             )
-            if needs_dh:
-                up_gradients = _layer_gradients(ctx, requested, 1, dh, x, up_indices, up_norms)
+            up_gradients = _layer_gradients(ctx, requested, 1, dh, x, up_indices, up_norms)
             if requested[0]:
                 dx = block_linear_dx(dh, up, *up_indices, *up_norms)
         return dx, *up_gradients, *down_gradients, None
 
 
-def _split_mlp(args: Sequence[Any]) -> tuple[LayerOperands, LayerOperands, str]:
-    """Return the arguments of `block_mlp` after x: those of both layers, and the activation."""
+class _BlockGlu(_Formula):
+    """It keeps the gate before its activation and u, and the backward recomputes their product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        (gate, up, down), activation = _split_layers(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            g: Tensor = block_linear(x, *gate)
+            u, a = block_linear_glu(x, up.values, up.bias, *up.indices, g, activation)
+            y: Tensor = block_linear(a, *down)
+        ctx.save_for_backward(
+            *(x, g, u, gate.values, gate.bias, up.values, up.bias, down.values),
+            *(*gate.indices, *up.indices, *down.indices),
+        )
+        ctx.norm_operands = gate.norm_operands, up.norm_operands, down.norm_operands
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, g, u, gate, gate_bias, up, up_bias, down, *indices = ctx.saved_tensors
+        gate_indices, up_indices, down_indices = _split_indices(indices)
+        gate_norms, up_norms, down_norms = ctx.norm_operands
+        requested, activation = _requested_gradients(ctx), ctx.activation
+        up_at, down_at = 1 + _N_LAYER_OPERANDS, 1 + 2 * _N_LAYER_OPERANDS
+        needs_hidden = any(requested[:down_at])
+        needs_a = _needs_input(requested, down_at)
+        a: Any = None  # like dg and du, stays None if no gradient depends on it
+        dg: Any = None
+        du: Any = None
+        dx = None
+        with _below_autograd_unless_differentiated():
+            if torch.is_grad_enabled():
+                # Recompute from x as separate layers would: g and u were saved without a graph.
+                g = block_linear(x, gate, gate_bias, *gate_indices, *gate_norms)
+                u = block_linear(x, up, up_bias, *up_indices, *up_norms)
+                activated = activations.activate(g, activation)
+                a = activated * u
+                if needs_hidden:
+                    da = block_linear_dx(dy, down, *down_indices, *down_norms)
+                    dg = activations.activation_backward_differentiable(da * u, g, activation)
+                    du = da * activated
+            elif needs_hidden:
+                lists = BlockLists.of(down_indices, forward=False)
+                dg, du, a = block_linear_dglu(dy, down, *lists, g, u, activation, needs_a)
+            elif needs_a:
+                a = activations.activate(g, activation) * u
+            down_gradients = _layer_gradients(
+                ctx, requested, down_at, dy, a, down_indices, down_norms
+            )
+            gate_gradients = _layer_gradients(ctx, requested, 1, dg, x, gate_indices, gate_norms)
+            up_gradients = _layer_gradients(ctx, requested, up_at, du, x, up_indices, up_norms)
+            if requested[0]:
+                dx = block_linear_dx(du, up, *up_indices, *up_norms)
+                if torch.is_grad_enabled():
+                    dx = dx + block_linear_dx(dg, gate, *gate_indices, *gate_norms)
+                else:
+                    lists = BlockLists.of(gate_indices, forward=False)
+                    dx = block_linear_dx_add(dg, gate, *lists, dx)
+        return dx, *gate_gradients, *up_gradients, *down_gradients, None
+
+
+def _split_layers(args: Sequence[Any]) -> tuple[list[LayerOperands], str]:
+    """Return the arguments of an MLP's op after x: those of each layer, and the activation."""
     n = _N_LAYER_OPERANDS
-    return LayerOperands(*args[:n]), LayerOperands(*args[n : 2 * n]), args[2 * n]
+    *operands, activation = args
+    return [LayerOperands(*operands[i : i + n]) for i in range(0, len(operands), n)], activation
+
+
+def _split_indices(tensors: Sequence[Tensor]) -> list[Indices]:
+    n = _N_INDICES
+    return [Indices(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
+
+
+def _needs_input(requested: Sequence[bool], position: int) -> bool:
+    """Return whether a layer's gradients depend on its input; `position` is that of its values."""
+    return requested[position] or requested[position + _NORMS_OFFSET]
 
 
 def _below_autograd_unless_differentiated() -> contextlib.AbstractContextManager[Any]:
@@ -541,8 +659,12 @@ block_linear_dx = _op_function("block_linear_dx", _BlockLinearDx)
 block_linear_dw = _op_function("block_linear_dw", _BlockLinearDw)
 block_norms = _op_function("block_norms")
 block_linear_act = _op_function("block_linear_act")
+block_linear_glu = _op_function("block_linear_glu")
 block_linear_dh = _op_function("block_linear_dh")
+block_linear_dglu = _op_function("block_linear_dglu")
+block_linear_dx_add = _op_function("block_linear_dx_add")
 block_mlp = _op_function("block_mlp", _BlockMlp)
+block_glu = _op_function("block_glu", _BlockGlu)
 
 
 def _without_graph(name: str) -> Callable[..., Any]:
@@ -580,23 +702,33 @@ for _name, _formula in (
     ("block_linear_dx", _BlockLinearDx),
     ("block_linear_dw", _BlockLinearDw),
     ("block_mlp", _BlockMlp),
+    ("block_glu", _BlockGlu),
 ):
     _library.impl(_name, _with_formula(_name, _formula), "Autograd")
 
 # These have no derivative: formulas call them below autograd. Exported programs, whose MLPs were
 # decomposed, call them with parameters that require a gradient.
-for _name in "block_linear_act", "block_linear_dh", "block_norms":
+for _name in {*OPS} - {"block_linear", "block_linear_dx", "block_linear_dw"}:
     _library.impl(_name, _without_graph(_name), "Autograd")
 
 
 def _block_mlp(x: Tensor, *args: Any) -> Tensor:
-    up, down, activation = _split_mlp(args)
+    (up, down), activation = _split_layers(args)
     _, a = block_linear_act(x, up.values, up.bias, *up.indices, activation)
     y: Tensor = block_linear(a, *down)
     return y
 
 
+def _block_glu(x: Tensor, *args: Any) -> Tensor:
+    (gate, up, down), activation = _split_layers(args)
+    g: Tensor = block_linear(x, *gate)
+    _, a = block_linear_glu(x, up.values, up.bias, *up.indices, g, activation)
+    y: Tensor = block_linear(a, *down)
+    return y
+
+
 _library.impl("block_mlp", _block_mlp, "CompositeExplicitAutograd")
+_library.impl("block_glu", _block_glu, "CompositeExplicitAutograd")
 
 
 def _fake_block_linear(
@@ -627,8 +759,29 @@ def _fake_block_linear_act(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return h, torch.empty_like(h)
 
 
-def _fake_block_linear_dh(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any) -> Tensor:
+_fake_block_linear_glu = _fake_block_linear_act
+
+
+def _fake_columns(dy: Tensor, values: Tensor, col_offsets: Tensor) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], (col_offsets.shape[0] - 1) * values.shape[1])
+
+
+def _fake_block_linear_dh(
+    dy: Tensor, values: Tensor, col_offsets: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    dh = _fake_columns(dy, values, col_offsets)
+    return dh, torch.empty_like(dh) if args[-1] else dh.new_empty(0)
+
+
+def _fake_block_linear_dglu(
+    dy: Tensor, values: Tensor, col_offsets: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dg, a = _fake_block_linear_dh(dy, values, col_offsets, *args)
+    return dg, torch.empty_like(dg), a
+
+
+def _fake_block_linear_dx_add(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any) -> Tensor:
+    return _fake_columns(dy, values, col_offsets)
 
 
 def _fake_block_linear_dw(dy: Tensor, x: Tensor, coords: Tensor, *indices: Tensor) -> Tensor:
@@ -643,3 +796,22 @@ def _fake_block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> 
 
 for _op in OPS:
     torch.library.register_fake(f"{NAMESPACE}::{_op}", globals()[f"_fake_{_op}"], lib=_library)
+
+
+def _tag_compiled_code() -> None:
+    """Let PyTorch's caches tell versions of the ops apart.
+
+    Compiled code contains formulas and calls of ops, but PyTorch identifies it by the graph before
+    that, in which an op is a name. It would take code of another version, and call ops that have
+    changed.
+    """
+    try:
+        from torch.compiler import config
+    except ImportError:  # PyTorch before 2.7
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        config.cache_key_tag += f" {NAMESPACE} {version}"
+
+
+_tag_compiled_code()

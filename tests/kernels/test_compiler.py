@@ -153,13 +153,13 @@ BFLOAT16 = torch.bfloat16
 @pytest.mark.parametrize(
     "module, builder, arguments",
     [
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 8, 1)),
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1000, 1)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1, 8, 1)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 0, 1000, 1)),
         (portable, "_dw_kernels", (BFLOAT16, 64, 16)),
         (portable, "_dw_kernels", (BFLOAT16, 64, 1000)),
         (portable, "norms_kernel", (BFLOAT16,)),
-        (hopper, "_linear_kernel", (BFLOAT16, 16, True, False, 128)),
-        (hopper, "_linear_kernel", (BFLOAT16, 64, True, False, 256)),
+        (hopper, "_linear_kernel", (BFLOAT16, 16, True, 2, 128)),
+        (hopper, "_linear_kernel", (BFLOAT16, 64, True, 0, 256)),
         (hopper, "_narrow_dw_kernel", (BFLOAT16, 32, 1)),
         (hopper, "_wide_dw_kernel", (BFLOAT16, 128, 1, 1)),
         (hopper, "norms_kernel", (BFLOAT16,)),

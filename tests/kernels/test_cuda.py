@@ -7,6 +7,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 
 import pytest
 import torch
@@ -229,16 +230,32 @@ def test_fused_activations(
         x, dy = tokens(n, layer)
         operands = [o.detach() if isinstance(o, torch.Tensor) else o for o in layer._operands(x)]
         values, indices = operands[0], layer.topology.indices
-        h, a = ops.block_linear_act(5 * x, *operands[:2], *indices, activation)
-        assert torch.equal(h, ops.block_linear(5 * x, *operands))
-        expected = activate(h.double(), activation)
-        torch.testing.assert_close(a.double(), expected, rtol=tolerance, atol=1e-6)
+        columns = values, *indices[3:]
+        gate, h, other = (3 * torch.randn_like(t) for t in (dy, x, x))
+        close = partial(torch.testing.assert_close, rtol=tolerance, atol=1e-5)
 
-        h = 3 * torch.randn_like(x)
-        dh = ops.block_linear_dh(dy, values, *indices[3:], h, activation)
-        dx = ops.block_linear_dx(dy, values, *indices, None, None, 1)
-        expected = activation_backward(dx.double(), h.double(), activation)
-        torch.testing.assert_close(dh.double(), expected, rtol=tolerance, atol=1e-5)
+        y, a = ops.block_linear_act(5 * x, *operands[:2], *indices, activation)
+        assert torch.equal(y, ops.block_linear(5 * x, *operands))
+        close(a.double(), activate(y.double(), activation))
+        u, a = ops.block_linear_glu(5 * x, *operands[:2], *indices, gate, activation)
+        assert torch.equal(u, y)
+        close(a.double(), activate(gate.double(), activation) * u.double())
+
+        dx = ops.block_linear_dx(dy, values, *indices, None, None, 1).double()
+        activated = activate(h.double(), activation)
+        for recompute in True, False:
+            dh, a = ops.block_linear_dh(dy, *columns, h, activation, recompute)
+            close(dh.double(), activation_backward(dx, h.double(), activation))
+            dg, du, b = ops.block_linear_dglu(dy, *columns, h, other, activation, recompute)
+            gradient = activation_backward(dx * other.double(), h.double(), activation)
+            close(dg.double(), gradient, atol=1e-4)
+            close(du.double(), dx * activated)
+            assert a.numel() == b.numel() == recompute * x.numel()
+            if recompute:
+                close(a.double(), activated)
+                close(b.double(), activated * other.double())
+        added = ops.block_linear_dx_add(dy, *columns, other)
+        close(added.double(), dx + other.double())
 
 
 @pytest.mark.usefixtures("kind")
@@ -409,7 +426,7 @@ def test_a_product_that_is_the_first_cuda_call_of_its_thread(
         "fwd": lambda: ops.block_linear(x, values, bias, *indices, None, None, 1),
         "fused fwd": lambda: ops.block_linear_act(x, values, bias, *indices, "gelu")[1],
         "dx": lambda: ops.block_linear_dx(dy, values, *indices, None, None, 1),
-        "fused dx": lambda: ops.block_linear_dh(dy, values, *indices[3:], x, "gelu"),
+        "fused dx": lambda: ops.block_linear_dh(dy, values, *indices[3:], x, "gelu", True)[0],
         "dw": lambda: ops.block_linear_dw(dy, x, *indices),
         "norms": lambda: ops.block_norms(dy, x, armed, block_size),
     }[product]

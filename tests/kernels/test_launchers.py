@@ -12,6 +12,14 @@ from torch import Tensor
 
 from sparse_lightning import BlockTopology
 from sparse_lightning.kernels import cuda, densified
+from sparse_lightning.kernels.epilogues import (
+    Activated,
+    ActivationGradient,
+    Added,
+    Epilogue,
+    Gated,
+    GatedGradient,
+)
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable import launchers as portable
@@ -61,6 +69,17 @@ def operands(
     return topology, values, x, y
 
 
+def every_epilogue(like: Tensor, forward: bool) -> list[Epilogue]:
+    found = (
+        Activated("gelu"),
+        Gated("silu", like),
+        ActivationGradient("relu", like, recompute=True),
+        GatedGradient("silu", like, like, recompute=True),
+        Added(like),
+    )
+    return [epilogue for epilogue in found if forward == epilogue.FORWARD]
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("n", [1, 40, 100, 1000])
@@ -72,12 +91,11 @@ def test_every_product_is_launched(
         left, out = (x, y) if forward else (y, x)
         lists = BlockLists.of(topology.indices, forward=forward)
         kind.linear(left, values, None, lists, out, DEVICE, forward=forward)
-        if kind is not densified:
-            aux = {"activated" if forward else "preactivation": torch.empty_like(out)}
-            fused = {"activation": "gelu", **aux}
+        for epilogue in () if kind is densified else every_epilogue(out, forward):
+            fused = {"epilogue": epilogue, "extra": (out,) * epilogue.extra_outputs}
             kind.linear(left, values, None, lists, out, DEVICE, forward=forward, **fused)
     kind.linear_dw(y, x, topology.indices, values, DEVICE)
-    assert len(launched) >= (3 if kind is densified else 5)
+    assert len(launched) >= (3 if kind is densified else 8)
     if kind is not densified:
         norms, armed = torch.zeros(topology.grid), torch.tensor(True)
         kind.norms(y, x, armed, norms, DEVICE)

@@ -71,16 +71,28 @@ def op_arguments(
         "block_linear_dw": (dy, x, *indices),
         "block_norms": (dy, x, armed, 16),
         "block_linear_act": (x, values, bias, *indices, "gelu"),
-        "block_linear_dh": (dy, values, *indices[3:], torch.randn_like(x), "silu"),
+        "block_linear_glu": (x, values, bias, *indices, torch.randn_like(dy), "silu"),
+        "block_linear_dh": (dy, values, *indices[3:], torch.randn_like(x), "silu", True),
+        "block_linear_dglu": (
+            *(dy, values, *indices[3:]),
+            *(torch.randn_like(x), torch.randn_like(x), "silu", True),
+        ),
+        "block_linear_dx_add": (dy, values, *indices[3:], torch.randn_like(x)),
         "block_mlp": (
             *(x, values, bias, *indices, norms, armed, 1),
             *(down.values.detach(), None, *down.topology.indices, down_norms, armed, 1),
             "gelu",
         ),
+        "block_glu": (
+            *(x, values, bias, *indices, norms, armed, 1),
+            *(torch.randn_like(values), None, *indices, norms, armed, 1),
+            *(down.values.detach(), None, *down.topology.indices, down_norms, armed, 1),
+            "silu",
+        ),
     }[op]
 
 
-DIFFERENTIABLE = ("block_linear", "block_linear_dx", "block_linear_dw", "block_mlp")
+DIFFERENTIABLE = ("block_linear", "block_linear_dx", "block_linear_dw", "block_mlp", "block_glu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

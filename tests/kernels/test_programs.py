@@ -15,14 +15,18 @@ from sparse_lightning.kernels.programs import DTYPES
 
 def test_every_dtype_and_block_size_has_its_programs() -> None:
     # Blocks of 16 have one program for 32 and for 64 tokens.
-    mma, fp32, fp64 = 2 * 2 * (6 * 4 - 1), 2 * (2 * 4), 2 * (2 * 4)
+    tilings, fp32, fp64 = 6 * 4 - 1, 2 * (2 * 4), 2 * (2 * 4)
+    plain, epilogues = 2 * 2 * tilings, 2 * (2 + 3) * tilings
     dw = 2 * 3 * 4 + 2 * 4
-    for clusters, linear in (False, mma + fp32 + fp64), (True, 2 * mma + 2 * fp32 + fp64):
+    for clusters, linear in (
+        (False, plain + epilogues + fp32 + fp64),
+        (True, 2 * plain + epilogues + 2 * fp32 + fp64),
+    ):
         programs = list(portable_programs.all_programs(clusters=clusters))
         assert len(programs) == len(set(programs)) == 4 + dw + linear
         assert max(program.tiling.splits for program in programs) == 1 + clusters
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 8 + 2 + 2 + 4 + 5)
+    assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 14 + 2 + 2 + 4 + 5)
 
 
 @given(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_lightning.kernels.activations import ACTIVATIONS
+from sparse_lightning.kernels import epilogues
+from sparse_lightning.kernels.epilogues import STORE, Epilogue
 from sparse_lightning.kernels.hopper import programs
 from sparse_lightning.kernels.hopper.tensor_maps import tensor_map
 from sparse_lightning.kernels.launch import Kernel, build_once, row_pitch, sm_count
@@ -27,20 +28,19 @@ def linear(
     device: int,
     *,
     forward: bool,
-    activation: str | None = None,
-    activated: Tensor | None = None,
-    preactivation: Tensor | None = None,
+    epilogue: Epilogue = STORE,
+    extra: tuple[Tensor, ...] = (),
 ) -> None:
-    """Fill `y` with x W^T + bias if `forward`, else with x W; optionally fuse an activation.
+    """Fill `y` with x W^T + bias if `forward`, else with x W.
 
-    With an activation, the forward product also fills `activated` with the activation of `y`, and
-    x W is multiplied by the derivative at `preactivation`. Both are contiguous like `y`.
+    An epilogue may change the results; `extra` are the tensors that it stores besides y. All its
+    tensors are contiguous like y.
     """
     block_size = values.shape[1]
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
     outputs = programs.tile_outputs(block_size, tokens, out_features, sm_count(device))
-    kernel = _linear_kernel(x.dtype, block_size, forward, activation is not None, outputs, device)
+    kernel = _linear_kernel(x.dtype, block_size, forward, epilogue.KIND, outputs, device)
     tiling = kernel.program.tiling
     if block_size < programs.STRIP:
         cluster, x_box = 1, (tiling.tm, tiling.tk)
@@ -52,7 +52,6 @@ def linear(
     output_tiles = -(-out_features // tiling.tn)
     clusters = min(token_tiles * output_tiles, kernel.sm_count // cluster)
     row, col = lists.slots.stride()
-    fused = activated if forward else preactivation
     kernel.launch(
         clusters * cluster,
         1,
@@ -67,8 +66,7 @@ def linear(
         tokens,
         token_tiles,
         output_tiles,
-        0 if fused is None else fused.data_ptr(),
-        0 if activation is None else ACTIVATIONS.index(activation),
+        *epilogues.launch_arguments(epilogue, extra),
     )
 
 
@@ -153,15 +151,15 @@ def _linear_kernel(
     dtype: torch.dtype,
     block_size: int,
     forward: bool,
-    activated: bool,
+    epilogue: int,
     tile_outputs: int,
     device: int,
 ) -> Kernel[TiledProgram]:
     program = programs.linear_program(
-        dtype, block_size, forward=forward, activated=activated, tile_outputs=tile_outputs
+        dtype, block_size, forward=forward, epilogue=epilogue, tile_outputs=tile_outputs
     )
     blocks = "P" if block_size < programs.STRIP else "128s"
-    return Kernel(program, "block_linear", f"128s{blocks}PPPiiiiqiiPi", device)
+    return Kernel(program, "block_linear", f"128s{blocks}PPPiiiiqii{epilogues.LAYOUT}", device)
 
 
 @build_once

@@ -257,7 +257,7 @@ __device__ void consume(const Arguments& a, Shared& s, int rank, int clusters) {
                              ? a.y + token * out_features + output
                              : nullptr;
                 },
-                make_epilogue<FORWARD, T>(a));
+                Epilogue<CONFIG_EPILOGUE, T, Arguments>{a});
           }
       });
 }

@@ -327,7 +327,7 @@ __device__ void consume(const Arguments& a, Shared& s) {
                            ? a.y + token * out_features + output
                            : nullptr;
               },
-              make_epilogue<FORWARD, T>(a));
+              Epilogue<CONFIG_EPILOGUE, T, Arguments>{a});
       });
 }
 

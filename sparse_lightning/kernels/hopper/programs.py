@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_lightning.kernels import epilogues
 from sparse_lightning.kernels.programs import (
     DTYPES,
     Program,
@@ -95,13 +96,12 @@ def linear_program(
     block_size: int,
     *,
     forward: bool,
-    activated: bool = False,
+    epilogue: int = 0,
     tile_outputs: int = 256,
 ) -> TiledProgram:
     """Return the program of `block_linear`: y = x W^T (forward) or dx = dy W.
 
-    If `activated`, the forward product also stores the activation of y, and the backward one
-    multiplies dx by the derivative of the activation that produced x. `tile_outputs` is 128 or 256.
+    `epilogue` is the `KIND` of an epilogue, 0 for none; `tile_outputs` is 128 or 256.
     """
     check_block_size(block_size)
     tiling = _LINEAR[tile_outputs][block_size]
@@ -110,7 +110,7 @@ def linear_program(
         "PTX_TYPE": PTX_TYPES[dtype],
         "B": block_size,
         "FORWARD": int(forward),
-        "FUSED_ACTIVATION": int(activated),
+        "EPILOGUE": epilogue,
         "TM": tiling.tm,
         "TN": tiling.tn,
         "TK": tiling.tk,
@@ -165,16 +165,11 @@ def all_programs() -> Iterator[Program]:
         for block_size in BLOCK_SIZES:
             for split_k, multicast in DW_CLUSTERS[block_size]:
                 yield dw_program(dtype, block_size, split_k, multicast)
-            for forward, activated, outputs in itertools.product(
-                (True, False), (True, False), _LINEAR
-            ):
-                yield linear_program(
-                    dtype,
-                    block_size,
-                    forward=forward,
-                    activated=activated,
-                    tile_outputs=outputs,
-                )
+            for forward, outputs in itertools.product((True, False), _LINEAR):
+                for kind in epilogues.kinds(forward):
+                    yield linear_program(
+                        dtype, block_size, forward=forward, epilogue=kind, tile_outputs=outputs
+                    )
 
 
 def _wide_program(

@@ -302,20 +302,26 @@ __device__ void store_rows(char* staging, const float* acc, PointerAt pointer_at
     const int row = lane % 16, chunk = (j / 8 + lane / 16) ^ row % 8;
     stmatrix_x4(staging + row * 128 + chunk * 16, words);
   }
-  uint4 loaded[4];
+  // Each lane stores four times, and loads what the epilogue reads for LOADS of them ahead.
+  constexpr int LOADS = Epilogue::LOADS;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const T* destination = pointer_at(4 * i + lane / 8, lane % 8 * 8);
-    if (destination) loaded[i] = epilogue.load(destination);
-  }
-  __syncwarp();
+  for (int first = 0; first < 4; first += LOADS) {
+    typename Epilogue::Read loaded[LOADS];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = 4 * i + lane / 8, chunk = (lane % 8) ^ row % 8;
-    T* destination = pointer_at(row, lane % 8 * 8);
-    if (destination)
-      epilogue.store(destination, *reinterpret_cast<const uint4*>(staging + row * 128 + chunk * 16),
-                     loaded[i]);
+    for (int i = 0; i < LOADS; ++i) {
+      const T* destination = pointer_at(4 * (first + i) + lane / 8, lane % 8 * 8);
+      if (destination) loaded[i] = epilogue.load(destination);
+    }
+    if (first == 0) __syncwarp();
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) {
+      const int row = 4 * (first + i) + lane / 8, chunk = (lane % 8) ^ row % 8;
+      T* destination = pointer_at(row, lane % 8 * 8);
+      if (destination)
+        epilogue.store(destination,
+                       *reinterpret_cast<const uint4*>(staging + row * 128 + chunk * 16),
+                       loaded[i]);
+    }
   }
   __syncwarp();
 }

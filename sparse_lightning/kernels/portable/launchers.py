@@ -10,7 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-from sparse_lightning.kernels.activations import ACTIVATIONS
+from sparse_lightning.kernels import epilogues
+from sparse_lightning.kernels.epilogues import STORE, Epilogue
 from sparse_lightning.kernels.launch import (
     Kernel,
     build_once,
@@ -32,7 +33,7 @@ from sparse_lightning.kernels.portable.programs import (
 from sparse_lightning.kernels.programs import TiledProgram
 from sparse_lightning.topology import Indices
 
-LINEAR_LAYOUT = "PPPPPPPqiii"  # of the argument that `launch_linear` packs
+LINEAR_LAYOUT = f"PPPPPPqii{epilogues.LAYOUT}"  # of the argument that `launch_linear` packs
 
 
 def linear(
@@ -44,22 +45,19 @@ def linear(
     device: int,
     *,
     forward: bool,
-    activation: str | None = None,
-    activated: Tensor | None = None,
-    preactivation: Tensor | None = None,
+    epilogue: Epilogue = STORE,
+    extra: tuple[Tensor, ...] = (),
 ) -> None:
-    """Fill `y` with x W^T + bias if `forward`, else with x W; optionally fuse an activation.
+    """Fill `y` with x W^T + bias if `forward`, else with x W.
 
-    With an activation, for two-byte dtypes, the forward product also fills `activated` with the
-    activation of `y`, and x W is multiplied by the derivative at `preactivation`. Both are
-    contiguous like `y`.
+    For two-byte dtypes, an epilogue may change the results; `extra` are the tensors that it stores
+    besides y. All its tensors are contiguous like y.
     """
     (capacity, block_size, _), n_out = values.shape, lists.offsets.shape[0] - 1
     tokens = x.numel() // x.shape[-1]
     variant = linear_variant(x.dtype, block_size, tokens, capacity, n_out, device)
-    kernel = _linear_kernel(x.dtype, block_size, forward, *variant, device)
-    fused = activated if forward else preactivation
-    launch_linear(kernel, x, values, bias, lists, y, fused, activation)
+    kernel = _linear_kernel(x.dtype, block_size, forward, epilogue.KIND, *variant, device)
+    launch_linear(kernel, x, values, bias, lists, y, epilogue, extra)
 
 
 def launch_linear(
@@ -69,10 +67,10 @@ def launch_linear(
     bias: Tensor | None,
     lists: BlockLists,
     y: Tensor,
-    fused: Tensor | None = None,
-    activation: str | None = None,
+    epilogue: Epilogue = STORE,
+    extra: tuple[Tensor, ...] = (),
 ) -> None:
-    """Launch a kernel of `linear`; `fused` is `activated` or `preactivation`."""
+    """Launch a kernel of `linear`."""
     block_size, n_out, in_features = values.shape[1], lists.offsets.shape[0] - 1, x.shape[-1]
     tokens = x.numel() // in_features
     tiling = kernel.program.tiling
@@ -83,13 +81,12 @@ def launch_linear(
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        0 if fused is None else fused.data_ptr(),
         lists.offsets.data_ptr(),
         lists.entries.data_ptr(),
         tokens,
         in_features,
         n_out,
-        0 if activation is None else ACTIVATIONS.index(activation),
+        *epilogues.launch_arguments(epilogue, extra),
     )
 
 
@@ -181,9 +178,17 @@ def linear_variant(
 
 @build_once
 def _linear_kernel(
-    dtype: torch.dtype, block_size: int, forward: bool, tokens: int, splits: int, device: int
+    dtype: torch.dtype,
+    block_size: int,
+    forward: bool,
+    epilogue: int,
+    tokens: int,
+    splits: int,
+    device: int,
 ) -> Kernel[TiledProgram]:
-    program = linear_program(dtype, block_size, forward=forward, tokens=tokens, splits=splits)
+    program = linear_program(
+        dtype, block_size, forward=forward, epilogue=epilogue, tokens=tokens, splits=splits
+    )
     return Kernel(program, "block_linear", LINEAR_LAYOUT, device)
 
 

@@ -6,7 +6,8 @@
 //   offsets int [out_blocks + 1]           where each output block begins in `entries`
 //   entries int2 [>= offsets[out_blocks]]  (input block, slot), by output block, inputs ascending
 //   y       T [tokens, out_features]       every element is written, even without blocks
-//   aux     T [tokens, out_features] or null, for an activation; see `store_activated`
+//
+// An epilogue (epilogues.cuh) reads and stores further tensors laid out like y.
 //
 // "in" and "out" are from the product's point of view: for dx the outputs are W's columns, and
 // `entries` those of W^T. Each thread block computes TM tokens x TN outputs of one output block;

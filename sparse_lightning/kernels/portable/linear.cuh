@@ -1,8 +1,8 @@
 // The options, arguments and epilogue that linear.cu and linear_skinny.cu share.
 
 #pragma once
-#include "activations.cuh"
 #include "clusters.cuh"
+#include "epilogues.cuh"
 
 typedef CONFIG_T T;
 typedef Accumulator<T>::type Acc;
@@ -21,28 +21,28 @@ struct Arguments {
   const T* values;
   const T* bias;
   T* y;
-  T* aux;
   const int* offsets;
   const int2* entries;
   long long tokens;
   int in_features;
   int out_blocks;
-  int activation;
+  EPILOGUE_ARGUMENTS;
 };
 
-#define LINEAR_LAUNCH_FACTS(THREADS, SHARED_BYTES)                                           \
-  LAUNCH_FACTS(block_linear, THREADS, SHARED_BYTES, MEMBER(x), MEMBER(values), MEMBER(bias), \
-               MEMBER(y), MEMBER(aux), MEMBER(offsets), MEMBER(entries), MEMBER(tokens),     \
-               MEMBER(in_features), MEMBER(out_blocks), MEMBER(activation))
+#define LINEAR_LAUNCH_FACTS(THREADS, SHARED_BYTES)                                               \
+  LAUNCH_FACTS(block_linear, THREADS, SHARED_BYTES, MEMBER(x), MEMBER(values), MEMBER(bias),     \
+               MEMBER(y), MEMBER(offsets), MEMBER(entries), MEMBER(tokens), MEMBER(in_features), \
+               MEMBER(out_blocks), EPILOGUE_MEMBERS)
 
-// Applies an activation's epilogue, which exists for two-byte dtypes only.
+// Stores 16 bytes of results, with an epilogue for two-byte dtypes only.
 template <typename T>
 __device__ void store_chunk(const Arguments& a, T* destination, const Chunk<T>& out) {
-  if constexpr (sizeof(T) == 2)
-    store_activated<FORWARD>(destination, reinterpret_cast<const uint4&>(out), a.y, a.aux,
-                             a.activation);
-  else
+  if constexpr (sizeof(T) == 2) {
+    const Epilogue<CONFIG_EPILOGUE, T, Arguments> epilogue{a};
+    epilogue.store(destination, reinterpret_cast<const uint4&>(out), epilogue.load(destination));
+  } else {
     *reinterpret_cast<Chunk<T>*>(destination) = out;
+  }
 }
 
 // The TM x TN tile of y that a thread block or a cluster computes.

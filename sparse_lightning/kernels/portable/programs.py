@@ -8,12 +8,12 @@ KiB of shared memory that a thread block can have on the smallest supported devi
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
+from sparse_lightning.kernels import epilogues
 from sparse_lightning.kernels.programs import DTYPES, TiledProgram, Tiling, compiler_options
 from sparse_lightning.topology import BLOCK_SIZES, check_block_size
 
@@ -127,16 +127,18 @@ def linear_program(
     block_size: int,
     *,
     forward: bool,
+    epilogue: int = 0,
     tokens: int = MANY,
     splits: int = 1,
 ) -> TiledProgram:
     """Return the program of `block_linear` for a number of tokens, and of thread blocks per tile.
 
-    It computes y = x W^T (forward) or dx = dy W.
+    It computes y = x W^T (forward) or dx = dy W. `epilogue` is the `KIND` of an epilogue, 0 for
+    none.
     """
     check_block_size(block_size)
     tiling = replace(_linear_tiling(dtype, block_size, tokens), splits=splits)
-    return tiled_linear_program(dtype, block_size, tiling, forward=forward)
+    return tiled_linear_program(dtype, block_size, tiling, forward=forward, epilogue=epilogue)
 
 
 def linear_splits(
@@ -203,12 +205,12 @@ def _is_skinny(dtype: torch.dtype, tiling: Tiling) -> bool:
 
 
 def tiled_linear_program(
-    dtype: torch.dtype, block_size: int, tiling: Tiling, *, forward: bool
+    dtype: torch.dtype, block_size: int, tiling: Tiling, *, forward: bool, epilogue: int = 0
 ) -> TiledProgram:
     """Return the program of `block_linear` with a tiling."""
     skinny = "_skinny" if _is_skinny(dtype, tiling) else ""
     source = f"portable/linear{skinny}.cu"
-    options = {"B": block_size, "FORWARD": int(forward)}
+    options = {"B": block_size, "FORWARD": int(forward), "EPILOGUE": epilogue}
     options |= {"GROUPS_K": tiling.groups_k, "SPLITS": tiling.splits}
     return _program(source, dtype, tiling, options)
 
@@ -251,20 +253,25 @@ def norms_program(dtype: torch.dtype) -> TiledProgram:
 def all_programs(*, clusters: bool) -> Iterator[TiledProgram]:
     """Yield every portable program, with `clusters` also for two thread blocks that share a tile.
 
-    Those for more differ in a constant.
+    Those for more differ in a constant, and those with an epilogue from those without likewise.
     """
     for dtype in DTYPES:
         yield norms_program(dtype)
         for block_size in BLOCK_SIZES:
             for most in _dw_tilings(dtype):
                 yield dw_program(dtype, block_size, most)
-            for forward, splits in itertools.product((True, False), (1, 2) if clusters else (1,)):
-                if splits > 1 and dtype == torch.float64:
-                    continue
-                linear = functools.partial(
-                    linear_program, dtype, block_size, forward=forward, splits=splits
-                )
-                yield from dict.fromkeys(linear(tokens=most) for most in _linear_tilings(dtype))
+            for forward in True, False:
+                linear = functools.partial(linear_program, dtype, block_size, forward=forward)
+                variants = [(0, 1)]  # epilogue, splits
+                if clusters and dtype != torch.float64:
+                    variants += [(0, 2)]
+                if _has_mma(dtype):
+                    variants += [(kind, 1) for kind in epilogues.kinds(forward)[1:]]
+                for kind, splits in variants:
+                    yield from dict.fromkeys(
+                        linear(epilogue=kind, tokens=most, splits=splits)
+                        for most in _linear_tilings(dtype)
+                    )
 
 
 _TILES_PER_SM = 3
