@@ -12,10 +12,11 @@ from sparse_lightning.config import (
     MonitorOptions,
     UpdateSchedule,
 )
+from sparse_lightning.fusion import register_mlp
 from sparse_lightning.integrations import connect_transformers
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.loading import load_from_checkpoint, load_sparse
-from sparse_lightning.mlp import BlockSparseMLP
+from sparse_lightning.mlp import BlockSparseGLU, BlockSparseMLP
 from sparse_lightning.patching import densify, sparsify
 from sparse_lightning.policy.distributions import Floor
 from sparse_lightning.sparsifier import Sparsifier
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = version("sparse-lightning")
 
 __all__ = [
+    "BlockSparseGLU",
     "BlockSparseLinear",
     "BlockSparseMLP",
     "BlockTopology",
@@ -46,6 +48,7 @@ __all__ = [
     "load_from_checkpoint",
     "load_sparse",
     "plan",
+    "register_mlp",
     "sparsify",
 ]
 

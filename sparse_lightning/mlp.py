@@ -1,13 +1,15 @@
-"""`BlockSparseMLP`: an `nn.Sequential` that fuses activations into block-sparse products."""
+"""MLPs that compute their layers and the activation between them as one op."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from sparse_lightning.kernels import ops
+from sparse_lightning.kernels import activations, ops
 from sparse_lightning.linear import BlockSparseLinear, in_autocast_dtype
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -41,7 +43,8 @@ class BlockSparseMLP(nn.Sequential):
         while modules:
             fusible = _fusible_now(modules)
             if fusible:
-                x, modules = _compute(x, *fusible), modules[3:]
+                up, activation, down = fusible
+                x, modules = _compute(x, activation, up, down), modules[3:]
             else:
                 x, modules = modules[0](x), modules[1:]
         return x
@@ -101,8 +104,159 @@ def _fusible(
     return up, activation, down
 
 
-def _compute(x: Tensor, up: BlockSparseLinear, activation: str, down: BlockSparseLinear) -> Tensor:
-    up._check_input(x)
+def _compute(x: Tensor, activation: str, *layers: BlockSparseLinear) -> Tensor:
+    """Return the output of an MLP's two layers or, with a gate first, three."""
+    layers[0]._check_input(x)
     x = in_autocast_dtype(x)
-    y: Tensor = ops.block_mlp(x, *up._operands(x), *down._operands(x), activation)
+    operands = [operand for layer in layers for operand in layer._operands(x)]
+    y: Tensor = (ops.block_mlp if len(layers) == 2 else ops.block_glu)(x, *operands, activation)
     return y
+
+
+@dataclass(frozen=True)
+class MLPParts:
+    """What a module computes with its layers: down(f(up(x))), or down(f(gate(x)) * up(x)).
+
+    Attributes:
+        up, down, gate: names of the layers; without a gate, `gate` is None.
+        activation: f, one of the ops' `ACTIVATIONS`.
+        in_training: whether the module computes that in training, too; with dropout it does not.
+    """
+
+    up: str
+    down: str
+    gate: str | None
+    activation: str
+    in_training: bool = True
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers in the order of the op."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+
+class FusedMLP(nn.Module):
+    """The base of modules that compute their layers as one op, wherever that is the same.
+
+    It is not while a layer is dense, replaced by another module, or called with hooks, after other
+    code has changed, or with dropout in training.
+
+    Attributes of the classes that `fused_class` derives:
+        _parts: what the op computes.
+        _dense_class: the class that it was derived from.
+        _tried: the `forward` of that class and the children beside the layers, when they were
+            found to compute the same as the op.
+    """
+
+    _parts: MLPParts
+    _dense_class: type[nn.Module]
+    _tried: tuple[object, tuple[tuple[str, nn.Module | None], ...]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the last layer."""
+        if len(args) == 1 and not kwargs:
+            layers = self._layers_to_fuse()
+            if layers is not None:
+                return _compute(args[0], self._parts.activation, *layers)
+        return self._forward_unfused(*args, **kwargs)
+
+    def _forward_unfused(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the modules compute one by one."""
+        return super().forward(*args, **kwargs)
+
+    def _layers_to_fuse(self) -> list[BlockSparseLinear] | None:
+        """Return the layers in the order of the op if this call can compute them as one."""
+        if torch_module._has_any_global_hook() or any(map(_has_custom_call, self.children())):
+            return None
+        forward, children = self._tried
+        if self._dense_class.forward is not forward:
+            return None
+        if any(self._modules.get(name) is not child for name, child in children):
+            return None
+        if self.training and (
+            not self._parts.in_training or any(map(_drops_out, self._modules.values()))
+        ):
+            return None
+        layers = [self._modules.get(name) for name in self._parts.layers]
+        found = [layer for layer in layers if type(layer) is BlockSparseLinear]
+        if len(found) < len(layers) or len({layer.values.dtype for layer in found}) > 1:
+            return None
+        *inner, down = found
+        hidden = {down.in_features, *(layer.out_features for layer in inner)}
+        return found if len(hidden) == len({layer.in_features for layer in inner}) == 1 else None
+
+
+def _drops_out(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+class BlockSparseGLU(FusedMLP):
+    """A gated MLP, down(f(gate(x)) * up(x)), that is computed as one op.
+
+    `sparsify` lets the gated MLPs of models compute as this op, too; see `register_mlp`.
+
+    Args:
+        gate, up: layers from the input to the hidden features.
+        down: layer from the hidden features.
+        activation: f, one of "relu", "gelu", "gelu_tanh" and "silu".
+
+    >>> import torch
+    >>> gate, up = (BlockSparseLinear(64, 128, density=0.5, block_size=16) for _ in range(2))
+    >>> down = BlockSparseLinear(128, 64, density=0.5, block_size=16)
+    >>> BlockSparseGLU(gate, up, down, "silu")(torch.zeros(8, 64)).shape
+    torch.Size([8, 64])
+    """
+
+    def __init__(
+        self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str = "silu"
+    ) -> None:
+        super().__init__()
+        activations.check(activation)
+        self.gate, self.up, self.down = gate, up, down
+        self._parts = MLPParts("up", "down", "gate", activation)
+        self._dense_class, self._tried = BlockSparseGLU, (BlockSparseGLU.forward, ())
+
+    def _forward_unfused(self, x: Tensor) -> Tensor:
+        gate = activations.activate(self.gate(x), self._parts.activation)
+        y: Tensor = self.down(gate * self.up(x))
+        return y
+
+    def extra_repr(self) -> str:
+        """Return the activation, which is no module."""
+        return f"activation={self._parts.activation!r}"
+
+
+_fused_classes: dict[tuple[type[nn.Module], MLPParts], type[FusedMLP]] = {}
+
+
+def fused_class(dense_class: type[nn.Module], parts: MLPParts) -> type[FusedMLP]:
+    """Return the class that computes as one op what the parts of a model's MLP compute.
+
+    It derives from the model's class, whose `forward` runs where the op would not do the same.
+    """
+
+    if (dense_class, parts) in _fused_classes:
+        return _fused_classes[dense_class, parts]
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # A class that is made at run time cannot be found by its name.
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        return _new_fused, (dense_class, parts), *reduced[2:]
+
+    found = _fused_classes[dense_class, parts] = type(
+        f"BlockSparse{dense_class.__name__}",
+        (FusedMLP, dense_class),
+        {
+            "__doc__": f"A {dense_class.__name__} that computes its layers as one op.",
+            "__module__": dense_class.__module__,
+            "__reduce_ex__": reduce,
+            "_parts": parts,
+            "_dense_class": dense_class,
+        },
+    )
+    return found
+
+
+def _new_fused(dense_class: type[nn.Module], parts: MLPParts) -> nn.Module:
+    cls = fused_class(dense_class, parts)
+    return cls.__new__(cls)

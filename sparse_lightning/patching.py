@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse_lightning.fusion import fuse_mlp_
 from sparse_lightning.linear import (
     BlockSparseLinear,
     check_may_become_dense,
@@ -72,7 +73,9 @@ def sparsify(
     are trained, such as a target network's layers. A copy gets the blocks of its source layer.
 
     Every plain `nn.Sequential` with an activation between two swapped layers becomes a
-    `BlockSparseMLP`, which computes the same with fewer passes over memory. In an
+    `BlockSparseMLP`, which computes the same with fewer passes over memory. A module of another
+    class that computes down(f(up(x))) or down(f(gate(x)) * up(x)) with swapped layers becomes an
+    instance of a subclass that does so, too; `densify` gives it its class back. In an
     `nn.TransformerEncoderLayer` with swapped layers, PyTorch's fused inference path is disabled,
     since it reads dense weights; `densify` enables it again.
 
@@ -190,8 +193,8 @@ def swap_layers(
     for copy_name, source_name in follows.items():
         swapped[copy_name]._adopt_blocks_of(swapped[source_name])
     layers = {n: LayerReport.from_layer(layer) for n, layer in swapped.items() if n not in follows}
-    update_containers(model)
-    return SparsityReport(layers, found.skipped, follows, measure_coverage(model))
+    unfused = update_containers(model)
+    return SparsityReport(layers, found.skipped, follows, measure_coverage(model), unfused)
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -270,26 +273,38 @@ def initialize_from_dense(
     layer.values.copy_(topology.pack(weight.to(layer.values)) * scale)
 
 
-def update_containers(model: nn.Module) -> None:
+def update_containers(model: nn.Module) -> dict[str, str]:
     """Adapt containers of linear layers after some have become block-sparse or dense.
 
     Modules change their class or a flag in place, so that references to them stay valid.
+
+    Returns:
+        Why MLPs that are not `nn.Sequential`s do not compute as one op, by name.
     """
-    for module in model.modules():
-        if type(module) is nn.Sequential or type(module) is BlockSparseMLP:
+    unfused = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Sequential, BlockSparseMLP):
             module.__class__ = BlockSparseMLP if can_fuse(module) else nn.Sequential
-        for encoder, flag in _FAST_PATH_FLAGS.items():
-            if not isinstance(module, encoder):
-                continue
-            saved = f"_dense_{flag}"
-            if not any(True for _ in sparse_layers(module)):
-                if hasattr(module, saved):
-                    setattr(module, flag, vars(module).pop(saved))
-            elif value := getattr(module, flag):
-                setattr(module, flag, type(value)(0))
-                setattr(module, saved, value)
+        elif reason := fuse_mlp_(module):
+            unfused[name] = reason
+        _set_fast_paths(module)
     for hook in layer_change_hooks:
         hook(model)
+    return unfused
+
+
+def _set_fast_paths(module: nn.Module) -> None:
+    """Disable the fast paths of one of PyTorch's encoders with sparse layers; else enable them."""
+    for encoder, flag in _FAST_PATH_FLAGS.items():
+        if not isinstance(module, encoder):
+            continue
+        saved = f"_dense_{flag}"
+        if not any(True for _ in sparse_layers(module)):
+            if hasattr(module, saved):
+                setattr(module, flag, vars(module).pop(saved))
+        elif value := getattr(module, flag):
+            setattr(module, flag, type(value)(0))
+            setattr(module, saved, value)
 
 
 # A false value disables the fused inference path of PyTorch's encoders, which reads the `weight` of

@@ -91,12 +91,14 @@ class SparsityReport:
         skipped: why each of the other linear layers stayed dense.
         follows: the block-sparse layers that are copies, `{copy: source}`.
         coverage: the share of the model that is block-sparse, and the kinds of dense parameters.
+        unfused: why MLPs of block-sparse layers do not compute as one op, by name.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     follows: dict[str, str] = field(default_factory=dict)
     coverage: Coverage | None = None
+    unfused: dict[str, str] = field(default_factory=dict)
 
     @property
     def coverage_note(self) -> str:
@@ -137,6 +139,9 @@ class SparsityReport:
         if self.skipped:
             lines += ["", "Left dense"]
             lines += [f"{name}: {reason}" for name, reason in self.skipped.items()]
+        if self.unfused:
+            lines += ["", "MLPs whose layers run one by one"]
+            lines += [f"{name}: {reason}" for name, reason in self.unfused.items()]
         if self.coverage_note:
             lines += ["", self.coverage_note]
         return "\n".join(lines)

@@ -31,6 +31,7 @@ FLOORS = {
     "linear": 2,
     "copies": 3,
     "gathering": 3,
+    "fusion": 4,
     "mlp": 3,
     "roles": 3,
     "swap_report": 3,

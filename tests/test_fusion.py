@@ -1,0 +1,346 @@
+"""MLPs of models, whatever their class, compute as one op."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from sparse_lightning import (
+    BlockSparseGLU,
+    BlockSparseLinear,
+    densify,
+    fusion,
+    register_mlp,
+    sparsify,
+)
+from sparse_lightning.kernels import ops
+from sparse_lightning.kernels.activations import ACTIVATIONS, activate
+from sparse_lightning.mlp import FusedMLP
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ops of MLPs that were called, with their activations."""
+    seen: list[str] = []
+
+    def record(name: str, op: Any) -> None:
+        def call(*arguments: Any) -> object:
+            seen.append(f"{name} {arguments[-1]}")
+            return op(*arguments)
+
+        monkeypatch.setattr(ops, name, call)
+
+    record("block_mlp", ops.block_mlp)
+    record("block_glu", ops.block_glu)
+    return seen
+
+
+def layer(
+    in_features: int, out_features: int, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> BlockSparseLinear:
+    return BlockSparseLinear(
+        in_features, out_features, bias, block_size=16, density=0.5, dtype=dtype
+    )
+
+
+def make_glu(activation: str = "silu", bias: bool = True) -> BlockSparseGLU:
+    torch.manual_seed(0)
+    return BlockSparseGLU(layer(32, 48, bias), layer(32, 48, bias), layer(48, 32, bias), activation)
+
+
+class Gated(nn.Module):
+    """A gated MLP in the style of many models; `compute` replaces what it computes."""
+
+    def __init__(self, compute: Callable[[Gated, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 64)
+        self.act, self.drop = nn.SiLU(), nn.Dropout(0.0)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compute is not None:
+            return self.compute(self, x)
+        y: Tensor = self.w2(self.drop(self.act(self.w1(x)) * self.w3(x)))
+        return y
+
+
+def swapped(module: nn.Module) -> Any:
+    torch.manual_seed(0)
+    sparsify(nn.Sequential(module.double()), block_size=16, density=0.5)
+    return module
+
+
+def one_by_one(module: nn.Module) -> nn.Module:
+    """Return a copy whose layers run separately, since they have hooks."""
+    plain = copy.deepcopy(module)
+    for child in plain.modules():
+        if isinstance(child, BlockSparseLinear):
+            child.register_forward_hook(lambda *_: None)
+    return plain
+
+
+def results(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Return the output, the gradients of input and parameters, and the block norms."""
+    layers = [part for part in module.modules() if isinstance(part, BlockSparseLinear)]
+    for part in layers:
+        part.arm(True)
+        part.block_norms.grad = None
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.backward(dy)
+    found = [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+    return [t for t in [*found, *(part.block_norms.grad for part in layers)] if t is not None]
+
+
+# -- the op -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gated_mlp_computes_what_its_layers_do(
+    activation: str, bias: bool, calls: list[str]
+) -> None:
+    glu = make_glu(activation, bias)
+    x, dy = torch.randn(2, 5, 32).double(), torch.randn(2, 5, 32).double()
+    ours, expected = results(glu, x, dy), results(one_by_one(glu), x, dy)
+    assert calls == [f"block_glu {activation}"] and len(ours) == (11 if bias else 8)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_first_and_second_derivatives(activation: str) -> None:
+    glu = make_glu(activation)
+    x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
+    parameters = dict(glu.named_parameters())
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        named = dict(zip(parameters, values, strict=True))
+        y: Tensor = torch.func.functional_call(glu, named, (x,))
+        return y
+
+    inputs = x, *parameters.values()
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    if activation != "relu":
+        assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", ["gate", "up", "down", "gate up", "gate up down"])
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_frozen_layers_have_no_gradients(frozen: str, needs_dx: bool) -> None:
+    glu = make_glu()
+    for name, parameter in glu.named_parameters():
+        parameter.requires_grad_(name.partition(".")[0] not in frozen.split())
+    plain = one_by_one(glu)
+    x, dy = torch.randn(4, 32).double().requires_grad_(needs_dx), torch.randn(4, 32).double()
+    if not needs_dx and frozen == "gate up down":
+        return
+    for module in glu, plain:
+        for part in module.children():
+            part.arm(True)  # type: ignore[operator]
+        module(x).backward(dy)
+    for name in "gate", "up", "down":
+        ours, theirs = (getattr(module, name) for module in (glu, plain))
+        assert (ours.values.grad is None) == (ours.block_norms.grad is None) == (name in frozen)
+        if name not in frozen:
+            torch.testing.assert_close(ours.values.grad, theirs.values.grad)
+            torch.testing.assert_close(ours.block_norms.grad, theirs.block_norms.grad)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_what_a_forward_keeps_for_its_backward(gated: bool) -> None:
+    """Pre-activations, from which the backward computes the hidden activations again."""
+    model = swapped(
+        Gated() if gated else nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    )
+    x, kept = torch.randn(8, 32).double().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        model(x)
+    hidden = [t for t in kept if t.shape == (8, 64)]
+    assert len(hidden) == (2 if gated else 1)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_compiled_code_follows_updates_without_recompiling(gated: bool) -> None:
+    torch.compiler.reset()
+    model = swapped(
+        Gated() if gated else nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    )
+    compiled = torch.compile(model, fullgraph=True)
+    x, dy = torch.randn(3, 32).double(), torch.randn(3, 32).double()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            for ours, theirs in zip(
+                results(compiled, x, dy), results(one_by_one(model), x, dy), strict=True
+            ):
+                torch.testing.assert_close(ours, theirs)
+            for part in model.modules():
+                if isinstance(part, BlockSparseLinear):
+                    moved = torch.roll(part.topology.mask, 1, 1)
+                    topology = type(part.topology).from_mask(moved, 16)
+                    part.topology.assign_(topology.coords)
+
+
+# -- recognition ------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=96
+)
+HEADS = {"num_key_value_heads": 2, "head_dim": 32}
+MODELS = {
+    "Llama": (HEADS, "block_glu silu"),
+    "Mistral": (HEADS, "block_glu silu"),
+    "Qwen2": ({"num_key_value_heads": 2}, "block_glu silu"),
+    "Qwen3": (HEADS, "block_glu silu"),
+    "Gemma2": (HEADS, "block_glu gelu_tanh"),
+    "Phi": ({}, "block_mlp gelu_tanh"),
+    "GPTNeoX": ({}, "block_mlp gelu"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(name: str, calls: list[str]) -> None:
+    more, op = MODELS[name]
+    config = getattr(transformers, f"{name}Config")(**SIZES, **more)
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).double()
+    classes = {n: type(m) for n, m in model.named_modules()}
+    keys = [*model.state_dict()]
+    report = sparsify(model, include=["*.mlp.*"], block_size=16, density=0.5)
+    assert not report.unfused
+    ids = torch.arange(12).view(2, 6)
+    found = []
+    for each in model, one_by_one(model):
+        calls.clear()
+        each(ids, labels=ids).loss.backward()
+        found.append([each(ids).logits, *(p.grad for p in each.parameters() if p.grad is not None)])
+        assert calls == ([op, op] if each is model else [])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert {
+        key.replace("values", "weight") for key in model.state_dict() if "extra" not in key
+    } == {*keys}
+    densify(model)
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+
+
+def test_copies_and_pickles() -> None:
+    """The derived class has no name by which it could be found; the one of the tests has."""
+    module, x = swapped(Gated()), torch.randn(2, 32).double()
+    for other in copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module):
+        assert type(other) is type(module) and isinstance(other, Gated)
+        assert torch.equal(other(x), module(x))
+        assert isinstance(other._layers_to_fuse(), list)
+
+
+def test_a_module_is_fused_again_or_not_at_all_as_its_layers_change(calls: list[str]) -> None:
+    module, x = swapped(Gated()), torch.randn(2, 32).double()
+    module(x)
+    assert calls == ["block_glu silu"]
+    holder = nn.Sequential(module)
+    densify(holder)
+    assert type(module) is Gated and "_tried" not in vars(module)
+    sparsify(holder, block_size=16, density=0.5)
+    sparsify(nn.Sequential(holder, nn.Linear(32, 32).double()), block_size=16)
+    module(x)
+    assert len(calls) == 2
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "an activation": lambda m: setattr(m, "act", nn.Tanh()),
+    "dropout": lambda m: setattr(m.drop, "p", 1.0),
+    "a layer": lambda m: setattr(m, "w1", nn.Linear(32, 64).double()),
+    "a subclass of a layer": lambda m: setattr(
+        m.w1, "__class__", type("X", (BlockSparseLinear,), {})
+    ),
+    "a forward": lambda m: setattr(m.w1, "forward", lambda x: x.new_ones(*x.shape[:-1], 64)),
+    "a hook": lambda m: m.w3.register_forward_hook(lambda *_: torch.ones(2, 64).double()),
+    "a hook of the activation": lambda m: m.act.register_forward_hook(
+        lambda *_: torch.ones(2, 64).double()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_after_the_swap_is_obeyed(change: str, calls: list[str]) -> None:
+    module, x = swapped(Gated()), torch.randn(2, 32).double()
+    CHANGES[change](module)
+    expected = module.w2(module.drop(module.act(module.w1(x)) * module.w3(x)))
+    assert torch.equal(module(x), expected) and not calls
+
+
+def test_a_forward_that_is_patched_later_is_obeyed(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = swapped(Gated()), torch.randn(2, 32).double()
+    monkeypatch.setattr(Gated, "forward", lambda self, x: 2 * x)
+    assert torch.equal(module(x), 2 * x) and not calls
+
+
+def test_dropout_by_a_function_is_found(calls: list[str]) -> None:
+    def compute(self: Any, x: Tensor) -> Tensor:
+        hidden = self.act(self.w1(x)) * self.w3(x)
+        y: Tensor = self.w2(nn.functional.dropout(hidden, 0.5, self.training))
+        return y
+
+    module, x = swapped(Gated(compute)), torch.randn(2, 32).double()
+    module(x)
+    assert not calls
+    module.eval()(x)
+    assert calls == ["block_glu silu"]
+
+
+OTHERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "another activation": (lambda m, x: m.w2(m.w1(x).tanh() * m.w3(x)), "something other"),
+    "a residual": (lambda m, x: x + m.w2(m.act(m.w1(x)) * m.w3(x)), "something other"),
+    "a scale": (lambda m, x: 2 * m.w2(m.act(m.w1(x)) * m.w3(x)), "something other"),
+    "sizes": (lambda m, x: m.w2(m.act(m.w1(x)) * m.w3(x).view(-1, 64)), "cannot be tried out"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_modules_run_as_they_are(other: str, calls: list[str]) -> None:
+    compute, reason = OTHERS[other]
+    module, x = Gated(compute).double(), torch.randn(2, 32).double()
+    report = sparsify(nn.Sequential(module), block_size=16, density=0.5)
+    assert type(module) is Gated and reason in report.unfused["0"] and reason in str(report)
+    assert torch.equal(module(x), compute(module, x)) and not calls
+
+
+def test_one_layer_for_gate_and_hidden_features_is_told() -> None:
+    config = transformers.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0)
+    model: Any = transformers.AutoModel.from_config(config)
+    report = sparsify(model, include=["*.mlp.*"], block_size=16)
+    assert report.unfused == {"layers.0.mlp": "one layer computes its gate and its hidden features"}
+
+
+def test_a_registered_class_is_not_tried(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Gated):
+        pass
+
+    compute = OTHERS["sizes"][0]
+    monkeypatch.setattr(fusion, "_registered", {})
+    register_mlp(Own, gate="w1", up="w3", down="w2", activation="silu")
+    module, x = swapped(Own(compute)), torch.randn(2, 32).double()
+    assert torch.equal(module(x), compute(module, x)) and calls == ["block_glu silu"]
+    with pytest.raises(ValueError, match=r"must be one of 'relu'.*got 'tanh'"):
+        register_mlp(Own, up="w3", down="w2", activation="tanh")
+
+
+def test_the_random_state_is_kept() -> None:
+    torch.manual_seed(0)
+    module, expected = Gated(), torch.rand(3)
+    torch.manual_seed(0)
+    Gated()
+    sparsify(nn.Sequential(module), block_size=16)
+    assert isinstance(module, FusedMLP)
+    assert torch.equal(torch.rand(3), expected)
+    assert activate(torch.zeros(1), "silu") == 0
