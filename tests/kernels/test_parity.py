@@ -330,7 +330,7 @@ def test_blocks_whose_products_exceed_the_range_of_fp16_are_summed() -> None:
     topology = BlockTopology.from_mask(torch.ones(1, 2, dtype=torch.bool), 64)
     values = torch.cat([torch.full((1, 64, 64), c, dtype=torch.float16) for c in (40.0, -39.0)])
     lists = BlockLists.of(topology.indices, forward=True)
-    y, _ = cpu.multiply(x, values, None, lists, forward=True, method="batched")
+    (y,) = cpu.multiply(x, values, None, lists, forward=True, method="batched")
     assert torch.equal(y, torch.full_like(y, 64 * 32.0))
 
 
