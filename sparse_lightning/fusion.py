@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from sparse_lightning.kernels.activations import ACTIVATIONS, activate, check
-from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.linear import BlockSparseLinear, dense_shape
 from sparse_lightning.mlp import FusedMLP, MLPParts, fused_class
 
 _IN, _HIDDEN = 6, 10  # features of the layers that stand for a module's own
@@ -67,15 +67,23 @@ def _dense_class(module: nn.Module) -> type[nn.Module]:
     return module._dense_class if isinstance(module, FusedMLP) else type(module)
 
 
-def find_parts(module: nn.Module) -> MLPParts | str | None:
-    """Return how a module computes an MLP; else, why it does not; None without such layers."""
+def find_parts(
+    module: nn.Module, layers: Mapping[str, nn.Module] | None = None
+) -> MLPParts | str | None:
+    """Return how a module computes an MLP; else, why it does not; None without such layers.
+
+    Args:
+        module: any module.
+        layers: its children that are layers of the MLP, by name; by default, those that are
+            block-sparse.
+    """
+    if layers is None:
+        layers = {n: m for n, m in module.named_children() if type(m) is BlockSparseLinear}
     if isinstance(module, nn.Sequential) or "forward" in vars(module):
         return None
     dense_class = _dense_class(module)
     if issubclass(dense_class, FusedMLP):
         return None
-    children = [*module.children()]
-    layers = {n: m for n, m in module.named_children() if type(m) is BlockSparseLinear}
     parts = _registered.get(dense_class)
     if parts is not None:
         return parts if layers.keys() >= {*parts.layers} else None
@@ -84,32 +92,34 @@ def find_parts(module: nn.Module) -> MLPParts | str | None:
         found = _try(module, dense_class, layers, names)
         if isinstance(found, MLPParts):
             return found
-        if layers[names[0]].out_features != layers[names[0]].in_features:  # unlike attention
+        n_hidden, n_in = dense_shape(layers[names[0]])
+        if n_hidden != n_in:  # unlike attention
             reason = reason or found
-    if any(child not in layers.values() and not _has_no_parameters(child) for child in children):
+    others = [child for name, child in module.named_children() if name not in layers]
+    if not all(map(_has_no_parameters, others)):
         return None  # a larger module, such as a layer of a transformer
     if len(layers) == 2:
-        for up, down in itertools.permutations(layers.values()):
-            if (up.out_features, down.out_features) == (2 * down.in_features, up.in_features):
+        for up, down in itertools.permutations(map(dense_shape, layers.values())):
+            if up == (2 * down[1], down[0]):
                 return "one layer computes its gate and its hidden features"
     return reason
 
 
-def _candidates(layers: dict[str, BlockSparseLinear]) -> Iterator[tuple[str, ...]]:
+def _candidates(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, ...]]:
     """Yield names of layers in the order of the op, where their shapes fit."""
     if len(layers) not in (2, 3):
         return
     for names in itertools.permutations(layers):
-        *inner, down = (layers[name] for name in names)
-        hidden = {down.in_features, *(layer.out_features for layer in inner)}
-        if len(hidden) == len({layer.in_features for layer in inner}) == 1:
+        *inner, down = (dense_shape(layers[name]) for name in names)
+        hidden = {down[1], *(n_out for n_out, _ in inner)}
+        if len(hidden) == len({n_in for _, n_in in inner}) == 1:
             yield names
 
 
 def _try(
     module: nn.Module,
     dense_class: type[nn.Module],
-    layers: dict[str, BlockSparseLinear],
+    layers: Mapping[str, nn.Module],
     names: tuple[str, ...],
 ) -> MLPParts | str:
     """Return what a module computes with its layers in a certain order, or why that is no MLP."""
@@ -119,7 +129,7 @@ def _try(
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     *inner, down = names
-    n_out = _IN if layers[down].out_features == layers[inner[0]].in_features else _IN - 1
+    n_out = _IN if dense_shape(layers[down])[0] == dense_shape(layers[inner[0]])[1] else _IN - 1
     sizes = {down: (_HIDDEN, n_out), **{name: (_IN, _HIDDEN) for name in inner}}
     stand_ins = {}
     for name, (n_in, n_out) in sizes.items():

@@ -95,7 +95,7 @@ class DenseTimes:
         launch: time in which the host launches a step, a lower bound of any step; 0 on a CPU.
         products: time of each product that block-sparse layers would replace.
         casts: time to cast a layer's weight to the autocast dtype, and its gradient back.
-        fusions: time that fusing the activation between two layers saves, by their names.
+        fusions: time that computing layers as one op saves, by their names.
     """
 
     step: float
@@ -103,7 +103,7 @@ class DenseTimes:
     launch: float
     products: Mapping[Product, float]
     casts: Mapping[str, float]
-    fusions: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    fusions: Mapping[tuple[str, ...], float] = field(default_factory=dict)
 
 
 def model_cost(
@@ -182,8 +182,8 @@ def expected_step(
         for product, count in counts[name].items():
             before += count * dense.products[product]
             after += count * dense.products[product] / speedup(product, density)
-    for pair, saved in dense.fusions.items():
-        if all(name in densities for name in pair):
+    for names, saved in dense.fusions.items():
+        if all(name in densities for name in names):
             before += saved
     # Parts measured separately can sum to more than the step.
     return max(max(0.0, dense.step - before) + after, dense.launch)

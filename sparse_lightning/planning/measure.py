@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_lightning.arguments import Input, random_inputs
 from sparse_lightning.bench.problem import Problem
+from sparse_lightning.fusion import find_parts
 from sparse_lightning.kernels import choice, measuring
 from sparse_lightning.kernels.timing import device_times, speedup
 from sparse_lightning.linear import dense_shape
-from sparse_lightning.mlp import activation_name
+from sparse_lightning.mlp import MLPParts, activation_name
 from sparse_lightning.planning.costs import DenseTimes, Product, ProductCounts
 
 Result = TypeVar("Result")
@@ -360,22 +361,29 @@ def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, 
     seconds = {p: clock.product_seconds(p) or training.isolated_seconds(p) for p in products}
     casts = training.cast_seconds(name for name in layers if counts[name])
     fusions = {
-        (up, down): saved_by_fusion(clock, counts[up], counts[down])
-        for up, down in activated_pairs(training.model, layers)
+        names: saved_by_fusion(clock, counts[names[0]], counts[names[-1]])
+        for names in fused_layers(training.model, layers)
         if training.device.type == "cuda"
     }
     return DenseTimes(step, optimizer, launch, seconds, casts, fusions), counts
 
 
-def activated_pairs(model: nn.Module, layers: Container[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names of two layers between which `sparsify` lets an activation be fused.
+def fused_layers(model: nn.Module, layers: Container[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the names of layers that `sparsify` lets compute as one op, with their activation.
+
+    The first is the one before the activation, the last the one after it.
 
     >>> net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16), nn.ReLU())
-    >>> list(activated_pairs(net, ["0", "2"]))
+    >>> list(fused_layers(net, ["0", "2"]))
     [('0', '2')]
     """
     for prefix, module in model.named_modules():
         if type(module) is not nn.Sequential:
+            found = {n: f"{prefix}.{n}" if prefix else n for n, _ in module.named_children()}
+            own = {n: module.get_submodule(n) for n, name in found.items() if name in layers}
+            parts = find_parts(module, own)
+            if isinstance(parts, MLPParts) and parts.in_training:
+                yield tuple(found[name] for name in parts.layers)
             continue
         names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_children()]
         first, modules = 0, list(module)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import sparse_lightning
 from sparse_lightning import BlockSparseMLP, sparsify
@@ -23,9 +25,9 @@ from sparse_lightning.planning.costs import Product
 from sparse_lightning.planning.measure import (
     ProductSpeedups,
     Training,
-    activated_pairs,
     count_tokens,
     dense_times,
+    fused_layers,
     saved_by_fusion,
 )
 
@@ -473,12 +475,16 @@ def test_pairs_of_layers_whose_activation_is_fused() -> None:
     )
     names = [name for name, module in net.named_modules() if type(module) is nn.Linear]
     # A layer belongs to one fused product only.
-    assert list(activated_pairs(net, names)) == [
+    assert list(fused_layers(net, names)) == [
         ("chain.0", "chain.2"),
         ("chain.4", "chain.6"),
         ("tanh.2", "tanh.4"),
     ]
-    assert list(activated_pairs(net, ["chain.2", "chain.4"])) == [("chain.2", "chain.4")]
+    assert list(fused_layers(net, ["chain.2", "chain.4"])) == [("chain.2", "chain.4")]
+    glu = nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=64))})
+    names = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert list(fused_layers(glu, names)) == [tuple(names)]
+    assert not list(fused_layers(glu, names[:2]))
     sparsify(net, block_size=16, density=1.0)
     assert [type(module) for module in net.values()] == [BlockSparseMLP, BlockSparseMLP, Own]
 
