@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
+from sparse_lightning import BlockSparseGLU, BlockSparseLinear, BlockSparseMLP, BlockTopology
 from sparse_lightning.kernels import choice, ops, reference
 from sparse_lightning.kernels.activations import ACTIVATIONS, activate, activation_backward
 from sparse_lightning.kernels.hopper import launchers as hopper
@@ -259,10 +259,19 @@ def test_fused_activations(
 
 
 @pytest.mark.usefixtures("kind")
-def test_an_mlp_equals_its_layers() -> None:
-    mlp = BlockSparseMLP(make_layer(256, 192), nn.GELU(), make_layer(192, 256))
-    plain = nn.Sequential(*copy.deepcopy(list(mlp)))
-    x, dy = (torch.randn(2, 500, 256, device=DEVICE).bfloat16() for _ in range(2))
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("n", [3, 500])
+def test_an_mlp_equals_its_layers(gated: bool, n: int) -> None:
+    up, down = make_layer(256, 192), make_layer(192, 256)
+    mlp: nn.Module = (
+        BlockSparseGLU(make_layer(256, 192), up, down)
+        if gated
+        else BlockSparseMLP(up, nn.GELU(), down)
+    )
+    plain = copy.deepcopy(mlp)
+    for layer in plain.children():
+        layer.register_forward_hook(lambda *_: None)  # so that it is called
+    x, dy = (torch.randn(2, n, 256, device=DEVICE).bfloat16() for _ in range(2))
     assert_same(run(mlp, x, dy), run(plain, x, dy), rtol=2e-2, atol=2e-2)
 
 
