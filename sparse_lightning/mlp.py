@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,7 @@ class MLPParts:
         up, down, gate: names of the layers; without a gate, `gate` is None.
         activation: f, one of the ops' `ACTIVATIONS`.
         in_training: whether the module computes that in training, too; with dropout it does not.
+        dims: the numbers of dimensions of x with which it does.
     """
 
     up: str
@@ -128,6 +130,7 @@ class MLPParts:
     gate: str | None
     activation: str
     in_training: bool = True
+    dims: tuple[int, ...] = (1, 2, 3, 4)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -139,45 +142,54 @@ class FusedMLP(nn.Module):
     """The base of modules that compute their layers as one op, wherever that is the same.
 
     It is not while a layer is dense, replaced by another module, or called with hooks, after other
-    code has changed, or with dropout in training.
+    children, attributes or the code have changed, or with dropout in training.
 
-    Attributes of the classes that `fused_class` derives:
-        _parts: what the op computes.
-        _dense_class: the class that it was derived from.
-        _tried: the `forward` of that class and the children beside the layers, when they were
-            found to compute the same as the op.
+    Attributes:
+        _fused_parts: what the op computes.
+        _fused_class, _fused_forward: what the class was derived from, and its `forward`, for
+            classes made by `fused_class`.
+        _fused_beside: names and children beside the layers; None if an attribute has changed.
     """
 
-    _parts: MLPParts
-    _dense_class: type[nn.Module]
-    _tried: tuple[object, tuple[tuple[str, nn.Module | None], ...]]
+    _fused_parts: MLPParts
+    _fused_class: type[nn.Module]
+    _fused_forward: object
+    _fused_beside: tuple[tuple[str, nn.Module | None], ...] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the last layer."""
+        if not isinstance(self, FusedMLP):  # a bound method that was kept, after `densify`
+            return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs:
-            layers = self._layers_to_fuse()
+            layers = self._layers_to_fuse(args[0])
             if layers is not None:
-                return _compute(args[0], self._parts.activation, *layers)
+                return _compute(args[0], self._fused_parts.activation, *layers)
         return self._forward_unfused(*args, **kwargs)
 
     def _forward_unfused(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the modules compute one by one."""
-        return super().forward(*args, **kwargs)
+        return self._fused_class.forward(self, *args, **kwargs)
 
-    def _layers_to_fuse(self) -> list[BlockSparseLinear] | None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, which the code of the model may read."""
+        super().__setattr__(name, value)
+        if name != "training" and not name.startswith("_") and name not in self._modules:
+            self._fused_beside = None
+
+    def _layers_to_fuse(self, x: Any) -> list[BlockSparseLinear] | None:
         """Return the layers in the order of the op if this call can compute them as one."""
+        parts, modules, beside = self._fused_parts, self._modules, self._fused_beside
+        if beside is None or not isinstance(x, Tensor) or x.dim() not in parts.dims:
+            return None
         if torch_module._has_any_global_hook() or any(map(_has_custom_call, self.children())):
             return None
-        forward, children = self._tried
-        if self._dense_class.forward is not forward:
+        if self._fused_class.forward is not self._fused_forward:
             return None
-        if any(self._modules.get(name) is not child for name, child in children):
+        if any(modules.get(name) is not child for name, child in beside):
             return None
-        if self.training and (
-            not self._parts.in_training or any(map(_drops_out, self._modules.values()))
-        ):
+        if self.training and (not parts.in_training or any(map(_drops_out, modules.values()))):
             return None
-        layers = [self._modules.get(name) for name in self._parts.layers]
+        layers = [modules.get(name) for name in parts.layers]
         found = [layer for layer in layers if type(layer) is BlockSparseLinear]
         if len(found) < len(layers) or len({layer.values.dtype for layer in found}) > 1:
             return None
@@ -213,20 +225,21 @@ class BlockSparseGLU(FusedMLP):
         super().__init__()
         activations.check(activation)
         self.gate, self.up, self.down = gate, up, down
-        self._parts = MLPParts("up", "down", "gate", activation)
-        self._dense_class, self._tried = BlockSparseGLU, (BlockSparseGLU.forward, ())
+        self._fused_parts = MLPParts("up", "down", "gate", activation)
+        self._fused_class, self._fused_forward = BlockSparseGLU, BlockSparseGLU.forward
+        self._fused_beside = ()
 
     def _forward_unfused(self, x: Tensor) -> Tensor:
-        gate = activations.activate(self.gate(x), self._parts.activation)
+        gate = activations.activate(self.gate(x), self._fused_parts.activation)
         y: Tensor = self.down(gate * self.up(x))
         return y
 
     def extra_repr(self) -> str:
         """Return the activation, which is no module."""
-        return f"activation={self._parts.activation!r}"
+        return f"activation={self._fused_parts.activation!r}"
 
 
-_fused_classes: dict[tuple[type[nn.Module], MLPParts], type[FusedMLP]] = {}
+_fused_classes: dict[tuple[type[nn.Module], MLPParts, object], type[FusedMLP]] = {}
 
 
 def fused_class(dense_class: type[nn.Module], parts: MLPParts) -> type[FusedMLP]:
@@ -234,29 +247,42 @@ def fused_class(dense_class: type[nn.Module], parts: MLPParts) -> type[FusedMLP]
 
     It derives from the model's class, whose `forward` runs where the op would not do the same.
     """
+    key = dense_class, parts, dense_class.forward
+    if key in _fused_classes:
+        return _fused_classes[key]
 
-    if (dense_class, parts) in _fused_classes:
-        return _fused_classes[dense_class, parts]
+    @functools.wraps(dense_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FusedMLP.forward(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # A class that is made at run time cannot be found by its name.
         reduced: Any = object.__reduce_ex__(self, protocol)
         return _new_fused, (dense_class, parts), *reduced[2:]
 
-    found = _fused_classes[dense_class, parts] = type(
+    found = _fused_classes[key] = type(
         f"BlockSparse{dense_class.__name__}",
         (FusedMLP, dense_class),
         {
             "__doc__": f"A {dense_class.__name__} that computes its layers as one op.",
             "__module__": dense_class.__module__,
             "__reduce_ex__": reduce,
-            "_parts": parts,
-            "_dense_class": dense_class,
+            "forward": forward,
+            "_fused_parts": parts,
+            "_fused_class": dense_class,
+            "_fused_forward": staticmethod(dense_class.forward),
         },
     )
     return found
 
 
+def dense_class_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return a module's class before it was fused; None if another class was put upon that."""
+    if type(module) in _fused_classes.values():
+        return module._fused_class  # type: ignore[return-value]
+    return None if isinstance(module, FusedMLP) else type(module)
+
+
 def _new_fused(dense_class: type[nn.Module], parts: MLPParts) -> nn.Module:
     cls = fused_class(dense_class, parts)
-    return cls.__new__(cls)
+    return object.__new__(cls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_copies_and_pickles() -> None:
     for other in copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module):
         assert type(other) is type(module) and isinstance(other, Gated)
         assert torch.equal(other(x), module(x))
-        assert isinstance(other._layers_to_fuse(), list)
+        assert isinstance(other._layers_to_fuse(x), list)
 
 
 def test_a_module_is_fused_again_or_not_at_all_as_its_layers_change(calls: list[str]) -> None:
@@ -247,7 +248,7 @@ def test_a_module_is_fused_again_or_not_at_all_as_its_layers_change(calls: list[
     assert calls == ["block_glu silu"]
     holder = nn.Sequential(module)
     densify(holder)
-    assert type(module) is Gated and "_tried" not in vars(module)
+    assert type(module) is Gated and "_fused_beside" not in vars(module)
     sparsify(holder, block_size=16, density=0.5)
     sparsify(nn.Sequential(holder, nn.Linear(32, 32).double()), block_size=16)
     module(x)
@@ -257,6 +258,7 @@ def test_a_module_is_fused_again_or_not_at_all_as_its_layers_change(calls: list[
 CHANGES: dict[str, Callable[[Any], object]] = {
     "an activation": lambda m: setattr(m, "act", nn.Tanh()),
     "dropout": lambda m: setattr(m.drop, "p", 1.0),
+    "an attribute": lambda m: setattr(m, "compute", None),
     "a layer": lambda m: setattr(m, "w1", nn.Linear(32, 64).double()),
     "a subclass of a layer": lambda m: setattr(
         m.w1, "__class__", type("X", (BlockSparseLinear,), {})
@@ -298,9 +300,65 @@ def test_dropout_by_a_function_is_found(calls: list[str]) -> None:
     assert calls == ["block_glu silu"]
 
 
+def plain(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.w2(m.act(m.w1(x)) * m.w3(x))
+    return y
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return -dy
+
+
+def hooked(m: Any, x: Tensor) -> Tensor:
+    hidden = m.act(m.w1(x)) * m.w3(x)
+    if hidden.requires_grad:
+        hidden.register_hook(lambda gradient: 2 * gradient)
+    y: Tensor = m.w2(hidden)
+    return y
+
+
+def limited_in_bf16(m: Any, x: Tensor) -> Tensor:
+    return plain(m, x.clamp(-1, 1) if x.dtype == torch.bfloat16 else x)
+
+
+def remembering(m: Any, x: Tensor) -> Tensor:
+    m.last = x
+    return plain(m, x)
+
+
+def logging(m: Any, x: Tensor) -> Tensor:
+    m.log.append(1)
+    return plain(m, x)
+
+
+CHANGES_MODULE = "changes the module"
 OTHERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a reversed gradient": (lambda m, x: plain(m, Reversed.apply(x)), "something other"),
+    "no gradient of x": (lambda m, x: plain(m, x.detach()), "something other"),
+    "no gradient": (lambda m, x: plain(m, x).detach(), "something other"),
+    "a hook of a tensor": (hooked, "something other"),
+    "no NaN": (lambda m, x: plain(m, x.nan_to_num()), "for some values or dtypes"),
+    "a mask of zeros": (
+        lambda m, x: plain(m, x) * (x.abs().sum(-1, keepdim=True) > 0),
+        "for some values or dtypes",
+    ),
+    "a limit of a dtype": (limited_in_bf16, "for some values or dtypes"),
+    "a result in fp64": (lambda m, x: plain(m, x).double(), "for some values or dtypes"),
+    "the dtype of x": (lambda m, x: plain(m, x).to(x.dtype), "dtype of autocast"),
+    "an attribute": (remembering, CHANGES_MODULE),
+    "a list": (logging, CHANGES_MODULE),
     "another activation": (lambda m, x: m.w2(m.w1(x).tanh() * m.w3(x)), "something other"),
     "a residual": (lambda m, x: x + m.w2(m.act(m.w1(x)) * m.w3(x)), "something other"),
+    "a limit": (
+        lambda m, x: m.w2(m.act(m.w1(x).clamp(max=50)) * m.w3(x)),
+        "something other",
+    ),
     "a scale": (lambda m, x: 2 * m.w2(m.act(m.w1(x)) * m.w3(x)), "something other"),
     "sizes": (lambda m, x: m.w2(m.act(m.w1(x)) * m.w3(x).view(-1, 64)), "cannot be tried out"),
 }
@@ -310,9 +368,91 @@ OTHERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 def test_other_modules_run_as_they_are(other: str, calls: list[str]) -> None:
     compute, reason = OTHERS[other]
     module, x = Gated(compute).double(), torch.randn(2, 32).double()
+    module.log = []  # type: ignore[assignment]
     report = sparsify(nn.Sequential(module), block_size=16, density=0.5)
     assert type(module) is Gated and reason in report.unfused["0"] and reason in str(report)
+    assert module.log == [] and "last" not in vars(module)
     assert torch.equal(module(x), compute(module, x)) and not calls
+
+
+class Swish(nn.Module):
+    """A SiLU, until its parameter is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.beta * x).sigmoid()
+
+
+STATES: dict[str, Callable[[Gated], object]] = {
+    "a parameter of a child": lambda m: setattr(m, "act", Swish()),
+    "a parameter": lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(1))),
+    "a buffer": lambda m: m.register_buffer("calls", torch.zeros(1)),
+    "a child of a child": lambda m: setattr(m, "act", nn.Sequential(nn.SiLU())),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_modules_with_state_of_their_own_run_as_they_are(state: str, calls: list[str]) -> None:
+    module = Gated()
+    STATES[state](module)
+    swapped(module)(torch.randn(2, 32).double()).sum().backward()
+    assert type(module) is Gated and not calls
+
+
+def test_random_numbers_of_any_source_are_found(calls: list[str]) -> None:
+    """As of a layer that is skipped at random in training."""
+
+    def compute(self: Any, x: Tensor) -> Tensor:
+        return x if self.training and random.random() < 0.5 else plain(self, x)
+
+    state = random.getstate()
+    module, x = swapped(Gated(compute)), torch.randn(2, 32).double()
+    assert random.getstate() == state
+    module(x)
+    assert not calls
+    module.eval()(x)
+    assert calls == ["block_glu silu"]
+
+
+def test_inputs_that_a_module_treats_in_its_own_way(calls: list[str]) -> None:
+    def compute(self: Any, x: Any) -> Tensor:
+        if isinstance(x, tuple):
+            x = x[0]
+        return plain(self, x.permute(0, 2, 3, 1) if x.dim() == 4 else x)
+
+    module, x = swapped(Gated(compute)), torch.randn(2, 32).double()
+    images = torch.randn(2, 32, 5, 3).double()
+    assert torch.equal(module((x,)), module(x=x)) and not calls
+    assert torch.equal(module(images), plain(module, images.permute(0, 2, 3, 1))) and not calls
+    module(x)
+    assert calls == ["block_glu silu"]
+
+
+def test_methods_and_classes_that_are_kept(calls: list[str]) -> None:
+    module, x = swapped(Gated()), torch.randn(2, 32).double()
+    forward, fused = module.forward, type(module)
+    expected = module(x)
+    assert fused()(torch.zeros(1, 32)).shape == (1, 32)  # dense, and so run as it is
+    densify(nn.Sequential(module))
+    torch.testing.assert_close(forward(x), expected)
+    sparsify(nn.Sequential(module), block_size=16, density=1.0)
+    # As `fully_shard` and parametrizations do.
+    module.__class__ = own = type("Own", (type(module),), {})
+    densify(nn.Sequential(module))
+    assert type(module) is own
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_a_signature_is_kept() -> None:
+    module = swapped(Gated())
+    batch = torch.export.Dim("batch", min=1, max=100)
+    example = (torch.randn(3, 32).double(),)
+    program = torch.export.export(module, example, dynamic_shapes={"x": {0: batch}})
+    x = torch.randn(7, 32).double()
+    torch.testing.assert_close(program.module()(x), module(x))
 
 
 def test_one_layer_for_gate_and_hidden_features_is_told() -> None:
