@@ -90,7 +90,8 @@ def find_parts(
         return None
     if parts := _registered.get(dense_class):
         return parts if layers.keys() >= {*parts.layers} else None
-    if issubclass(dense_class, (FusedMLP, nn.Sequential)) or not _is_simple(module, layers):
+    is_container = dense_class.forward in (nn.Module.forward, nn.Sequential.forward)
+    if is_container or issubclass(dense_class, FusedMLP) or not _is_simple(module, layers):
         return None
     # Attention has more arguments, and would be named with reasons that help nobody.
     seems_mlp = len(inspect.signature(dense_class.forward).parameters) == 2
@@ -102,7 +103,7 @@ def find_parts(
         try:
             with _preserved_random_state():
                 found = _Trial(module, dense_class, layers, names).parts()
-        except Exception as error:  # the module's own code can raise anything
+        except (Exception, SystemExit) as error:  # the module's own code can raise anything
             found = f"its `forward` cannot be tried out: {type(error).__name__}: {error}"
         if isinstance(found, MLPParts):
             return found
