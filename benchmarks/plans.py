@@ -64,7 +64,7 @@ CASES = {
     "encoder": Case(
         "Encoder, 1024 wide, 24 layers; its MLPs",
         "examples.encoder:build",
-        "64,3,224,224",
+        "128,3,224,224",
         ["linear1", "linear2"],
         lambda model: model.encoder.layers,
     ),

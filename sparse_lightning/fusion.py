@@ -38,7 +38,8 @@ def register_mlp(
     Args:
         cls: class of modules. With input x, its `forward` must return down(f(up(x))) or, with a
             gate, down(f(gate(x)) * up(x)), and do nothing else.
-        up, down, gate: names of the layers, attributes of a module.
+        up, down, gate: names of the layers, attributes of a module. If `gate` is `up`, that layer
+            computes both, the gate in the first half of its output.
         activation: f, one of "relu", "gelu", "gelu_tanh" and "silu".
 
     >>> class MyMLP(nn.Module):
@@ -96,9 +97,6 @@ def find_parts(
     # Attention has more arguments, and would be named with reasons that help nobody.
     seems_mlp = len(inspect.signature(dense_class.forward).parameters) == 2
     reason = None
-    for up, down in itertools.permutations(map(dense_shape, layers.values()), 2):
-        if len(layers) == 2 and up == (2 * down[1], down[0]):
-            reason = "one layer computes its gate and its hidden features"
     for names in _candidates(layers):
         try:
             with _preserved_random_state():
@@ -125,12 +123,17 @@ def _is_simple(module: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
 
 
 def _candidates(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, ...]]:
-    """Yield names of layers in the order of the op, where their shapes fit."""
+    """Yield names of layers in the order of the op, where their shapes fit.
+
+    One layer for gate and up is named twice.
+    """
     for names in itertools.permutations(layers):
         *inner, down = (dense_shape(layers[name]) for name in names)
-        hidden = {down[1], *(n_out for n_out, _ in inner)}
-        if len(hidden) == len({n_in for _, n_in in inner}) == 1:
+        widths = {n_out for n_out, _ in inner}
+        if len({n_in for _, n_in in inner}) == 1 and widths == {down[1]}:
             yield names
+        elif len(inner) == 1 and widths == {2 * down[1]}:
+            yield names[0], *names
 
 
 class _Trial:
@@ -147,7 +150,8 @@ class _Trial:
         self._generator = torch.Generator().manual_seed(0)
         *inner, down = names
         has_residual_shape = dense_shape(layers[down])[0] == dense_shape(layers[inner[0]])[1]
-        shapes = dict.fromkeys(inner, (_HIDDEN, _IN))
+        self._is_stacked = len({*names}) < len(names)
+        shapes = dict.fromkeys(inner, (_HIDDEN * (1 + self._is_stacked), _IN))
         shapes[down] = (_IN if has_residual_shape else _IN - 1, _HIDDEN)
         self._layers = {n: self._linear(shapes[n], layers[n].bias is not None) for n in names}
         self._probe = object.__new__(dense_class)
@@ -221,7 +225,7 @@ class _Trial:
 
     def _compose(self, x: Tensor, activation: str) -> Tensor:
         *inner, down = (self._layers[name] for name in self._names)
-        hidden = [layer(x) for layer in inner]
+        hidden = inner[0](x).chunk(2, -1) if self._is_stacked else [layer(x) for layer in inner]
         activated = activate(hidden[0], activation)
         y: Tensor = down(activated if len(hidden) == 1 else activated * hidden[1])
         return y

@@ -106,11 +106,20 @@ def _fusible(
 
 
 def _compute(x: Tensor, activation: str, *layers: BlockSparseLinear) -> Tensor:
-    """Return the output of an MLP's two layers or, with a gate first, three."""
+    """Return the output of an MLP's two layers or, with a gate first, three.
+
+    The first of two may compute the gate as well, in the first half of its output.
+    """
     layers[0]._check_input(x)
     x = in_autocast_dtype(x)
     operands = [operand for layer in layers for operand in layer._operands(x)]
-    y: Tensor = (ops.block_mlp if len(layers) == 2 else ops.block_glu)(x, *operands, activation)
+    if len(layers) == 3:
+        op = ops.block_glu
+    elif layers[0].out_features == layers[1].in_features:
+        op = ops.block_mlp
+    else:
+        op = ops.block_stacked_glu
+    y: Tensor = op(x, *operands, activation)
     return y
 
 
@@ -119,7 +128,8 @@ class MLPParts:
     """What a module computes with its layers: down(f(up(x))), or down(f(gate(x)) * up(x)).
 
     Attributes:
-        up, down, gate: names of the layers; without a gate, `gate` is None.
+        up, down, gate: names of the layers. Without a gate, `gate` is None; if it is `up`, that
+            layer computes both, and the gate is the first half of its output.
         activation: f, one of the ops' `ACTIVATIONS`.
         in_training: whether the module computes that in training, too; with dropout it does not.
         dims: the numbers of dimensions of x with which it does.
@@ -135,7 +145,7 @@ class MLPParts:
     @property
     def layers(self) -> tuple[str, ...]:
         """The names of the layers in the order of the op."""
-        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+        return tuple(name for name in dict.fromkeys((self.gate, self.up, self.down)) if name)
 
 
 class FusedMLP(nn.Module):
@@ -194,7 +204,8 @@ class FusedMLP(nn.Module):
         if len(found) < len(layers) or len({layer.values.dtype for layer in found}) > 1:
             return None
         *inner, down = found
-        hidden = {down.in_features, *(layer.out_features for layer in inner)}
+        halves = 2 if parts.gate == parts.up else 1
+        hidden = {halves * down.in_features, *(layer.out_features for layer in inner)}
         return found if len(hidden) == len({layer.in_features for layer in inner}) == 1 else None
 
 

@@ -81,7 +81,7 @@ def _norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int, out_val: Any =
     return 2 * x.shape[:-1].numel() * dy.shape[-1] * x.shape[-1]
 
 
-@register_flop_formula([_ops.block_mlp, _ops.block_glu], get_raw=True)
+@register_flop_formula([_ops.block_mlp, _ops.block_glu, _ops.block_stacked_glu], get_raw=True)
 def _mlp(x: Tensor, *args: Any, out_val: Any = None) -> int:
     # A counter sees these ops only in inference mode; otherwise it sees their products.
     n = len(LayerOperands._fields)

@@ -15,6 +15,8 @@ less of it for the backward:
 
     block_mlp         y  = down(f(up(x)))                            (differentiable)
     block_glu         y  = down(f(gate(x)) * up(x))                  (differentiable)
+    block_stacked_glu the same, with gate and up as the halves of one layer's output
+                                                                     (differentiable)
 
     block_linear_act  h  = x W^T + bias, and f(h)
     block_linear_glu  u  = x W^T + bias, and f(gate) * u
@@ -113,6 +115,10 @@ _library.define(
 _library.define(
     f"block_glu(Tensor x, {_LAYER.format('gate')}, {_LAYER.format('up')}, "
     f"{_LAYER.format('down')}, str activation) -> Tensor"
+)
+_library.define(
+    f"block_stacked_glu(Tensor x, {_LAYER.format('gate_up')}, {_LAYER.format('down')}, "
+    "str activation) -> Tensor"
 )
 
 OPS = (
@@ -243,8 +249,7 @@ def implement(dispatch_key: str, backend: Backend) -> None:
     for op in OPS:
         _library.impl(op, implementations[op], dispatch_key)
     for keys in _plain_keys(dispatch_key):
-        composed = {"block_mlp": _block_mlp, "block_glu": _block_glu}
-        _implementations[keys] = implementations | composed
+        _implementations[keys] = implementations | _COMPOSED
 
 
 def _key_set(*names: str) -> int:
@@ -522,6 +527,59 @@ class _BlockGlu(_Formula):
         return dx, *gate_gradients, *up_gradients, *down_gradients, None
 
 
+class _BlockStackedGlu(_Formula):
+    """It keeps the output s of gate and up, and the backward recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        (gate_up, down), activation = _split_layers(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            s: Tensor = block_linear(x, *gate_up)
+            y: Tensor = block_linear(_gated(s, activation), *down)
+        ctx.save_for_backward(
+            *(x, s, gate_up.values, gate_up.bias, down.values),
+            *(*gate_up.indices, *down.indices),
+        )
+        ctx.norm_operands = gate_up.norm_operands, down.norm_operands
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, gate_up, bias, down, *indices = ctx.saved_tensors
+        up_indices, down_indices = _split_indices(indices)
+        up_norms, down_norms = ctx.norm_operands
+        requested, activation = _requested_gradients(ctx), ctx.activation
+        down_at = 1 + _N_LAYER_OPERANDS
+        a: Any = None  # like ds, stays None if no gradient depends on it
+        ds: Any = None
+        dx = None
+        with _below_autograd_unless_differentiated():
+            if torch.is_grad_enabled():
+                # Recompute from x as separate layers would: s was saved without a graph.
+                s = block_linear(x, gate_up, bias, *up_indices, *up_norms)
+            if _needs_input(requested, down_at):
+                a = _gated(s, activation)
+            if any(requested[:down_at]):
+                gate, up = s.chunk(2, -1)
+                da = block_linear_dx(dy, down, *down_indices, *down_norms)
+                backward = activations.activation_backward_differentiable
+                d_gate = backward(da * up, gate, activation)
+                ds = torch.cat([d_gate, da * activations.activate(gate, activation)], -1)
+            down_gradients = _layer_gradients(
+                ctx, requested, down_at, dy, a, down_indices, down_norms
+            )
+            up_gradients = _layer_gradients(ctx, requested, 1, ds, x, up_indices, up_norms)
+            if requested[0]:
+                dx = block_linear_dx(ds, gate_up, *up_indices, *up_norms)
+        return dx, *up_gradients, *down_gradients, None
+
+
+def _gated(s: Tensor, activation: str) -> Tensor:
+    gate, up = s.chunk(2, -1)
+    return activations.activate(gate, activation) * up
+
+
 def _split_layers(args: Sequence[Any]) -> tuple[list[LayerOperands], str]:
     """Return the arguments of an MLP's op after x: those of each layer, and the activation."""
     n = _N_LAYER_OPERANDS
@@ -665,6 +723,7 @@ block_linear_dglu = _op_function("block_linear_dglu")
 block_linear_dx_add = _op_function("block_linear_dx_add")
 block_mlp = _op_function("block_mlp", _BlockMlp)
 block_glu = _op_function("block_glu", _BlockGlu)
+block_stacked_glu = _op_function("block_stacked_glu", _BlockStackedGlu)
 
 
 def _without_graph(name: str) -> Callable[..., Any]:
@@ -703,6 +762,7 @@ for _name, _formula in (
     ("block_linear_dw", _BlockLinearDw),
     ("block_mlp", _BlockMlp),
     ("block_glu", _BlockGlu),
+    ("block_stacked_glu", _BlockStackedGlu),
 ):
     _library.impl(_name, _with_formula(_name, _formula), "Autograd")
 
@@ -727,8 +787,21 @@ def _block_glu(x: Tensor, *args: Any) -> Tensor:
     return y
 
 
-_library.impl("block_mlp", _block_mlp, "CompositeExplicitAutograd")
-_library.impl("block_glu", _block_glu, "CompositeExplicitAutograd")
+def _block_stacked_glu(x: Tensor, *args: Any) -> Tensor:
+    (gate_up, down), activation = _split_layers(args)
+    activations.check(activation)
+    s: Tensor = block_linear(x, *gate_up)
+    y: Tensor = block_linear(_gated(s, activation), *down)
+    return y
+
+
+_COMPOSED: dict[str, Callable[..., Any]] = {
+    "block_mlp": _block_mlp,
+    "block_glu": _block_glu,
+    "block_stacked_glu": _block_stacked_glu,
+}
+for _name, _composed in _COMPOSED.items():
+    _library.impl(_name, _composed, "CompositeExplicitAutograd")
 
 
 def _fake_block_linear(

@@ -62,6 +62,11 @@ def op_arguments(
     norms, down_norms = (
         torch.zeros(grid, device=device) for grid in (topology.grid, topology.grid[::-1])
     )
+    stacked: list[Any] = []
+    for in_features, out_features in (64, 64), (32, 48):
+        layer = BlockSparseLinear(in_features, out_features, density=0.5, block_size=16)
+        own = layer.to(device, dtype).values.detach().requires_grad_(requires_grad)
+        stacked += own, None, *layer.topology.indices, None, None, 1
     if requires_grad:
         for leaf in (x, dy, values, bias, norms, down_norms):
             leaf.requires_grad_()
@@ -83,6 +88,7 @@ def op_arguments(
             *(down.values.detach(), None, *down.topology.indices, down_norms, armed, 1),
             "gelu",
         ),
+        "block_stacked_glu": (x, *stacked, "silu"),
         "block_glu": (
             *(x, values, bias, *indices, norms, armed, 1),
             *(torch.randn_like(values), None, *indices, norms, armed, 1),
@@ -92,7 +98,14 @@ def op_arguments(
     }[op]
 
 
-DIFFERENTIABLE = ("block_linear", "block_linear_dx", "block_linear_dw", "block_mlp", "block_glu")
+DIFFERENTIABLE = (
+    "block_linear",
+    "block_linear_dx",
+    "block_linear_dw",
+    "block_mlp",
+    "block_glu",
+    "block_stacked_glu",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
