@@ -181,9 +181,11 @@ class FusedMLP(nn.Module):
         return self._fused_class.forward(self, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, which the code of the model may read."""
+        """Set an attribute; if that changes one, the code of the model may do something else."""
+        own = name == "training" or name.startswith("_") or name in vars(self).get("_modules", ())
+        changes = not own and getattr(self, name, value) is not value
         super().__setattr__(name, value)
-        if name != "training" and not name.startswith("_") and name not in self._modules:
+        if changes:
             self._fused_beside = None
 
     def _layers_to_fuse(self, x: Any) -> list[BlockSparseLinear] | None:

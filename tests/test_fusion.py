@@ -293,7 +293,7 @@ def test_a_module_is_fused_again_or_not_at_all_as_its_layers_change(calls: list[
 CHANGES: dict[str, Callable[[Any], object]] = {
     "an activation": lambda m: setattr(m, "act", nn.Tanh()),
     "dropout": lambda m: setattr(m.drop, "p", 1.0),
-    "an attribute": lambda m: setattr(m, "compute", None),
+    "an attribute": lambda m: setattr(m, "compute", plain),
     "a layer": lambda m: setattr(m, "w1", nn.Linear(32, 64).double()),
     "a subclass of a layer": lambda m: setattr(
         m.w1, "__class__", type("X", (BlockSparseLinear,), {})
@@ -312,6 +312,13 @@ def test_what_changes_after_the_swap_is_obeyed(change: str, calls: list[str]) ->
     CHANGES[change](module)
     expected = module.w2(module.drop(module.act(module.w1(x)) * module.w3(x)))
     assert torch.equal(module(x), expected) and not calls
+
+
+def test_a_new_attribute_changes_nothing(calls: list[str]) -> None:
+    module = swapped(Gated())
+    module.name, module.compute = "mlp", None
+    module.train()(torch.randn(2, 32).double())
+    assert calls == ["block_glu silu"]
 
 
 def test_a_forward_that_is_patched_later_is_obeyed(
