@@ -13,8 +13,6 @@ from torch.nn.modules import module as torch_module
 from sparse_lightning.kernels import activations, ops
 from sparse_lightning.linear import BlockSparseLinear, in_autocast_dtype
 
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class BlockSparseMLP(nn.Sequential):
     """An `nn.Sequential` that fuses a layer, an activation and a layer into one op.
@@ -84,7 +82,14 @@ def _has_custom_call(module: nn.Module) -> bool:
     Hooks do, and so does a `forward` set on the instance, as by some adapters and by code that
     moves weights between devices. Both can be added and removed between calls.
     """
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _CALL_HOOKS)
+    # Written out, as this takes a quarter of the time of a loop, at each call.
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _fusible(
@@ -193,7 +198,9 @@ class FusedMLP(nn.Module):
         parts, modules, beside = self._fused_parts, self._modules, self._fused_beside
         if beside is None or not isinstance(x, Tensor) or x.dim() not in parts.dims:
             return None
-        if torch_module._has_any_global_hook() or any(map(_has_custom_call, self.children())):
+        if torch_module._has_any_global_hook():
+            return None
+        if any(_has_custom_call(child) for child in modules.values() if child is not None):
             return None
         if self._fused_class.forward is not self._fused_forward:
             return None
