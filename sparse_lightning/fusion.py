@@ -94,7 +94,8 @@ def find_parts(
     is_container = dense_class.forward in (nn.Module.forward, nn.Sequential.forward)
     if is_container or issubclass(dense_class, FusedMLP) or not _is_simple(module, layers):
         return None
-    # Attention has more arguments, and would be named with reasons that help nobody.
+    # Attention has more arguments or hidden features as wide as its inputs. Naming it would help
+    # nobody.
     seems_mlp = len(inspect.signature(dense_class.forward).parameters) == 2
     reason = None
     for names in _candidates(layers):
@@ -105,7 +106,8 @@ def find_parts(
             found = f"its `forward` cannot be tried out: {type(error).__name__}: {error}"
         if isinstance(found, MLPParts):
             return found
-        reason = reason or found
+        n_hidden, n_in = dense_shape(layers[names[0]])
+        reason = reason or (found if n_hidden != n_in else None)
     return reason if seems_mlp else None
 
 
