@@ -42,7 +42,7 @@ do they go through autograd, as they would in a model.
 Host time counts, since a kernel at low density runs no longer than its launch takes. So the ops use
 `Library.define` with an `autograd.Function` at the Autograd key, because `torch.library.custom_op`
 takes about twice as long. And the functions of this module skip the dispatcher where it would do
-nothing but call the backend, which halves the host time of a layer.
+nothing but call the backend.
 """
 
 from __future__ import annotations
@@ -301,9 +301,9 @@ def _dispatched(name: str) -> Callable[..., Any]:
     return op
 
 
-def _op_function(name: str, formula: type[_Formula] | None = None) -> Callable[..., Any]:
+def _op_function(name: str) -> Callable[..., Any]:
     """Return the function that computes an op, with its derivative if it has a formula."""
-    dispatched = _dispatched(name)
+    dispatched, formula = _dispatched(name), _FORMULAS.get(name)
 
     def call(first: Tensor, second: Tensor, *args: Any) -> Any:
         implementation = _implementation(name, first, second)
@@ -425,8 +425,7 @@ class _BlockMlp(_Formula):
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         (up, down), activation = _split_layers(args)
         with torch._C._AutoDispatchBelowAutograd():
-            h, a = block_linear_act(x, up.values, up.bias, *up.indices, activation)
-            y: Tensor = block_linear(a, *down)
+            h, y = _mlp_products(x, up, down, activation)
         ctx.save_for_backward(x, h, up.values, up.bias, down.values, *up.indices, *down.indices)
         ctx.norm_operands = up.norm_operands, down.norm_operands
         ctx.activation = activation
@@ -472,9 +471,7 @@ class _BlockGlu(_Formula):
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         (gate, up, down), activation = _split_layers(args)
         with torch._C._AutoDispatchBelowAutograd():
-            g: Tensor = block_linear(x, *gate)
-            u, a = block_linear_glu(x, up.values, up.bias, *up.indices, g, activation)
-            y: Tensor = block_linear(a, *down)
+            g, u, y = _glu_products(x, gate, up, down, activation)
         ctx.save_for_backward(
             *(x, g, u, gate.values, gate.bias, up.values, up.bias, down.values),
             *(*gate.indices, *up.indices, *down.indices),
@@ -534,8 +531,7 @@ class _BlockStackedGlu(_Formula):
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         (gate_up, down), activation = _split_layers(args)
         with torch._C._AutoDispatchBelowAutograd():
-            s: Tensor = block_linear(x, *gate_up)
-            y: Tensor = block_linear(_gated(s, activation), *down)
+            s, y = _stacked_glu_products(x, gate_up, down, activation)
         ctx.save_for_backward(
             *(x, s, gate_up.values, gate_up.bias, down.values),
             *(*gate_up.indices, *down.indices),
@@ -573,6 +569,32 @@ class _BlockStackedGlu(_Formula):
             if requested[0]:
                 dx = block_linear_dx(ds, gate_up, *up_indices, *up_norms)
         return dx, *up_gradients, *down_gradients, None
+
+
+def _mlp_products(
+    x: Tensor, up: LayerOperands, down: LayerOperands, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Return the pre-activation h, and the output."""
+    h, a = block_linear_act(x, up.values, up.bias, *up.indices, activation)
+    return h, block_linear(a, *down)
+
+
+def _glu_products(
+    x: Tensor, gate: LayerOperands, up: LayerOperands, down: LayerOperands, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gate before its activation, u, and the output."""
+    g: Tensor = block_linear(x, *gate)
+    u, a = block_linear_glu(x, up.values, up.bias, *up.indices, g, activation)
+    return g, u, block_linear(a, *down)
+
+
+def _stacked_glu_products(
+    x: Tensor, gate_up: LayerOperands, down: LayerOperands, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Return the output of gate and up, and the output."""
+    activations.check(activation)
+    s: Tensor = block_linear(x, *gate_up)
+    return s, block_linear(_gated(s, activation), *down)
 
 
 def _gated(s: Tensor, activation: str) -> Tensor:
@@ -712,18 +734,27 @@ def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
         leaf.grad += gradient
 
 
-block_linear = _op_function("block_linear", _BlockLinear)
-block_linear_dx = _op_function("block_linear_dx", _BlockLinearDx)
-block_linear_dw = _op_function("block_linear_dw", _BlockLinearDw)
+_FORMULAS: dict[str, type[_Formula]] = {
+    "block_linear": _BlockLinear,
+    "block_linear_dx": _BlockLinearDx,
+    "block_linear_dw": _BlockLinearDw,
+    "block_mlp": _BlockMlp,
+    "block_glu": _BlockGlu,
+    "block_stacked_glu": _BlockStackedGlu,
+}
+
+block_linear = _op_function("block_linear")
+block_linear_dx = _op_function("block_linear_dx")
+block_linear_dw = _op_function("block_linear_dw")
 block_norms = _op_function("block_norms")
 block_linear_act = _op_function("block_linear_act")
 block_linear_glu = _op_function("block_linear_glu")
 block_linear_dh = _op_function("block_linear_dh")
 block_linear_dglu = _op_function("block_linear_dglu")
 block_linear_dx_add = _op_function("block_linear_dx_add")
-block_mlp = _op_function("block_mlp", _BlockMlp)
-block_glu = _op_function("block_glu", _BlockGlu)
-block_stacked_glu = _op_function("block_stacked_glu", _BlockStackedGlu)
+block_mlp = _op_function("block_mlp")
+block_glu = _op_function("block_glu")
+block_stacked_glu = _op_function("block_stacked_glu")
 
 
 def _without_graph(name: str) -> Callable[..., Any]:
@@ -756,43 +787,29 @@ def _with_formula(name: str, formula: type[_Formula]) -> Callable[..., Any]:
     return call
 
 
-for _name, _formula in (
-    ("block_linear", _BlockLinear),
-    ("block_linear_dx", _BlockLinearDx),
-    ("block_linear_dw", _BlockLinearDw),
-    ("block_mlp", _BlockMlp),
-    ("block_glu", _BlockGlu),
-    ("block_stacked_glu", _BlockStackedGlu),
-):
+for _name, _formula in _FORMULAS.items():
     _library.impl(_name, _with_formula(_name, _formula), "Autograd")
 
-# These have no derivative: formulas call them below autograd. Exported programs, whose MLPs were
-# decomposed, call them with parameters that require a gradient.
-for _name in {*OPS} - {"block_linear", "block_linear_dx", "block_linear_dw"}:
-    _library.impl(_name, _without_graph(_name), "Autograd")
+# The others have no derivative: formulas call them below autograd. Exported programs, whose MLPs
+# were decomposed, call them with parameters that require a gradient.
+for _name in OPS:
+    if _name not in _FORMULAS:
+        _library.impl(_name, _without_graph(_name), "Autograd")
 
 
 def _block_mlp(x: Tensor, *args: Any) -> Tensor:
     (up, down), activation = _split_layers(args)
-    _, a = block_linear_act(x, up.values, up.bias, *up.indices, activation)
-    y: Tensor = block_linear(a, *down)
-    return y
+    return _mlp_products(x, up, down, activation)[-1]
 
 
 def _block_glu(x: Tensor, *args: Any) -> Tensor:
     (gate, up, down), activation = _split_layers(args)
-    g: Tensor = block_linear(x, *gate)
-    _, a = block_linear_glu(x, up.values, up.bias, *up.indices, g, activation)
-    y: Tensor = block_linear(a, *down)
-    return y
+    return _glu_products(x, gate, up, down, activation)[-1]
 
 
 def _block_stacked_glu(x: Tensor, *args: Any) -> Tensor:
     (gate_up, down), activation = _split_layers(args)
-    activations.check(activation)
-    s: Tensor = block_linear(x, *gate_up)
-    y: Tensor = block_linear(_gated(s, activation), *down)
-    return y
+    return _stacked_glu_products(x, gate_up, down, activation)[-1]
 
 
 _COMPOSED: dict[str, Callable[..., Any]] = {
@@ -824,7 +841,7 @@ def _fake_block_linear_dx(
     col_offsets: Tensor,
     *_: Any,
 ) -> Tensor:
-    return dy.new_empty(*dy.shape[:-1], (col_offsets.shape[0] - 1) * values.shape[1])
+    return _fake_block_linear_dx_add(dy, values, col_offsets)
 
 
 def _fake_block_linear_act(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -835,14 +852,14 @@ def _fake_block_linear_act(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 _fake_block_linear_glu = _fake_block_linear_act
 
 
-def _fake_columns(dy: Tensor, values: Tensor, col_offsets: Tensor) -> Tensor:
+def _fake_block_linear_dx_add(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], (col_offsets.shape[0] - 1) * values.shape[1])
 
 
 def _fake_block_linear_dh(
     dy: Tensor, values: Tensor, col_offsets: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    dh = _fake_columns(dy, values, col_offsets)
+    dh = _fake_block_linear_dx_add(dy, values, col_offsets)
     return dh, torch.empty_like(dh) if args[-1] else dh.new_empty(0)
 
 
@@ -851,10 +868,6 @@ def _fake_block_linear_dglu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dg, a = _fake_block_linear_dh(dy, values, col_offsets, *args)
     return dg, torch.empty_like(dg), a
-
-
-def _fake_block_linear_dx_add(dy: Tensor, values: Tensor, col_offsets: Tensor, *_: Any) -> Tensor:
-    return _fake_columns(dy, values, col_offsets)
 
 
 def _fake_block_linear_dw(dy: Tensor, x: Tensor, coords: Tensor, *indices: Tensor) -> Tensor:
