@@ -92,11 +92,8 @@ def find_parts(
     if parts := _registered.get(dense_class):
         return parts if layers.keys() >= {*parts.layers} else None
     is_container = dense_class.forward in (nn.Module.forward, nn.Sequential.forward)
-    if is_container or issubclass(dense_class, FusedMLP) or not _is_simple(module, layers):
+    if is_container or not _is_simple(module, layers):
         return None
-    # Attention has more arguments or hidden features as wide as its inputs. Naming it would help
-    # nobody.
-    seems_mlp = len(inspect.signature(dense_class.forward).parameters) == 2
     reason = None
     for names in _candidates(layers):
         try:
@@ -106,9 +103,18 @@ def find_parts(
             found = f"its `forward` cannot be tried out: {type(error).__name__}: {error}"
         if isinstance(found, MLPParts):
             return found
+        # Attention has hidden features as wide as its inputs, or more arguments than an MLP. Naming
+        # it would help nobody.
         n_hidden, n_in = dense_shape(layers[names[0]])
         reason = reason or (found if n_hidden != n_in else None)
-    return reason if seems_mlp else None
+    return reason if reason and _takes_one_input(dense_class) else None
+
+
+def _takes_one_input(cls: type[nn.Module]) -> bool:
+    try:
+        return len(inspect.signature(cls.forward).parameters) == 2  # with `self`
+    except (TypeError, ValueError):  # not every callable has a signature
+        return False
 
 
 def _is_simple(module: nn.Module, layers: Mapping[str, nn.Module]) -> bool:

@@ -298,9 +298,9 @@ def fused_class(dense_class: type[nn.Module], parts: MLPParts) -> type[FusedMLP]
 
 def dense_class_of(module: nn.Module) -> type[nn.Module] | None:
     """Return a module's class before it was fused; None if another class was put upon that."""
-    if type(module) in _fused_classes.values():
-        return module._fused_class  # type: ignore[return-value]
-    return None if isinstance(module, FusedMLP) else type(module)
+    cls = type(module)
+    found: type[nn.Module] | None = vars(cls).get("_fused_class")
+    return None if found is None and issubclass(cls, FusedMLP) else found or cls
 
 
 def _new_fused(dense_class: type[nn.Module], parts: MLPParts) -> nn.Module:

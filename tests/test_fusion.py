@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 import random
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from sparse_lightning import (
 from sparse_lightning.kernels import ops
 from sparse_lightning.kernels.activations import ACTIVATIONS, activate
 from sparse_lightning.mlp import FusedMLP
+from tests.test_mlp import gradients, layer
 
 
 @pytest.fixture
@@ -42,14 +44,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     record("block_glu", ops.block_glu)
     record("block_stacked_glu", ops.block_stacked_glu)
     return seen
-
-
-def layer(
-    in_features: int, out_features: int, bias: bool = True, dtype: torch.dtype = torch.float64
-) -> BlockSparseLinear:
-    return BlockSparseLinear(
-        in_features, out_features, bias, block_size=16, density=0.5, dtype=dtype
-    )
 
 
 def make_glu(activation: str = "silu", bias: bool = True) -> BlockSparseGLU:
@@ -88,20 +82,6 @@ def one_by_one(module: nn.Module) -> nn.Module:
     return plain
 
 
-def results(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Return the output, the gradients of input and parameters, and the block norms."""
-    layers = [part for part in module.modules() if isinstance(part, BlockSparseLinear)]
-    for part in layers:
-        part.arm(True)
-        part.block_norms.grad = None
-    x = x.clone().requires_grad_()
-    module.zero_grad()
-    y = module(x)
-    y.backward(dy)
-    found = [y.detach(), x.grad, *(p.grad for p in module.parameters())]
-    return [t for t in [*found, *(part.block_norms.grad for part in layers)] if t is not None]
-
-
 # -- the op -----------------------------------------------------------------------------------
 
 
@@ -112,7 +92,7 @@ def test_a_gated_mlp_computes_what_its_layers_do(
 ) -> None:
     glu = make_glu(activation, bias)
     x, dy = torch.randn(2, 5, 32).double(), torch.randn(2, 5, 32).double()
-    ours, expected = results(glu, x, dy), results(one_by_one(glu), x, dy)
+    ours, expected = gradients(glu, x, dy), gradients(one_by_one(glu), x, dy)
     assert calls == [f"block_glu {activation}"] and len(ours) == (11 if bias else 8)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
@@ -136,7 +116,7 @@ class Stacked(nn.Module):
 def test_one_layer_for_gate_and_up(activation: str, calls: list[str]) -> None:
     module = swapped(Stacked(activation))
     x, dy = torch.randn(2, 5, 32).double(), torch.randn(2, 5, 32).double()
-    ours, expected = results(module, x, dy), results(one_by_one(module), x, dy)
+    ours, expected = gradients(module, x, dy), gradients(one_by_one(module), x, dy)
     assert calls == [f"block_stacked_glu {activation}"] and len(ours) == 8
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
@@ -214,7 +194,7 @@ def test_compiled_code_follows_updates_without_recompiling(gated: bool) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             for ours, theirs in zip(
-                results(compiled, x, dy), results(one_by_one(model), x, dy), strict=True
+                gradients(compiled, x, dy), gradients(one_by_one(model), x, dy), strict=True
             ):
                 torch.testing.assert_close(ours, theirs)
             for part in model.modules():
@@ -426,6 +406,14 @@ class Swish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.beta * x).sigmoid()
+
+
+def test_a_forward_without_a_signature(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a class that is compiled to machine code."""
+    monkeypatch.setattr(Gated, "forward", operator.methodcaller("compute_gated"))
+    module = Gated().double()
+    report = sparsify(nn.Sequential(module), block_size=16)
+    assert type(module) is Gated and not report.unfused and not calls
 
 
 STATES: dict[str, Callable[[Gated], object]] = {

@@ -40,6 +40,7 @@ def gradients(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     for part in layers:
         part.arm(True)
         part.block_norms.grad = None
+    module.zero_grad()
     x = x.clone().requires_grad_()
     y = module(x)
     y.backward(dy)
