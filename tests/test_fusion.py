@@ -122,6 +122,15 @@ def test_one_layer_for_gate_and_up(activation: str, calls: list[str]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_unknown_activation_is_an_error(requires_grad: bool) -> None:
+    x, (up, down) = torch.zeros(2, 32), (layer(32, 96), layer(48, 32))
+    for each in up, down:
+        each.float().requires_grad_(requires_grad)
+    with pytest.raises(ValueError, match=r"must be one of 'relu'.*got 'tanh'"):
+        ops.block_stacked_glu(x, *up._operands(x), *down._operands(x), "tanh")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_first_and_second_derivatives(activation: str, stacked: bool) -> None:
