@@ -6,15 +6,28 @@
 // In the order of `ACTIVATIONS` in activations.py.
 enum Activation { RELU, GELU, GELU_TANH, SILU };
 
-__device__ inline float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+// e^x and 1 / x within 1e-7. Unlike `__expf` and `__fdividef`, they flush subnormal numbers, which
+// takes a third of the instructions.
+__device__ inline float fast_exp(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(1.44269504f * x));
+  return out;
+}
+__device__ inline float fast_reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+__device__ inline float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp(-x)); }
 
 // The standard normal density and cumulative distribution at x: within 1e-7, by the rational
 // approximation of erf in Abramowitz and Stegun, 7.1.26. (`erff` takes twice as long.)
 struct Normal {
   float density, cumulative;
   __device__ explicit Normal(float x) {
-    const float exponential = __expf(-0.5f * x * x);
-    const float t = __fdividef(1.f, 1.f + 0.3275911f * 0.70710678f * fabsf(x));
+    const float exponential = fast_exp(-0.5f * x * x);
+    const float t = fast_reciprocal(1.f + 0.3275911f * 0.70710678f * fabsf(x));
     const float series =
         t * (0.254829592f +
              t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));

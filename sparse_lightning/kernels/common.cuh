@@ -59,6 +59,22 @@ __device__ fp16 round_to<fp16>(float x) {
   return out;
 }
 
+// Returns two elements as a word, the first in its low half.
+template <typename T>
+__device__ unsigned round_pair(float low, float high);
+template <>
+__device__ unsigned round_pair<bf16>(float low, float high) {
+  unsigned out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+template <>
+__device__ unsigned round_pair<fp16>(float low, float high) {
+  unsigned out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
 // 16 bytes of elements, the unit of loads and stores.
 template <typename T>
 struct alignas(16) Chunk {

@@ -225,6 +225,8 @@ def test_fused_activations(
         pytest.skip("only the kernels for Hopper have tiles of two widths")
     monkeypatch.setattr(hopper_programs, "tile_outputs", lambda *_: outputs)
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    if kind == choice.DENSE:  # nothing is fused: f(h) is rounded before it is multiplied
+        tolerance *= 2
     layer = make_layer(5 * block_size, 3 * block_size, block_size=block_size, dtype=dtype)
     for n in (1, 12, 20, 70, 1000):
         x, dy = tokens(n, layer)
@@ -272,7 +274,8 @@ def test_an_mlp_equals_its_layers(gated: bool, n: int) -> None:
     for layer in plain.children():
         layer.register_forward_hook(lambda *_: None)  # so that it is called
     x, dy = (torch.randn(2, n, 256, device=DEVICE).bfloat16() for _ in range(2))
-    assert_same(run(mlp, x, dy), run(plain, x, dy), rtol=2e-2, atol=2e-2)
+    for a, e in zip(run(mlp, x, dy), run(plain, x, dy), strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-2, atol=1e-2 * e.abs().max().item())
 
 
 def check_dw(topology: BlockTopology, n: int) -> None:

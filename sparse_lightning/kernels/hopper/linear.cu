@@ -14,7 +14,9 @@
 //
 // Warp roles: in the first warpgroup, PRODUCER_WARPS issue TMA loads for every PRODUCER_WARPS-th
 // k-tile each, and one scheduler warp looks up which blocks are present, a window of k-tiles ahead.
-// The consumer warpgroups issue WGMMA, each for its share of the outputs.
+// The consumer warpgroups issue WGMMA, each for its share of the outputs. They store the results
+// themselves, unless there is an epilogue: it takes as long as the product, so a warpgroup of its
+// own computes it, from results in shared memory, while the consumers multiply the next tile.
 //
 // Pipeline: stages vary in size. The operands are in a circular buffer of units. A k-tile takes
 // X_UNITS for x, [TM][TK], and one per present output block: a block of 64 or half a block of 128.
@@ -24,7 +26,10 @@
 
 constexpr int CLUSTER = CONFIG_CLUSTER;
 constexpr int WARPGROUPS = CONFIG_CONSUMER_WARPGROUPS, WARPS = 4 * WARPGROUPS;
-constexpr int THREADS = 128 + 32 * WARPS;
+constexpr bool HAS_EPILOGUE = CONFIG_EPILOGUE != NONE;
+constexpr int OPERANDS = operands_of(CONFIG_EPILOGUE);
+constexpr int EPILOGUE_WARPS = 4, EPILOGUE_RING = 4;  // steps of the epilogue in flight
+constexpr int THREADS = 128 + 32 * (WARPS + (HAS_EPILOGUE ? EPILOGUE_WARPS : 0));
 static_assert(TK == 64 && B % TK == 0, "a row of an operand is 128 bytes, within one block");
 static_assert(TM % 64 == 0 && TN % (B * WARPGROUPS) == 0,
               "TM must be a multiple of 64, and TN of whole blocks for each consumer warpgroup");
@@ -56,7 +61,13 @@ constexpr int K_TILES = 256;  // more than can be scheduled ahead or in flight
 template <int UNITS_>
 struct alignas(1024) SharedOf {
   char units[UNITS_][UNIT_BYTES];
-  char y[WARPS][16 * 128];  // staging for 16 tokens x 64 outputs
+  // Results before they are stored: 16 tokens x 64 outputs for each consumer warp or, for the
+  // epilogue, the tile. A row has 64 outputs; its 16-byte chunks are swizzled.
+  char results[HAS_EPILOGUE ? TN / 64 * TM : 16 * WARPS][128];
+  // What the epilogue reads, for each of its warps a ring of steps. Aligned to lines, since
+  // cp.async fetches twice what crosses one.
+  alignas(128) uint4 operands[OPERANDS ? EPILOGUE_WARPS * EPILOGUE_RING * OPERANDS : 1][32];
+  u64 results_full[1], results_empty[1];  // for the epilogue
   KTile k_tiles[K_TILES];
   Schedule schedules[SCHEDULE_STAGES];
   u64 full[STAGES], empty[STAGES];
@@ -176,6 +187,7 @@ __device__ void consume(const Arguments& a, Shared& s, int rank, int clusters) {
   const unsigned a_base = warp_uniform(descriptor_low(s.units));
   const unsigned b_base = warp_uniform(descriptor_low(s.units, FORWARD ? 16 : X_SUBTILE_BYTES));
   int previous = -1;  // the previous k-tile, whose WGMMAs may still be in flight
+  int n_tiles = 0;
   float acc[SUBTILES * ACCS];
   auto release_previous = [&] {
     if (previous >= 0 && lane < CLUSTER)
@@ -236,6 +248,7 @@ __device__ void consume(const Arguments& a, Shared& s, int rank, int clusters) {
         const int first_output = tile % a.output_tiles * TN + warpgroup * OUTPUTS;
         const long long first_token =
             (long long)(tile / a.output_tiles * CLUSTER + rank) * TM + warp * 16;
+        if (HAS_EPILOGUE) mbarrier_wait_replaced(s.results_empty, n_tiles);
 #pragma unroll
         for (int i = 0; i < SUBTILES; ++i)
 #pragma unroll
@@ -248,18 +261,119 @@ __device__ void consume(const Arguments& a, Shared& s, int rank, int clusters) {
                 if (col < out_features) results[j] += widen(a.bias[col]);
               }
             }
-            store_rows<T>(
-                s.y[warpgroup * 4 + warp], results,
-                [&](int row, int col) -> T* {
-                  const long long token = first_token + i * 64 + row;
-                  const int output = first_output + column + col;
-                  return token < a.tokens && output < out_features
-                             ? a.y + token * out_features + output
-                             : nullptr;
-                },
-                Epilogue<CONFIG_EPILOGUE, T, Arguments>{a});
+            if constexpr (HAS_EPILOGUE) {
+              const int strip = (warpgroup * OUTPUTS + column) / 64;
+              stage_rows<T>(s.results[strip * TM + i * 64 + warp * 16], results);
+            } else {
+              store_rows<T>(s.results[(warpgroup * 4 + warp) * 16], results,
+                            [&](int row, int col) -> T* {
+                              const long long token = first_token + i * 64 + row;
+                              const int output = first_output + column + col;
+                              return token < a.tokens && output < out_features
+                                         ? a.y + token * out_features + output
+                                         : nullptr;
+                            });
+            }
           }
+        if (HAS_EPILOGUE) {
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive_item(s.results_full, n_tiles);
+          ++n_tiles;
+        }
       });
+}
+
+// Epilogue warp: computes and stores every EPILOGUE_WARPS-th token of each tile. Operands are
+// loaded RING steps ahead, and two steps at a time are computed, so that their latencies overlap.
+template <int ACTIVATION>
+__device__ void store_tiles(const Arguments& a, Shared& s, int rank, int clusters) {
+  const Epilogue<CONFIG_EPILOGUE, T, Arguments, ACTIVATION> epilogue{a};
+  constexpr int LANES = TN / 8, AT_ONCE = 32 / LANES;  // lanes per token; tokens per step
+  constexpr int ROWS = EPILOGUE_WARPS * AT_ONCE, STEPS = TM / ROWS;
+  constexpr int PAIR = 2, RING = EPILOGUE_RING;
+  static_assert(RING % PAIR == 0 && STEPS % PAIR == 0, "steps are computed in pairs");
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, column = lane % LANES * 8;
+  const int first_row = lane / LANES * EPILOGUE_WARPS + warp;
+  const int out_features = a.out_blocks * B, tiles = a.token_tiles * a.output_tiles;
+  const long long stride = ROWS * out_features;  // elements from one step to the next
+  const char* results = s.results[column / 64 * TM + first_row];
+
+  struct Lane {
+    T* y;       // this lane's first results of a tile
+    int steps;  // that exist
+  };
+  auto lane_of = [&](int tile) -> Lane {
+    const int output = tile % a.output_tiles * TN + column;
+    const long long token = (long long)(tile / a.output_tiles * CLUSTER + rank) * TM + first_row;
+    const long long steps = output < out_features ? (a.tokens - token + ROWS - 1) / ROWS : 0;
+    return {a.y + token * out_features + output, (int)min(steps, (long long)STEPS)};
+  };
+  auto operand_at = [&](int slot, int j) {
+    return &s.operands[(warp * RING + slot) * OPERANDS + j][lane];
+  };
+  int ahead_tile = blockIdx.x / CLUSTER, ahead_step = 0, ahead_slot = 0;
+  Lane ahead = lane_of(ahead_tile);
+  auto prefetch = [&] {  // a pair of steps
+    if (OPERANDS == 0) return;
+    if (ahead_tile < tiles) {
+#pragma unroll
+      for (int i = 0; i < PAIR; ++i)
+#pragma unroll
+        for (int j = 0; j < OPERANDS; ++j)
+          cp_async(operand_at(ahead_slot + i, j),
+                   epilogue.operand(j, ahead.y + (ahead_step + i) * stride),
+                   ahead_step + i < ahead.steps);
+      ahead_slot = wrap<RING>(ahead_slot + PAIR);
+      ahead_step += PAIR;
+      if (ahead_step == STEPS) {
+        ahead_step = 0;
+        ahead_tile += clusters;
+        ahead = lane_of(ahead_tile);
+      }
+    }
+    cp_async_commit();
+  };
+  for (int i = 0; i < RING; i += PAIR) prefetch();
+
+  int n_tiles = 0, slot = 0;
+  for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += clusters, ++n_tiles) {
+    const Lane current = lane_of(tile);
+    T* y = current.y;
+    mbarrier_wait_item(s.results_full, n_tiles);
+    for (int step = 0; step < STEPS; step += PAIR) {
+      if (OPERANDS > 0) cp_async_wait<RING / PAIR - 1>();
+      uint4 result[PAIR];
+      typename decltype(epilogue)::Read read[PAIR] = {};
+#pragma unroll
+      for (int i = 0; i < PAIR; ++i) {
+        const int row = (step + i) * ROWS, chunk = column / 8 % 8 ^ (row + first_row) % 8;
+        result[i] = *reinterpret_cast<const uint4*>(results + row * 128 + chunk * 16);
+#pragma unroll
+        for (int j = 0; j < OPERANDS; ++j) read[i].vectors[j] = *operand_at(slot + i, j);
+      }
+#pragma unroll
+      for (int i = 0; i < PAIR; ++i, y += stride)
+        epilogue.store(y, result[i], read[i], step + i < current.steps);
+      slot = wrap<RING>(slot + PAIR);
+      prefetch();  // into the slots that were just read
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive_item(s.results_empty, n_tiles);
+  }
+}
+
+// The same with the activation of the arguments, so that the loops contain only its code.
+__device__ void store_tiles_activated(const Arguments& a, Shared& s, int rank, int clusters) {
+  switch (a.activation) {
+    case RELU:
+      return store_tiles<RELU>(a, s, rank, clusters);
+    case GELU:
+      return store_tiles<GELU>(a, s, rank, clusters);
+    case GELU_TANH:
+      return store_tiles<GELU_TANH>(a, s, rank, clusters);
+    case SILU:
+      return store_tiles<SILU>(a, s, rank, clusters);
+  }
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
@@ -268,9 +382,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int rank = cluster_rank(), clusters = gridDim.x / CLUSTER;
   init_barriers(s, CLUSTER * WARPS, PRODUCER_WARPS + WARPS);
+  if (HAS_EPILOGUE && threadIdx.x == 0) {
+    mbarrier_init(s.results_full, WARPS);
+    mbarrier_init(s.results_empty, EPILOGUE_WARPS);
+    fence_mbarrier_init();
+  }
   cluster_sync();
-  // The total must not exceed what the launch allocates: 224, 168 or 96 registers per thread.
-  constexpr int CONSUMER_REGISTERS = WARPGROUPS < 4 ? 224 : 104;
+  // The total must not exceed what the launch allocates: 224, 168, 128 or 96 registers per thread.
+  constexpr int CONSUMER_REGISTERS = THREADS <= 384 ? 224 : HAS_EPILOGUE ? 168 : 104;
+  constexpr int EPILOGUE_REGISTERS = 120;
   if (threadIdx.x < 128) {
     warpgroup_reg_dealloc<56>();
     const int warp = threadIdx.x / 32;
@@ -278,9 +398,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       produce(a, s, rank, warp, clusters);
     else
       schedule(a, s, clusters);
-  } else {
+  } else if (!HAS_EPILOGUE || threadIdx.x < 128 + 32 * WARPS) {
     warpgroup_reg_alloc<CONSUMER_REGISTERS>();
     consume(a, s, rank, clusters);
+  } else {
+    warpgroup_reg_dealloc<EPILOGUE_REGISTERS>();
+    if constexpr (CONFIG_EPILOGUE == ADDED)
+      store_tiles<ANY>(a, s, rank, clusters);
+    else
+      store_tiles_activated(a, s, rank, clusters);
   }
   cluster_sync();  // no thread block may exit while others access its shared memory
 }

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,8 @@ def linear_program(
     """
     check_block_size(block_size)
     tiling = _LINEAR[tile_outputs][block_size]
+    if epilogue and block_size == STRIP:  # registers of four would leave none for the epilogue
+        tiling = replace(tiling, groups_n=2)
     defines: dict[str, str | int] = {
         "T": DTYPES[dtype],
         "PTX_TYPE": PTX_TYPES[dtype],

@@ -285,6 +285,22 @@ __device__ void wgmma_m64k16(float* c, unsigned a, unsigned b) {
 
 // -- epilogue --------------------------------------------------------------------------------
 
+// Rounds a warp's 16 rows of 64 columns of C into shared memory. The 16-byte chunk c of a row r, of
+// 128 bytes, is at chunk c ^ r % 8, so that neither writes nor reads conflict.
+template <typename T>
+__device__ void stage_rows(char* staging, const float* acc) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < 64; j += 16) {
+    unsigned words[4];  // rows 0-7 and 8-15 of 8 columns, then of the next 8
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      words[i] = round_pair<T>(acc[j / 2 + 2 * i], acc[j / 2 + 2 * i + 1]);
+    const int row = lane % 16, chunk = (j / 8 + lane / 16) ^ row % 8;
+    stmatrix_x4(staging + row * 128 + chunk * 16, words);
+  }
+}
+
 // Stores a warp's 16 rows of 64 columns of C through shared memory, so that whole 128-byte lines
 // are written. `staging` belongs to the warp; pointer_at(row, col) is the destination of eight
 // elements, or null.
@@ -292,16 +308,7 @@ template <typename T, typename PointerAt, typename Epilogue = StoreEpilogue<T>>
 __device__ void store_rows(char* staging, const float* acc, PointerAt pointer_at,
                            Epilogue epilogue = {}) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < 64; j += 16) {
-    unsigned words[4];  // rows 0-7 and 8-15 of 8 columns, then of the next 8
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      words[i] = round_to<T>(acc[j / 2 + 2 * i]).bits |
-                 (unsigned)round_to<T>(acc[j / 2 + 2 * i + 1]).bits << 16;
-    const int row = lane % 16, chunk = (j / 8 + lane / 16) ^ row % 8;
-    stmatrix_x4(staging + row * 128 + chunk * 16, words);
-  }
+  stage_rows<T>(staging, acc);
   // Each lane stores four times, and loads what the epilogue reads for LOADS of them ahead.
   constexpr int LOADS = Epilogue::LOADS;
 #pragma unroll
