@@ -23,9 +23,10 @@ from sparse_lightning.bench.environment import (
     prepare_device,
 )
 from sparse_lightning.cli import run_command
+from sparse_lightning.planning.costs import Check
 from sparse_lightning.topology import BLOCK_SIZES
 
-_CLOSE = 0.15  # relative error of an expected step
+_CLOSE, _CLOSE_PEAK = 0.15, 0.1  # relative errors of an expected step and of its peak memory
 
 
 class Case(NamedTuple):
@@ -89,20 +90,27 @@ def run(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     prepare_device(device)
     print(environment_line(describe_environment(device)))
-    print("| model | mode | blocks of | density | expected | measured | error | speed-up |")
-    print("|" + "---|" * 8)
-    errors = []
+    print(
+        "| model | mode | blocks of | density | expected | measured | error | speed-up "
+        "| peak memory, expected | measured | error |"
+    )
+    print("|" + "---|" * 11)
+    checks: list[Check] = []
     for name in options.models:
         for mode in options.modes:
-            errors += measure(CASES[name], mode, options)
-    close = sum(abs(error) <= _CLOSE for error in errors)
-    print(
-        f"\n{close} of {len(errors)} expected steps are within {_CLOSE:.0%} of the measured ones."
-    )
+            checks += measure(CASES[name], mode, options)
+    steps = [check.error for check in checks]
+    peaks = [check.peak_error for check in checks if check.peak_error is not None]
+    print()
+    for what, errors, close in (("steps", steps, _CLOSE), ("peaks", peaks, _CLOSE_PEAK)):
+        if not errors:  # memory is not measured on a CPU
+            continue
+        n = sum(abs(error) <= close for error in errors)
+        print(f"{n} of {len(errors)} expected {what} are within {close:.0%} of the measured ones.")
 
 
-def measure(case: Case, mode: str, options: argparse.Namespace) -> list[float]:
-    """Print the rows of a model, and return the errors of the expected steps."""
+def measure(case: Case, mode: str, options: argparse.Namespace) -> Sequence[Check]:
+    """Print the rows of a model, and return its checks."""
 
     build_eager = find_builder("CASES", case.build)
 
@@ -124,15 +132,24 @@ def measure(case: Case, mode: str, options: argparse.Namespace) -> list[float]:
         check="all",
     )
     assert found.dense.step is not None
-    print(f"| {case.title} | {mode} | dense | | | {1e3 * found.dense.step:.1f} ms | | 1 |")
+    print(
+        f"| {case.title} | {mode} | dense | | | {1e3 * found.dense.step:.1f} ms | | 1 "
+        f"| | {_gibibytes(found.dense.peak)} | |"
+    )
     for check in found.checks:
         print(
             f"| | | {check.block_size} | {check.density:g} | {1e3 * check.expected:.1f} ms "
             f"| {1e3 * check.measured:.1f} ms | {check.error:+.1%} "
-            f"| {found.dense.step / check.measured:.2f} |",
+            f"| {found.dense.step / check.measured:.2f} "
+            f"| {_gibibytes(check.expected_peak)} | {_gibibytes(check.measured_peak)} "
+            f"| {'' if check.peak_error is None else f'{check.peak_error:+.1%}'} |",
             flush=True,
         )
-    return [check.error for check in found.checks]
+    return found.checks
+
+
+def _gibibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":

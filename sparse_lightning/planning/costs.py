@@ -29,6 +29,8 @@ class Cost:
         flops: FLOPs of the linear layers per token, in forward and backward.
         step: seconds of a training step: measured for the dense model, expected for a block-sparse
             one; None if no input was given to measure with.
+        peak: most bytes that a step has allocated on a GPU, including activations: measured or
+            expected, likewise; None if no GPU was given to measure with.
     """
 
     parameters: int
@@ -36,6 +38,7 @@ class Cost:
     memory: int
     flops: int
     step: float | None
+    peak: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ class Setting(Cost):
 
 @dataclass(frozen=True)
 class Check:
-    """Expected and measured seconds of a training step with one setting."""
+    """Expected and measured seconds, and peak memory in bytes, of a step with one setting."""
 
     block_size: int
     density: float
     expected: float
     measured: float
+    expected_peak: int | None = None
+    measured_peak: int | None = None
 
     @property
     def error(self) -> float:
@@ -70,6 +75,13 @@ class Check:
         -0.1
         """
         return round(self.expected / self.measured - 1, 6)
+
+    @property
+    def peak_error(self) -> float | None:
+        """Relative error of the expected peak; None if it was not measured."""
+        if not self.expected_peak or not self.measured_peak:
+            return None
+        return round(self.expected_peak / self.measured_peak - 1, 6)
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,36 @@ class DenseTimes:
     fusions: Mapping[tuple[str, ...], float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a training step has allocated.
+
+    Attributes:
+        forward: at the end of the forward: parameters, moments, and what the backward will read.
+        peak: at most.
+        update: at most in the optimizer's step: parameters, moments and gradients.
+    """
+
+    forward: int
+    peak: int
+    update: int
+
+
+@dataclass(frozen=True)
+class DenseMemory:
+    """Bytes of the dense model in a training step.
+
+    Attributes:
+        step: what a step has allocated.
+        casts: what the backward reads of a layer's weight in the autocast dtype, by layer.
+        fusions: what the backward need not read if layers are computed as one op, by their names.
+    """
+
+    step: StepMemory
+    casts: Mapping[str, int] = field(default_factory=dict)
+    fusions: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+
+
 def model_cost(
     model: nn.Module,
     block_size: int = 1,
@@ -122,9 +164,9 @@ def model_cost(
 
     >>> layer = nn.Sequential(nn.Linear(32, 32, bias=False))
     >>> model_cost(layer)
-    Cost(parameters=1024, trained=1024, memory=16384, flops=6144, step=None)
+    Cost(parameters=1024, trained=1024, memory=16384, flops=6144, step=None, peak=None)
     >>> model_cost(layer, block_size=16, n_blocks={"0": 1})
-    Cost(parameters=256, trained=256, memory=4096, flops=1536, step=None)
+    Cost(parameters=256, trained=256, memory=4096, flops=1536, step=None, peak=None)
     """
 
     def memory(parameter: nn.Parameter, numel: int) -> int:
@@ -146,6 +188,23 @@ def model_cost(
         total -= memory(weight, absent)
         weights -= absent
     return Cost(parameters, trained, total, _FLOPS_PER_WEIGHT * weights, None)
+
+
+def gradient_bytes(
+    model: nn.Module, block_size: int, n_blocks: Mapping[str, int], dtype: torch.dtype | None
+) -> int:
+    """Return the bytes of gradients that the absent blocks of layers would have.
+
+    Args:
+        model, block_size, n_blocks, dtype: as for `model_cost`.
+    """
+    total = 0
+    for name, blocks in n_blocks.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, nn.Parameter)
+        if weight.requires_grad:
+            total += (weight.numel() - blocks * block_size**2) * (dtype or weight.dtype).itemsize
+    return total
 
 
 def expected_step(
@@ -187,3 +246,31 @@ def expected_step(
             before += saved
     # Parts measured separately can sum to more than the step.
     return max(max(0.0, dense.step - before) + after, dense.launch)
+
+
+def expected_peak(
+    dense: DenseMemory, densities: Mapping[str, float], absent: int, absent_gradients: int
+) -> int:
+    """Return the most bytes that a step with block-sparse layers is expected to allocate.
+
+    The peak is at the end of the forward or in the optimizer's step, whichever is higher, and some
+    bytes above it, which stay the same.
+
+    Args:
+        dense: memory of the dense model.
+        densities: densities of the block-sparse layers by name.
+        absent: bytes of absent weights, of their gradients and moments.
+        absent_gradients: bytes of their gradients, which do not exist during the forward.
+
+    >>> dense = DenseMemory(StepMemory(forward=100, peak=110, update=60))
+    >>> expected_peak(dense, {}, 40, 10)
+    80
+    """
+    step = dense.step
+    forward = step.forward - (absent - absent_gradients)
+    forward -= round(sum(dense.casts.get(name, 0) * (1 - d) for name, d in densities.items()))
+    for names, saved in dense.fusions.items():
+        if all(name in densities for name in names):
+            forward -= saved
+    above = max(0, step.peak - max(step.forward, step.update))
+    return max(forward, step.update - absent) + above

@@ -7,11 +7,13 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +24,13 @@ from sparse_lightning.kernels import choice, measuring
 from sparse_lightning.kernels.timing import device_times, speedup
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.mlp import MLPParts, activation_name
-from sparse_lightning.planning.costs import DenseTimes, Product, ProductCounts
+from sparse_lightning.planning.costs import (
+    DenseMemory,
+    DenseTimes,
+    Product,
+    ProductCounts,
+    StepMemory,
+)
 
 Result = TypeVar("Result")
 
@@ -126,6 +134,32 @@ class Training:
         self._wait()
         return time.perf_counter() - begin
 
+    def peak_memory(self) -> StepMemory | None:
+        """Return the bytes that a step allocates; None on a CPU. Steps must have run before.
+
+        What others have allocated on the device does not count.
+        """
+        if self.device.type != "cuda":
+            return None
+        self._wait()
+        others = torch.cuda.memory_allocated(self.device) - self._own_bytes()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        loss = self.forward()
+        forward = torch.cuda.memory_allocated(self.device)
+        loss.backward()
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.update()
+        update = torch.cuda.max_memory_allocated(self.device)
+        return StepMemory(forward - others, max(peak, update) - others, update - others)
+
+    def _own_bytes(self) -> int:
+        """Return the bytes of parameters, buffers, inputs and the optimizer's state."""
+        state = [x for each in self._optimizer.state.values() for x in each.values()]
+        tensors = *self.model.parameters(), *self.model.buffers(), *self._inputs, *state
+        on_device = [x for x in tensors if isinstance(x, Tensor) and x.device == self.device]
+        return sum(unique_storages(on_device).values())
+
     def optimizer_and_launch_seconds(self) -> tuple[float, float]:
         """Return the seconds of the optimizer's step, and those in which the host launches a step.
 
@@ -202,6 +236,16 @@ class Training:
         }
         return _median_seconds([functions[product.op]], self.device)[0]
 
+    def cast_bytes(self, layers: Iterable[str]) -> dict[str, int]:
+        """Return the bytes of each weight in autocast's dtype, if it is cast to that."""
+        dtype, found = self._autocast_dtype, {}
+        for name in layers:
+            weight = self.model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            if dtype is not None and weight.dtype != dtype:
+                found[name] = weight.numel() * dtype.itemsize
+        return found
+
     def cast_seconds(self, layers: Iterable[str]) -> dict[str, float]:
         """Return the seconds to cast each weight to autocast's dtype and its gradient back.
 
@@ -220,6 +264,48 @@ class Training:
                 cache[key] = _cast_seconds(weight, dtype, self.device)
             seconds[name] = cache[key]
         return seconds
+
+    def kept_bytes(self, module: nn.Module, tokens: int, in_features: int) -> int:
+        """Return the bytes that a module of the model keeps of a forward, besides its input.
+
+        Parameters and what they are cast to do not count. A module in a compiled one is compiled,
+        as what is kept then is the compiler's decision.
+        """
+        parameters = [*module.parameters()]
+        # A number of tokens by which activations differ in size from parameters.
+        rows = tokens
+        while rows in {size for p in parameters for size in p.shape}:
+            rows += 1
+        dtype = self._autocast_dtype or parameters[0].dtype
+        x = torch.zeros(rows, in_features, dtype=dtype, device=self.device, requires_grad=True)
+        own = {*unique_storages([x, *parameters])}
+        sizes = {p.numel() for p in parameters}
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.numel() not in sizes:
+                kept.append(tensor)
+            return tensor
+
+        function = torch.compile(module) if self._is_compiled(module) else module
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            self._autocast(),
+        ):
+            y = function(x)
+        del y
+        storages = unique_storages(kept)
+        total = sum(size for address, size in storages.items() if address not in own)
+        return round(total * tokens / rows)
+
+    def _is_compiled(self, module: nn.Module) -> bool:
+        """Return whether a module or one that contains it is compiled."""
+        inside = set(module.modules())
+        return any(
+            (other._compiled_call_impl is not None or isinstance(other, OptimizedModule))
+            and not inside.isdisjoint(other.modules())
+            for other in self.model.modules()
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype is None:
@@ -377,22 +463,83 @@ def fused_layers(model: nn.Module, layers: Container[str]) -> Iterator[tuple[str
     >>> list(fused_layers(net, ["0", "2"]))
     [('0', '2')]
     """
+    for names, _ in fused_modules(model, layers):
+        yield names
+
+
+def fused_modules(
+    model: nn.Module, layers: Container[str]
+) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+    """Yield the same, each with a module that computes just these layers."""
     for prefix, module in model.named_modules():
         if type(module) is not nn.Sequential:
             found = {n: f"{prefix}.{n}" if prefix else n for n, _ in module.named_children()}
             own = {n: module.get_submodule(n) for n, name in found.items() if name in layers}
             parts = find_parts(module, own)
             if isinstance(parts, MLPParts) and parts.in_training:
-                yield tuple(found[name] for name in parts.layers)
+                yield tuple(found[name] for name in parts.layers), module
             continue
         names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_children()]
         first, modules = 0, list(module)
         while first + 2 < len(modules):
             up, down = names[first], names[first + 2]
             if up in layers and down in layers and activation_name(modules[first + 1]):
-                yield up, down
+                yield (up, down), nn.Sequential(*modules[first : first + 3])
                 first += 2
             first += 1
+
+
+def dense_memory(
+    training: Training, layers: Sequence[str], counts: ProductCounts
+) -> DenseMemory | None:
+    """Measure the memory of the dense model on a GPU; None on a CPU.
+
+    Args:
+        training: training of the dense model.
+        layers: names of the layers that can be block-sparse.
+        counts: products of a step, by layer.
+    """
+    step = training.peak_memory()
+    if step is None:
+        return None
+    fusions, known = {}, dict[tuple[object, ...], int]()
+    for names, module in fused_modules(training.model, layers):
+        own = counts[names[0]]
+        key = type(module), frozenset(own.items()), tuple(p.shape for p in module.parameters())
+        if key not in known:
+            known[key] = not_kept_by_fusion(training, module, own, len(names) - 1)
+        fusions[names] = known[key]
+    return DenseMemory(step, training.cast_bytes(layers), fusions)
+
+
+def not_kept_by_fusion(
+    training: Training, module: nn.Module, counts: Mapping[Product, int], n_hidden: int
+) -> int:
+    """Return the bytes that a dense MLP keeps for the backward, and one op would not.
+
+    The op keeps its input and the results of the layers before the activation.
+
+    Args:
+        training: training of the dense model.
+        module: the MLP.
+        counts: products that its first layer computes in a step.
+        n_hidden: number of its layers before the activation.
+    """
+    saved = 0
+    for product, count in counts.items():
+        tokens, in_features, out_features = product.shape
+        backwards = max(counts.get(replace(product, op=op), 0) for op in ("dx", "dw"))
+        # Activation checkpointing runs a forward whose results are not kept.
+        if product.op == "fwd" and backwards == count:
+            kept = training.kept_bytes(module, tokens, in_features)
+            saved += count * (kept - n_hidden * tokens * out_features * product.dtype.itemsize)
+    return max(0, saved)
+
+
+def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return the bytes of the storages of tensors, by address."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def saved_by_fusion(

@@ -15,12 +15,21 @@ from sparse_lightning.arguments import Input, find_device
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.names import DEFAULT_EXCLUDE, check_follow, check_option
 from sparse_lightning.patching import sparsify
-from sparse_lightning.planning.costs import Check, Product, Setting, expected_step, model_cost
+from sparse_lightning.planning.costs import (
+    Check,
+    Product,
+    Setting,
+    expected_peak,
+    expected_step,
+    gradient_bytes,
+    model_cost,
+)
 from sparse_lightning.planning.measure import (
     PRECISIONS,
     ProductSpeedups,
     Training,
     count_tokens,
+    dense_memory,
     dense_times,
 )
 from sparse_lightning.planning.result import Plan, PlannedLayer
@@ -99,6 +108,7 @@ def plan(
             dense, sorted({*block_sizes}), include, exclude, follow
         )
         layer_densities: dict[Setting, dict[str, float]] = {}
+        absent_gradients: dict[Setting, int] = {}
         for block_size in sorted({*block_sizes} - unfit.keys()):
             grids = {
                 name: block_grid(*layer.shape, block_size)
@@ -116,6 +126,7 @@ def plan(
                     **vars(cost), block_size=block_size, density=density, speedup=None
                 )
                 layer_densities[setting] = own
+                absent_gradients[setting] = gradient_bytes(dense, block_size, blocks, dtype)
         result = Plan(
             model=type(dense).__name__,
             layers=layers,
@@ -130,7 +141,7 @@ def plan(
             return result
         try:
             training = Training(dense, specs, precision, device)
-            result = _add_steps(result, layer_densities, training)
+            result = _add_steps(result, layer_densities, absent_gradients, training)
             del dense, training
 
             def check_setting(setting: Setting) -> Check:
@@ -146,8 +157,13 @@ def plan(
                     follow=follow,
                 )
                 assert setting.step is not None
-                measured = Training(sparse, specs, precision, device).seconds()
-                return Check(setting.block_size, setting.density, setting.step, measured)
+                training = Training(sparse, specs, precision, device)
+                seconds, memory = training.seconds(), training.peak_memory()
+                peak = None if memory is None else memory.peak
+                return Check(
+                    *(setting.block_size, setting.density, setting.step, seconds),
+                    *(setting.peak, peak),
+                )
 
             best = [result.best] if result.best else []
             to_check = {"best": best, "all": result.settings, None: []}[check]
@@ -160,10 +176,15 @@ def plan(
 
 
 def _add_steps(
-    result: Plan, layer_densities: Mapping[Setting, Mapping[str, float]], training: Training
+    result: Plan,
+    layer_densities: Mapping[Setting, Mapping[str, float]],
+    absent_gradients: Mapping[Setting, int],
+    training: Training,
 ) -> Plan:
     """Return a plan with the dense model's measured step, and the expected step of each setting."""
-    times, counts = dense_times(training, [*result.layers, *result.follows])
+    names = [*result.layers, *result.follows]
+    times, counts = dense_times(training, names)
+    memory = dense_memory(training, names, counts)
     speedups = ProductSpeedups(training.device)
     speedups.prepare(
         (product, setting.block_size)
@@ -179,7 +200,11 @@ def _add_steps(
 
         trained_share = setting.trained / result.dense.trained
         step = expected_step(times, counts, densities, speedup, trained_share)
-        settings.append(replace(setting, step=step, speedup=times.step / step))
+        peak = None
+        if memory is not None:
+            absent = result.dense.memory - setting.memory
+            peak = expected_peak(memory, densities, absent, absent_gradients[setting])
+        settings.append(replace(setting, step=step, speedup=times.step / step, peak=peak))
     layers = {
         name: replace(layer, tokens=count_tokens(counts[name]))
         for name, layer in result.layers.items()
@@ -187,7 +212,7 @@ def _add_steps(
     return replace(
         result,
         layers=layers,
-        dense=replace(result.dense, step=times.step),
+        dense=replace(result.dense, step=times.step, peak=memory.step.peak if memory else None),
         settings=settings,
         launch=times.launch,
         measured=speedups.measured,

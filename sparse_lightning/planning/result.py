@@ -125,8 +125,9 @@ class Plan:
             speedup = [f"{setting.speedup:.2f}", self._remark(setting)] if setting.speedup else []
             label = f"blocks of {setting.block_size}"
             rows.append((label, f"{setting.density:g}", *_cells(setting), *speedup))
+        peak = ("peak memory",) if self.dense.peak else ()
         header = ("layers", "density", "parameters", "memory", "FLOPs per token")
-        times = ("step", "speed-up", "remark") if timed else ()
+        times = ("step", *peak, "speed-up", "remark") if timed else ()
         return Section("Cost of the model", header + times, rows, self._remarks())
 
     def _remark(self, setting: Setting) -> str:
@@ -145,6 +146,11 @@ class Plan:
             f"dtype under {self.precision}, but no activations. FLOPs are those of the linear "
             "layers in forward and backward: 6 per weight."
         ]
+        if self.dense.peak:
+            remarks.append(
+                "Peak memory is the most that a step allocates, with activations: measured for the "
+                "dense model, and expected for the others."
+            )
         if self.launch is None:
             remarks.append("Step times are unknown: without --input nothing was measured.")
         else:
@@ -172,7 +178,10 @@ class Plan:
     def _check_section(self) -> Section:
         return Section(
             "Expected and measured steps",
-            ("layers", "density", "expected", "measured", "error", "speed-up"),
+            (
+                *("layers", "density", "expected", "measured", "error", "speed-up"),
+                *(("peak, expected", "measured", "error") if self.dense.peak else ()),
+            ),
             [
                 (
                     f"blocks of {check.block_size}",
@@ -181,6 +190,7 @@ class Plan:
                     _milliseconds(check.measured),
                     f"{check.error:+.1%}",
                     f"{(self.dense.step or 0.0) / check.measured:.2f}",
+                    *_peak_cells(check),
                 )
                 for check in self.checks
             ],
@@ -193,7 +203,15 @@ _FOLLOWS = "follows"
 
 def _cells(cost: Cost) -> list[str]:
     cells = [f"{cost.parameters:,}", _scaled(cost.memory, "B"), _scaled(cost.flops, "FLOP")]
-    return [*cells, *([_milliseconds(cost.step)] if cost.step is not None else [])]
+    cells += [_milliseconds(cost.step)] if cost.step is not None else []
+    return [*cells, *([_scaled(cost.peak, "B")] if cost.peak is not None else [])]
+
+
+def _peak_cells(check: Check) -> list[str]:
+    if check.expected_peak is None or check.measured_peak is None:
+        return []
+    sizes = [_scaled(size, "B") for size in (check.expected_peak, check.measured_peak)]
+    return [*sizes, f"{check.peak_error:+.1%}"]
 
 
 def _milliseconds(seconds: float) -> str:

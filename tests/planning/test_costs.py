@@ -12,9 +12,13 @@ from sparse_lightning import sparsify
 from sparse_lightning.planning.costs import (
     Check,
     Cost,
+    DenseMemory,
     DenseTimes,
     Product,
+    StepMemory,
+    expected_peak,
     expected_step,
+    gradient_bytes,
     model_cost,
 )
 
@@ -111,3 +115,28 @@ def test_activations_between_two_sparse_layers_are_fused() -> None:
             for dense in (plain, fused)
         ]
         assert steps[0] - steps[1] == pytest.approx(saved)
+
+
+def peak(forward: int, highest: int, update: int, absent: int, **changes: dict) -> int:
+    dense = DenseMemory(StepMemory(forward, highest, update), **changes)
+    return expected_peak(dense, {"up": 0.25, "down": 0.25}, absent, absent // 4)
+
+
+def test_the_peak_of_a_step_by_hand() -> None:
+    # Three quarters of what is absent exist during the forward: weights and moments.
+    assert peak(1000, 1100, 600, absent=400) == 1000 - 300 + 100
+    # Where activations are few, the peak is in the optimizer's step, with gradients.
+    assert peak(500, 600, 600, absent=400) == 500 - 300
+    assert peak(480, 600, 600, absent=400) == 600 - 400
+    casts = {"up": 40, "down": 40, "head": 80}
+    assert peak(1000, 1000, 600, absent=400, casts=casts) == 1000 - 300 - 60
+    fusions = {("up", "down"): 70, ("up", "other"): 90}
+    assert peak(1000, 1000, 600, absent=400, fusions=fusions) == 1000 - 300 - 70
+
+
+def test_gradients_of_absent_blocks() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32).bfloat16(), nn.Linear(32, 32))
+    net[2].weight.requires_grad_(False)
+    blocks = {"0": 1, "1": 2, "2": 1}
+    assert gradient_bytes(net, 16, blocks, None) == 768 * 4 + 512 * 2
+    assert gradient_bytes(net, 16, blocks, torch.bfloat16) == (768 + 512) * 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -21,13 +22,14 @@ from sparse_lightning.cli import main
 from sparse_lightning.export import Input
 from sparse_lightning.kernels import choice, measuring
 from sparse_lightning.planning import measure
-from sparse_lightning.planning.costs import Product
+from sparse_lightning.planning.costs import Product, StepMemory
 from sparse_lightning.planning.measure import (
     ProductSpeedups,
     Training,
     count_tokens,
     dense_times,
     fused_layers,
+    not_kept_by_fusion,
     saved_by_fusion,
 )
 
@@ -181,6 +183,23 @@ def test_a_plan_and_its_check(run, quick) -> None:
     ]
     assert len([row for row in checks if row and row[0].startswith("blocks of")]) == 4
     assert "measured one by one" in " ".join(out.split()) and f"torch {torch.__version__}" in out
+
+
+def test_the_peak_memory_of_a_gpu(quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = StepMemory(forward=1_000_000, peak=1_100_000, update=500_000)
+    monkeypatch.setattr(Training, "peak_memory", lambda _: step)
+    net = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    found = sparse_lightning.plan(
+        net, "32,64", block_sizes=[16], densities=[0.25], device="cpu", check="all"
+    )
+    # 24,576 weights of 4 bytes and their moments are absent, and one hidden activation is not kept.
+    expected = 1_100_000 - 24_576 * 4 * 3 - 32 * 256 * 4
+    assert found.dense.peak == 1_100_000 and found.settings[0].peak == expected
+    assert found.checks[0].expected_peak == expected
+    assert found.checks[0].measured_peak == 1_100_000
+    text = str(found)
+    assert "peak memory" in text and "1.1 MB" in text and "peak, expected" in text
+    assert f"{expected / 1_100_000 - 1:+.1%}" in text
 
 
 def test_the_best_is_checked(run, quick) -> None:
@@ -456,6 +475,60 @@ def test_activations_between_layers_are_timed_within_a_step(
     assert twice == pytest.approx(2 * saved)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(*n) for n in ((64, 96), (64, 96), (96, 64)))
+        self.checkpointed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            return checkpoint(self.mlp, x, use_reentrant=False)
+        return self.mlp(x)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("build", "hidden", "kept", "kept_compiled"),
+    [
+        # Eager, the backward of each operation keeps its operands, and ReLU's its result.
+        (Gated, 2, 4, 3),
+        (lambda: nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), 1, 2, 2),
+        (lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)), 1, 1, 1),
+    ],
+)
+def test_what_a_dense_mlp_keeps(
+    precision: str,
+    compiled: bool,
+    build: Callable[[], nn.Module],
+    hidden: int,
+    kept: int,
+    kept_compiled: int,
+) -> None:
+    """One op keeps the results of the layers before the activation. 64 tokens, as features."""
+    net = nn.Sequential(build())
+    if compiled:
+        net.compile()
+    training = Training(net, [Input.parse("64,64")], precision, CPU)
+    name = "0.gate" if hidden == 2 else "0.0"
+    counts = training.count_products([name])[name]
+    found = not_kept_by_fusion(training, net[0], counts, hidden)
+    expected = (kept_compiled if compiled else kept) - hidden
+    assert found == expected * 64 * 96 * (4 if precision == "32-true" else 2)
+
+
+def test_what_a_checkpointed_mlp_keeps() -> None:
+    net = nn.Sequential(Gated())
+    net[0].checkpointed = True
+    training = Training(net, [Input.parse("64,64")], "32-true", CPU)
+    counts = training.count_products(["0.gate"])["0.gate"]
+    assert not_kept_by_fusion(training, net[0], counts, 2) == 0
+
+
 def test_pairs_of_layers_whose_activation_is_fused() -> None:
     def linears(*activations: nn.Module) -> list[nn.Module]:
         layers: list[nn.Module] = [nn.Linear(16, 16)]
@@ -611,3 +684,4 @@ def test_expected_and_measured_steps_on_a_gpu(precision: str) -> None:
     assert found.launch and found.dense.step
     for check in found.checks:
         assert 1 / 1.5 < check.expected / check.measured < 1.5, found
+        assert check.peak_error is not None and abs(check.peak_error) < 0.1, found
