@@ -157,8 +157,8 @@ class Training:
         """Return the bytes of parameters, buffers, inputs and the optimizer's state."""
         state = [x for each in self._optimizer.state.values() for x in each.values()]
         tensors = *self.model.parameters(), *self.model.buffers(), *self._inputs, *state
-        on_device = [x for x in tensors if isinstance(x, Tensor) and x.device == self.device]
-        return sum(unique_storages(on_device).values())
+        found = [x for x in tensors if isinstance(x, Tensor) and x.device.type == self.device.type]
+        return sum(unique_storages(found).values())
 
     def optimizer_and_launch_seconds(self) -> tuple[float, float]:
         """Return the seconds of the optimizer's step, and those in which the host launches a step.

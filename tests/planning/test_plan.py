@@ -185,6 +185,15 @@ def test_a_plan_and_its_check(run, quick) -> None:
     assert "measured one by one" in " ".join(out.split()) and f"torch {torch.__version__}" in out
 
 
+def test_the_bytes_of_a_training() -> None:
+    """What else is allocated on a GPU belongs to others. Tensors know the index of their device."""
+    net = nn.Sequential(nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32, affine=False))
+    training = Training(net, [Input.parse("8,64")], "32-true", torch.device("cpu", 0))
+    training.step()
+    counts = 8 + 4  # of batches, and of AdamW's steps
+    assert training._own_bytes() == 3 * 32 * 64 * 4 + 2 * 32 * 4 + counts + 8 * 64 * 4
+
+
 def test_the_peak_memory_of_a_gpu(quick, monkeypatch: pytest.MonkeyPatch) -> None:
     step = StepMemory(forward=1_000_000, peak=1_100_000, update=500_000)
     monkeypatch.setattr(Training, "peak_memory", lambda _: step)
