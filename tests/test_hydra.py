@@ -87,11 +87,11 @@ def test_every_preset_is_tested() -> None:
 @pytest.mark.parametrize(
     ("preset", "density", "distribution", "drop", "grow"),
     [
-        ("rigl", QUARTER, "erdos_renyi", "magnitude", "gradient"),
-        ("set", QUARTER, "erdos_renyi", "magnitude", "random"),
-        ("snfs", QUARTER, "erdos_renyi", "magnitude", "momentum"),
-        ("cubic", CUBIC, "erdos_renyi", "magnitude", "gradient"),
-        ("granet", HALVED, "erdos_renyi", "magnitude", "gradient"),
+        ("rigl", QUARTER, "uniform", "magnitude", "gradient"),
+        ("set", QUARTER, "uniform", "magnitude", "random"),
+        ("snfs", QUARTER, "uniform", "magnitude", "momentum"),
+        ("cubic", CUBIC, "uniform", "magnitude", "gradient"),
+        ("granet", HALVED, "uniform", "magnitude", "gradient"),
         ("movement", LATE, "global", "movement", "none"),
         ("static", QUARTER, "uniform", "magnitude", "none"),
     ],
@@ -104,14 +104,27 @@ def test_presets(
     assert (config.distribution, config.drop, config.grow) == (distribution, drop, grow)
     assert (config.block_size, config.update) == (64, UpdateSchedule())
     assert config.monitor == MonitorOptions()
-    if preset == "set":
-        assert config.drop_fraction_at(0.0) == config.drop_fraction_at(0.9) == 0.3
-    else:
-        assert config.drop_fraction == DropFractionSchedule()
+    assert config.drop_fraction == DropFractionSchedule()
 
 
-def test_the_default_preset_is_cubic() -> None:
-    assert config_of() == config_of("callbacks/sparsity=cubic")
+def test_the_default_preset_has_the_defaults_of_the_callback() -> None:
+    assert config_of() == config_of("callbacks/sparsity=rigl") == SparsityConfig()
+
+
+def test_the_guide_has_what_each_preset_sets() -> None:
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key}: {text(each)}" for key, each in value.items()) + "}"
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    rows = []
+    for preset in PRESETS:
+        sets = changed(config_of(f"callbacks/sparsity={preset}")).items()
+        cells = [f"`{name}: {text(value)}`" for name, value in sets]
+        rows.append(f"| `{preset}` | {', '.join(cells) or 'the defaults'} |")
+    guide = Path(__file__).parents[1] / "docs" / "how-to" / "hydra.md"
+    found = [line for line in guide.read_text().splitlines() if line.startswith("| `")]
+    assert found == rows
 
 
 def test_containers_may_be_converted() -> None:
@@ -150,6 +163,7 @@ def test_overrides_of_the_dynamics() -> None:
 
 def test_overrides() -> None:
     config = config_of(
+        "callbacks/sparsity=cubic",
         "callbacks.sparsity.density.final=0.1",
         "callbacks.sparsity.density.until=1e3",
         "callbacks.sparsity.update.begin=0.1",
@@ -279,7 +293,10 @@ def test_errors_while_composing(override: str, says: list[str]) -> None:
         ("callbacks.sparsity.density=1.5", ["`density", "(0, 1]", "got 1.5"]),
         ("callbacks.sparsity.density=null", ["`density` must", "got None"]),
         ("callbacks.sparsity.update.begin=1", ["`update.begin` must", "Write 1.0 or a step >= 2"]),
-        ("callbacks.sparsity.density.until=0.8", ["`density.until` must not be after", "0.8"]),
+        (
+            "callbacks/sparsity=cubic callbacks.sparsity.density.until=0.8",
+            ["`density.until` must not be after", "0.8"],
+        ),
         ("callbacks.sparsity.update.times=[10,0]", ["`update.times` must be steps", "got 0"]),
         ("callbacks.sparsity.update.times=[]", ["`update.times` must be steps", "got none"]),
         ("callbacks.sparsity.update.times=often", ["`update.times` must", "got 'often'"]),
@@ -295,7 +312,7 @@ def test_errors_while_composing(override: str, says: list[str]) -> None:
     ],
 )
 def test_errors_of_the_callback(override: str, says: list[str]) -> None:
-    node = composed(override)
+    node = composed(*(override.split() if override.startswith("callbacks/") else [override]))
     with pytest.raises(HydraException) as error:
         instantiate(node)
     text = messages(error.value)
