@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from sparse_lightning import inspection
+from sparse_lightning import env, inspection
 from sparse_lightning.bench import command as bench
 from sparse_lightning.bench import tune
 from sparse_lightning.export import command as export
@@ -87,6 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "show how the blocks changed in a training, as one HTML file",
         "Write an HTML page from the history of a training: how the block masks of all layers "
         "changed, and the metrics that were logged. Needs neither a GPU nor a network.",
+    )
+    _add(
+        commands,
+        "env",
+        env,
+        "show the versions and devices that a bug report needs",
+        "Show the versions of this package and of the packages it uses, the operating system, the "
+        "CPU, the GPUs, and the folder of compiled kernels. What is missing or broken is named.",
     )
     options = parser.parse_args(arguments)
     return run_command(options.run, options, parser.prog)

@@ -36,6 +36,7 @@ FLOORS = {
     "roles": 3,
     "swap_report": 3,
     "stepping": 3,
+    "env": 4,
     "optimizer_state": 4,
     "selection": 4,
     "patching": 5,

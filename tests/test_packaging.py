@@ -1,7 +1,11 @@
-"""The wheel and the editable install contain all files needed at run time."""
+"""The wheel and the editable install contain all files needed at run time.
+
+Files that describe the package to others agree with pyproject.toml.
+"""
 
 import importlib.resources
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +37,51 @@ assert sparse_lightning.__version__ == version("sparse-lightning")
 assert config.callbacks.sparsity._target_ == "sparse_lightning.SparsityCallback", config
 print(package)
 print(configs)
+"""
+
+# Runs every command in an empty folder, through the entry point that the wheel declares.
+COMMANDS = """
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+# The commands work without these packages of extras; `report` needs plotly.
+for package in (
+    "accelerate", "cupy", "cupy_backends", "matplotlib", "onnx", "PIL", "rich", "safetensors",
+    "transformers", "wandb",
+):
+    sys.modules[package] = None
+
+import numpy as np
+import torch
+from sparse_lightning import BlockSparseLinear, cli
+from sparse_lightning.history import HistoryWriter
+
+Path("models.py").write_text(
+    "from torch import nn\\n\\ndef build():\\n    return nn.Sequential(nn.Linear(32, 32))"
+)
+layer = BlockSparseLinear(32, 32, block_size=16, density=0.5)
+torch.save(torch.nn.Sequential(layer).state_dict(), "last.pt")
+HistoryWriter(Path("pattern.history")).start(0, {"0": np.eye(2, dtype=bool)}, {"0": 16}, {})
+
+names, add = [], cli._add
+cli._add = lambda commands, name, *rest: (names.append(name), add(commands, name, *rest))
+small = "--block-sizes 16 --densities .5"
+lines = [
+    "env",
+    f"plan models:build --input 8,32 --device cpu {small}",
+    f"bench kernels --shape 8 32 32 --repeats 1 --device cpu {small}",
+    f"tune --device cpu --output table.json --tokens 1 --repeats 1 --dtypes fp32 {small}",
+    "export last.pt --to dense",
+    "inspect last.pt",
+    "report .",
+]
+(command,) = distribution("sparse-lightning").entry_points
+main = command.load()
+for line in lines:
+    assert main(line.split()) == 0, line
+assert {next(word for word in line.split() if word in names) for line in lines} == set(names)
+print(Path(cli.__file__).parent)
 """
 
 
@@ -82,17 +132,32 @@ def test_the_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_the_wheel_works_away_from_the_tree(wheel: Path, tmp_path: Path) -> None:
-    target, empty = tmp_path / "target", tmp_path / "empty"
-    empty.mkdir()
+@pytest.fixture(scope="module")
+def target(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the wheel is installed."""
+    folder = tmp_path_factory.mktemp("target")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    run(*pip, "--no-deps", "--no-index", "--target", target, wheel, cwd=empty)
-    # PYTHONPATH precedes the editable install's finder; the paths show that it was used.
+    run(*pip, "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+def run_installed(code: str, target: Path, cwd: Path) -> str:
+    """Return the output of Python code that imports the installed wheel."""
+    # PYTHONPATH precedes the editable install's finder; the paths printed show that it was used.
     path = os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])
-    found = run(sys.executable, "-c", PROBE, cwd=empty, PYTHONPATH=path)
-    package, configs = found.splitlines()[-2:]
+    return run(sys.executable, "-c", code, cwd=cwd, PYTHONPATH=path)
+
+
+def test_the_wheel_works_away_from_the_tree(target: Path, tmp_path: Path) -> None:
+    package, configs = run_installed(PROBE, target, tmp_path).splitlines()[-2:]
     assert Path(package) == target / "sparse_lightning"
     assert Path(configs) == target / "sparse_lightning" / "configs"
+
+
+def test_every_command_of_the_wheel_runs_away_from_the_tree(target: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    *_, package = run_installed(COMMANDS, target, tmp_path).splitlines()
+    assert Path(package) == target / "sparse_lightning"
 
 
 def test_the_editable_install_works_away_from_the_tree(tmp_path: Path) -> None:
@@ -106,3 +171,13 @@ def test_the_editable_install_works_away_from_the_tree(tmp_path: Path) -> None:
 def test_every_preset_is_a_resource(name: str) -> None:
     configs = importlib.resources.files("sparse_lightning.configs")
     assert configs.joinpath("callbacks", "sparsity", f"{name}.yaml").is_file()
+
+
+def test_the_citation_agrees_with_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = dict(re.findall(r'^(\w+) = "(.*)"$', text, flags=re.MULTILINE))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == project["version"]
+    assert citation["title"] == project["name"]
+    assert citation["abstract"] == project["description"]
+    assert citation["license"] == project["license"]

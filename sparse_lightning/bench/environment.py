@@ -10,6 +10,8 @@ import torch
 
 from sparse_lightning.kernels.speedups import cpu_name
 
+_MOST_SECONDS = 30  # With a broken driver, nvidia-smi can hang.
+
 
 def prepare_device(device: torch.device) -> None:
     """Make a device current, and disable TF32 so that dense fp32 products are exact."""
@@ -23,20 +25,15 @@ def describe_environment(device: torch.device) -> dict[str, str]:
     """Return the names and versions that a timing on the device depends on, as far as known."""
     found = {"device": _device_name(device)}
     if device.type == "cuda":
-        found["driver"] = _first_output_line(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
+        found["driver"] = driver_version()
         found["CUDA"] = torch.version.cuda or ""
     else:
         found["threads"] = str(torch.get_num_threads())
     found["torch"] = torch.__version__
     for name in ("cupy-cuda12x", "cupy-cuda13x", "triton", "stanford-stk", "blksprs"):
-        found[name] = _version(name)
-    found["sparse-lightning"] = _version("sparse-lightning")
-    git = ("git", "-C", str(Path(__file__).parent))
-    # An installed package can be inside another project's repository, with an unrelated commit.
-    if _first_output_line(*git, "ls-files", Path(__file__).name):
-        found["commit"] = _first_output_line(*git, "describe", "--always", "--dirty")
+        found[name] = installed_version(name)
+    found["sparse-lightning"] = installed_version("sparse-lightning")
+    found["commit"] = commit()
     return {name: value for name, value in found.items() if value}
 
 
@@ -55,7 +52,22 @@ def _device_name(device: torch.device) -> str:
     return cpu_name()
 
 
-def _version(package: str) -> str:
+def driver_version() -> str:
+    """Return the version of the NVIDIA driver; empty if `nvidia-smi` does not give it."""
+    return _first_output_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def commit() -> str:
+    """Return the commit of this package's repository; empty if it is installed without one."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    # An installed package can be inside another project's repository, with an unrelated commit.
+    if not _first_output_line(*git, "ls-files", Path(__file__).name):
+        return ""
+    return _first_output_line(*git, "describe", "--always", "--dirty")
+
+
+def installed_version(package: str) -> str:
+    """Return the version of a package, which is not imported; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -64,8 +76,10 @@ def _version(package: str) -> str:
 
 def _first_output_line(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_MOST_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
         return ""
     lines = done.stdout.split("\n")
     return lines[0].strip()

@@ -82,12 +82,21 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> Cubin:
             raise RuntimeError(
                 f"'{source}' did not compile for {arch}: {error}\n"
                 f"{nvrtc.getProgramLog(program)}\n"
-                f"options: {' '.join(flags)}\nNVRTC {'.'.join(map(str, nvrtc.getVersion()))}"
+                f"options: {' '.join(flags)}\nNVRTC {nvrtc_version()}"
             ) from None
         # CuPy's `getCUBIN` drops the trailing NUL, without which the driver rejects the file.
         return Cubin(nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
+
+
+def nvrtc_version() -> str:
+    """Return the version of NVRTC.
+
+    Raises:
+        RuntimeError: if CuPy or NVRTC is missing.
+    """
+    return ".".join(map(str, _nvrtc().getVersion()))
 
 
 @dataclass(frozen=True)
