@@ -14,7 +14,9 @@ from torch import Tensor
 from sparse_lightning.export.files import read_checkpoint, state_dict_of
 from sparse_lightning.export.state_dicts import SavedLayer, find_layers
 from sparse_lightning.masks import mask_image, mask_text
+from sparse_lightning.swap_report import DEAD_FEATURES
 from sparse_lightning.tables import Section, show
+from sparse_lightning.topology import count_dead
 
 EXAMPLES = """examples:
   all block-sparse layers, and the configuration of the training:
@@ -61,9 +63,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def print_layers(layers: Mapping[str, SavedLayer]) -> None:
-    """Print a table of saved layers: sizes, empty block rows and columns, norms of the blocks."""
+    """Print a table of saved layers: sizes, dead outputs, unread inputs, norms of the blocks."""
     header = (
-        "layer", "shape", "blocks", "density", "dead rows", "columns", "dtype",
+        "layer", "shape", "blocks", "density", *DEAD_FEATURES, "dtype",
         "min norm", "median", "max",
     )  # fmt: skip
     rows = []
@@ -78,7 +80,7 @@ def print_layers(layers: Mapping[str, SavedLayer]) -> None:
                 f"{topology.out_features}x{topology.in_features}",
                 f"{topology.n_blocks} of {topology.block_size}x{topology.block_size}",
                 f"{topology.density:.3f}",
-                *(str(int((~topology.mask.any(axis)).sum())) for axis in (1, 0)),
+                *(f"{n * topology.block_size:,}" for n in count_dead(topology.mask)),
                 str(layer.values.dtype).removeprefix("torch."),
                 *(f"{float(norm):.3g}" for norm in quantiles),
                 *("-" for _ in range(3 - len(quantiles))),

@@ -63,6 +63,29 @@ def common_patterns(names: Sequence[str]) -> list[str]:
     return [f"{prefix}.*"] if prefix and len(names) > 1 else list(names)
 
 
+def merge_similar(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Merge rows of layers whose names differ only in numbers, and insert their count.
+
+    >>> merge_similar(
+    ...     [("layers.0.up.1", ("8x4",)), ("layers.1.up.1", ("8x4",)), ("head", ("2x4",))]
+    ... )
+    [('layers.*.up.1', '2', '8x4'), ('head', '1', '2x4')]
+    """
+    groups: dict[tuple[str, tuple[str, ...]], list[list[str]]] = {}
+    for name, cells in rows:
+        parts = name.split(".")
+        pattern = ".".join("*" if part.isdigit() else part for part in parts)
+        groups.setdefault((pattern, cells), []).append(parts)
+    return [
+        (
+            ".".join(part[0] if len({*part}) == 1 else "*" for part in zip(*names, strict=True)),
+            str(len(names)),
+            *cells,
+        )
+        for (_, cells), names in groups.items()
+    ]
+
+
 def is_exact(pattern: str) -> bool:
     """Return whether a pattern is a plain name, without wildcards."""
     return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")

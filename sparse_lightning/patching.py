@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from sparse_lightning import ranks
 from sparse_lightning.fusion import fuse_mlp_
 from sparse_lightning.linear import (
     BlockSparseLinear,
@@ -25,8 +28,10 @@ from sparse_lightning.names import (
     check_option,
     layer_densities,
 )
+from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.criteria import seeded_generator
-from sparse_lightning.policy.distributions import DISTRIBUTIONS, Distribution, Grid, share
+from sparse_lightning.policy.dead_features import DeadFeatures, find_dead_features
+from sparse_lightning.policy.distributions import DISTRIBUTIONS, Distribution, Grid
 from sparse_lightning.policy.lookup import find
 from sparse_lightning.policy.updates import choose_blocks, feasible_floor
 from sparse_lightning.selection import (
@@ -36,7 +41,12 @@ from sparse_lightning.selection import (
     sparse_layers,
 )
 from sparse_lightning.sharding import is_sharded
-from sparse_lightning.swap_report import LayerReport, SparsityReport, measure_coverage
+from sparse_lightning.swap_report import (
+    LayerReport,
+    SparsityReport,
+    describe_dead_features,
+    measure_coverage,
+)
 from sparse_lightning.topology import (
     BlockTopology,
     block_grid,
@@ -78,6 +88,9 @@ def sparsify(
     instance of a subclass that does so, too; `densify` gives it its class back. In an
     `nn.TransformerEncoderLayer` with swapped layers, PyTorch's fused inference path is disabled,
     since it reads dense weights; `densify` enables it again.
+
+    One warning names the layers that have too few blocks for all block rows or columns, so that
+    they have dead outputs or unread inputs, and what would avoid it.
 
     Args:
         model: model to change in place.
@@ -132,31 +145,42 @@ def sparsify(
     own = {} if layer_density is None else layer_density
     check_layer_density(own)
 
-    def budgets(grids: Mapping[str, Grid]) -> tuple[dict[str, int], dict[str, int]]:
-        check_layer_density_matches(own, grids)
-        fixed = layer_densities(own, grids)
-        n_blocks, highest = (share(distribution, d, grids, fixed) for d in (density, max_density))
-        return n_blocks, {name: max(n_blocks[name], highest[name]) for name in grids}
-
     options = SwapOptions(block_size, include, exclude, init, seed, follow=follow or {})
+
+    def budgets(grids: Mapping[str, Grid]) -> tuple[LayerBudgets, dict[str, int]]:
+        check_layer_density_matches(own, grids)
+        planned = LayerBudgets(
+            grids=grids,
+            density_at=lambda progress, final: final,
+            final=density,
+            own_final=layer_densities(own, grids),
+            distribution=distribution,
+            floor=options.floor,
+            is_monotonic=True,
+        )
+        n_blocks, highest = planned.at(0.0), replace(planned, final=max_density).at(0.0)
+        return planned, {name: max(n_blocks[name], highest[name]) for name in grids}
+
     return swap_layers(model, options, budgets)
 
 
 def swap_layers(
     model: nn.Module,
     options: SwapOptions,
-    budgets: Callable[[Mapping[str, Grid]], tuple[Mapping[str, int], Mapping[str, int]]],
+    budgets: Callable[[Mapping[str, Grid]], tuple[LayerBudgets, Mapping[str, int]]],
 ) -> SparsityReport:
     """Do the work of `sparsify` with arbitrary budgets.
+
+    The warning is about the budgets at the end of the density schedule.
 
     Args:
         model: model to change in place.
         options: which layers to swap, and how they start.
-        budgets: function that maps the block grid of each layer to its number of blocks and its
-            number of slots. The grids are those of all layers that the patterns select, in the
-            model's order. They include layers that are already block-sparse, since topology updates
-            share a budget among the same layers, but no copies, which take the blocks of their
-            source layers.
+        budgets: function that maps the block grid of each layer to the layers' numbers of blocks,
+            of which the swap takes those at progress 0, and to their numbers of slots. The grids
+            are those of all layers that the patterns select, in the model's order. They include
+            layers that are already block-sparse, since topology updates share a budget among the
+            same layers, but no copies, which take the blocks of their source layers.
     """
     block_size = options.block_size
     found = select_layers(model, options)
@@ -171,13 +195,21 @@ def swap_layers(
             and options.selects(name)
         ):
             grids[name] = module.topology.grid
-    n_blocks, capacities = budgets(grids) if found.layers else ({}, {})
+    n_blocks: Mapping[str, int] = {}
+    capacities: Mapping[str, int] = {}
+    dead: Mapping[str, DeadFeatures] = {}
+    if found.layers:
+        planned, capacities = budgets(grids)
+        n_blocks = planned.at(0.0)
+        dead = find_dead_features(planned, found.layers, block_size)
     starts = {
         name: _initial_topology(
             linear, name, grids[name], n_blocks[name], capacities[name], options
         )
         for name, linear in found.layers.items()
     }
+    if dead and ranks.is_rank_zero():
+        warnings.warn(describe_dead_features(dead), stacklevel=3)
     # All checks have passed; from here on, the model changes.
     for name, linear in found.layers.items():
         layer = make_sparse_(linear, *starts[name], name)
@@ -194,7 +226,7 @@ def swap_layers(
         swapped[copy_name]._adopt_blocks_of(swapped[source_name])
     layers = {n: LayerReport.from_layer(layer) for n, layer in swapped.items() if n not in follows}
     unfused = update_containers(model)
-    return SparsityReport(layers, found.skipped, follows, measure_coverage(model), unfused)
+    return SparsityReport(layers, found.skipped, follows, measure_coverage(model), unfused, dead)
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -161,10 +161,10 @@ class Sparsifier:
         self._resolved_by = self.total_steps
 
     def _swap(self) -> SparsityReport:
-        def budgets(grids: Mapping[str, Grid]) -> tuple[dict[str, int], dict[str, int]]:
+        def budgets(grids: Mapping[str, Grid]) -> tuple[LayerBudgets, dict[str, int]]:
             check_layer_density_matches(self.config.layer_density, grids)
             layer_budgets = self.config.budgets(grids)
-            return layer_budgets.at(0.0), layer_budgets.capacities()
+            return layer_budgets, layer_budgets.capacities()
 
         return swap_layers(self.model, self.config.swap_options, budgets)
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
+from sparse_lightning.names import merge_similar
+from sparse_lightning.policy.dead_features import DeadFeatures
 from sparse_lightning.tables import text_table
+from sparse_lightning.topology import BlockTopology, count_dead
+
+# What features without a block are called, wherever they are shown.
+DEAD_FEATURES = ("dead outputs", "unread inputs")
 
 _EXPERTS = "3-D parameters (experts)"
 # The first entry that contains the class of a parameter's module names the parameter's kind.
@@ -25,7 +31,18 @@ _MAX_EXPERT_NAMES = 3
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One swapped layer: `shape` is (out_features, in_features); parameters include the bias."""
+    """One block-sparse layer: what its blocks cover, now.
+
+    Attributes:
+        shape: (out_features, in_features).
+        block_size: 16, 32, 64 or 128.
+        n_blocks: number of present blocks.
+        density: present blocks / all blocks.
+        parameters_before: parameters of the dense layer, with its bias.
+        parameters_after: parameters in present blocks, and the bias.
+        dead_outputs: output features whose block rows have no block, so that they are constant.
+        unread_inputs: input features whose block columns have no block.
+    """
 
     shape: tuple[int, int]
     block_size: int
@@ -33,19 +50,29 @@ class LayerReport:
     density: float
     parameters_before: int
     parameters_after: int
+    dead_outputs: int
+    unread_inputs: int
+
+    @classmethod
+    def from_topology(cls, topology: BlockTopology, n_bias: int) -> LayerReport:
+        """Describe a layer with these blocks, and a bias of this size."""
+        size = topology.block_size
+        dead_rows, dead_columns = count_dead(topology.mask)
+        return cls(
+            shape=(topology.out_features, topology.in_features),
+            block_size=size,
+            n_blocks=topology.n_blocks,
+            density=topology.density,
+            parameters_before=topology.out_features * topology.in_features + n_bias,
+            parameters_after=topology.n_blocks * size**2 + n_bias,
+            dead_outputs=dead_rows * size,
+            unread_inputs=dead_columns * size,
+        )
 
     @classmethod
     def from_layer(cls, layer: BlockSparseLinear) -> LayerReport:
         """Describe a block-sparse layer."""
-        bias = 0 if layer.bias is None else layer.bias.numel()
-        return cls(
-            shape=(layer.out_features, layer.in_features),
-            block_size=layer.block_size,
-            n_blocks=layer.topology.n_blocks,
-            density=layer.density,
-            parameters_before=layer.out_features * layer.in_features + bias,
-            parameters_after=layer.topology.n_blocks * layer.block_size**2 + bias,
-        )
+        return cls.from_topology(layer.topology, 0 if layer.bias is None else layer.bias.numel())
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,7 @@ class SparsityReport:
         follows: the block-sparse layers that are copies, `{copy: source}`.
         coverage: the share of the model that is block-sparse, and the kinds of dense parameters.
         unfused: why MLPs of block-sparse layers do not compute as one op, by name.
+        dead: layers to which the planned density leaves dead outputs or unread inputs.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -99,6 +127,13 @@ class SparsityReport:
     follows: dict[str, str] = field(default_factory=dict)
     coverage: Coverage | None = None
     unfused: dict[str, str] = field(default_factory=dict)
+    dead: Mapping[str, DeadFeatures] = field(default_factory=dict)
+
+    @property
+    def dead_note(self) -> str:
+        """Sentences about planned dead outputs and unread inputs if there are any, else ""."""
+        dead = {name: entry for name, entry in self.dead.items() if name in self.layers}
+        return describe_dead_features(dead) if dead else ""
 
     @property
     def coverage_note(self) -> str:
@@ -113,22 +148,34 @@ class SparsityReport:
         return present / max(1, sum(r.shape[0] * r.shape[1] for r in self.layers.values()))
 
     def table(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
-        """Return a header and one row of cells per layer, followed by a row of totals."""
-        header = ("layer", "shape", "blocks", "density", "parameters", "before")
+        """Return a header and one row of cells per layer, followed by a row of totals.
+
+        There are columns of dead outputs and of unread inputs if a layer has some.
+        """
+        reports = self.layers.values()
+        counts_of_all = [r.dead_outputs for r in reports], [r.unread_inputs for r in reports]
+        dead = {
+            title: counts
+            for title, counts in zip(DEAD_FEATURES, counts_of_all, strict=True)
+            if any(counts)
+        }
+        header = ("layer", "shape", "blocks", "density", *dead, "parameters", "before")
         rows = [
             (
                 name,
                 f"{r.shape[0]}x{r.shape[1]}",
                 f"{r.n_blocks} of {r.block_size}x{r.block_size}",
                 f"{r.density:.3f}",
+                *(f"{counts[i]:,}" for counts in dead.values()),
                 f"{r.parameters_after:,}",
                 f"{r.parameters_before:,}",
             )
-            for name, r in self.layers.items()
+            for i, (name, r) in enumerate(self.layers.items())
         ]
-        before = sum(r.parameters_before for r in self.layers.values())
-        after = sum(r.parameters_after for r in self.layers.values())
-        rows.append(("total", "", "", f"{self.density:.3f}", f"{after:,}", f"{before:,}"))
+        before = sum(r.parameters_before for r in reports)
+        after = sum(r.parameters_after for r in reports)
+        totals = (*(f"{sum(counts):,}" for counts in dead.values()), f"{after:,}", f"{before:,}")
+        rows.append(("total", "", "", f"{self.density:.3f}", *totals))
         return header, rows
 
     def __str__(self) -> str:
@@ -142,9 +189,49 @@ class SparsityReport:
         if self.unfused:
             lines += ["", "MLPs whose layers run one by one"]
             lines += [f"{name}: {reason}" for name, reason in self.unfused.items()]
-        if self.coverage_note:
-            lines += ["", self.coverage_note]
+        for note in (self.dead_note, self.coverage_note):
+            lines += ["", note] if note else []
         return "\n".join(lines)
+
+
+def describe_dead_features(dead: Mapping[str, DeadFeatures]) -> str:
+    """Return sentences that name layers with dead outputs or unread inputs, and what avoids them.
+
+    >>> entry = DeadFeatures((512, 64), outputs=256, inputs=0, density=0.5, block_size=16)
+    >>> print(describe_dead_features({"layers.0.up": entry, "layers.1.up": entry}).split(": ")[1])
+    'layers.*.up', 2 layers (at least 256 of 512 each; density 0.5 or block size 16 would do). Set \
+a higher `density` or `layer_density`, or a smaller `block_size`, or `exclude` them.
+    """
+    kinds = (
+        ("Dead outputs, which are constant", [(d.outputs, d.shape[0]) for d in dead.values()]),
+        ("Unread inputs, which have no effect", [(d.inputs, d.shape[1]) for d in dead.values()]),
+    )
+    sentences = [
+        "The planned density leaves block-sparse layers too few blocks for their features."
+    ]
+    for kind, counts in kinds:
+        rows = [
+            (name, (f"{n:,} of {total:,}", _remedy(entry)))
+            for (name, entry), (n, total) in zip(dead.items(), counts, strict=True)
+            if n
+        ]
+        layers = [
+            f"'{name}' (at least {share}; {remedy})"
+            if number == "1"
+            else f"'{name}', {number} layers (at least {share} each; {remedy})"
+            for name, number, share, remedy in merge_similar(rows)
+        ]
+        if layers:
+            sentences.append(f"{kind}: {'; '.join(layers)}.")
+    sentences.append(
+        "Set a higher `density` or `layer_density`, or a smaller `block_size`, or `exclude` them."
+    )
+    return " ".join(sentences)
+
+
+def _remedy(dead: DeadFeatures) -> str:
+    block_size = "" if dead.block_size is None else f" or block size {dead.block_size}"
+    return f"density {dead.density:g}{block_size} would do"
 
 
 def measure_coverage(model: nn.Module) -> Coverage:

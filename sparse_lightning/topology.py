@@ -453,6 +453,17 @@ def count_blocks(density: float, total: int) -> int:
     return max(1, round(density * total))
 
 
+def count_dead(mask: Tensor) -> tuple[int, int]:
+    """Return the number of block rows and of block columns without any block.
+
+    The outputs of such a row are dead, and the inputs of such a column are unread.
+
+    >>> count_dead(torch.tensor([[True, False, False], [True, False, True]]))
+    (0, 1)
+    """
+    return int((~mask.any(1)).sum()), int((~mask.any(0)).sum())
+
+
 def _is_shared(tensor: Tensor) -> bool:
     """Return whether a CPU tensor is in shared memory; `is_shared` is True for any CUDA tensor."""
     return tensor.device.type == "cpu" and tensor.is_shared()

@@ -29,8 +29,10 @@ def saved(tmp_path: Path) -> str:
 
 def test_layers(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", saved]) == 0
-    row = capsys.readouterr().out.splitlines()[4].strip("| ").split("|")
-    expected = "0, 48x64, 3 of 16x16, 0.250, 1, 2, float32, 16, 32, 48"
+    lines = capsys.readouterr().out.splitlines()
+    header, row = (lines[i].strip("| ").split("|") for i in (2, 4))
+    assert [cell.strip() for cell in header[4:6]] == ["dead outputs", "unread inputs"]
+    expected = "0, 48x64, 3 of 16x16, 0.250, 16, 32, float32, 16, 32, 48"
     assert [cell.strip() for cell in row] == expected.split(", ")
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from sparse_lightning import BlockSparseLinear, SparsityReport, densify, sparsify
+from sparse_lightning.config import SparsityConfig
 from sparse_lightning.names import matches
 from sparse_lightning.patching import swap_layers
+from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.distributions import share
 from sparse_lightning.selection import SwapOptions, sparse_layers
 from tests import extensions
@@ -360,10 +362,10 @@ def test_layers_that_are_already_block_sparse_share_the_budget() -> None:
     """As in topology updates, so that both distribute the budget among the same layers."""
     calls: list[dict[str, tuple[int, int]]] = []
 
-    def budgets(grids: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], dict[str, int]]:
+    def budgets(grids: Mapping[str, tuple[int, int]]) -> tuple[LayerBudgets, dict[str, int]]:
         calls.append(dict(grids))
-        shares = share("erdos_renyi", 0.25, grids, {})
-        return shares, shares
+        planned = SparsityConfig(density=0.25, distribution="erdos_renyi").budgets(grids)
+        return planned, planned.capacities()
 
     model = Model()
     sparsify(model, block_size=32, density=1.0, include=["blocks.0.fc2", "proj"])
@@ -467,29 +469,29 @@ def test_the_report() -> None:
             "odd": nn.Linear(64, 10),
         }
     )
-    report = sparsify(model, block_size=32, density=0.25)
+    report = sparsify(model, block_size=32, density=0.5)
     first, second = report.layers["body.0"], report.layers["body.1"]
     assert list(report.layers) == ["body.0", "body.1"]
-    assert (first.shape, first.block_size, first.n_blocks) == ((64, 1024), 32, 16)
-    assert first.density == 0.25
-    assert (first.parameters_before, first.parameters_after) == (65_600, 16_448)
-    assert (second.parameters_before, second.parameters_after) == (4_096, 1_024)
+    assert (first.shape, first.block_size, first.n_blocks) == ((64, 1024), 32, 32)
+    assert first.density == 0.5
+    assert (first.parameters_before, first.parameters_after) == (65_600, 32_832)
+    assert (second.parameters_before, second.parameters_after) == (4_096, 2_048)
     assert report.skipped == {
         "head": "excluded",
         "odd": "10x64 is not divisible by block_size=32",
     }
     actual = sum(p.numel() for p in model["body"].parameters())
     assert actual == first.parameters_after + second.parameters_after
-    assert report.density == 17 / 68  # Biases do not count.
+    assert report.density == 34 / 68  # Biases do not count.
     assert str(report) == "\n".join(
         [
             "Block-sparse layers",
             "layer     shape       blocks  density  parameters  before",
             "---------------------------------------------------------",
-            "body.0  64x1024  16 of 32x32    0.250      16,448  65,600",
-            "body.1    64x64   1 of 32x32    0.250       1,024   4,096",
+            "body.0  64x1024  32 of 32x32    0.500      32,832  65,600",
+            "body.1    64x64   2 of 32x32    0.500       2,048   4,096",
             "---------------------------------------------------------",
-            "total                           0.250      17,472  69,696",
+            "total                           0.500      34,880  69,696",
             "",
             "Left dense",
             "head: excluded",

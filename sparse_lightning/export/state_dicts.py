@@ -67,19 +67,14 @@ def layers_in(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
 
 def describe_layers(layers: Mapping[str, SavedLayer]) -> SparsityReport:
     """Return the layers' shapes, densities and parameter counts as a swap report."""
-    reports = {}
-    for name, layer in layers.items():
-        topology = layer.topology
-        n_bias = 0 if layer.bias is None else layer.bias.numel()
-        reports[name] = LayerReport(
-            shape=(topology.out_features, topology.in_features),
-            block_size=topology.block_size,
-            n_blocks=topology.n_blocks,
-            density=topology.density,
-            parameters_before=topology.out_features * topology.in_features + n_bias,
-            parameters_after=topology.n_blocks * topology.block_size**2 + n_bias,
-        )
-    return SparsityReport(reports)
+    return SparsityReport(
+        {
+            name: LayerReport.from_topology(
+                layer.topology, 0 if layer.bias is None else layer.bias.numel()
+            )
+            for name, layer in layers.items()
+        }
+    )
 
 
 def dense_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
@@ -14,7 +14,8 @@ from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.optimizer_state import find_optimizer
 from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
 from sparse_lightning.selection import sparse_layers
-from sparse_lightning.swap_report import LayerReport
+from sparse_lightning.swap_report import DEAD_FEATURES, LayerReport
+from sparse_lightning.topology import count_dead
 
 # The key under which the density is logged, and offered to callbacks that monitor a metric.
 DENSITY = "sparsity/density"
@@ -26,10 +27,10 @@ def update_scalars(model: nn.Module, update: ModelUpdate, masks: MaskTracker) ->
     `blocks_dropped`, `blocks_grown`, `survival` and `churn` cover the layers that the update
     changed; the other model metrics cover all layers. Densities are shares of blocks; `ever_active`
     is the share of all blocks that were ever present (Rs in Liu et al. 2021, "In-Time
-    Over-Parameterization"); a block row or column is dead if it has no block; a threshold is the
-    smallest score of a block that stayed, omitted if there is none. `parameters` counts the present
-    weights of the whole model; `flops_per_token` is relative to the same model with all its linear
-    layers dense.
+    Over-Parameterization"); a block row or column is dead if it has no block, so that its outputs
+    are dead or its inputs unread; a threshold is the smallest score of a block that stayed, omitted
+    if there is none. `parameters` counts the present weights of the whole model; `flops_per_token`
+    is relative to the same model with all its linear layers dense.
     """
     changes = update.layers.values()
     before = sum(change.n_before for change in changes)
@@ -84,13 +85,15 @@ def share_set(masks: Sequence[Tensor]) -> float:
     return count_set(masks) / max(1, sum(mask.numel() for mask in masks))
 
 
-def count_dead(mask: Tensor) -> tuple[int, int]:
-    """Return the number of block rows and of block columns without any block.
-
-    >>> count_dead(torch.tensor([[True, False, False], [True, False, True]]))
-    (0, 1)
-    """
-    return int((~mask.any(1)).sum()), int((~mask.any(0)).sum())
+def count_dead_features(
+    layers: Mapping[str, BlockSparseLinear], masks: MaskTracker
+) -> dict[str, int]:
+    """Return how many features of each of `DEAD_FEATURES` layers have, if any."""
+    counts = [0, 0]
+    for name in layers.keys() & masks.present.keys():
+        for i, n in enumerate(count_dead(masks.present[name])):
+            counts[i] += n * layers[name].block_size
+    return {kind: n for kind, n in zip(DEAD_FEATURES, counts, strict=True) if n}
 
 
 def drop_threshold(update: TopologyUpdate, drop_scores: Tensor | None) -> float | None:

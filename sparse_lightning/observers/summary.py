@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparse_lightning.observers.base import Fit
 from sparse_lightning.observers.measures import (
     compute_dtype,
+    count_dead_features,
     count_parameters,
     count_set,
     linear_weights,
@@ -34,6 +36,7 @@ class FitSummary:
         dropped: number of blocks that these updates dropped.
         grown: number of blocks that these updates grew.
         ever_active: blocks that were ever present / all blocks.
+        dead: how many "dead outputs" and "unread inputs" these layers have at the end, if any.
         speedup: predicted dense time / time of these layers on this GPU; None if unknown.
     """
 
@@ -49,6 +52,7 @@ class FitSummary:
     dropped: int
     grown: int
     ever_active: float
+    dead: Mapping[str, int]
     speedup: float | None
 
     def rows(self) -> list[tuple[str, str]]:
@@ -65,6 +69,7 @@ class FitSummary:
             ("FLOPs per token", f"{self.flops:.1%} of dense"),
             ("updates", f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"),
             ("ever active", f"{self.ever_active:.1%} of all blocks"),
+            *((label, f"{count:,}") for label, count in self.dead.items()),
         ]
         if self.speedup is not None:
             rows.append(("predicted speed-up", f"{self.speedup:.2f} of these layers"))
@@ -102,5 +107,6 @@ def summarise(fit: Fit) -> FitSummary:
         dropped=count_set(first) + masks.grown - count_set(present),
         grown=masks.grown,
         ever_active=share_set([*masks.ever.values()]),
+        dead=count_dead_features(fit.layers, masks),
         speedup=speedup,
     )

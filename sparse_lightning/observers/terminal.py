@@ -7,40 +7,53 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparse_lightning.observers.base import Fit, Observer
-from sparse_lightning.observers.measures import model_churn
+from sparse_lightning.observers.measures import count_dead_features, model_churn
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.policy.updates import ModelUpdate
-from sparse_lightning.swap_report import SparsityReport
+from sparse_lightning.swap_report import DEAD_FEATURES, SparsityReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 class Terminal(Observer):
-    """Shows density and churn in Lightning's progress bar.
+    """Shows density, churn and dead features in Lightning's progress bar.
 
     The density covers all layers; churn is the share of present blocks that the latest update
-    grew, shown for each callback if the trainer has several.
+    grew. Churn, and the dead outputs and unread inputs if there are any, are shown for each
+    callback if the trainer has several.
     """
 
     def start(self, fit: Fit) -> None:
         _show_in_progress_bar(fit, {"density": fit.density})
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
-        churn = f"churn {fit.label}" if fit.label else "churn"
-        _show_in_progress_bar(fit, {"density": fit.density, churn: model_churn(update)})
+        _show_in_progress_bar(
+            fit, {"density": fit.density, _labelled("churn", fit): model_churn(update)}
+        )
 
 
-def _show_in_progress_bar(fit: Fit, metrics: dict[str, float]) -> None:
+def _show_in_progress_bar(fit: Fit, metrics: Mapping[str, float]) -> None:
     # `self.log` would add these short names to the metrics of loggers and callbacks too.
-    if fit.trainer.progress_bar_callback is not None:
-        fit.trainer.progress_bar_metrics.update(metrics)
+    if fit.trainer.progress_bar_callback is None:
+        return
+    shown: dict[str, Any] = fit.trainer.progress_bar_metrics
+    shown.update(metrics)
+    for name in DEAD_FEATURES:
+        shown.pop(_labelled(name, fit), None)
+    dead = count_dead_features(fit.layers, fit.masks)
+    # As text, since rich's bar shows numbers with three decimals.
+    shown.update({_labelled(name, fit): str(count) for name, count in dead.items()})
+
+
+def _labelled(name: str, fit: Fit) -> str:
+    return f"{name} {fit.label}" if fit.label else name
 
 
 def show_report(report: SparsityReport, callback: str = "") -> None:
@@ -50,11 +63,14 @@ def show_report(report: SparsityReport, callback: str = "") -> None:
         report: the report.
         callback: description of the `SparsityCallback` if the trainer has several.
     """
-    *_, after, before = report.table()[1][-1]  # the row of totals
+    header, rows = report.table()
+    totals = dict(zip(header, rows[-1], strict=True))
     suffix = f", {callback}" if callback else ""
+    dead = "".join(f"; {name} {totals[name]}" for name in DEAD_FEATURES if name in totals)
     line = (
         f"Block-sparse layers{suffix}: {len(report.layers)}; linear layers left dense: "
-        f"{len(report.skipped)}; density {report.density:.3f}; parameters {before} -> {after}."
+        f"{len(report.skipped)}; density {report.density:.3f}{dead}; parameters "
+        f"{totals['before']} -> {totals['parameters']}."
     )
     copies = "; ".join(f"{copy} follows {source}" for copy, source in report.follows.items())
     line = " ".join(part for part in (line, copies and f"{copies}.", report.coverage_note) if part)
@@ -117,8 +133,7 @@ def _report_table(report: SparsityReport, suffix: str) -> RenderableType:
         counts = Counter(report.skipped.values()).items()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
         notes.append(f"Left dense: {reasons} (print the callback's report for names)")
-    if report.coverage_note:
-        notes.append(report.coverage_note)
+    notes += [note for note in (report.dead_note, report.coverage_note) if note]
     if notes:
         table.caption = Text("\n".join(notes))
         table.caption_justify = "left"

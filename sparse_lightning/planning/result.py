@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sparse_lightning.names import merge_similar
 from sparse_lightning.planning.costs import Check, Cost, Setting
 from sparse_lightning.tables import Section, as_text
 
@@ -79,7 +80,7 @@ class Plan:
 
     def _layer_section(self) -> Section:
         timed = self.launch is not None
-        rows = _merge_similar(
+        rows = merge_similar(
             (
                 name,
                 (
@@ -97,7 +98,7 @@ class Plan:
         )
 
     def _copy_section(self) -> Section:
-        pairs = _merge_similar(
+        pairs = merge_similar(
             (f"{copy}.{_FOLLOWS}.{source}", ()) for copy, source in self.follows.items()
         )
         return Section(
@@ -110,7 +111,7 @@ class Plan:
         return Section(
             "Layers that stay dense",
             ("layer", "number", "reason") if self.skipped else (),
-            _merge_similar((name, (reason,)) for name, reason in self.skipped.items()),
+            merge_similar((name, (reason,)) for name, reason in self.skipped.items()),
             [
                 f"There are no settings with blocks of {block_size}, which do not divide any layer "
                 "or not all layers that were named."
@@ -235,26 +236,3 @@ def _scaled(number: int, unit: str) -> str:
     while value >= 1000:
         value, prefix = value / 1000, next(prefixes, "P")
     return f"{value:.3g} {prefix}{unit}"
-
-
-def _merge_similar(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
-    """Merge rows of layers whose names differ only in numbers, and insert their count.
-
-    >>> _merge_similar(
-    ...     [("layers.0.up.1", ("8x4",)), ("layers.1.up.1", ("8x4",)), ("head", ("2x4",))]
-    ... )
-    [('layers.*.up.1', '2', '8x4'), ('head', '1', '2x4')]
-    """
-    groups: dict[tuple[str, tuple[str, ...]], list[list[str]]] = {}
-    for name, cells in rows:
-        parts = name.split(".")
-        pattern = ".".join("*" if part.isdigit() else part for part in parts)
-        groups.setdefault((pattern, cells), []).append(parts)
-    return [
-        (
-            ".".join(part[0] if len({*part}) == 1 else "*" for part in zip(*names, strict=True)),
-            str(len(names)),
-            *cells,
-        )
-        for (_, cells), names in groups.items()
-    ]

@@ -9,7 +9,14 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from sparse_lightning.policy.distributions import Distribution, Floor, Grid, by_score, share
+from sparse_lightning.policy.distributions import (
+    Distribution,
+    Floor,
+    Grid,
+    by_score,
+    scale_floors,
+    share,
+)
 from sparse_lightning.policy.schedules import Timetable
 from sparse_lightning.topology import count_blocks
 
@@ -104,6 +111,19 @@ class LayerBudgets:
                 [self.floor.blocks(self.grids[name]) for name in competing],
             )
             budgets.update(zip(competing, shares, strict=True))
+        return budgets
+
+    def least_final(self) -> dict[str, int]:
+        """Return the fewest blocks that each layer may have at the end of the density schedule.
+
+        Under "global", a layer may lose all competitions and keep its floor only.
+        """
+        budgets = self.at(1.0)
+        if self.distribution == "global":
+            competing = [name for name in self.grids if name not in self.own_final]
+            total = self.final_total() - sum(budgets[name] for name in self.own_final)
+            floors = [self.floor.blocks(self.grids[name]) for name in competing]
+            budgets.update(zip(competing, scale_floors(total, floors), strict=True))
         return budgets
 
     def final_total(self) -> int:

@@ -40,8 +40,16 @@ class Floor:
         (8, 16, 8)
         """
         rows, cols = grid
-        floor = max(1, math.ceil(self.layer * rows * cols), self.row * rows, self.column * cols)
-        return min(floor, rows * cols)
+        return max(1, math.ceil(self.layer * rows * cols), self.blocks_to_connect(grid))
+
+    def blocks_to_connect(self, grid: Grid) -> int:
+        """Return the fewest blocks with which every row and column of a layer has its minimum.
+
+        >>> Floor().blocks_to_connect((16, 2)), Floor(row=0).blocks_to_connect((16, 2))
+        (16, 2)
+        """
+        rows, cols = grid
+        return min(max(self.row * rows, self.column * cols), rows * cols)
 
 
 def uniform(density: float, grids: Sequence[Grid], min_density: float = 0.0) -> list[int]:
@@ -143,8 +151,7 @@ def by_score(
         return []
     present = [int(mask.sum()) for mask in masks]
     floors = [min(*pair) for pair in zip(floors, present, strict=True)]
-    if sum(floors) > total:
-        floors = [min(floor, max(1, floor * total // sum(floors))) for floor in floors]
+    floors = scale_floors(total, floors)
     # Each layer's best blocks fill its floor; the remaining budget goes to the best other blocks.
     contenders, layers = [], []
     for i, (score, mask, floor) in enumerate(zip(scores, masks, floors, strict=True)):
@@ -155,6 +162,17 @@ def by_score(
     winners = torch.cat(layers)[order[: max(0, total - sum(floors))]]
     won = torch.bincount(winners, minlength=len(masks)).tolist()
     return [floor + extra for floor, extra in zip(floors, won, strict=True)]
+
+
+def scale_floors(total: int, floors: Sequence[int]) -> list[int]:
+    """Return minimum numbers of blocks, scaled down if they sum to more than `total`; at least one.
+
+    >>> scale_floors(12, [4, 8]), scale_floors(6, [4, 8]), scale_floors(1, [4, 8])
+    ([4, 8], [2, 4], [1, 1])
+    """
+    if sum(floors) <= total:
+        return list(floors)
+    return [min(floor, max(1, floor * total // sum(floors))) for floor in floors]
 
 
 def _floors(grids: Sequence[Grid], min_density: float) -> list[int]:

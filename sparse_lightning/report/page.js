@@ -609,15 +609,15 @@ function buildCurves() {
     ["churn", "Churn", "share of the present blocks replaced by others in each update"],
     ["survival", "Survival", "share of the present blocks kept by each update"],
     ["ever", "Ever active (Rs)", "share of all blocks that were present at any time so far"],
-    ["dead_rows", "Dead rows", "block rows without a block: outputs without inputs"],
-    ["dead_columns", "Dead columns", "block columns without a block: unused inputs"],
+    ["dead_outputs", "Dead outputs", "output features whose block rows have no block, so that they are constant"],
+    ["unread_inputs", "Unread inputs", "input features whose block columns have no block, so that they have no effect"],
   ];
   const constant = { // the text shown instead of a line that always has this value
     churn: [0, "No block was ever replaced by another."],
     survival: [1, "No block was ever dropped."],
     ever: [1, "Every block has been present: the training began dense."],
-    dead_rows: [0, "Every block row always had a block."],
-    dead_columns: [0, "Every block column always had a block."],
+    dead_outputs: [0, "Every block row always had a block."],
+    unread_inputs: [0, "Every block column always had a block."],
   };
   for (const [key, title, note] of named) {
     // The first frame is no update, so it has no churn or survival.
@@ -704,8 +704,8 @@ const COLUMNS = [
   ["Blocks", (layer) => layer.row.present, (n, layer) => `${whole(n)} of ${whole(layer.grid[0] * layer.grid[1])}`],
   ["Density", (layer) => layer.row.density, percent],
   ["Ever active", (layer) => layer.row.ever, percent],
-  ["Dead rows", (layer) => layer.row.dead_rows, whole],
-  ["Dead columns", (layer) => layer.row.dead_columns, whole],
+  ["Dead outputs", (layer) => layer.row.dead_outputs, whole],
+  ["Unread inputs", (layer) => layer.row.unread_inputs, whole],
   ["Blocks replaced in total", (layer) => layer.row.replaced, whole],
   ["Mean age, steps", (layer) => layer.row.age, (n) => number(n, 4)],
   ["Mean score", (layer) => layer.row.score, (n) => number(n, 4)],

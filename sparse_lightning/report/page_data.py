@@ -32,23 +32,23 @@ _STAGE = re.compile(r"^(train|training|val|valid|validation|test)[/_.]|[/_.](ste
 
 @dataclass
 class BlockCounts:
-    """Numbers of blocks of one layer, or of all layers, at each frame of a history.
+    """Counts of blocks and dead features of one layer, or of all, at each frame of a history.
 
     Attributes:
         present: number of present blocks.
         grown: number of blocks grown in the frame.
         dropped: number of blocks dropped in the frame.
         ever: number of blocks that were present in this or any earlier frame.
-        dead_rows: number of block rows without a block.
-        dead_columns: number of block columns without a block.
+        dead_outputs: number of output features whose block rows have no block.
+        unread_inputs: number of input features whose block columns have no block.
     """
 
     present: list[int] = field(default_factory=list)
     grown: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     ever: list[int] = field(default_factory=list)
-    dead_rows: list[int] = field(default_factory=list)
-    dead_columns: list[int] = field(default_factory=list)
+    dead_outputs: list[int] = field(default_factory=list)
+    unread_inputs: list[int] = field(default_factory=list)
 
     def replaced(self) -> list[int]:
         """Return how many blocks were replaced by others at each frame."""
@@ -89,8 +89,8 @@ def count_blocks(layer: LayerHistory, steps: list[int]) -> tuple[BlockCounts, ND
         counts.grown.append(grown)
         counts.dropped.append(len(flips) - grown)
         counts.ever.append(n_ever)
-        counts.dead_rows.append(int((in_row == 0).sum()))
-        counts.dead_columns.append(int((in_column == 0).sum()))
+        counts.dead_outputs.append(int((in_row == 0).sum()) * layer.block_size)
+        counts.unread_inputs.append(int((in_column == 0).sum()) * layer.block_size)
         before = after
     return counts, last_change
 
@@ -108,8 +108,8 @@ def curves(counts: BlockCounts, n_blocks: int) -> dict[str, list[float]]:
         "churn": [_round(n / b) for n, b in zip(replaced, before, strict=True)],
         "survival": [_round(1 - n / b) for n, b in zip(dropped, before, strict=True)],
         "ever": [_round(n / n_blocks) for n in counts.ever],
-        "dead_rows": list(counts.dead_rows),
-        "dead_columns": list(counts.dead_columns),
+        "dead_outputs": list(counts.dead_outputs),
+        "unread_inputs": list(counts.unread_inputs),
     }
 
 
@@ -229,8 +229,8 @@ def _table_row(layer: LayerHistory, counts: BlockCounts, ages: NDArray[np.int64]
         "present": counts.present[-1],
         "density": _round(counts.present[-1] / mask.size),
         "ever": _round(counts.ever[-1] / mask.size),
-        "dead_rows": counts.dead_rows[-1],
-        "dead_columns": counts.dead_columns[-1],
+        "dead_outputs": counts.dead_outputs[-1],
+        "unread_inputs": counts.unread_inputs[-1],
         "replaced": sum(counts.replaced()),
         "age": _round(float(ages[mask].mean())) if mask.any() else None,
         "score": _round(float(finite.mean())) if len(finite) else None,

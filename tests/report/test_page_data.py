@@ -65,8 +65,8 @@ def test_block_counts_of_a_layer(small: History) -> None:
         grown=[0, 1, 0, 1],
         dropped=[0, 1, 2, 0],
         ever=[3, 4, 4, 5],
-        dead_rows=[0, 0, 1, 1],
-        dead_columns=[1, 0, 2, 1],
+        dead_outputs=[0, 0, 16, 16],
+        unread_inputs=[16, 0, 32, 16],
     )
     assert counts.replaced() == [0, 1, 0, 0]
     assert last_change.tolist() == [20, 10, 20, 30, 0, 0]
@@ -79,8 +79,8 @@ def test_the_curves_are_shares(small: History) -> None:
         "churn": [0, 0.333333, 0, 0],
         "survival": [1, 0.666667, 0.333333, 1],
         "ever": [0.5, 0.666667, 0.666667, 0.833333],
-        "dead_rows": [0, 0, 1, 1],
-        "dead_columns": [1, 0, 2, 1],
+        "dead_outputs": [0, 0, 16, 16],
+        "unread_inputs": [16, 0, 32, 16],
     }
 
 
@@ -88,8 +88,8 @@ def test_all_data_of_the_page(small: History) -> None:
     data = page_data(small, "a run")
     a, b = data["layers"]
     assert a["row"] == {
-        "present": 2, "density": 0.333333, "ever": 0.833333, "dead_rows": 1, "dead_columns": 1,
-        "replaced": 1, "age": 15, "score": 3,
+        "present": 2, "density": 0.333333, "ever": 0.833333,
+        "dead_outputs": 16, "unread_inputs": 16, "replaced": 1, "age": 15, "score": 3,
     }  # fmt: skip
     assert b["row"]["age"] == 30 and b["row"]["score"] is None and b["row"]["replaced"] == 0
     assert data["weights"] == {
@@ -98,7 +98,7 @@ def test_all_data_of_the_page(small: History) -> None:
         "last": 2 * 256 + 1024,
     }
     assert data["curves"]["total"]["density"] == [round(n / 7, 6) for n in (4, 4, 2, 3)]
-    assert data["curves"]["total"]["dead_columns"] == [1, 0, 2, 1]
+    assert data["curves"]["total"]["unread_inputs"] == [16, 0, 32, 16]
     assert data["updates"] == 3 and data["recorded"] == 4
     assert data["steps"] == [0, 30] and data["seconds"] == [1000, 1003]
     for name, layer in zip("ab", data["layers"], strict=True):
