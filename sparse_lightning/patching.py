@@ -208,6 +208,12 @@ def swap_layers(
         )
         for name, linear in found.layers.items()
     }
+    # Layers are described now, as that takes memory, and a swap must not fail when it is complete.
+    reports = {name: LayerReport.from_layer(layer) for name, layer in sparse_layers(model)}
+    for name, (topology, _) in starts.items():
+        bias = found.layers[name].bias
+        assert bias is None or isinstance(bias, Tensor)
+        reports[name] = LayerReport.from_topology(topology, bias)
     if dead and ranks.is_rank_zero():
         warnings.warn(describe_dead_features(dead), stacklevel=3)
     # All checks have passed; from here on, the model changes.
@@ -224,7 +230,7 @@ def swap_layers(
     swapped = dict(sparse_layers(model))
     for copy_name, source_name in follows.items():
         swapped[copy_name]._adopt_blocks_of(swapped[source_name])
-    layers = {n: LayerReport.from_layer(layer) for n, layer in swapped.items() if n not in follows}
+    layers = {name: reports[name] for name in swapped if name not in follows}
     unfused = update_containers(model)
     return SparsityReport(layers, found.skipped, follows, measure_coverage(model), unfused, dead)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
@@ -54,9 +54,9 @@ class LayerReport:
     unread_inputs: int
 
     @classmethod
-    def from_topology(cls, topology: BlockTopology, n_bias: int) -> LayerReport:
-        """Describe a layer with these blocks, and a bias of this size."""
-        size = topology.block_size
+    def from_topology(cls, topology: BlockTopology, bias: Tensor | None) -> LayerReport:
+        """Describe a layer with these blocks and this bias."""
+        size, n_bias = topology.block_size, 0 if bias is None else bias.numel()
         dead_rows, dead_columns = count_dead(topology.mask)
         return cls(
             shape=(topology.out_features, topology.in_features),
@@ -72,7 +72,7 @@ class LayerReport:
     @classmethod
     def from_layer(cls, layer: BlockSparseLinear) -> LayerReport:
         """Describe a block-sparse layer."""
-        return cls.from_topology(layer.topology, 0 if layer.bias is None else layer.bias.numel())
+        return cls.from_topology(layer.topology, layer.bias)
 
 
 @dataclass(frozen=True)

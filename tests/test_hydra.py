@@ -312,7 +312,7 @@ def test_errors_while_composing(override: str, says: list[str]) -> None:
     ],
 )
 def test_errors_of_the_callback(override: str, says: list[str]) -> None:
-    node = composed(*(override.split() if override.startswith("callbacks/") else [override]))
+    node = composed(*override.split())
     with pytest.raises(HydraException) as error:
         instantiate(node)
     text = messages(error.value)

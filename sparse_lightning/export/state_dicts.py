@@ -68,12 +68,7 @@ def layers_in(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
 def describe_layers(layers: Mapping[str, SavedLayer]) -> SparsityReport:
     """Return the layers' shapes, densities and parameter counts as a swap report."""
     return SparsityReport(
-        {
-            name: LayerReport.from_topology(
-                layer.topology, 0 if layer.bias is None else layer.bias.numel()
-            )
-            for name, layer in layers.items()
-        }
+        {name: LayerReport.from_topology(each.topology, each.bias) for name, each in layers.items()}
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -179,10 +179,7 @@ def model_cost(
     total = sum(memory(p, p.numel()) for p in model.parameters())
     shapes = [dense_shape(layer) for _, layer in linear_layers(model)]
     weights = sum(rows * columns for rows, columns in shapes)
-    for name, blocks in present.items():
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, nn.Parameter)
-        absent = weight.numel() - blocks * block_size**2
+    for weight, absent in _absent_weights(model, block_size, present):
         parameters -= absent
         trained -= absent if weight.requires_grad else 0
         total -= memory(weight, absent)
@@ -198,13 +195,21 @@ def gradient_bytes(
     Args:
         model, block_size, n_blocks, dtype: as for `model_cost`.
     """
-    total = 0
+    return sum(
+        absent * (dtype or weight.dtype).itemsize
+        for weight, absent in _absent_weights(model, block_size, n_blocks)
+        if weight.requires_grad
+    )
+
+
+def _absent_weights(
+    model: nn.Module, block_size: int, n_blocks: Mapping[str, int]
+) -> Iterator[tuple[nn.Parameter, int]]:
+    """Yield the weight of each block-sparse layer, and how many of its elements are absent."""
     for name, blocks in n_blocks.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        if weight.requires_grad:
-            total += (weight.numel() - blocks * block_size**2) * (dtype or weight.dtype).itemsize
-    return total
+        yield weight, weight.numel() - blocks * block_size**2
 
 
 def expected_step(

@@ -238,32 +238,32 @@ class Training:
 
     def cast_bytes(self, layers: Iterable[str]) -> dict[str, int]:
         """Return the bytes of each weight in autocast's dtype, if it is cast to that."""
-        dtype, found = self._autocast_dtype, {}
-        for name in layers:
-            weight = self.model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            if dtype is not None and weight.dtype != dtype:
-                found[name] = weight.numel() * dtype.itemsize
-        return found
+        return {
+            name: weight.numel() * dtype.itemsize for name, weight, dtype in self._casts(layers)
+        }
 
     def cast_seconds(self, layers: Iterable[str]) -> dict[str, float]:
         """Return the seconds to cast each weight to autocast's dtype and its gradient back.
 
         Frozen weights have no gradient. Layers whose weights are not cast are omitted.
         """
-        dtype = self._autocast_dtype
         cache: dict[tuple[object, ...], float] = {}
         seconds = {}
-        for name in layers:
-            weight = self.model.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            if dtype is None or weight.dtype == dtype:
-                continue
+        for name, weight, dtype in self._casts(layers):
             key = (weight.shape, weight.dtype, weight.requires_grad)
             if key not in cache:
                 cache[key] = _cast_seconds(weight, dtype, self.device)
             seconds[name] = cache[key]
         return seconds
+
+    def _casts(self, layers: Iterable[str]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+        """Yield each layer whose weight is cast, with the weight and autocast's dtype."""
+        dtype = self._autocast_dtype
+        for name in layers:
+            weight = self.model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            if dtype is not None and weight.dtype != dtype:
+                yield name, weight, dtype
 
     def kept_bytes(self, module: nn.Module, tokens: int, in_features: int) -> int:
         """Return the bytes that a module of the model keeps of a forward, besides its input.
@@ -437,8 +437,16 @@ class StepClock(TorchDispatchMode):
         )
 
 
-def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, ProductCounts]:
-    """Measure the dense model; return its times and the product counts of the layers."""
+def dense_times(
+    training: Training, layers: Sequence[str], fused: Iterable[tuple[str, ...]] = ()
+) -> tuple[DenseTimes, ProductCounts]:
+    """Measure the dense model; return its times and the product counts of the layers.
+
+    Args:
+        training: training of the dense model.
+        layers: names of the layers that can be block-sparse.
+        fused: names of those that would be computed as one op.
+    """
     counts = training.count_products(layers)
     products = {product for counter in counts.values() for product in counter}
     step = training.seconds()
@@ -448,29 +456,24 @@ def dense_times(training: Training, layers: Sequence[str]) -> tuple[DenseTimes, 
     casts = training.cast_seconds(name for name in layers if counts[name])
     fusions = {
         names: saved_by_fusion(clock, counts[names[0]], counts[names[-1]])
-        for names in fused_layers(training.model, layers)
+        for names in fused
         if training.device.type == "cuda"
     }
     return DenseTimes(step, optimizer, launch, seconds, casts, fusions), counts
 
 
-def fused_layers(model: nn.Module, layers: Container[str]) -> Iterator[tuple[str, ...]]:
-    """Yield the names of layers that `sparsify` lets compute as one op, with their activation.
-
-    The first is the one before the activation, the last the one after it.
-
-    >>> net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16), nn.ReLU())
-    >>> list(fused_layers(net, ["0", "2"]))
-    [('0', '2')]
-    """
-    for names, _ in fused_modules(model, layers):
-        yield names
-
-
-def fused_modules(
+def fused_layers(
     model: nn.Module, layers: Container[str]
 ) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
-    """Yield the same, each with a module that computes just these layers."""
+    """Yield the names of layers that `sparsify` lets compute as one op, with their activation.
+
+    The first is the one before the activation, the last the one after it. With them comes a module
+    that computes just these layers.
+
+    >>> net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16), nn.ReLU())
+    >>> [*dict(fused_layers(net, ["0", "2"]))]
+    [('0', '2')]
+    """
     for prefix, module in model.named_modules():
         if type(module) is not nn.Sequential:
             found = {n: f"{prefix}.{n}" if prefix else n for n, _ in module.named_children()}
@@ -490,7 +493,10 @@ def fused_modules(
 
 
 def dense_memory(
-    training: Training, layers: Sequence[str], counts: ProductCounts
+    training: Training,
+    layers: Sequence[str],
+    counts: ProductCounts,
+    fused: Mapping[tuple[str, ...], nn.Module],
 ) -> DenseMemory | None:
     """Measure the memory of the dense model on a GPU; None on a CPU.
 
@@ -498,12 +504,13 @@ def dense_memory(
         training: training of the dense model.
         layers: names of the layers that can be block-sparse.
         counts: products of a step, by layer.
+        fused: modules whose layers would be computed as one op, by the names of these.
     """
     step = training.peak_memory()
     if step is None:
         return None
     fusions, known = {}, dict[tuple[object, ...], int]()
-    for names, module in fused_modules(training.model, layers):
+    for names, module in fused.items():
         own = counts[names[0]]
         key = type(module), frozenset(own.items()), tuple(p.shape for p in module.parameters())
         if key not in known:

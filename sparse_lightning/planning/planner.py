@@ -31,6 +31,7 @@ from sparse_lightning.planning.measure import (
     count_tokens,
     dense_memory,
     dense_times,
+    fused_layers,
 )
 from sparse_lightning.planning.result import Plan, PlannedLayer
 from sparse_lightning.policy.distributions import share
@@ -159,10 +160,13 @@ def plan(
                 assert setting.step is not None
                 training = Training(sparse, specs, precision, device)
                 seconds, memory = training.seconds(), training.peak_memory()
-                peak = None if memory is None else memory.peak
                 return Check(
-                    *(setting.block_size, setting.density, setting.step, seconds),
-                    *(setting.peak, peak),
+                    setting.block_size,
+                    setting.density,
+                    expected=setting.step,
+                    measured=seconds,
+                    expected_peak=setting.peak,
+                    measured_peak=None if memory is None else memory.peak,
                 )
 
             best = [result.best] if result.best else []
@@ -183,8 +187,9 @@ def _add_steps(
 ) -> Plan:
     """Return a plan with the dense model's measured step, and the expected step of each setting."""
     names = [*result.layers, *result.follows]
-    times, counts = dense_times(training, names)
-    memory = dense_memory(training, names, counts)
+    fused = dict(fused_layers(training.model, names))
+    times, counts = dense_times(training, names, fused)
+    memory = dense_memory(training, names, counts, fused)
     speedups = ProductSpeedups(training.device)
     speedups.prepare(
         (product, setting.block_size)

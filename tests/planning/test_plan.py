@@ -557,16 +557,16 @@ def test_pairs_of_layers_whose_activation_is_fused() -> None:
     )
     names = [name for name, module in net.named_modules() if type(module) is nn.Linear]
     # A layer belongs to one fused product only.
-    assert list(fused_layers(net, names)) == [
+    assert list(dict(fused_layers(net, names))) == [
         ("chain.0", "chain.2"),
         ("chain.4", "chain.6"),
         ("tanh.2", "tanh.4"),
     ]
-    assert list(fused_layers(net, ["chain.2", "chain.4"])) == [("chain.2", "chain.4")]
+    assert list(dict(fused_layers(net, ["chain.2", "chain.4"]))) == [("chain.2", "chain.4")]
     glu = nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=64))})
     names = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    assert list(fused_layers(glu, names)) == [tuple(names)]
-    assert not list(fused_layers(glu, names[:2]))
+    assert list(dict(fused_layers(glu, names))) == [tuple(names)]
+    assert not list(dict(fused_layers(glu, names[:2])))
     sparsify(net, block_size=16, density=1.0)
     assert [type(module) for module in net.values()] == [BlockSparseMLP, BlockSparseMLP, Own]
 
