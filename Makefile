@@ -98,11 +98,14 @@ gpu-sanitize: $(DEV)  ## Check the kernels for memory errors and races; needs co
 	$(call heading,Memory errors)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		$(BIN)/python -m pytest -m gpu tests/kernels \
-		-k "(test_parity and empty_row) or many_tokens or few_tokens"
+		-k "(test_parity and empty_row) or many_tokens or few_tokens or (fused_activations and silu)"
+# racecheck breaks cuBLAS: one product of PyTorch in bf16 fails under it. And it does not see `__syncwarp` where the
+# compiler knows that a warp has converged, so it reports every place of hopper/linear_narrow.cu's buffer of blocks that is
+# used twice. So neither the kind "dense" nor these kernels with many blocks are checked.
 	$(call heading,Races)
 	compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kernel_substring=block \
-		$(BIN)/python -m pytest -m gpu tests/kernels \
-		-k "(test_parity and empty_row) or (few_tokens and bfloat16)"
+		$(BIN)/python -m pytest -m gpu tests/kernels -k "not dense and (test_parity and empty_row \
+			or bfloat16 and (portable and with_few_tokens or shared_tiles or fused_activations and silu))"
 
 .PHONY: fmt
 fmt: $(DEV)  ## Format, and fix what lint can fix
