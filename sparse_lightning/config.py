@@ -50,6 +50,8 @@ from sparse_lightning.topology import check_block_size, check_density
 
 T = TypeVar("T")
 
+LAYER_SERIES = ("groups", "all", "none")
+
 
 @dataclass
 class DensitySchedule:
@@ -122,12 +124,16 @@ class MonitorOptions:
         every_n_updates: updates between two logged sets of block masks; scalars are logged at each
             update.
         images: number of layers whose block masks are logged, starting from the first.
+        layers: which layers have scalars of their own: "groups" (one set for all layers whose names
+            differ only in numbers, if their shapes are equal), "all", "none", or a list of patterns
+            as in `include`.
         record: whether to write the history of the block masks, which `sparse-lightning report`
             reads, to a file in the run's folder.
     """
 
     every_n_updates: int = 10
     images: int = 8
+    layers: Any = "groups"  # OmegaConf has no type for a string or a list.
     record: bool = True
 
 
@@ -208,6 +214,10 @@ class SparsityConfig:
         if self.monitor is not None:
             _check_int("monitor.every_n_updates", self.monitor.every_n_updates, 1)
             _check_int("monitor.images", self.monitor.images, 0)
+            if isinstance(self.monitor.layers, str):
+                check_option("monitor.layers", self.monitor.layers, LAYER_SERIES)
+            else:
+                check_patterns("monitor.layers", self.monitor.layers)
             _check_bool("monitor.record", self.monitor.record)
 
     def _check_density(self) -> None:
@@ -263,11 +273,16 @@ class SparsityConfig:
         (`monitor`), memory (`shrink`), the initial blocks (`init`) and copies (`follow`) are left
         out, since they may change.
         """
+        free = ("monitor", "shrink", "init", "follow")
+        options = self.options().items()
+        return {key: value for key, value in options if key.partition(".")[0] not in free}
+
+    def options(self) -> dict[str, Any]:
+        """Return all options by dotted key, as primitives, with functions as names."""
         values: dict[str, Any] = {}
         for key in (option.name for option in dataclasses.fields(self)):
-            if key not in ("monitor", "shrink", "init", "follow"):
-                value = getattr(self, key)
-                values[key] = vars(value) if isinstance(value, _NESTED) else value
+            value = getattr(self, key)
+            values[key] = vars(value) if isinstance(value, _NESTED) else value
         names = {
             "density.schedule": name_of(self._density_schedule, DENSITY_SCHEDULES),
             "drop_fraction.schedule": name_of(
@@ -485,7 +500,7 @@ class SparsityConfig:
         return self._times_function is not None or any(is_fraction(time) for time in times)
 
 
-_NESTED = (DensitySchedule, UpdateSchedule, DropFractionSchedule, Floor)
+_NESTED = (DensitySchedule, UpdateSchedule, DropFractionSchedule, Floor, MonitorOptions)
 
 
 def build_config(**options: Any) -> SparsityConfig:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import takewhile
+from typing import TypeVar
 
 from sparse_lightning.topology import check_density
+
+K = TypeVar("K", bound=Hashable)
 
 # Usual names of output layers. They stay excluded when `exclude` names other layers.
 DEFAULT_EXCLUDE = ("head", "lm_head", "classifier")
@@ -63,6 +66,34 @@ def common_patterns(names: Sequence[str]) -> list[str]:
     return [f"{prefix}.*"] if prefix and len(names) > 1 else list(names)
 
 
+def group_similar(keys: Iterable[tuple[str, K]]) -> list[tuple[str, list[str], K]]:
+    """Group names that differ only in numbers and have equal keys.
+
+    Args:
+        keys: pairs of a name and its key.
+
+    Returns:
+        For each group its label, with "*" for numbers that differ, its names, and their key.
+
+    >>> group_similar([("layers.0.up.1", 8), ("layers.1.up.1", 8), ("layers.2.up.1", 4)])
+    [('layers.*.up.1', ['layers.0.up.1', 'layers.1.up.1'], 8), \
+('layers.2.up.1', ['layers.2.up.1'], 4)]
+    """
+    groups: dict[tuple[str, K], list[list[str]]] = {}
+    for name, key in keys:
+        parts = name.split(".")
+        pattern = ".".join("*" if part.isdigit() else part for part in parts)
+        groups.setdefault((pattern, key), []).append(parts)
+    return [
+        (
+            ".".join(part[0] if len({*part}) == 1 else "*" for part in zip(*names, strict=True)),
+            [".".join(parts) for parts in names],
+            key,
+        )
+        for (_, key), names in groups.items()
+    ]
+
+
 def merge_similar(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
     """Merge rows of layers whose names differ only in numbers, and insert their count.
 
@@ -71,19 +102,7 @@ def merge_similar(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str
     ... )
     [('layers.*.up.1', '2', '8x4'), ('head', '1', '2x4')]
     """
-    groups: dict[tuple[str, tuple[str, ...]], list[list[str]]] = {}
-    for name, cells in rows:
-        parts = name.split(".")
-        pattern = ".".join("*" if part.isdigit() else part for part in parts)
-        groups.setdefault((pattern, cells), []).append(parts)
-    return [
-        (
-            ".".join(part[0] if len({*part}) == 1 else "*" for part in zip(*names, strict=True)),
-            str(len(names)),
-            *cells,
-        )
-        for (_, cells), names in groups.items()
-    ]
+    return [(label, str(len(names)), *cells) for label, names, cells in group_similar(rows)]
 
 
 def is_exact(pattern: str) -> bool:

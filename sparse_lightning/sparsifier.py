@@ -484,6 +484,13 @@ class Sparsifier:
         return density_of(self.layers.values())
 
     @property
+    def final_density(self) -> float:
+        """The density of the layers together when the density schedule is complete."""
+        grids = {name: layer.topology.grid for name, layer in self.layers.items()}
+        n_blocks = sum(rows * columns for rows, columns in grids.values())
+        return self.config.budgets(grids).final_total() / max(1, n_blocks)
+
+    @property
     def is_final(self) -> bool:
         """Whether the density schedule is complete for all layers that train."""
         if self.config.density_is_constant:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
-from sparse_lightning.names import merge_similar
+from sparse_lightning.names import group_similar, merge_similar
 from sparse_lightning.policy.dead_features import DeadFeatures
 from sparse_lightning.tables import text_table
 from sparse_lightning.topology import BlockTopology, count_dead
@@ -148,35 +148,55 @@ class SparsityReport:
         return present / max(1, sum(r.shape[0] * r.shape[1] for r in self.layers.values()))
 
     def table(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
-        """Return a header and one row of cells per layer, followed by a row of totals.
+        """Return a header and rows of cells, followed by a row of totals.
 
-        There are columns of dead outputs and of unread inputs if a layer has some.
+        Layers whose names differ only in numbers, and that have the same shape and block size,
+        share a row with their sums; there is a column for their number then. There are columns of
+        dead outputs and of unread inputs if a layer has some.
         """
-        reports = self.layers.values()
-        counts_of_all = [r.dead_outputs for r in reports], [r.unread_inputs for r in reports]
-        dead = {
-            title: counts
-            for title, counts in zip(DEAD_FEATURES, counts_of_all, strict=True)
-            if any(counts)
-        }
-        header = ("layer", "shape", "blocks", "density", *dead, "parameters", "before")
-        rows = [
-            (
-                name,
-                f"{r.shape[0]}x{r.shape[1]}",
-                f"{r.n_blocks} of {r.block_size}x{r.block_size}",
-                f"{r.density:.3f}",
-                *(f"{counts[i]:,}" for counts in dead.values()),
-                f"{r.parameters_after:,}",
-                f"{r.parameters_before:,}",
+        groups = group_similar((name, (r.shape, r.block_size)) for name, r in self.layers.items())
+        is_repeated = any(len(names) > 1 for _, names, _ in groups)
+        reports = [*self.layers.values()]
+        dead = [bool(sum(kind)) for kind in _dead_features(reports)]
+
+        def sums(layers: Sequence[LayerReport]) -> list[str]:
+            counts = [
+                sum(n) for n, shown in zip(_dead_features(layers), dead, strict=True) if shown
+            ]
+            counts.append(sum(r.parameters_after for r in layers))
+            counts.append(sum(r.parameters_before for r in layers))
+            return [f"{count:,}" for count in counts]
+
+        def number(count: int) -> list[str]:
+            return [f"{count}"] if is_repeated else []
+
+        titles = [title for title, shown in zip(DEAD_FEATURES, dead, strict=True) if shown]
+        header = ("layer", *(["number"] if is_repeated else []), "shape", "blocks", "density",
+                  *titles, "parameters", "before")  # fmt: skip
+        rows = []
+        for label, names, ((out_features, in_features), size) in groups:
+            layers = [self.layers[name] for name in names]
+            rows.append(
+                (
+                    label,
+                    *number(len(layers)),
+                    f"{out_features}x{in_features}",
+                    f"{sum(r.n_blocks for r in layers):,} of {size}x{size}",
+                    _range_of(f"{r.density:.3f}" for r in layers),
+                    *sums(layers),
+                )
             )
-            for i, (name, r) in enumerate(self.layers.items())
-        ]
-        before = sum(r.parameters_before for r in reports)
-        after = sum(r.parameters_after for r in reports)
-        totals = (*(f"{sum(counts):,}" for counts in dead.values()), f"{after:,}", f"{before:,}")
-        rows.append(("total", "", "", f"{self.density:.3f}", *totals))
+        rows.append(("total", *number(len(reports)), "", "", f"{self.density:.3f}", *sums(reports)))
         return header, rows
+
+    def left_dense(self) -> list[tuple[str, str]]:
+        """Return which linear layers stayed dense, and why; repeated layers are named together."""
+        return [
+            (label if number == "1" else f"{label} ({number} layers)", reason)
+            for label, number, reason in merge_similar(
+                (name, (reason,)) for name, reason in self.skipped.items()
+            )
+        ]
 
     def __str__(self) -> str:
         lines = ["Block-sparse layers", text_table(*self.table(), total=True)]
@@ -185,13 +205,24 @@ class SparsityReport:
             lines += [f"{copy} follows {source}" for copy, source in self.follows.items()]
         if self.skipped:
             lines += ["", "Left dense"]
-            lines += [f"{name}: {reason}" for name, reason in self.skipped.items()]
+            lines += [f"{names}: {reason}" for names, reason in self.left_dense()]
         if self.unfused:
             lines += ["", "MLPs whose layers run one by one"]
             lines += [f"{name}: {reason}" for name, reason in self.unfused.items()]
         for note in (self.dead_note, self.coverage_note):
             lines += ["", note] if note else []
         return "\n".join(lines)
+
+
+def _dead_features(layers: Sequence[LayerReport]) -> tuple[list[int], list[int]]:
+    """Return the numbers of dead outputs and of unread inputs of layers, as in `DEAD_FEATURES`."""
+    return [r.dead_outputs for r in layers], [r.unread_inputs for r in layers]
+
+
+def _range_of(cells: Iterable[str]) -> str:
+    """Return the smallest and the largest of some cells, or the one that all have."""
+    ordered = sorted({*cells})
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
 
 
 def describe_dead_features(dead: Mapping[str, DeadFeatures]) -> str:

@@ -182,7 +182,7 @@ def test_overrides() -> None:
         "block_size": 16,
         "include": ("fc1", "re:.*mlp"),
         "exclude": (),
-        "monitor": {"every_n_updates": 10, "images": 0, "record": True},
+        "monitor": {"every_n_updates": 10, "images": 0, "layers": "groups", "record": True},
     }
     # Hydra keeps steps as ints and fractions as floats.
     assert type(config.update.until) is int and type(config.update.begin) is float

@@ -99,6 +99,26 @@ def test_a_model_without_parameters() -> None:
         )
 
 
+def test_repeated_layers_share_a_row() -> None:
+    blocks = [nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)) for _ in range(12)]
+    model = nn.ModuleDict({"blocks": nn.Sequential(*blocks), "up": nn.Linear(32, 32)})
+    report = sparsify(model, block_size=16, density=0.5, layer_density={"blocks.3.0": 0.75})
+    assert len(report.layers) == 13
+    assert str(report).splitlines() == [
+        "Block-sparse layers",
+        "layer       number  shape       blocks      density  parameters  before",
+        "-----------------------------------------------------------------------",
+        "blocks.*.0      12  64x32  50 of 16x16  0.500-0.750      13,568  25,344",
+        "up               1  32x32   2 of 16x16        0.500         544   1,056",
+        "-----------------------------------------------------------------------",
+        "total           13                            0.520      14,112  26,400",
+        "",
+        "Left dense",
+        "blocks.*.1 (12 layers): 10x64 is not divisible by block_size=16",
+        *str(report).splitlines()[10:],
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "options"),
     [("Mixtral", {"num_local_experts": 4}), ("Qwen3Moe", {"num_experts": 4})],

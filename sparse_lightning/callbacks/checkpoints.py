@@ -163,11 +163,9 @@ def keep_only_weights(
 
 def save_density_status(checkpoint: Mapping[str, Any], key: str, sparsifier: Sparsifier) -> None:
     """Add the current and the final density to a callback's state in a checkpoint."""
-    grids = {name: layer.topology.grid for name, layer in sparsifier.layers.items()}
-    n_blocks = sum(rows * columns for rows, columns in grids.values())
     checkpoint["callbacks"][key][_DENSITY_STATUS] = {
         "density": sparsifier.density,
-        "final_density": sparsifier.config.budgets(grids).final_total() / max(1, n_blocks),
+        "final_density": sparsifier.final_density,
         "is_final": sparsifier.is_final,
     }
 

@@ -294,7 +294,7 @@ class SparsityCallback(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.summary = summarise(self._observers.fit)
-        self._observers.end()
+        self._observers.end(self.summary)
         self._release()
 
     # The summary is computed in `on_train_end`, before the model leaves its device, but shown here,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.policy.updates import ModelUpdate
+
+if TYPE_CHECKING:
+    from sparse_lightning.observers.summary import FitSummary
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Fit:
         label: "1", "2" and so on, the callback's position among several `SparsityCallback`s; "" if
             the trainer has only one.
         density: present blocks / all blocks over the layers of all `SparsityCallback`s.
+        final_density: the same when the density schedule of `layers` is complete, over `layers`.
+        options: all options of the callback, by dotted key, as primitives.
     """
 
     trainer: pl.Trainer
@@ -36,6 +42,8 @@ class Fit:
     n_updates: int
     label: str
     density: float
+    final_density: float
+    options: Mapping[str, Any]
 
 
 class Observer:
@@ -53,7 +61,7 @@ class Observer:
     def resume(self, fit: Fit) -> None:
         """Called when that validation has ended."""
 
-    def end(self, fit: Fit) -> None:
+    def end(self, fit: Fit, summary: FitSummary) -> None:
         """Called when the training ends normally; optimizers and loggers still exist."""
 
     def stop(self) -> None:

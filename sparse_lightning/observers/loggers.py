@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sparse_lightning.masks import mask_image
@@ -72,6 +72,18 @@ class LoggerAdapter:
     def start(self) -> None:
         """Declare the metrics, where the logger supports that."""
 
+    def log_options(self, options: Mapping[str, Any]) -> None:
+        """Log the options as hyperparameters, under keys that begin as those of metrics do."""
+        self._log_hyperparams({f"sparsity/{name}": value for name, value in options.items()})
+
+    def _log_hyperparams(self, values: Mapping[str, Any]) -> None:
+        named = {self._key(name): value for name, value in values.items()}
+        self._try(lambda: self.logger.log_hyperparams(named))
+
+    def log_summary(self, scalars: Mapping[str, float], step: int) -> None:
+        """Log the summary of a training, once, at its end."""
+        self.logger.log_metrics({self._key(name): v for name, v in scalars.items()}, step=step)
+
     def log_update(
         self, scalars: Mapping[str, float], snapshots: Sequence[LayerSnapshot], step: int
     ) -> None:
@@ -112,11 +124,22 @@ class LoggerAdapter:
             if not self._failed:
                 self._failed = True
                 rank_zero_warn(
-                    f"{type(self.logger).__name__} could not log block masks, histograms or tables "
-                    f"({type(error).__name__}: {error}); training continues, and scalars are "
-                    "still logged."
+                    f"{type(self.logger).__name__} could not log block masks, histograms, tables "
+                    f"or options ({type(error).__name__}: {error}); training continues, and "
+                    "scalars are still logged."
                 )
             return None
+
+
+class CsvAdapter(LoggerAdapter):
+    """Adapter for the CSV logger, whose `hparams.yaml` gets the summary as well as the options.
+
+    As metrics these would be columns with one value each, for which the logger would write its file
+    anew; that fails if another training has written to the same file.
+    """
+
+    def log_summary(self, scalars: Mapping[str, float], step: int) -> None:
+        self._log_hyperparams(scalars)
 
 
 class WandbAdapter(LoggerAdapter):
@@ -194,4 +217,6 @@ def adapt_logger(logger: Logger, label: str) -> LoggerAdapter:
         return WandbAdapter(logger, label)
     if isinstance(logger, TensorBoardLogger):
         return TensorBoardAdapter(logger, label)
+    if isinstance(logger, CSVLogger):
+        return CsvAdapter(logger, label)
     return LoggerAdapter(logger, label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.names import group_similar, matches
 from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.optimizer_state import find_optimizer
 from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
@@ -21,8 +23,48 @@ from sparse_lightning.topology import count_dead
 DENSITY = "sparsity/density"
 
 
-def update_scalars(model: nn.Module, update: ModelUpdate, masks: MaskTracker) -> dict[str, float]:
+def layer_series(
+    choice: str | Sequence[str], layers: Mapping[str, BlockSparseLinear]
+) -> dict[str, list[str]]:
+    """Return which layers share scalars, by the name that these have in their keys.
+
+    Args:
+        choice: `monitor.layers`.
+        layers: the block-sparse layers, by name.
+
+    Raises:
+        ValueError: if a pattern matches no layer.
+    """
+    if choice == "groups":
+        keys = [
+            (name, f"{layer.out_features}x{layer.in_features}, {layer.block_size}")
+            for name, layer in layers.items()
+        ]
+        groups = group_similar(keys)
+        labels = Counter(label for label, *_ in groups)
+        return {
+            label if labels[label] == 1 else f"{label} ({key})": names
+            for label, names, key in groups
+        }
+    patterns = {"all": ["*"], "none": []}.get(choice, choice) if isinstance(choice, str) else choice
+    for pattern in patterns:
+        if layers and not any(matches(pattern, name) for name in layers):
+            raise ValueError(
+                "`monitor.layers` must match block-sparse layers; got "
+                f"{pattern!r}, which matches none of {', '.join(map(repr, layers))}."
+            )
+    return {n: [n] for n in layers if any(matches(pattern, n) for pattern in patterns)}
+
+
+def update_scalars(
+    model: nn.Module,
+    update: ModelUpdate,
+    masks: MaskTracker,
+    series: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, float]:
     """Return the metrics of an update and of the model after it, by logger key.
+
+    `series` says which layers share scalars, as `layer_series` returns it; None gives each its own.
 
     `blocks_dropped`, `blocks_grown`, `survival` and `churn` cover the layers that the update
     changed; the other model metrics cover all layers. Densities are shares of blocks; `ever_active`
@@ -32,8 +74,7 @@ def update_scalars(model: nn.Module, update: ModelUpdate, masks: MaskTracker) ->
     if there is none. `parameters` counts the present weights of the whole model; `flops_per_token`
     is relative to the same model with all its linear layers dense.
     """
-    changes = update.layers.values()
-    before = sum(change.n_before for change in changes)
+    changes = [*update.layers.values()]
     dropped = sum(len(change.dropped) for change in changes)
     grown = sum(len(change.grown) for change in changes)
     present = [*masks.present.values()]
@@ -41,8 +82,8 @@ def update_scalars(model: nn.Module, update: ModelUpdate, masks: MaskTracker) ->
         DENSITY: share_set(present),
         "sparsity/blocks_dropped": float(dropped),
         "sparsity/blocks_grown": float(grown),
-        "sparsity/survival": 1 - dropped / max(1, before),
-        "sparsity/churn": model_churn(update),
+        "sparsity/survival": _survival(changes),
+        "sparsity/churn": _churn(changes),
         "sparsity/ever_active": share_set([*masks.ever.values()]),
         "sparsity/dead_rows": float(sum(count_dead(mask)[0] for mask in present)),
         "sparsity/dead_columns": float(sum(count_dead(mask)[1] for mask in present)),
@@ -51,28 +92,40 @@ def update_scalars(model: nn.Module, update: ModelUpdate, masks: MaskTracker) ->
     }
     if update.density_target is not None:
         scalars["sparsity/density_target"] = update.density_target
-    for name, change in update.layers.items():
-        rows, columns = count_dead(masks.present[name])
-        layer_metrics: dict[str, float | None] = {
-            "density": share_set([masks.present[name]]),
-            "survival": change.survival,
-            "churn": change.churn,
-            "ever_active": share_set([masks.ever[name]]),
-            "dead_rows": float(rows),
-            "dead_columns": float(columns),
-            "threshold": drop_threshold(change, update.drop_scores.get(name)),
+    for label, names in ({n: [n] for n in update.layers} if series is None else series).items():
+        changed = [name for name in names if name in update.layers]
+        if not changed:
+            continue
+        changes = [update.layers[name] for name in changed]
+        present = [masks.present[name] for name in names]
+        thresholds = [drop_threshold(update.layers[n], update.drop_scores.get(n)) for n in changed]
+        metrics = {
+            "density": share_set(present),
+            "survival": _survival(changes),
+            "churn": _churn(changes),
+            "ever_active": share_set([masks.ever[name] for name in names]),
+            "dead_rows": float(sum(count_dead(mask)[0] for mask in present)),
+            "dead_columns": float(sum(count_dead(mask)[1] for mask in present)),
         }
-        for metric, value in layer_metrics.items():
-            if value is not None:
-                scalars[f"sparsity_{metric}/{name}"] = value
+        if found := [threshold for threshold in thresholds if threshold is not None]:
+            metrics["threshold"] = min(found)
+        scalars |= {f"sparsity_{metric}/{label}": value for metric, value in metrics.items()}
     return scalars
 
 
 def model_churn(update: ModelUpdate) -> float:
     """Return the share of present blocks that an update has grown, over all layers it changed."""
-    changes = update.layers.values()
+    return _churn([*update.layers.values()])
+
+
+def _churn(changes: Sequence[TopologyUpdate]) -> float:
     grown = sum(len(change.grown) for change in changes)
     return grown / max(1, sum(change.n_after for change in changes))
+
+
+def _survival(changes: Sequence[TopologyUpdate]) -> float:
+    dropped = sum(len(change.dropped) for change in changes)
+    return 1 - dropped / max(1, sum(change.n_before for change in changes))
 
 
 def count_set(masks: Sequence[Tensor]) -> int:
@@ -193,13 +246,16 @@ class LayerRow:
     dead_rows: int
     dead_columns: int
     ever_active: float
-    survival: float
+    initial_left: float
     parameters_before: int
     parameters_after: int
 
 
 def layer_row(name: str, layer: BlockSparseLinear, masks: MaskTracker) -> LayerRow:
-    """Describe a layer at the end of a training; `survival` is the share of initial blocks left."""
+    """Describe a layer at the end of a training.
+
+    `initial_left` is the share of the blocks present at the start that are so at the end.
+    """
     first, present = masks.first[name], masks.present[name]
     report = LayerReport.from_layer(layer)
     rows, columns = count_dead(present)
@@ -212,7 +268,7 @@ def layer_row(name: str, layer: BlockSparseLinear, masks: MaskTracker) -> LayerR
         dead_rows=rows,
         dead_columns=columns,
         ever_active=share_set([masks.ever[name]]),
-        survival=int((first & present).sum()) / max(1, int(first.sum())),
+        initial_left=int((first & present).sum()) / max(1, int(first.sum())),
         parameters_before=report.parameters_before,
         parameters_after=report.parameters_after,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,23 @@ from sparse_lightning.observers.loggers import LayerSnapshot, LoggerAdapter, ada
 from sparse_lightning.observers.measures import (
     compute_dtype,
     layer_row,
+    layer_series,
     linear_weights,
     share_set,
     update_scalars,
 )
+from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.observers.throughput import Throughput
 from sparse_lightning.policy.updates import ModelUpdate
 
 
 class SparsityMonitor(Observer):
-    """Logs each update with one call per logger.
+    """Logs options at the start, each update with one call per logger, and a summary at the end.
 
-    Every logger gets scalars. W&B and TensorBoard also get the block masks of the first `images`
-    layers at every `every_n_updates`-th update, with histograms of the number of blocks in each
-    block row and block column and of the norms of the blocks that stayed. At the end of the
-    training they get a table of all layers.
+    Every logger gets the options as hyperparameters, and scalars. W&B and TensorBoard also get the
+    block masks of the first `images` layers at every `every_n_updates`-th update, with histograms
+    of the number of blocks in each block row and block column and of the norms of the blocks that
+    stayed. At the end of the training they get a table of all layers.
 
     Args:
         options: how often to log images and histograms, and for how many layers.
@@ -37,6 +40,7 @@ class SparsityMonitor(Observer):
     def __init__(self, options: MonitorOptions) -> None:
         self.options = options
         self._adapters: list[LoggerAdapter] = []
+        self._series: Mapping[str, Sequence[str]] = {}
         self._throughput: Throughput | None = None
 
     def start(self, fit: Fit) -> None:
@@ -51,6 +55,9 @@ class SparsityMonitor(Observer):
         if fit.layers:
             dtype = compute_dtype(trainer, next(iter(fit.layers.values())))
             peak = get_available_flops(trainer.strategy.root_device, dtype)
+        self._series = layer_series(self.options.layers, fit.layers)
+        for adapter in self._adapters:
+            adapter.log_options(fit.options)
         self._throughput = Throughput(trainer.world_size, linear_weights(fit.model), peak)
 
     def count(self, batch: Any) -> None:
@@ -71,7 +78,7 @@ class SparsityMonitor(Observer):
     def update(self, fit: Fit, update: ModelUpdate) -> None:
         if self._throughput is None:
             return
-        scalars = update_scalars(fit.model, update, fit.masks)
+        scalars = update_scalars(fit.model, update, fit.masks, self._series)
         scalars.update(self._throughput.read(linear_weights(fit.model)))
         snapshots = []
         if (update.number - 1) % self.options.every_n_updates == 0:
@@ -80,17 +87,21 @@ class SparsityMonitor(Observer):
         for adapter in self._adapters:
             adapter.log_update(scalars, snapshots, update.step)
 
-    def end(self, fit: Fit) -> None:
+    def end(self, fit: Fit, summary: FitSummary) -> None:
         if self._throughput is None:
             return
         if fit.trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(fit.trainer.strategy.root_device)
         # These rates cover the steps since the last update, or all steps if there was none.
         scalars = self._throughput.read(linear_weights(fit.model))
+        totals = {**summary.scalars(), **self._throughput.mean()}
         rows = [layer_row(name, layer, fit.masks) for name, layer in fit.layers.items()]
         for adapter in self._adapters:
             if scalars:
                 adapter.log_update(scalars, [], fit.step)
+            adapter.log_summary(
+                {f"sparsity/summary/{name}": value for name, value in totals.items()}, fit.step
+            )
             adapter.log_table(rows, fit.step)
         self._adapters, self._throughput = [], None
 

@@ -16,6 +16,7 @@ from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.observers.measures import DENSITY
 from sparse_lightning.observers.monitor import SparsityMonitor
 from sparse_lightning.observers.recorder import MaskRecorder
+from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.observers.terminal import Terminal
 from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.sparsifier import Sparsifier
@@ -78,6 +79,8 @@ class Observers:
             n_updates=sparsifier.n_updates,
             label=str(engines.index(sparsifier) + 1) if len(engines) > 1 else "",
             density=density_of(layer for engine in engines for layer in engine.layers.values()),
+            final_density=sparsifier.final_density,
+            options=sparsifier.config.options(),
         )
 
     def _update(self, update: ModelUpdate) -> None:
@@ -102,10 +105,10 @@ class Observers:
             for observer in self._observers:
                 observer.resume(self.fit)
 
-    def end(self) -> None:
+    def end(self, summary: FitSummary) -> None:
         """Signal the normal end of the training; optimizers and loggers still exist."""
         for observer in self._observers:
-            observer.end(self.fit)
+            observer.end(self.fit, summary)
 
     def stop(self) -> None:
         """Stop observing, whether the training has ended normally or failed."""

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sparse_lightning.history import HistoryWriter, holds_run
 from sparse_lightning.observers.base import Fit, Observer
 from sparse_lightning.observers.measures import DENSITY
+from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.policy.updates import ModelUpdate
 
 HISTORY = "pattern.history"
@@ -129,7 +130,7 @@ class MaskRecorder(Observer):
     def resume(self, fit: Fit) -> None:
         self._write_metrics(fit)
 
-    def end(self, fit: Fit) -> None:
+    def end(self, fit: Fit, summary: FitSummary) -> None:
         self._write_metrics(fit)
 
     def stop(self) -> None:

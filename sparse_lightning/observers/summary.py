@@ -17,6 +17,7 @@ from sparse_lightning.observers.measures import (
     share_set,
     training_bytes,
 )
+from sparse_lightning.swap_report import DEAD_FEATURES
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class FitSummary:
         layers: number of block-sparse layers.
         first_density: present blocks / all blocks of these layers at the start.
         density: present blocks / all blocks of these layers at the end.
+        final_density: their density when the density schedule is complete.
         parameters: parameters of the whole model, without absent blocks.
         dense_parameters: parameters of the whole model with every layer dense.
         nbytes: bytes of these layers' weights, gradients, optimizer state and indices.
         dense_nbytes: the same, without indices, if the layers were dense.
-        flops: FLOPs per token of all linear layers, relative to dense ones.
+        flops: FLOPs of all linear layers, relative to dense ones.
         updates: number of topology updates.
         dropped: number of blocks that these updates dropped.
         grown: number of blocks that these updates grew.
@@ -43,6 +45,7 @@ class FitSummary:
     layers: int
     first_density: float
     density: float
+    final_density: float
     parameters: int
     dense_parameters: int
     nbytes: int
@@ -59,14 +62,14 @@ class FitSummary:
         """Return the lines of the summary, as pairs of a label and a text."""
         rows = [
             ("layers", f"{self.layers}"),
-            ("density", f"{self.first_density:.3f} -> {self.density:.3f}"),
+            ("density", self._density()),
             ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense"),
             (
                 "memory",
                 f"{self.nbytes / 1e6:.1f} MB, {self.nbytes / max(1, self.dense_nbytes):.1%} of "
                 f"{self.dense_nbytes / 1e6:.1f} MB dense",
             ),
-            ("FLOPs per token", f"{self.flops:.1%} of dense"),
+            ("FLOPs", f"{self.flops:.1%} of dense, in linear layers"),
             ("updates", f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"),
             ("ever active", f"{self.ever_active:.1%} of all blocks"),
             *((label, f"{count:,}") for label, count in self.dead.items()),
@@ -74,6 +77,32 @@ class FitSummary:
         if self.speedup is not None:
             rows.append(("predicted speed-up", f"{self.speedup:.2f} of these layers"))
         return rows
+
+    def _density(self) -> str:
+        first, last, final = (
+            f"{density:.3f}" for density in (self.first_density, self.density, self.final_density)
+        )
+        text = f"{first} -> {last}"
+        return text if last == final else f"{text}, of {final} planned"
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers of the summary by name, for loggers."""
+        found: dict[str, float] = {
+            "density": self.density,
+            "parameters": self.parameters,
+            "dense_parameters": self.dense_parameters,
+            "bytes": self.nbytes,
+            "dense_bytes": self.dense_nbytes,
+            "flops": self.flops,
+            "updates": self.updates,
+            "blocks_dropped": self.dropped,
+            "blocks_grown": self.grown,
+            "ever_active": self.ever_active,
+        }
+        found |= {kind.replace(" ", "_"): self.dead.get(kind, 0) for kind in DEAD_FEATURES}
+        if self.speedup is not None:
+            found["predicted_speedup"] = self.speedup
+        return {name: float(value) for name, value in found.items()}
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
@@ -98,6 +127,7 @@ def summarise(fit: Fit) -> FitSummary:
         layers=len(layers),
         first_density=share_set(first),
         density=share_set(present),
+        final_density=fit.final_density,
         parameters=parameters,
         dense_parameters=parameters + dense_weights - present_weights,
         nbytes=sum(sparse for sparse, _ in sizes),

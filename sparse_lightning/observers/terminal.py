@@ -6,14 +6,13 @@ The swap report and the summary are tables in a terminal or notebook, and one lo
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparse_lightning.observers.base import Fit, Observer
-from sparse_lightning.observers.measures import count_dead_features, model_churn
+from sparse_lightning.observers.measures import count_dead_features, model_churn, share_set
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.swap_report import DEAD_FEATURES, SparsityReport
@@ -22,21 +21,23 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+_MOST_LEFT_DENSE = 8  # layers, or groups of layers, that a table's caption names
+
+
 class Terminal(Observer):
-    """Shows density, churn and dead features in Lightning's progress bar.
+    """Shows density, target density, churn and dead features in Lightning's progress bar.
 
     The density covers all layers; churn is the share of present blocks that the latest update
-    grew. Churn, and the dead outputs and unread inputs if there are any, are shown for each
-    callback if the trainer has several.
+    grew. The density at the end of the schedule, as long as it is ahead, churn, and the dead
+    outputs and unread inputs if there are any, are shown for each callback if the trainer has
+    several.
     """
 
     def start(self, fit: Fit) -> None:
-        _show_in_progress_bar(fit, {"density": fit.density})
+        _show_in_progress_bar(fit, {})
 
     def update(self, fit: Fit, update: ModelUpdate) -> None:
-        _show_in_progress_bar(
-            fit, {"density": fit.density, _labelled("churn", fit): model_churn(update)}
-        )
+        _show_in_progress_bar(fit, {_labelled("churn", fit): model_churn(update)})
 
 
 def _show_in_progress_bar(fit: Fit, metrics: Mapping[str, float]) -> None:
@@ -44,9 +45,12 @@ def _show_in_progress_bar(fit: Fit, metrics: Mapping[str, float]) -> None:
     if fit.trainer.progress_bar_callback is None:
         return
     shown: dict[str, Any] = fit.trainer.progress_bar_metrics
+    shown["density"] = fit.density
     shown.update(metrics)
-    for name in DEAD_FEATURES:
+    for name in ("target", *DEAD_FEATURES):
         shown.pop(_labelled(name, fit), None)
+    if f"{share_set([*fit.masks.present.values()]):.3f}" != f"{fit.final_density:.3f}":
+        shown[_labelled("target", fit)] = fit.final_density
     dead = count_dead_features(fit.layers, fit.masks)
     # As text, since rich's bar shows numbers with three decimals.
     shown.update({_labelled(name, fit): str(count) for name, count in dead.items()})
@@ -129,10 +133,11 @@ def _report_table(report: SparsityReport, suffix: str) -> RenderableType:
     table.add_section()
     table.add_row(*total, style="bold")
     notes = [f"{copy} follows {source}" for copy, source in report.follows.items()]
-    if report.skipped:
-        counts = Counter(report.skipped.values()).items()
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
-        notes.append(f"Left dense: {reasons} (print the callback's report for names)")
+    if dense := report.left_dense():
+        shown = [f"{names} ({reason})" for names, reason in dense[:_MOST_LEFT_DENSE]]
+        rest = len(dense) - len(shown)
+        more = f", and {rest} more; print the callback's report for all" if rest else ""
+        notes.append(f"Left dense: {', '.join(shown)}{more}.")
     notes += [note for note in (report.dead_note, report.coverage_note) if note]
     if notes:
         table.caption = Text("\n".join(notes))

@@ -34,6 +34,9 @@ class Throughput:
     def __init__(self, ranks: int, weights: tuple[int, int], peak: int | None) -> None:
         self.ranks, self.weights, self.peak = ranks, weights, peak
         self._is_counting = True
+        # Samples, tokens and seconds of the whole training, until the latest `read`.
+        self._total_samples = self._total_tokens = 0
+        self._total_seconds = 0.0
         self._restart()
 
     def count(self, batch: Any) -> None:
@@ -93,8 +96,24 @@ class Throughput:
                 present, dense = (6 * count * per_rank / self.peak for count in self.weights)
                 scalars.update({"sparsity/mfu": present, "sparsity/mfu_dense": dense})
         self.weights = weights
+        self._total_samples += self._samples
+        self._total_tokens += self._tokens
+        self._total_seconds += self._seconds
         self._restart()
         return scalars
+
+    def mean(self) -> dict[str, float]:
+        """Return the mean rates of the training until the latest `read`, over all ranks together.
+
+        Returns:
+            "samples_per_second" and "tokens_per_second", as far as they were counted throughout.
+        """
+        counts = {"samples": self._total_samples, "tokens": self._total_tokens}
+        return {
+            f"{name}_per_second": self.ranks * count / self._total_seconds
+            for name, count in counts.items()
+            if count and self._is_counting
+        }
 
     def _restart(self) -> None:
         self._tokens = self._samples = 0

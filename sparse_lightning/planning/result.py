@@ -127,7 +127,7 @@ class Plan:
             label = f"blocks of {setting.block_size}"
             rows.append((label, f"{setting.density:g}", *_cells(setting), *speedup))
         peak = ("peak memory",) if self.dense.peak else ()
-        header = ("layers", "density", "parameters", "memory", "FLOPs per token")
+        header = ("layers", "density", "parameters", "memory", "FLOPs")
         times = ("step", *peak, "speed-up", "remark") if timed else ()
         return Section("Cost of the model", header + times, rows, self._remarks())
 
@@ -145,7 +145,8 @@ class Plan:
         remarks = [
             "Memory includes weights, gradients and AdamW's two moments, each in the parameter's "
             f"dtype under {self.precision}, but no activations. FLOPs are those of the linear "
-            "layers in forward and backward: 6 per weight."
+            "layers in forward and backward: 6 per weight for a token, or for a sample that has no "
+            "tokens."
         ]
         if self.dense.peak:
             remarks.append(

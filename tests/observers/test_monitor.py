@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,6 +23,7 @@ from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.observers.measures import (
     count_parameters,
     layer_row,
+    layer_series,
     linear_weights,
     relative_flops,
     training_bytes,
@@ -30,7 +32,7 @@ from sparse_lightning.observers.measures import (
 from sparse_lightning.observers.throughput import Throughput
 from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
 from tests.callbacks.helpers import Classifier, loader, trainer
-from tests.observers.wandb_file import history, metrics
+from tests.observers.wandb_file import config, history, metrics
 
 LAYERS = ("net.0", "net.2")
 
@@ -111,7 +113,7 @@ def test_a_row_of_the_table_by_hand() -> None:
     model, _, masks = worked_example()
     row = layer_row("0", model[0], masks)
     assert (row.shape, row.block_size, row.blocks) == ("32x64", 16, 3)
-    assert (row.density, row.ever_active, row.survival) == (3 / 8, 5 / 8, 2 / 4)
+    assert (row.density, row.ever_active, row.initial_left) == (3 / 8, 5 / 8, 2 / 4)
     assert (row.dead_rows, row.dead_columns) == (0, 1)
     assert (row.parameters_before, row.parameters_after) == (32 * 64 + 32, 3 * 256 + 32)
 
@@ -332,7 +334,7 @@ def test_wandb_gets_a_table_of_the_layers(offline: Path) -> None:
             "dead rows": 0,
             "dead columns": 0,
             "ever active": 1,
-            "survival": 0.25,
+            "initial left": 0.25,
             "parameters before": 64 * 128 + bias,
             "parameters after": 8 * 256 + bias,
         }
@@ -439,6 +441,152 @@ def test_one_call_per_logger_and_update(tmp_path: Path) -> None:
     # The last call logs the rates of the steps after the last update.
     assert [step for step, _ in calls] == [4, 4, 8, 8, 12, 12, 16, 16, 18, 18, 24, 24]
     assert set(calls[-1][1]) == {"sparsity/samples_per_second"}
+
+
+# -- options and summary ---------------------------------------------------------------------
+
+
+def test_csv_gets_options_and_summary_as_hyperparameters(tmp_path: Path) -> None:
+    logger, callback = CSVLogger(tmp_path), sparsity()
+    trainer(callback, root=tmp_path, logger=logger).fit(Classifier(), loader())
+    saved = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert saved["sparsity/block_size"] == 16 and saved["sparsity/init"] == "random"
+    assert saved["sparsity/density.final"] == 0.25 and saved["sparsity/monitor.images"] == 1
+    summary = callback.summary
+    expected = {
+        "density": 0.25,
+        "parameters": summary.parameters,
+        "dense_parameters": summary.dense_parameters,
+        "bytes": summary.nbytes,
+        "dense_bytes": summary.dense_nbytes,
+        "flops": summary.flops,
+        "updates": 5,
+        "blocks_dropped": summary.dropped,
+        "blocks_grown": summary.grown,
+        "ever_active": summary.ever_active,
+        "dead_outputs": 0,
+        "unread_inputs": 0,
+    }
+    prefix = "sparsity/summary/"
+    found = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    assert found.pop("samples_per_second") > 0
+    assert found == expected
+
+
+def test_wandb_and_tensorboard_get_options_and_summary(offline: Path) -> None:
+    wandb_logger = WandbLogger(project="test", save_dir=offline, offline=True)
+    board = TensorBoardLogger(offline)
+    loggers = [wandb_logger, board]
+    trainer(sparsity(), root=offline, logger=loggers).fit(Classifier(), loader())
+    run_file = written(wandb_logger, offline)
+    assert config(run_file)["sparsity/density.schedule"] == "cubic"
+    (row,) = [row for row in history(run_file) if "sparsity/summary/density" in row]
+    assert row["sparsity/summary/density"] == 0.25 and row["trainer/global_step"] == 24
+    board.finalize("success")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator(board.log_dir)
+    events.Reload()
+    (event,) = events.Scalars("sparsity/summary/density")
+    assert (event.step, event.value) == (24, 0.25)
+    (started,) = [
+        content
+        for tag, content in events.PluginTagToContent("hparams").items()
+        if tag.endswith("session_start_info")
+    ]
+    assert b"sparsity/density.schedule" in started
+
+
+def test_the_options_of_several_callbacks_have_their_own_keys(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callbacks = [
+        SparsityCallback(block_size=16, include=[f"net.{i}"], density=density)
+        for i, density in ((0, 0.25), (2, 0.5))
+    ]
+    trainer(*callbacks, root=tmp_path, logger=logger).fit(Classifier(), loader())
+    saved = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert [saved[f"sparsity/{i}/density.final"] for i in (1, 2)] == [0.25, 0.5]
+    assert [saved[f"sparsity/{i}/summary/density"] for i in (1, 2)] == [0.25, 0.5]
+
+
+def test_options_that_a_logger_refuses_are_a_warning(tmp_path: Path) -> None:
+    class Refusing(CSVLogger):
+        def log_hyperparams(self, params: Any) -> None:
+            raise OSError("no space")
+
+    with pytest.warns(UserWarning, match=r"Refusing could not log .* options \(OSError: no space"):
+        trainer(sparsity(), root=tmp_path, logger=Refusing(tmp_path)).fit(Classifier(), loader())
+
+
+# -- scalars of layers -----------------------------------------------------------------------
+
+
+class Repeated(Classifier):
+    """Two blocks of the same two layers, and one layer of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)) for _ in range(2)]
+        self.net = nn.Sequential(*blocks, nn.Linear(64, 64))
+
+
+def logged_layers(root: Path, choice: Any) -> tuple[SparsityCallback, dict[str, float]]:
+    """Train `Repeated` with a choice of `monitor.layers`; return its last scalars of layers."""
+    logger = CSVLogger(root)
+    callback = SparsityCallback(
+        block_size=16, grow="random", update={"every_n_steps": 4}, monitor={"layers": choice}
+    )
+    trainer(callback, root=root, logger=logger).fit(Repeated(), loader())
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    (last,) = [row for row in rows if row["step"] == "18"]
+    return callback, {k: float(v) for k, v in last.items() if k.startswith("sparsity_")}
+
+
+def test_repeated_layers_share_scalars(tmp_path: Path) -> None:
+    callback, logged = logged_layers(tmp_path, "groups")
+    assert {key.partition("/")[2] for key in logged} == {"net.*.0", "net.*.1", "net.2"}
+    layers = callback.sparsifier.layers
+    ups = [layers[f"net.{i}.0"].topology for i in range(2)]
+    changes = [callback.last_update.layers[f"net.{i}.0"] for i in range(2)]
+    assert logged["sparsity_density/net.*.0"] == sum(t.n_blocks for t in ups) / 64
+    dead = [(~topology.mask.any(1)).sum() for topology in ups]
+    assert logged["sparsity_dead_rows/net.*.0"] == sum(dead)
+    grown = sum(len(change.grown) for change in changes)
+    assert logged["sparsity_churn/net.*.0"] == pytest.approx(grown / sum(t.n_blocks for t in ups))
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("all", {"net.0.0", "net.0.1", "net.1.0", "net.1.1", "net.2"}),
+        ("none", set()),
+        (["net.0.*", "2"], {"net.0.0", "net.0.1", "net.2"}),
+    ],
+)
+def test_the_layers_with_scalars_are_chosen(tmp_path: Path, choice: Any, names: set[str]) -> None:
+    _, logged = logged_layers(tmp_path, choice)
+    assert {key.partition("/")[2] for key in logged} == names
+
+
+def test_a_choice_of_layers_that_is_wrong() -> None:
+    with pytest.raises(
+        ValueError, match=r"`monitor.layers` must be one of 'groups', 'all', 'none'"
+    ):
+        SparsityCallback(monitor={"layers": "each"})
+    callback = SparsityCallback(block_size=16, monitor={"layers": ["up"]})
+    with pytest.raises(ValueError, match=r"got 'up', which matches none of 'net.0', 'net.2'"):
+        trainer(callback, logger=CSVLogger("unused")).fit(Classifier(), loader())
+
+
+def test_groups_of_other_shapes_are_told_apart() -> None:
+    layers = {
+        f"layers.{i}.up": BlockSparseLinear(n, 32, block_size=16, density=1.0)
+        for i, n in enumerate((32, 32, 64, 64))
+    }
+    assert layer_series("groups", layers) == {
+        "layers.*.up (32x32, 16)": ["layers.0.up", "layers.1.up"],
+        "layers.*.up (32x64, 16)": ["layers.2.up", "layers.3.up"],
+    }
 
 
 # -- masks over time -----------------------------------------------------------------------

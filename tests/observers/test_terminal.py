@@ -69,7 +69,7 @@ def piped(*arguments: str) -> tuple[str, str]:
 def test_a_terminal_gets_tables_and_a_bar(bar: str) -> None:
     output = in_terminal(bar)
     assert "net.0   128x64   32 of 16x16     1.000        8,320" in output
-    assert "Left dense: 1 excluded" in output
+    assert "Left dense: head (excluded)." in output
     assert "╭─ Block-sparse training ──" in output and "1.000 -> 0.250" in output
     assert output.count("╭─ Block-sparse training") == output.count("Block-sparse layers") == 1
     first, last = (
@@ -116,10 +116,21 @@ def test_the_summary_by_hand() -> None:
     lines = str(summary).splitlines()
     assert lines[:3] == [
         "Block-sparse training",
-        "layers           2",
-        "density          1.000 -> 0.250",
+        "layers       2",
+        "density      1.000 -> 0.250",
     ]
-    assert lines[4].startswith("memory           0.1 MB, ") and lines[4].endswith("of 0.3 MB dense")
+    assert lines[4].startswith("memory       0.1 MB, ") and lines[4].endswith("of 0.3 MB dense")
+
+
+def test_the_summary_of_a_training_that_ends_early_says_what_was_planned() -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 5
+
+    callback = sparsity()
+    trainer(callback, Stop()).fit(Classifier(), loader())
+    (density,) = [text for label, text in callback.summary.rows() if label == "density"]
+    assert density.startswith("1.000 -> 0.") and density.endswith(", of 0.250 planned")
 
 
 def test_speedups_add_up_as_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +210,7 @@ def test_progress_bar_metrics_are_not_logged(build: type[Classifier], tmp_path: 
     )
     fitting.fit(build(), loader(), loader(1))
     assert [shown["density"] for shown in seen[:3]] == [1.0] * 3
-    assert all("churn" not in shown for shown in seen[:3])
+    assert all("churn" not in shown and shown["target"] == 0.25 for shown in seen[:3])
     changes = callback.last_update.layers.values()
     assert seen[-1] == {
         "density": 0.25,

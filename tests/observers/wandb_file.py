@@ -60,6 +60,22 @@ def history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def config(path: Path) -> dict[str, Any]:
+    """Return the configuration of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[str, Any] = {}
+    for payload in records(path):
+        record = Record.FromString(payload)
+        updates = []
+        if record.WhichOneof("record_type") == "run":
+            updates = [*record.run.config.update]
+        if record.WhichOneof("record_type") == "config":
+            updates = [*record.config.update]
+        found |= {".".join(u.nested_key) or u.key: json.loads(u.value_json) for u in updates}
+    return found
+
+
 def metrics(path: Path) -> dict[str, dict[str, Any]]:
     """Return the definitions made by `define_metric`, by name."""
     from google.protobuf.json_format import MessageToDict
