@@ -27,6 +27,16 @@ def blocks(page: Path, language: str) -> list[str]:
     ]
 
 
+def outputs(page: Path) -> list[tuple[str, str]]:
+    """The ```text blocks of a page that a comment `<!-- prints: ... -->` precedes.
+
+    Each is given with what prints it: a command of this package, or a Python statement that
+    follows on the code of docs/start.md.
+    """
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^<!-- prints: (.*?) -->\n```text\n(.*?)^```", text, flags=re.M | re.S)
+
+
 def commands(page: Path) -> Iterator[str]:
     """The commands of a page's ```console blocks, one per line, without comments."""
     for block in blocks(page, "console"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import html
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -68,6 +70,72 @@ def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     given["__name__"] = "__main__"
     for block in code:
         exec(compile(block, str(page), "exec"), given)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder that the code of docs/start.md leaves behind, and the names that it defines."""
+    folder, names = tmp_path_factory.mktemp("start"), {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PL_TRAINER_DEVICES", "1")
+        for block in pages.blocks(ROOT / "docs" / "start.md", "python"):
+            exec(compile(block, "start.md", "exec"), names)
+    return folder, names
+
+
+OUTPUTS = [
+    pytest.param(statement, text, id=f"{pages.name(page)}: {statement}")
+    for page in PAGES
+    for statement, text in pages.outputs(page)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("statement", "text"), OUTPUTS)
+def test_pages_show_what_is_printed(
+    statement: str,
+    text: str,
+    started: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Digits and the places of blocks, which processors round to, may differ; "..." is a gap."""
+    folder, names = started
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "100")
+    if statement.startswith("sparse-lightning "):
+        assert cli.main(shlex.split(statement)[1:]) in (0, None)
+    else:
+        try:
+            exec(statement, dict(names))
+        except ValueError as error:
+            print(f"ValueError: {error}")
+
+    def simplified(output: str) -> str:
+        output = re.sub(r"[▀▄█ ]+$", "▀", output, flags=re.M)
+        return re.sub(r"\d+", "0", re.sub(r"-+", "-", re.sub(r" +", " ", output)))
+
+    pattern = re.escape(simplified(text)).replace(r"\.\.\.", ".*")
+    assert re.fullmatch(pattern, simplified(capsys.readouterr().out), flags=re.S)
+
+
+@pytest.mark.slow
+def test_the_picture_of_a_terminal_shows_what_is_printed() -> None:
+    terminal = runpy.run_path(str(ROOT / "docs" / "terminal.py"))
+    svg = (ROOT / "docs" / "images" / "terminal.svg").read_text(encoding="utf-8")
+    assert "url(http" not in svg.replace('"', "")
+    printed = terminal["draw"](terminal["select_lines"](terminal["run_in_terminal"]()))
+
+    def lines(picture: str) -> list[str]:
+        texts = re.findall(r'<text class="[^"]*" x="[^"]*" y="[^"]*"[^>]*>(.*?)</text>', picture)
+        simplified = (re.sub(r"\d+", "0", html.unescape(text)) for text in texts)
+        return [text.replace("\xa0", " ").strip() for text in simplified]
+
+    assert "hidden.0" in " ".join(lines(svg)) and "ever active" in lines(svg)
+    assert [x for x in lines(svg) if set(x) - set("━╸╺─")] == [
+        x for x in lines(printed) if set(x) - set("━╸╺─")
+    ]
 
 
 def test_code_of_other_tools_parses_and_is_on_known_pages() -> None:
