@@ -1,6 +1,12 @@
-"""Block masks as grey images and as text."""
+"""Block masks as grey images, as text, and in notebooks."""
 
 from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +68,46 @@ def mask_text(mask: Bools, columns: int = 80) -> str:
             for pair in zip(halves[::2], halves[1::2], strict=True)
         ]
     return "\n".join("".join(line).rstrip() for line in lines)
+
+
+@dataclass(frozen=True)
+class MaskGallery:
+    """Block masks of several layers: pictures in a notebook, and text elsewhere.
+
+    Attributes:
+        masks: bool `[out_blocks, in_blocks]` of each layer, by its name.
+    """
+
+    masks: Mapping[str, Bools]
+
+    def __str__(self) -> str:
+        parts = (f"{_caption(name, mask)}\n{mask_text(mask)}" for name, mask in self.masks.items())
+        return "\n\n".join(parts)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the pictures, or the text without Pillow."""
+        try:
+            from PIL import Image
+        except ImportError:
+            return f"<pre>{html.escape(str(self))}</pre>"
+        figures = []
+        for name, mask in self.masks.items():
+            file = io.BytesIO()
+            Image.fromarray(mask_image(mask)).save(file, format="png", optimize=True)
+            source = base64.b64encode(file.getvalue()).decode()
+            figures.append(
+                '<figure style="margin:0"><img style="height:200px" '
+                f'src="data:image/png;base64,{source}"><figcaption>'
+                f"{html.escape(_caption(name, mask))}</figcaption></figure>"
+            )
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1em">{"".join(figures)}</div>'
+
+
+def _caption(name: str, mask: Bools) -> str:
+    rows, columns = mask.shape
+    return f"{name}: {mask.sum():,} of {rows}x{columns} blocks, density {mask.mean():.3f}"
 
 
 def _block_means(mask: Bools, rows: int, columns: int) -> NDArray[np.float64]:

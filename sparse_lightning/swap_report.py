@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
 from sparse_lightning.names import group_similar, merge_similar
 from sparse_lightning.policy.dead_features import DeadFeatures
-from sparse_lightning.tables import text_table
+from sparse_lightning.tables import html_table, text_table
 from sparse_lightning.topology import BlockTopology, count_dead
 
 # What features without a block are called, wherever they are shown.
@@ -199,19 +200,23 @@ class SparsityReport:
         ]
 
     def __str__(self) -> str:
-        lines = ["Block-sparse layers", text_table(*self.table(), total=True)]
-        if self.follows:
-            lines += ["", "Copies"]
-            lines += [f"{copy} follows {source}" for copy, source in self.follows.items()]
-        if self.skipped:
-            lines += ["", "Left dense"]
-            lines += [f"{names}: {reason}" for names, reason in self.left_dense()]
-        if self.unfused:
-            lines += ["", "MLPs whose layers run one by one"]
-            lines += [f"{name}: {reason}" for name, reason in self.unfused.items()]
-        for note in (self.dead_note, self.coverage_note):
-            lines += ["", note] if note else []
-        return "\n".join(lines)
+        table = text_table(*self.table(), total=True)
+        return "\n\n".join([f"Block-sparse layers\n{table}", *self._paragraphs()])
+
+    def _repr_html_(self) -> str:
+        """Return the report for a notebook."""
+        notes = [f"<p>{html.escape(text)}</p>" for text in self._paragraphs()]
+        return "".join([html_table(*self.table(), total=True), *notes]).replace("\n", "<br>")
+
+    def _paragraphs(self) -> list[str]:
+        """Return what the report says besides the table."""
+        lists = {
+            "Copies": [f"{copy} follows {source}" for copy, source in self.follows.items()],
+            "Left dense": [f"{names}: {reason}" for names, reason in self.left_dense()],
+            "MLPs whose layers run one by one": [f"{n}: {why}" for n, why in self.unfused.items()],
+        }
+        paragraphs = ["\n".join([title, *lines]) for title, lines in lists.items() if lines]
+        return [*paragraphs, *filter(None, (self.dead_note, self.coverage_note))]
 
 
 def _dead_features(layers: Sequence[LayerReport]) -> tuple[list[int], list[int]]:

@@ -1,7 +1,8 @@
-"""Tables as plain text, as Markdown, and in a terminal with `rich`."""
+"""Tables as plain text, as Markdown, in a terminal with `rich`, and as HTML for notebooks."""
 
 from __future__ import annotations
 
+import html
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -37,6 +38,33 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool
     if total:
         lines.insert(-1, rule)
     return "\n".join(lines)
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:
+    """Return a table for a notebook, which styles it.
+
+    Args:
+        header: column titles; an empty sequence leaves them out.
+        rows: rows of cells, one per column.
+        total: whether the last row is a total, in bold.
+
+    >>> html_table((), [("a<b", "1")])
+    '<table><tr><td style="text-align:left">a&lt;b</td><td>1</td></tr></table>'
+    """
+    lines = [("th", row) for row in ([header] if header else [])]
+    lines += [("td", row) for row in rows]
+    if total:
+        lines[-1] = ("th", rows[-1])
+    return f"<table>{''.join(_html_row(kind, row) for kind, row in lines)}</table>"
+
+
+def _html_row(kind: str, row: Sequence[str]) -> str:
+    styles = [' style="text-align:left"', *[""] * (len(row) - 1)]
+    cells = [
+        f"<{kind}{style}>{html.escape(cell)}</{kind}>"
+        for cell, style in zip(row, styles, strict=True)
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 @dataclass(frozen=True)

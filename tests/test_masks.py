@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
+import sys
+
 import numpy as np
 import pytest
 
-from sparse_lightning.masks import mask_image, mask_text
+from sparse_lightning.masks import MaskGallery, mask_image, mask_text
 
 
 def test_a_small_mask_is_enlarged_by_a_whole_factor() -> None:
@@ -41,3 +46,28 @@ def test_text_of_a_large_mask_has_shades() -> None:
     mask[0, 200] = True
     lines = mask_text(mask, columns=100).splitlines()
     assert lines == ["█" * 50 + "░"]
+
+
+def test_a_gallery_shows_pictures_in_a_notebook_and_text_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    masks = {"up<0>": np.eye(4, dtype=bool), "down": np.ones((1, 3), dtype=bool)}
+    gallery = MaskGallery(masks)
+    assert str(gallery) == repr(gallery)
+    assert str(gallery).splitlines() == [
+        "up<0>: 4 of 4x4 blocks, density 0.250",
+        "▀▄",
+        "  ▀▄",
+        "",
+        "down: 3 of 1x3 blocks, density 1.000",
+        "▀▀▀",
+    ]
+    page = gallery._repr_html_()
+    assert "up&lt;0&gt;: 4 of 4x4" in page and "up<0>" not in page
+    sources = re.findall(r"base64,([^\"]+)", page)
+    for source, mask in zip(sources, masks.values(), strict=True):
+        picture = image.open(io.BytesIO(base64.b64decode(source)))
+        np.testing.assert_array_equal(np.asarray(picture), mask_image(mask))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert gallery._repr_html_().startswith("<pre>up&lt;0&gt;: 4 of")

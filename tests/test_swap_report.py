@@ -138,3 +138,10 @@ def test_experts_of_transformers(model: str, options: dict[str, Any]) -> None:
         found = measure_coverage(getattr(transformers, f"{model}ForCausalLM")(config))
     assert next(iter(found.dense)) == "3-D parameters (experts)"
     assert found.experts[0] == "model.layers.*.mlp.experts.gate_up_proj"
+
+
+def test_a_notebook_shows_the_table_and_the_notes() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(32, 64), "<b>": nn.Linear(32, 10)})
+    page = sparsify(model, block_size=16, density=0.5)._repr_html_()
+    assert "<td>64x32</td><td>4 of 16x16</td>" in page
+    assert "<p>Left dense<br>&lt;b&gt;: 10x32 is not divisible by block_size=16</p>" in page

@@ -50,7 +50,8 @@ from sparse_lightning.config import (
 )
 from sparse_lightning.kernels import measuring
 from sparse_lightning.loading import register_conversion_hook
-from sparse_lightning.names import DEFAULT_EXCLUDE
+from sparse_lightning.masks import MaskGallery
+from sparse_lightning.names import DEFAULT_EXCLUDE, check_patterns, matches
 from sparse_lightning.observers.measures import compute_dtype
 from sparse_lightning.observers.observers import Observers
 from sparse_lightning.observers.summary import FitSummary, summarise
@@ -186,6 +187,31 @@ class SparsityCallback(Callback):
     def timetable(self) -> Timetable | None:
         """The resolved steps of the schedule, once training has started."""
         return None if self.sparsifier is None else self.sparsifier.timetable
+
+    def show(self, layers: Sequence[str] = ("*",)) -> MaskGallery:
+        """Return the block masks, which a notebook shows as pictures and `print` as text.
+
+        Args:
+            layers: name patterns of layers, as in `include`.
+
+        Raises:
+            RuntimeError: before the first fit, which swaps the layers.
+            ValueError: if no block-sparse layer matches.
+        """
+        if self.sparsifier is None:
+            raise RuntimeError("There are no block masks before `trainer.fit` has swapped layers.")
+        check_patterns("layers", layers)
+        masks = {
+            name: layer.topology.mask.cpu().numpy()
+            for name, layer in self.sparsifier.layers.items()
+            if any(matches(pattern, name) for pattern in layers)
+        }
+        if not masks:
+            raise ValueError(
+                f"`layers` must match block-sparse layers; got {list(layers)!r}, which match none "
+                f"of {', '.join(map(repr, self.sparsifier.layers))}."
+            )
+        return MaskGallery(masks)
 
     # Fit start: the layers are swapped before the optimizer and the strategy see the model.
 

@@ -18,6 +18,7 @@ from sparse_lightning.observers.measures import (
     training_bytes,
 )
 from sparse_lightning.swap_report import DEAD_FEATURES
+from sparse_lightning.tables import html_table
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class FitSummary:
         if self.speedup is not None:
             found["predicted_speedup"] = self.speedup
         return {name: float(value) for name, value in found.items()}
+
+    def _repr_html_(self) -> str:
+        """Return the summary for a notebook."""
+        return html_table((), self.rows())
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())

@@ -593,3 +593,17 @@ def test_a_budget_above_the_capacity_of_an_adopted_layer_is_refused() -> None:
     model.net[0] = BlockSparseLinear(64, 128, block_size=16, density=0.1)
     with pytest.raises(ValueError, match=r"budget of 8 blocks for 3 slots \(layer 'net.0'\)"):
         fit(SparsityCallback(block_size=16), model)
+
+
+def test_the_masks_of_chosen_layers_are_shown() -> None:
+    callback = SparsityCallback(block_size=16, density=0.25)
+    with pytest.raises(RuntimeError, match=r"before `trainer\.fit`"):
+        callback.show()
+    model = Classifier()
+    trainer(callback, max_steps=2).fit(model, loader())
+    assert [*callback.show().masks] == ["net.0", "net.2"]
+    shown = callback.show(["2"]).masks
+    assert [*shown] == ["net.2"]
+    assert (shown["net.2"] == model.net[2].topology.mask.numpy()).all()
+    with pytest.raises(ValueError, match=r"got \['up'\], which match none of 'net.0', 'net.2'"):
+        callback.show(["up"])
