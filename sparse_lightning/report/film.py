@@ -18,7 +18,7 @@ from sparse_lightning.masks import COLOURS, Bools, block_states
 from sparse_lightning.report.page_data import MAX_FRAMES, evenly_spaced, gaps_text
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
 LAYERS = 4  # drawn if none is named
 COLUMNS = 6  # of a strip
@@ -112,7 +112,7 @@ def _choose(history: History, layers: Sequence[str]) -> list[str]:
 
 def _draw(
     history: History, names: Sequence[str], changes: Sequence[tuple[int, int]], box: tuple[int, int]
-) -> Image:
+) -> Image.Image:
     """Return a picture with a row for each layer and a column for each change.
 
     Args:
@@ -124,8 +124,9 @@ def _draw(
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_TEXT)
-    # (x, y, text, colour); the place and colour of each swatch; and the masks
-    texts, swatches, masks = [], [], []
+    texts: list[tuple[int, int, str, str]] = []  # x, y, text and colour
+    swatches: list[tuple[int, int, str]] = []  # x, y and colour
+    masks: list[tuple[Image.Image, tuple[int, int]]] = []
     y = _GAP
     for name in names:
         layer = history.layers[name]
@@ -136,12 +137,12 @@ def _draw(
             mask = layer.mask(frame)
             step = history.frames[frame].step
             texts.append((x, y, f"step {step:,} · density {mask.mean():.2f}", _SOFT))
-            image = _mask(*(m.T if _is_tall(layer) else m for m in (mask, layer.mask(before))), box)
+            image = _mask(mask, layer.mask(before), box)
             masks.append((image, (x, y + _LINE)))
         y += _LINE + image.height + _GAP
     x = _GAP
     for state in ("kept", "grown", "dropped", "absent"):
-        swatches.append(((x, y + 2, x + _TEXT, y + 2 + _TEXT), COLOURS["light"][state]))
+        swatches.append((x, y + 2, COLOURS["light"][state]))
         texts.append((x + _LINE, y, state, _INK))
         x += _LINE + int(font.getlength(state)) + _GAP
     place = "column" if len(changes) > 1 else "frame"
@@ -152,17 +153,19 @@ def _draw(
     pen = ImageDraw.Draw(picture)
     for x, y, text, colour in texts:
         pen.text((x, y), text, fill=colour, font=font)
-    for place, colour in swatches:
-        pen.rectangle(place, fill=colour)
+    for x, y, colour in swatches:
+        pen.rectangle((x, y, x + _TEXT, y + _TEXT), fill=colour)
     for image, corner in masks:
         picture.paste(image, corner)
     return picture
 
 
-def _mask(mask: Bools, before: Bools, box: tuple[int, int]) -> Image:
-    """Return a mask, `[rows, columns]`, as large as fits into the width and height of a box."""
+def _mask(mask: Bools, before: Bools, box: tuple[int, int]) -> Image.Image:
+    """Return a mask, transposed if it is tall, as large as fits into a box's width and height."""
     from PIL import Image, ImageDraw
 
+    if _is_tall(mask.shape):
+        mask, before = mask.T, before.T
     rows, columns = mask.shape
     scale = min(box[0] / columns, box[1] / rows)
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
@@ -179,12 +182,12 @@ def _mask(mask: Bools, before: Bools, box: tuple[int, int]) -> Image:
     return image
 
 
-def _is_tall(layer: LayerHistory) -> bool:
-    return layer.grid[0] > layer.grid[1]
+def _is_tall(grid: tuple[int, ...]) -> bool:
+    return grid[0] > grid[1]
 
 
 def _sides(layer: LayerHistory) -> str:
     """Return how many rows and columns a drawn mask has, and what they are."""
     (rows, columns), size = sorted(layer.grid), layer.block_size
-    down, across = ("inputs", "outputs") if _is_tall(layer) else ("outputs", "inputs")
+    down, across = ("inputs", "outputs") if _is_tall(layer.grid) else ("outputs", "inputs")
     return f"{rows} x {columns} blocks of {size} x {size}, {down} down, {across} across"
