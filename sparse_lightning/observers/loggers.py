@@ -59,7 +59,7 @@ class LayerSnapshot:
     @property
     def caption(self) -> str:
         """What the image shows, and what its colours mean."""
-        return f"{self.name}, step {self.step}, density {self.mask.mean():.3f}. {LEGEND}."
+        return f"{self.name}, step {self.step}, density {self.mask.mean():.3f} ({LEGEND})"
 
     @property
     def occupancy(self) -> dict[str, Array]:

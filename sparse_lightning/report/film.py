@@ -52,7 +52,8 @@ def write_film(
         layers: names of the layers; if empty, four that are evenly spaced through the model.
 
     Returns:
-        What is shown, under keys that `page_data` has too: layers, updates, steps, gaps.
+        What is shown, as primitives: the layers' names, and updates, steps and gaps as in
+        `page_data`.
 
     Raises:
         ValueError: for another ending or an unknown layer, or if `history` is not a history file,

@@ -402,7 +402,7 @@ def test_tensorboard_gets_scalars_images_and_histograms(tmp_path: Path) -> None:
     assert [e.step for e in events.Histograms("block_norms/net.0")] == [4, 12, 18]
     assert (images[0].height, images[0].width) == (512, 256)
     captions = [e.tensor_proto.string_val[0] for e in events.Tensors("mask/net.0/text_summary")]
-    assert len(captions) == 5 and b"net.0, step 0, density 1.000. dark blue" in captions[0]
+    assert len(captions) == 5 and b"net.0, step 0, density 1.000 (dark blue: present" in captions[0]
     (table,) = events.Tensors("sparsity/layers/text_summary")
     lines = table.tensor_proto.string_val[0].decode().splitlines()
     assert table.step == 24 and len(lines) == 2 + len(LAYERS)
