@@ -58,12 +58,14 @@ def print_results(trainer: L.Trainer, model: L.LightningModule, metrics: dict[st
     for name, value in metrics.items():
         print(f"{name.removeprefix('val/').replace('_', ' '):<20} {value:.3f} held out")
     print(f"{'checkpoint':<20} {trainer.checkpoint_callback.last_model_path}")
-    outputs = {"picture": "masks.png", "W&B run": "wandb/offline-run-*", "log": "*/*/metrics.csv"}
+    outputs = {"W&B run": "wandb/offline-run-*", "log": "*/*/metrics.csv"}
     for name, glob in outputs.items():
         for path in Path(trainer.default_root_dir).glob(glob):
             print(f"{name:<20} {path}")
     if sparsity:
-        print(f"{'run page':<20} sparse-lightning report {trainer.default_root_dir}")
+        report = f"sparse-lightning report {trainer.default_root_dir}"
+        print(f"{'run page':<20} {report}")
+        print(f"{'picture':<20} {report} --film masks.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Block masks as grey images, as text, and in notebooks."""
+"""Block masks as images, as text, and in notebooks."""
 
 from __future__ import annotations
 
@@ -14,35 +14,55 @@ from numpy.typing import NDArray
 Bools = NDArray[np.bool_]
 Pixels = NDArray[np.uint8]
 
+# The colours of blocks on light and on dark backgrounds, in pictures and on the run page. Blue and
+# orange are distinguishable with colour blindness. The order is that of `block_states`.
+COLOURS = {
+    "light": {"absent": "#edebe5", "dropped": "#f4d6bd", "grown": "#ee8a1d", "kept": "#27496d"},
+    "dark": {"absent": "#1f262f", "dropped": "#5b3c22", "grown": "#f79a33", "kept": "#86aed6"},
+}
+# What the light ones mean, for captions of `mask_image`.
+LEGEND = "dark blue: present, orange: just grown, pale orange: just dropped, light grey: absent"
+
 _ENLARGED_SIDE = 512  # pixels; smaller masks are enlarged to at most this side
 _MAX_SIDE = 1024  # pixels of the longer side of any image
-# Both grey levels contrast with white and with black pages.
-_ABSENT, _PRESENT = 224, 32
+_LIGHT = np.array([list(bytes.fromhex(c[1:])) for c in COLOURS["light"].values()], dtype=np.uint8)
 
 
-def mask_image(mask: Bools) -> Pixels:
-    """Return a block mask as a grey image, dark where blocks are present.
+def mask_image(mask: Bools, before: Bools | None = None) -> Pixels:
+    """Return a block mask as an image in the light colours, with the blocks that have changed.
 
-    A small mask is enlarged by an integer factor, so all blocks have the same size. In the image of
-    a large mask, each pixel is the share of present blocks in a square of blocks.
+    Each pixel is a block. A small mask is enlarged by an integer factor, so that its blocks are
+    visible and have the same size. In the image of a large mask, each pixel is the mean colour of a
+    square of blocks.
 
     Args:
         mask: bool `[out_blocks, in_blocks]`.
+        before: an earlier mask of the same shape; if None, no block is shown as grown or dropped.
 
     Returns:
-        uint8 `[height, width]`, the longer side at most 1024.
+        uint8 `[height, width, 3]`, red, green and blue; the longer side is at most 1024.
 
-    >>> mask_image(np.eye(2, dtype=bool))[::256, ::256].tolist()
-    [[32, 224], [224, 32]]
+    >>> mask_image(np.eye(2, dtype=bool))[::256, ::256, 0].tolist()
+    [[39, 237], [237, 39]]
     >>> mask_image(np.arange(4096)[None] % 2 == 0).shape
-    (1, 1024)
+    (1, 1024, 3)
     """
     longer = max(mask.shape)
+    image = _LIGHT[block_states(mask, mask if before is None else before)]
     side = -(-longer // _MAX_SIDE)
-    shares = _block_means(mask, side, side)
-    image = (_ABSENT + shares * (_PRESENT - _ABSENT)).round().astype(np.uint8)
+    if side > 1:
+        image = _block_means(image, side, side).round().astype(np.uint8)
     scale = max(1, _ENLARGED_SIDE // longer)
     return image.repeat(scale, 0).repeat(scale, 1)
+
+
+def block_states(mask: Bools, before: Bools) -> Pixels:
+    """Return the state of each block as an index into the colours of a background, uint8.
+
+    >>> block_states(np.array([[0, 0, 1, 1]], bool), np.array([[0, 1, 0, 1]], bool)).tolist()
+    [[0, 1, 2, 3]]
+    """
+    return 2 * mask.astype(np.uint8) + before
 
 
 def mask_text(mask: Bools, columns: int = 80) -> str:
@@ -110,12 +130,18 @@ def _caption(name: str, mask: Bools) -> str:
     return f"{name}: {mask.sum():,} of {rows}x{columns} blocks, density {mask.mean():.3f}"
 
 
-def _block_means(mask: Bools, rows: int, columns: int) -> NDArray[np.float64]:
-    """Return the mean over each tile of `rows` x `columns` blocks; edge tiles may be smaller."""
-    sums = mask.astype(np.float64)
+def _block_means(blocks: Bools | Pixels, rows: int, columns: int) -> NDArray[np.float64]:
+    """Return the mean over each tile of `rows` x `columns` blocks; edge tiles may be smaller.
+
+    Args:
+        blocks: `[out_blocks, in_blocks]`, or `[out_blocks, in_blocks, channels]`.
+        rows: block rows of a tile.
+        columns: block columns of a tile.
+    """
+    sums = blocks.astype(np.float64)
     for axis, size in ((0, rows), (1, columns)):
-        starts = np.arange(0, mask.shape[axis], size)
+        starts = np.arange(0, blocks.shape[axis], size)
         sums = np.add.reduceat(sums, starts, axis=axis)
-        counts = np.minimum(size, mask.shape[axis] - starts)
-        sums /= counts[:, None] if axis == 0 else counts
+        counts = np.minimum(size, blocks.shape[axis] - starts)
+        sums /= counts.reshape(-1, *[1] * (blocks.ndim - 1 - axis))
     return sums

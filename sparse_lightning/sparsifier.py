@@ -8,6 +8,7 @@ update completely or not at all.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
 from collections import OrderedDict
@@ -486,9 +487,18 @@ class Sparsifier:
     @property
     def final_density(self) -> float:
         """The density of the layers together when the density schedule is complete."""
+        return self.final_blocks / max(1, self.n_blocks)
+
+    @property
+    def n_blocks(self) -> int:
+        """The number of all blocks of the layers, present or absent."""
+        return sum(math.prod(layer.topology.grid) for layer in self.layers.values())
+
+    @property
+    def final_blocks(self) -> int:
+        """The number of present blocks of the layers when the density schedule is complete."""
         grids = {name: layer.topology.grid for name, layer in self.layers.items()}
-        n_blocks = sum(rows * columns for rows, columns in grids.values())
-        return self.config.budgets(grids).final_total() / max(1, n_blocks)
+        return self.config.budgets(grids).final_total()
 
     @property
     def is_final(self) -> bool:

@@ -60,8 +60,9 @@ def test_mask_as_png(saved: str, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     assert main(["inspect", saved, "--layer", "0", "--png", str(tmp_path / "mask.png")]) == 0
     pixels = np.asarray(image.open(tmp_path / "mask.png"))
-    assert pixels.shape == (384, 512)
-    assert (pixels[64::128, 64::128] == np.where(MASK, 32, 224)).all()
+    assert pixels.shape == (384, 512, 3)
+    dark, light = [39, 73, 109], [237, 235, 229]
+    assert (pixels[64::128, 64::128] == np.where(MASK[..., None], dark, light)).all()
 
 
 @pytest.mark.parametrize(

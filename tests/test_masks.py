@@ -10,14 +10,30 @@ import sys
 import numpy as np
 import pytest
 
-from sparse_lightning.masks import MaskGallery, mask_image, mask_text
+from sparse_lightning.masks import COLOURS, MaskGallery, mask_image, mask_text
+
+ABSENT, DROPPED, GROWN, KEPT = (
+    tuple(bytes.fromhex(COLOURS["light"][state][1:]))
+    for state in ("absent", "dropped", "grown", "kept")
+)
+
+
+def coloured(mask: np.ndarray) -> np.ndarray:
+    return np.where(mask[..., None], KEPT, ABSENT)
 
 
 def test_a_small_mask_is_enlarged_by_a_whole_factor() -> None:
     mask = np.array([[1, 1, 0], [0, 0, 1]], bool)
     image = mask_image(mask)
-    assert image.shape == (2 * 170, 3 * 170) and image.dtype == np.uint8
-    assert (image == np.kron(np.where(mask, 32, 224), np.ones((170, 170)))).all()
+    assert image.shape == (2 * 170, 3 * 170, 3) and image.dtype == np.uint8
+    assert (image == coloured(mask).repeat(170, 0).repeat(170, 1)).all()
+
+
+def test_blocks_that_stayed_came_and_went_have_the_colours_of_the_page() -> None:
+    before, after = np.array([[0, 1, 0, 1]], bool), np.array([[0, 0, 1, 1]], bool)
+    image = mask_image(after, before)[0, ::128]
+    assert [tuple(pixel) for pixel in image.tolist()] == [ABSENT, DROPPED, GROWN, KEPT]
+    assert len({ABSENT, DROPPED, GROWN, KEPT}) == 4
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
@@ -26,18 +42,17 @@ def test_the_image_of_a_large_layer(block_size: int) -> None:
     image = mask_image(mask)
     assert 512 <= image.shape[0] <= 1024 and image.shape[0] == 4 * image.shape[1]
     scale = image.shape[0] // mask.shape[0]
-    assert (image[::scale, ::scale] == np.where(mask, 32, 224)).all(), (
-        "all blocks are distinguishable"
-    )
+    assert (image[::scale, ::scale] == coloured(mask)).all(), "all blocks are distinguishable"
 
 
 def test_a_mask_that_is_too_large_is_averaged() -> None:
     mask = np.zeros((2050, 4), bool)  # 683 rows of 3 x 3 squares, and one of height 1
     mask[:3, 0] = mask[2049, 3] = True
     image = mask_image(mask)
-    assert image.shape == (684, 2)
-    assert image[0].tolist() == [round(224 - 192 * 3 / (3 * 3)), 224]
-    assert image[683].tolist() == [224, 32] and (image[1:683] == 224).all()
+    assert image.shape == (684, 2, 3)
+    third = [round(absent + (kept - absent) / 3) for absent, kept in zip(ABSENT, KEPT, strict=True)]
+    assert image[0].tolist() == [third, list(ABSENT)]
+    assert image[683].tolist() == [list(ABSENT), list(KEPT)] and (image[1:683] == ABSENT).all()
 
 
 def test_text_of_a_large_mask_has_shades() -> None:

@@ -30,7 +30,8 @@ class Fit:
         label: "1", "2" and so on, the callback's position among several `SparsityCallback`s; "" if
             the trainer has only one.
         density: present blocks / all blocks over the layers of all `SparsityCallback`s.
-        final_density: the same when the density schedule of `layers` is complete, over `layers`.
+        target_density: the same when all density schedules are complete.
+        final_density: present blocks / all blocks of `layers` when their schedule is complete.
         options: all options of the callback, by dotted key, as primitives.
     """
 
@@ -42,6 +43,7 @@ class Fit:
     n_updates: int
     label: str
     density: float
+    target_density: float
     final_density: float
     options: Mapping[str, Any]
 

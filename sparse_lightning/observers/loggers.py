@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sparse_lightning.masks import mask_image
+from sparse_lightning.masks import LEGEND, mask_image
 from sparse_lightning.observers.measures import LayerRow
 
 Array = np.ndarray[Any, Any]
@@ -35,19 +35,31 @@ _SUMMARIES = {
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """The data of a layer's images and histograms at an update.
+    """The data of a layer's images and histograms at a step.
 
     Attributes:
         name: name of the layer.
-        caption: caption of the image.
+        step: optimizer steps so far.
         mask: bool `[out_blocks, in_blocks]`, the block mask.
+        before: the same before the update at this step; equal to `mask` if there was none.
         norms: fp32 `[n]`, the finite norms of the blocks that stayed.
     """
 
     name: str
-    caption: str
+    step: int
     mask: Array
+    before: Array
     norms: Array
+
+    @property
+    def image(self) -> Array:
+        """The mask in the colours of the run page, uint8 `[height, width, 3]`."""
+        return mask_image(self.mask, self.before)
+
+    @property
+    def caption(self) -> str:
+        """What the image shows, and what its colours mean."""
+        return f"{self.name}, step {self.step}, density {self.mask.mean():.3f} ({LEGEND})"
 
     @property
     def occupancy(self) -> dict[str, Array]:
@@ -87,7 +99,7 @@ class LoggerAdapter:
     def log_update(
         self, scalars: Mapping[str, float], snapshots: Sequence[LayerSnapshot], step: int
     ) -> None:
-        """Log an update, in one call where the logger allows it.
+        """Log scalars and the snapshots of layers, in one call where the logger allows it.
 
         A failure to log media only warns: it must not end a training.
         """
@@ -95,7 +107,8 @@ class LoggerAdapter:
         media = self._try(lambda: self._media(snapshots, step)) if snapshots else None
         if media and self._try(lambda: self._log_metrics({**scalars, **media}, step)):
             return
-        self.logger.log_metrics(scalars, step=step)
+        if scalars:
+            self.logger.log_metrics(scalars, step=step)
 
     def log_table(self, rows: Sequence[LayerRow], step: int) -> None:
         """Log a table with one row per layer."""
@@ -167,7 +180,7 @@ class WandbAdapter(LoggerAdapter):
         media: dict[str, Any] = {}
         for layer in snapshots:
             name = layer.name
-            media[f"mask/{name}"] = wandb.Image(mask_image(layer.mask), caption=layer.caption)
+            media[f"mask/{name}"] = wandb.Image(layer.image, caption=layer.caption)
             for side, counts in layer.occupancy.items():
                 most = layer.mask.shape[1 if side == "row" else 0]
                 # One bin per possible count, up to a readable number of bins.
@@ -194,7 +207,8 @@ class TensorBoardAdapter(LoggerAdapter):
         writer = self.logger.experiment
         for layer in snapshots:
             name = layer.name
-            writer.add_image(f"mask/{name}", mask_image(layer.mask), step, dataformats="HW")
+            writer.add_image(f"mask/{name}", layer.image, step, dataformats="HWC")
+            writer.add_text(f"mask/{name}", layer.caption, step)  # images have no captions
             for side, counts in layer.occupancy.items():
                 writer.add_histogram(f"{side}_occupancy/{name}", counts, step)
             if len(layer.norms):

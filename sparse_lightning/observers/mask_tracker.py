@@ -20,6 +20,7 @@ class MaskTracker:
         first: bool `[out_blocks, in_blocks]` on the CPU for each layer, the initial block mask.
         ever: masks of the same shape, the blocks that have been present at any time.
         present: masks of the same shape, the blocks that are present now.
+        before: masks of the same shape, the blocks that were present before the latest update.
         grown: number of blocks grown by all updates together.
     """
 
@@ -27,12 +28,14 @@ class MaskTracker:
         self.first: dict[str, Tensor] = {}
         self.ever: dict[str, Tensor] = {}
         self.present: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
         self.grown = 0
 
     def start(self, layers: Mapping[str, BlockSparseLinear]) -> None:
         """Read the present blocks; keep `first` and `ever` of layers that are already known."""
         slots = copy_to_cpu([layer.topology.slots for layer in layers.values()])
         self.present = {name: grid >= 0 for name, grid in zip(layers, slots, strict=True)}
+        self.before = dict(self.present)
         self.first = {name: self.first.get(name, mask) for name, mask in self.present.items()}
         self.ever = {name: self.ever.get(name, mask) | mask for name, mask in self.present.items()}
 
@@ -44,6 +47,7 @@ class MaskTracker:
             present[name] = torch.zeros_like(self.present[name])
             present[name][rows, cols] = True
         self.ever.update({name: self.ever[name] | mask for name, mask in present.items()})
+        self.before = dict(self.present)
         self.present.update(present)
         self.grown += sum(len(change.grown) for change in update.layers.values())
 

@@ -17,21 +17,23 @@ from sparse_lightning.observers.measures import (
     layer_row,
     layer_series,
     linear_weights,
-    share_set,
     update_scalars,
 )
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.observers.throughput import Throughput
 from sparse_lightning.policy.updates import ModelUpdate
 
+_NO_NORMS = np.empty(0, np.float32)
+
 
 class SparsityMonitor(Observer):
     """Logs options at the start, each update with one call per logger, and a summary at the end.
 
     Every logger gets the options as hyperparameters, and scalars. W&B and TensorBoard also get the
-    block masks of the first `images` layers at every `every_n_updates`-th update, with histograms
-    of the number of blocks in each block row and block column and of the norms of the blocks that
-    stayed. At the end of the training they get a table of all layers.
+    block masks of the first `images` layers: at the start of the training, at every
+    `every_n_updates`-th update and at the end. With them come histograms of the number of blocks in
+    each block row and block column and, at updates, of the norms of the blocks that stayed. At the
+    end they also get a table of all layers.
 
     Args:
         options: how often to log images and histograms, and for how many layers.
@@ -42,6 +44,7 @@ class SparsityMonitor(Observer):
         self._adapters: list[LoggerAdapter] = []
         self._series: Mapping[str, Sequence[str]] = {}
         self._throughput: Throughput | None = None
+        self._pictured: dict[str, int] = {}  # the step of each layer's latest picture
 
     def start(self, fit: Fit) -> None:
         trainer = fit.trainer
@@ -55,9 +58,11 @@ class SparsityMonitor(Observer):
         if fit.layers:
             dtype = compute_dtype(trainer, next(iter(fit.layers.values())))
             peak = get_available_flops(trainer.strategy.root_device, dtype)
-        self._series = layer_series(self.options.layers, fit.layers)
+        self._series, self._pictured = layer_series(self.options.layers, fit.layers), {}
+        snapshots = self._unchanged(fit)
         for adapter in self._adapters:
             adapter.log_options(fit.options)
+            adapter.log_update({}, snapshots, fit.step)
         self._throughput = Throughput(trainer.world_size, linear_weights(fit.model), peak)
 
     def count(self, batch: Any) -> None:
@@ -82,8 +87,9 @@ class SparsityMonitor(Observer):
         scalars.update(self._throughput.read(linear_weights(fit.model)))
         snapshots = []
         if (update.number - 1) % self.options.every_n_updates == 0:
-            names = list(update.layers)[: self.options.images]
+            names = [name for name in self._names(fit) if name in update.layers]
             snapshots = [_snapshot(name, fit, update) for name in names]
+            self._pictured.update(dict.fromkeys(names, update.step))
         for adapter in self._adapters:
             adapter.log_update(scalars, snapshots, update.step)
 
@@ -96,21 +102,30 @@ class SparsityMonitor(Observer):
         scalars = self._throughput.read(linear_weights(fit.model))
         totals = {**summary.scalars(), **self._throughput.mean()}
         rows = [layer_row(name, layer, fit.masks) for name, layer in fit.layers.items()]
+        snapshots = self._unchanged(fit)
         for adapter in self._adapters:
-            if scalars:
-                adapter.log_update(scalars, [], fit.step)
+            adapter.log_update(scalars, snapshots, fit.step)
             adapter.log_summary(
                 {f"sparsity/summary/{name}": value for name, value in totals.items()}, fit.step
             )
             adapter.log_table(rows, fit.step)
         self._adapters, self._throughput = [], None
 
+    def _names(self, fit: Fit) -> list[str]:
+        return list(fit.layers)[: self.options.images]
+
+    def _unchanged(self, fit: Fit) -> list[LayerSnapshot]:
+        """Return snapshots, in which nothing changes, of layers without a picture of this step."""
+        names = [name for name in self._names(fit) if self._pictured.get(name) != fit.step]
+        self._pictured.update(dict.fromkeys(names, fit.step))
+        masks = {name: fit.masks.present[name].numpy() for name in names}
+        return [LayerSnapshot(n, fit.step, mask, mask, _NO_NORMS) for n, mask in masks.items()]
+
 
 def _snapshot(name: str, fit: Fit, update: ModelUpdate) -> LayerSnapshot:
-    mask = fit.masks.present[name]
-    norms = np.empty(0, np.float32)
+    mask, before = fit.masks.present[name].numpy(), fit.masks.before[name].numpy()
+    norms = _NO_NORMS
     if name in update.magnitudes:
         rows, cols = update.layers[name].stayed.long().unbind(1)
         norms = update.magnitudes[name][rows, cols].numpy()
-    caption = f"{name}, step {update.step}, density {share_set([mask]):.3f}"
-    return LayerSnapshot(name, caption, mask.numpy(), norms[np.isfinite(norms)])
+    return LayerSnapshot(name, update.step, mask, before, norms[np.isfinite(norms)])

@@ -70,6 +70,7 @@ class Observers:
         assert self._running is not None
         trainer, model, sparsifier = self._running
         engines = sparsifiers(trainer)
+        n_blocks = sum(engine.n_blocks for engine in engines)
         return Fit(
             trainer=trainer,
             model=model,
@@ -79,6 +80,7 @@ class Observers:
             n_updates=sparsifier.n_updates,
             label=str(engines.index(sparsifier) + 1) if len(engines) > 1 else "",
             density=density_of(layer for engine in engines for layer in engine.layers.values()),
+            target_density=sum(engine.final_blocks for engine in engines) / max(1, n_blocks),
             final_density=sparsifier.final_density,
             options=sparsifier.config.options(),
         )

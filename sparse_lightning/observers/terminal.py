@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparse_lightning.observers.base import Fit, Observer
-from sparse_lightning.observers.measures import count_dead_features, model_churn, share_set
+from sparse_lightning.observers.measures import count_dead_features, model_churn
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.swap_report import DEAD_FEATURES, SparsityReport
@@ -25,10 +25,10 @@ _MOST_LEFT_DENSE = 8  # layers, or groups of layers, that a table's caption name
 
 
 class Terminal(Observer):
-    """Shows density, target density, churn and dead features in Lightning's progress bar.
+    """Shows density, churn and dead features in Lightning's progress bar.
 
-    The density covers all layers; churn is the share of present blocks that the latest update
-    grew. The density at the end of the schedule, as long as it is ahead, churn, and the dead
+    The density covers all layers, and is followed by that at the end of the schedule while it
+    differs; churn is the share of present blocks that the latest update grew. Churn, and the dead
     outputs and unread inputs if there are any, are shown for each callback if the trainer has
     several.
     """
@@ -45,12 +45,11 @@ def _show_in_progress_bar(fit: Fit, metrics: Mapping[str, float]) -> None:
     if fit.trainer.progress_bar_callback is None:
         return
     shown: dict[str, Any] = fit.trainer.progress_bar_metrics
-    shown["density"] = fit.density
+    now, final = f"{fit.density:.3f}", f"{fit.target_density:.3f}"
+    shown["density"] = fit.density if now == final else f"{now} → {final}"
     shown.update(metrics)
-    for name in ("target", *DEAD_FEATURES):
+    for name in DEAD_FEATURES:
         shown.pop(_labelled(name, fit), None)
-    if f"{share_set([*fit.masks.present.values()]):.3f}" != f"{fit.final_density:.3f}":
-        shown[_labelled("target", fit)] = fit.final_density
     dead = count_dead_features(fit.layers, fit.masks)
     # As text, since rich's bar shows numbers with three decimals.
     shown.update({_labelled(name, fit): str(count) for name, count in dead.items()})

@@ -7,6 +7,7 @@ import webbrowser
 from pathlib import Path
 
 from sparse_lightning.files import check_writable
+from sparse_lightning.report.film import write_film
 from sparse_lightning.report.page import write_report
 
 _HISTORIES = "pattern*.history"
@@ -25,6 +26,9 @@ examples:
     sparse-lightning report lightning_logs/version_0 --open
   the page of one history in a folder with several:
     sparse-lightning report outputs/a/pattern.history --output a.html
+  the masks of four layers at six steps, and an animation of one layer:
+    sparse-lightning report lightning_logs/version_0 --film masks.png
+    sparse-lightning report lightning_logs/version_0 --film mask.gif --layer blocks.0.mlp.0
 """
 
 
@@ -33,24 +37,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_dir", type=Path, metavar="RUN_DIR",
         help="folder of a training, whose newest history is used, or a history file")  # fmt: skip
-    add("--output", type=Path, metavar="FILE",
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--output", type=Path, metavar="FILE",
         help="default: report.html in RUN_DIR; an existing file is replaced")  # fmt: skip
-    add("--open", action="store_true", help="open the page in a browser")
+    files.add_argument("--film", type=Path, metavar="FILE",
+        help="instead of the page, write block masks over the training: as a strip if FILE ends in "
+        ".png, as an animation if it ends in .gif; needs pillow")  # fmt: skip
+    add("--layer", action="append", default=[], metavar="NAME",
+        help="show this layer in the film; may be repeated (default: four layers)")  # fmt: skip
+    add("--open", action="store_true", help="open what was written in a browser")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the page and print a summary.
+    """Write the page or the film and print a summary.
 
     Raises:
-        ValueError: if there is no history, or the page cannot be written.
-        RuntimeError: if plotly is not installed.
+        ValueError: for wrong options, if there is no history, or if the file cannot be written.
+        RuntimeError: if plotly, or pillow for a film, is not installed.
     """
+    if options.layer and not options.film:
+        raise ValueError("`--layer` must come with `--film`: the page shows all layers.")
     path = options.run_dir
     history, *others = find_histories(path)
     folder = path if path.is_dir() else path.parent
-    output = options.output or folder / "report.html"
-    check_writable(output, "--output")
-    data = write_report(history, output)
+    output = options.film or options.output or folder / "report.html"
+    check_writable(output, "--film" if options.film else "--output")
+    if options.film:
+        data = write_film(history, output, options.layer)
+    else:
+        data = write_report(history, output)
     first, last = data["steps"]
     print(
         f"Wrote {output}: {len(data['layers'])} layers, {data['updates']} updates, "
@@ -59,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     if data["gaps"]:
         print(f"This history is incomplete. {data['gaps']}")
     if others:
-        print("Older histories; name a file to write its page:")
+        print("Older histories; name a file to show it instead:")
         for other in others:
             print(f"  {other}")
     if options.open and not webbrowser.open(output.resolve().as_uri()):

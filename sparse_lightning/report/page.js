@@ -6,7 +6,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const last = data.frames.length - 1;
 const state = { frame: 0, layer: 0, colour: "presence", zoom: 1, playing: false, cell: null,
-  hidden: new Set() }; // names of hidden lines in the curves
+  hidden: new Set(), // names of hidden lines in the curves
+  printing: false };
 
 const number = (value, digits = 4) =>
   value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits });
@@ -21,6 +22,13 @@ function element(tag, text = "", attributes = {}) {
   const made = document.createElement(tag);
   made.textContent = text;
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+/** A layer's name, which may break into lines after its dots; copies of the text do not show that. */
+function breakable(name) {
+  const made = document.createDocumentFragment();
+  name.split(/(?<=\.)/).forEach((part, i) => made.append(...(i ? [element("wbr"), part] : [part])));
   return made;
 }
 
@@ -241,7 +249,7 @@ function layOut() {
   const { width, height, transposed, layer } = animation();
   const room = Math.max(120, $("window").clientWidth - 6);
   const fit = Math.min(room / width, Math.max(260, 0.56 * innerHeight) / height, 64);
-  scale = (fit > 1 ? Math.floor(fit) : fit) * state.zoom;
+  scale = (fit > 1 ? Math.floor(fit) : fit) * (state.printing ? 1 : state.zoom);
   const canvas = $("mask");
   canvas.style.width = `${width * scale}px`;
   canvas.style.height = `${height * scale}px`;
@@ -371,7 +379,7 @@ function buildGallery() {
     // From 70 blocks on, the browser shrinks the image and should average pixels.
     button.classList.toggle("coarse", Math.max(...layer.grid) < 70);
     const name = element("span", "", { class: "name" });
-    name.append(element("bdi", layer.name));
+    name.append(breakable(layer.name));
     const share = element("span", "", { class: "share" });
     button.append(canvas, name, share);
     button.addEventListener("click", () => chooseLayer(index));
@@ -407,7 +415,7 @@ function draw() {
   $("when").textContent = when;
   $("slider").value = state.frame;
   $("slider").setAttribute("aria-valuetext", when);
-  for (const tile of tiles) if (tile.visible) drawTile(tile);
+  for (const tile of tiles) if (tile.visible || state.printing) drawTile(tile);
   for (const panel of panels) panel.mark();
   showLegend();
   showCell();
@@ -425,7 +433,7 @@ function chooseLayer(index) {
   state.zoom = 1;
   const { layer } = animation();
   const [outputs, inputs] = layer.grid.map((n) => n * layer.block_size);
-  $("layer-name").textContent = layer.name;
+  $("layer-name").replaceChildren(breakable(layer.name));
   $("sheet").setAttribute("aria-label",
     `Block mask of ${layer.name}: ${outputs} outputs by ${inputs} inputs in blocks of ${layer.block_size}`);
   $("colours").querySelector("[value=score]").disabled = layer.scores.from.length === 0;
@@ -540,11 +548,13 @@ class Panel {
   }
 
   async render() {
-    if (!this.visible || !this.dirty) return;
+    if (!this.dirty || !(this.visible || state.printing)) return;
     this.dirty = false;
     const axis = { gridcolor: style.line, zeroline: false, linecolor: style.line, automargin: true };
     const lines = this.lines();
     await Plotly.react(this.plot, lines, {
+      width: this.plot.clientWidth, // by itself, Plotly notices a new size only after a while
+      height: this.plot.clientHeight,
       uirevision: "kept", // hidden lines stay hidden
       margin: { l: 8, r: 8, t: 8, b: 8 },
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -574,7 +584,7 @@ class Panel {
 
   /** Move only the line; redrawing the plot at every frame would be too slow. */
   mark() {
-    if (!this.drawn || !this.visible) return;
+    if (!this.drawn || !(this.visible || state.printing)) return;
     const { xaxis, yaxis } = this.plot._fullLayout;
     const x = xaxis.d2p(data.frames[state.frame].step);
     this.now.hidden = x < 0 || x > xaxis._length;
@@ -656,7 +666,8 @@ function buildLegend() {
   const names = data.layers.map((layer) => layer.name);
   if (names.length > MAX_LAYERS) names.forEach((name) => state.hidden.add(name));
   const chips = [ALL, ...names].map((name) => {
-    const chip = element("button", name, { type: "button", class: "chip" });
+    const chip = element("button", "", { type: "button", class: "chip" });
+    chip.append(breakable(name));
     const show = () => chip.setAttribute("aria-pressed", !state.hidden.has(name));
     chip.addEventListener("click", () => {
       if (!state.hidden.delete(name)) state.hidden.add(name);
@@ -741,8 +752,11 @@ function buildTable() {
     COLUMNS.forEach(([, value, show], i) => {
       const text = show(value(layer), layer);
       const cell = row.insertCell();
-      if (i === 0) cell.append(element("button", text, { type: "button" }));
-      else cell.textContent = text;
+      if (i === 0) {
+        const button = element("button", "", { type: "button" });
+        button.append(breakable(text));
+        cell.append(button);
+      } else cell.textContent = text;
     });
     row.addEventListener("click", () => chooseLayer(index));
   });
@@ -799,6 +813,37 @@ function buildHeader() {
   $("slider").max = last;
 }
 
+// -- printing -------------------------------------------------------------------------------------
+
+/**
+ * Lay the page out for paper, with everything drawn, or for the screen again, in the named theme.
+ *
+ * Browsers print right after the event, so everything has to be done when this returns.
+ */
+function setPrinting(on, name) {
+  state.printing = on;
+  document.documentElement.classList.toggle("printing", on);
+  setTheme(name);
+  layOut();
+  draw();
+  refreshPanels();
+}
+
+function listenForPrinting() {
+  let before = null; // what printing changes, to restore it
+  addEventListener("beforeprint", () => {
+    play(false);
+    before ??= { theme: theme(), open: $("about").open };
+    $("about").open = true;
+    setPrinting(true, "light");
+  });
+  addEventListener("afterprint", () => {
+    $("about").open = before.open;
+    setPrinting(false, before.theme);
+    before = null;
+  });
+}
+
 // -- start ----------------------------------------------------------------------------------------
 
 function listen() {
@@ -841,6 +886,7 @@ async function begin() {
   buildCurves();
   buildMetrics();
   listen();
+  listenForPrinting();
   chooseLayer(0);
   document.documentElement.dataset.ready = "true";
 }

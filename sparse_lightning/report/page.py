@@ -12,6 +12,7 @@ from typing import Any
 
 from sparse_lightning.files import write_text
 from sparse_lightning.history import read_history
+from sparse_lightning.masks import COLOURS
 from sparse_lightning.report.page_data import page_data
 
 
@@ -50,7 +51,7 @@ def render(data: dict[str, Any], library: str) -> str:
     """
     parts = {
         "title": html.escape(data["title"]),
-        "style": _part("page.css"),
+        "style": _block_colours() + _part("page.css"),
         "script": _part("page.js"),
         "library": library,
         # A name can contain "</script>" or "<!--", which would end the element.
@@ -74,6 +75,15 @@ def plotting_library() -> str:
             "Install it with: pip install 'sparse-lightning[report]'"
         ) from error
     return str(get_plotlyjs())
+
+
+def _block_colours() -> str:
+    """Return the colours of blocks in each theme as CSS variables."""
+    rules = []
+    for theme, colours in COLOURS.items():
+        variables = " ".join(f"--{state}: {colour};" for state, colour in colours.items())
+        rules.append(f':root[data-theme="{theme}"] {{ {variables} }}\n')
+    return "".join(rules)
 
 
 def _part(name: str) -> str:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
+from sparse_lightning.masks import mask_image
 from sparse_lightning.observers import monitor, throughput
 from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.observers.measures import (
@@ -278,7 +280,8 @@ def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
     logger = WandbLogger(project="test", save_dir=offline, offline=True)
     trainer(sparsity(), root=offline, logger=logger).fit(Classifier(), loader())
     run_file = written(logger, offline)
-    rows = [row for row in history(run_file) if "sparsity/density" in row]
+    every_row = history(run_file)
+    rows = [row for row in every_row if "sparsity/density" in row]
     # Each update is logged in one call, so that its scalars and media share a row.
     assert [row["trainer/global_step"] for row in rows] == [4, 8, 12, 16, 18]
     assert [row["sparsity/density"] for row in rows] == sorted(
@@ -289,22 +292,24 @@ def test_wandb_offline_run_holds_every_update(offline: Path) -> None:
     for row in rows:
         assert {f"sparsity_density/{name}" for name in LAYERS} <= row.keys()
         assert 0 <= row["sparsity/survival"] <= 1
-    with_images = [row for row in rows if "mask/net.0" in row]
-    assert [row["trainer/global_step"] for row in with_images] == [4, 12, 18]
-    assert not any("mask/net.2" in row for row in rows), "`images` is 1"
+    with_images = [row for row in every_row if "mask/net.0" in row]
+    assert [row["trainer/global_step"] for row in with_images] == [0, 4, 12, 18, 24]
+    assert not any("mask/net.2" in row for row in every_row), "`images` is 1"
     for row in with_images:
         image = row["mask/net.0"]
         assert image["_type"] == "image-file"
         assert image["caption"].startswith(f"net.0, step {row['trainer/global_step']}, density")
+        assert "orange: just grown" in image["caption"]
         assert (run_file.parent / "files" / image["path"]).stat().st_size > 0
         for side, blocks in (("row", 8), ("column", 4)):
             histogram = row[f"{side}_occupancy/net.0"]
             assert histogram["_type"] == "histogram" and sum(histogram["values"]) == blocks
             assert histogram["bins"][:3] == [-0.5, 0.5, 1.5], "one bin per count"
-        norms = row["block_norms/net.0"]
-        assert (
-            norms["_type"] == "histogram" and min(norms["bins"]) >= row["sparsity_threshold/net.0"]
-        )
+        assert ("block_norms/net.0" in row) == (row in rows), "norms are those of updates"
+        if row in rows:
+            norms = row["block_norms/net.0"]
+            assert norms["_type"] == "histogram"
+            assert min(norms["bins"]) >= row["sparsity_threshold/net.0"]
     assert {row["sparsity/samples_per_second"] > 0 for row in rows} == {True}
     defined = metrics(run_file)
     assert defined["sparsity/survival"]["summary"] == {"min": True, "mean": True}
@@ -392,17 +397,67 @@ def test_tensorboard_gets_scalars_images_and_histograms(tmp_path: Path) -> None:
     )
     events.Reload()
     assert [e.step for e in events.Scalars("sparsity/density")] == [4, 8, 12, 16, 18]
-    assert [e.step for e in events.Images("mask/net.0")] == [4, 12, 18]
-    for name in ("row_occupancy", "column_occupancy", "block_norms"):
-        assert [e.step for e in events.Histograms(f"{name}/net.0")] == [4, 12, 18]
-    assert (events.Images("mask/net.0")[0].height, events.Images("mask/net.0")[0].width) == (
-        512,
-        256,
-    )
+    images = events.Images("mask/net.0")
+    assert [e.step for e in images] == [0, 4, 12, 18, 24]
+    for name in ("row_occupancy", "column_occupancy"):
+        assert [e.step for e in events.Histograms(f"{name}/net.0")] == [0, 4, 12, 18, 24]
+    assert [e.step for e in events.Histograms("block_norms/net.0")] == [4, 12, 18]
+    assert (images[0].height, images[0].width) == (512, 256)
+    captions = [e.tensor_proto.string_val[0] for e in events.Tensors("mask/net.0/text_summary")]
+    assert len(captions) == 5 and b"net.0, step 0, density 1.000 (dark blue: present" in captions[0]
     (table,) = events.Tensors("sparsity/layers/text_summary")
     lines = table.tensor_proto.string_val[0].decode().splitlines()
     assert table.step == 24 and len(lines) == 2 + len(LAYERS)
     assert lines[2] == "| net.0 | 128x64 | 16 | 0.250 | 8 | 0 | 0 | 1.000 | 0.250 | 8320 | 2176 |"
+
+
+class Pictures:
+    """Keeps the pictures that a TensorBoard logger receives."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.logger = TensorBoardLogger(folder)
+        self.steps: list[int] = []
+        self.images: list[np.ndarray] = []
+        monkeypatch.setattr(self.logger.experiment, "add_image", self.keep)
+
+    def keep(self, tag: str, image: np.ndarray, step: int, dataformats: str) -> None:
+        assert (tag, dataformats) == ("mask/net.0", "HWC")
+        self.steps.append(step)
+        self.images.append(image)
+
+
+def test_pictures_show_what_an_update_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures are compared with masks that another callback reads from the layer."""
+    masks: dict[int, np.ndarray] = {}
+
+    class Record(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+            masks[trainer.global_step] = module.net[0].topology.mask.numpy()
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            masks[trainer.global_step] = module.net[0].topology.mask.numpy()
+
+    def run(steps: int, path: Path | None = None) -> Pictures:
+        callback = exchanging(monitor={"every_n_updates": 1, "images": 1})
+        pictures = Pictures(tmp_path, monkeypatch)
+        fitting = trainer(
+            callback, Record(), max_steps=steps, root=tmp_path, logger=pictures.logger
+        )
+        fitting.fit(Classifier(), loader(), ckpt_path=path)
+        fitting.save_checkpoint(tmp_path / "last.ckpt")
+        return pictures
+
+    first, resumed = run(8), run(14, tmp_path / "last.ckpt")
+    assert (masks[3] != masks[4]).any()
+    assert first.steps == [0, 4, 8], "the last update is at the end"
+    assert resumed.steps == [8, 12, 14]
+    for pictures in (first, resumed):
+        for step, image in zip(pictures.steps, pictures.images, strict=True):
+            is_update = step % 4 == 0 and step != pictures.steps[0]
+            before = masks[step - 1] if is_update else masks[step]
+            assert (image == mask_image(masks[step], before)).all()
 
 
 def test_tensorboard_media_that_fail_are_a_warning(
@@ -592,13 +647,14 @@ def test_groups_of_other_shapes_are_told_apart() -> None:
 # -- masks over time -----------------------------------------------------------------------
 
 
-def exchanging() -> SparsityCallback:
+def exchanging(**options: Any) -> SparsityCallback:
     return SparsityCallback(
         block_size=16,
         density=0.25,
         update={"every_n_steps": 4, "until": 20},
         drop_fraction=0.5,
         grow="random",
+        **options,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from sparse_lightning.history import History, HistoryWriter, read_history
 from sparse_lightning.report import write_report
 
+Image = pytest.importorskip("PIL.Image")
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -360,11 +362,12 @@ def test_the_legend_of_all_layers(show, history: Path) -> None:
     page.locator("#curves .panel").first.scroll_into_view_if_needed()
     page.wait_for_function("panels[0].drawn")
     visible = "panels[0].plot.data.map((line) => line.visible)"
+    chip = page.locator(".chips").get_by_role("button", name="fc.1", exact=True)
     assert page.evaluate(visible) == [True] * 5
-    page.click(".chip:text-is('fc.1')")
+    chip.click()
     page.wait_for_function(f"{visible}[2] === false")
-    assert page.get_attribute(".chip:text-is('fc.1')", "aria-pressed") == "false"
-    page.click(".chip:text-is('fc.1')")
+    assert chip.get_attribute("aria-pressed") == "false"
+    chip.click()
     page.wait_for_function(f"{visible}[2] === true")
 
 
@@ -410,6 +413,104 @@ def test_nothing_is_wider_than_a_phone(show, history: Path, width: int) -> None:
     page.evaluate("scrollTo(0, 0), showFrame(6)")
     point_at(page, GRIDS["fc.1"], 3, 7, touch=True)
     assert text(page, "#readout") == truth(known, "fc.1", 6, 3, 7)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shadows_show_that_the_table_scrolls_on_a_phone(show, history: Path, scheme: str) -> None:
+    """Where the table goes on beyond an edge, that edge has another colour than the page."""
+    page = show(history, width=390, height=844, phone=True, color_scheme=scheme)
+    table = page.locator(".scroll")
+    room, width = page.evaluate("(({clientWidth, scrollWidth}) => [clientWidth, scrollWidth])"
+                                "(document.querySelector('.scroll'))")  # fmt: skip
+    assert width > room
+
+    def edges_with_shadow(scrolled: int) -> list[bool]:
+        page.evaluate("x => { document.querySelector('.scroll').scrollLeft = x; }", scrolled)
+        image = Image.open(io.BytesIO(table.screenshot())).convert("RGB")
+        paper = image.getpixel((image.width // 2, 3))
+        return [image.getpixel((x, 3)) != paper for x in (1, image.width - 2)]
+
+    page.add_style_tag(content="td, th { visibility: hidden; }")
+    assert edges_with_shadow(0) == [False, True]
+    assert edges_with_shadow(100) == [True, True]
+    assert edges_with_shadow(width) == [True, False]
+
+
+def test_a_printed_page_holds_everything(show, history: Path) -> None:
+    page = show(history, width=1000, color_scheme="dark")
+    page.click(".tile[data-layer='1']")
+    page.evaluate("showFrame(3)")
+    page.click("#larger")
+    # What the page is like on paper is read right after the browser has asked for it.
+    page.evaluate(
+        """() => addEventListener("beforeprint", () => {
+            const { right } = document.querySelector("main").getBoundingClientRect();
+            const inside = [...document.querySelectorAll(".js-plotly-plot .main-svg, #mask, table")]
+                .every((e) => e.getBoundingClientRect().right <= right + 1);
+            const copies = tiles.map(({ canvas, index }) => {
+                const { width, height } = animations[index];
+                return canvas.width === width && canvas.height === height;
+            });
+            window.paper = {
+                curves: panels.map(({ plot }) => plot.querySelectorAll(".trace").length),
+                inside, copies, theme: theme(), frame: state.frame, config: $("about").open,
+                shown: ["#play", ".tools", ".chips"].map((part) =>
+                    getComputedStyle(document.querySelector(part)).display),
+            };
+        })"""
+    )
+    screen = page.locator("#mask").bounding_box()["width"]
+    pdf = page.pdf(format="A4")
+    paper = page.evaluate("paper")
+    assert len(paper["curves"]) > 6 and all(paper["curves"]), "the curves below the fold are drawn"
+    assert all(paper["copies"]) and paper["inside"] and paper["config"]
+    assert (paper["theme"], paper["frame"]) == ("light", 3)
+    assert paper["shown"] == ["none"] * 3
+    assert len(pdf) > 50_000
+    # Afterwards the screen is as before.
+    assert page.evaluate("[theme(), $('about').open, state.frame]") == ["dark", False, 3]
+    assert page.locator("#mask").bounding_box()["width"] == screen
+    page.locator(".panel").first.scroll_into_view_if_needed()
+    page.wait_for_function(
+        "panels[0].plot.querySelector('.main-svg').clientWidth === panels[0].plot.clientWidth"
+    )
+
+
+def test_names_of_repeated_layers_are_shown_whole_and_break_at_dots(show, tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]
+    page = show(record(tmp_path / "h", dict.fromkeys(names, (4, 4)), 2))
+    for selector in (".tile .name", "#layers td button"):
+        assert page.locator(selector).all_inner_texts() == names
+    cut, dots = page.evaluate(
+        """() => {
+            const shown = [...document.querySelectorAll(".tile .name")];
+            const ends = (name) => { // the texts of its lines
+                const lines = new Map();
+                for (const node of name.childNodes) {
+                    if (!node.data) continue;
+                    const range = document.createRange();
+                    range.selectNode(node);
+                    const { top } = range.getBoundingClientRect();
+                    lines.set(top, (lines.get(top) ?? "") + node.data);
+                }
+                return [...lines.values()];
+            };
+            return [
+                shown.some((name) => name.scrollWidth > name.clientWidth),
+                shown.map(ends),
+            ];
+        }"""
+    )
+    assert not cut
+    for lines in dots:
+        assert len(lines) > 1 and all(line.endswith(".") for line in lines[:-1])
+    copied = page.evaluate(
+        """() => {
+            getSelection().selectAllChildren(document.querySelector(".tile .name"));
+            return getSelection().toString();
+        }"""
+    )
+    assert copied == names[0]
 
 
 def test_a_grid_of_1024_by_256_blocks(show, tmp_path: Path) -> None:
