@@ -7,6 +7,6 @@
 The file needs neither a network nor a server. The command is `sparse-lightning report`.
 """
 
-from sparse_lightning.report.page import write_report
+from sparse_lightning.report.page import write_comparison, write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]

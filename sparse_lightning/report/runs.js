@@ -83,8 +83,7 @@ let metricPlots = []; // those whose title is the metric's name
 function buildPlots() {
   const all = (draw) => runs.map((_, index) => draw(index));
   if (state.metric === null) {
-    $("bar").hidden = true;
-    $("quality-head").textContent = "Quality";
+    $("bar").hidden = $("over-what").hidden = true;
     $("quality-note").textContent = "No run logged a metric, or each ended before the first one.";
   } else {
     metricPlots = [

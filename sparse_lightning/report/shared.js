@@ -270,13 +270,13 @@ function line(x, y, name, color, width) {
 function fillTable(table, columns, items, pick) {
   const head = table.tHead.insertRow();
   const body = table.tBodies[0];
-  columns.forEach(([title, value], i) => {
+  columns.forEach(([title, value]) => {
     const cell = element("th", "", { scope: "col" });
     const button = element("button", title, { type: "button" });
     button.addEventListener("click", () => {
-      // Numbers are first sorted in descending order, names in ascending order.
+      // Numbers are first sorted in descending order, texts in ascending order.
       const sorted = cell.getAttribute("aria-sort");
-      const down = sorted ? sorted === "ascending" : i !== 0;
+      const down = sorted ? sorted === "ascending" : items.some((item) => typeof value(item) === "number");
       for (const other of head.cells) other.removeAttribute("aria-sort");
       cell.setAttribute("aria-sort", down ? "descending" : "ascending");
       const compare = (a, b) =>

@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def falling(tmp_path: Path, clock: list[float]) -> Path:
-    """Two layers, 'a' with 4 blocks of 16 and 'b' with one of 32; 'a' loses half at step 10 of 40."""
+    """'a' has 4 blocks of 16, of which it loses half at step 10 of 40; 'b' has one of 32."""
     writer = HistoryWriter(tmp_path / "falling")
     b = bools([1])
     about = {"config": {"density": {"final": 0.5}, "drop": "magnitude", "seed": 0}}
