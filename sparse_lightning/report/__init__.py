@@ -4,7 +4,8 @@
 
     write_report("outputs/run/pattern.history", "report.html")
 
-The file needs neither a network nor a server. The command is `sparse-lightning report`.
+`write_comparison` writes one that compares several trainings. The file needs neither a network nor
+a server. The command is `sparse-lightning report`.
 """
 
 from sparse_lightning.report.page import write_comparison, write_report

@@ -98,7 +98,7 @@ def _write_run(history: Path, output: Path) -> None:
 
 def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> None:
     title = "/".join(folder.resolve().parts[-2:])
-    data = write_comparison(named_runs(histories, folder), output, title=title)
+    data = write_comparison(named_runs(histories), output, title=title)
     runs, metric = data["runs"], data["metric"]
     print(f"Wrote {output}: {len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB, from {folder}")
     # What each run has, by column. A value of None is missing.
@@ -115,14 +115,16 @@ def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> 
     print(text_table(("run", *columns[0]), rows))
     if metric is None:
         print("No run logged a metric.")
-    missing = {
-        run["name"]: [name for name, value in values.items() if value is None]
-        + ([] if run["seconds"] is not None else ["time"])
-        for run, values in zip(runs, columns, strict=True)
-    }
+    lacking: dict[str, list[str]] = {}
+    for run, values in zip(runs, columns, strict=True):
+        lacks = [
+            name for name, value in {**values, "time": run["seconds"]}.items() if value is None
+        ]
+        if lacks:
+            lacking.setdefault(", ".join(lacks), []).append(run["name"])
     _print_list(
         "Values that a history lacks:",
-        [f"{name}: {', '.join(lacks)}" for name, lacks in missing.items() if lacks],
+        [f"{lacks}: not in {', '.join(names)}" for lacks, names in lacking.items()],
     )
     _print_list(
         "Incomplete histories:", [f"{run['name']}: {run['gaps']}" for run in runs if run["gaps"]]
@@ -192,16 +194,17 @@ def common_folder(paths: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
 
 
-def named_runs(histories: Sequence[Path], folder: Path) -> dict[str, Path]:
+def named_runs(histories: Sequence[Path]) -> dict[str, Path]:
     """Return histories by the names of their runs, in the order of the names.
 
-    A name is the path of the history in the common folder, without the folders and the file name at
-    its end that it shares with all others.
+    A name is the path of the history in the innermost folder that holds all of them, without the
+    file name and the folders at its end that it shares with all others.
 
     >>> sweep = [Path(f"sweep/{i}/logs/version_0/pattern.history") for i in (10, 2)]
-    >>> list(named_runs(sweep, Path("sweep")))
+    >>> list(named_runs(sweep))
     ['2', '10']
     """
+    folder = os.path.commonpath([os.path.abspath(history.parent) for history in histories])
     parts = [Path(os.path.relpath(history, folder)).parts for history in histories]
     shared = 0
     # Only the file name may be all there is of a path: that of a run in the common folder itself.

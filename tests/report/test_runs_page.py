@@ -215,8 +215,11 @@ def test_light_and_dark(compare, histories: dict[str, Path]) -> None:
 def test_only_the_table_is_wider_than_a_phone(
     compare, histories: dict[str, Path], width: int
 ) -> None:
+    scroll_width = "document.documentElement.scrollWidth"
+    short = {name: histories[name] for name in ("first", "second")}
+    assert compare(short, width=width, height=844, phone=True).evaluate(scroll_width) == width
     page = compare(histories, width=width, height=844, phone=True)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate(scroll_width) == width
     box = "document.querySelector('#runs').parentElement"
     assert page.evaluate(f"{box}.scrollWidth > {box}.clientWidth")
     page.evaluate(f"{box}.scrollLeft = 1e4")
