@@ -1,6 +1,7 @@
 // The page that compares runs. A run has the same colour everywhere.
 
 const { runs } = data;
+const last = runs[0].frames.length - 1; // all runs have masks at the same shares of their steps
 const state = { metric: data.metric, over: "density", layer: data.layers[0], run: null, hidden: new Set() };
 
 const OVER = { // what the quality is shown over: its name, the title of its axis, and the axis
@@ -92,7 +93,7 @@ function buildPlots() {
         return { lines: all(runPoint), xaxis: { ...axis, rangemode: "tozero", title: { text: title, standoff: 8 } },
           yaxis: {}, showlegend: false };
       }),
-      new Plot($("curves"), "", "", () => ({
+      new Plot($("curves"), "", "as the training logged it", () => ({
         lines: all((index) => {
           const { step = [], value = [] } = measured(runs[index]) ?? {};
           return runLine(index, step, value);
@@ -166,13 +167,12 @@ async function chooseLayer(name) {
 }
 
 function drawMasks() {
-  const progress = Number($("slider").value);
-  const when = progress === 100 ? "at the end" : progress === 0 ? "at the start" : `at ${number(progress)} % of the steps`;
+  const frame = Number($("slider").value);
+  const when = frame === last ? "at the end" : frame === 0 ? "at the start" : `after ${percent(frame / last)} of the steps`;
   $("when").textContent = when;
   $("slider").setAttribute("aria-valuetext", when);
   for (const { masks, canvas, text, run } of figures) {
     if (masks === undefined) continue;
-    const frame = Math.round((progress / 100) * (run.frames.length - 1));
     masks.seek(frame);
     masks.draw(canvas);
     const [outputs, inputs] = masks.layer.grid.map((n) => whole(n * masks.layer.block_size));
@@ -200,6 +200,7 @@ function begin() {
   $("gaps").hidden = gaps.length === 0;
   fill($("metric"), Object.keys(data.metrics).map((name) => [name, name]), state.metric);
   fill($("over"), Object.entries(OVER).map(([key, [name]]) => [key, name]), state.over);
+  $("slider").max = $("slider").value = last;
   fill($("layer"), data.layers.map((name) => [name, name]), state.layer);
   buildPlots();
   chooseMetric(state.metric);

@@ -1,6 +1,6 @@
 """Convert the histories of several runs to the data of the page that compares them.
 
-A run is read, converted and closed before the next one, because a sweep can have more histories
+A history is read, converted and closed before the next, because a sweep can have more histories
 than a process may open. What a history lacks is None.
 """
 
@@ -52,11 +52,13 @@ def runs_data(histories: Mapping[str, Path], title: str) -> dict[str, Any]:
         ValueError: if a file is not a history, or holds no masks.
         OSError: if a file cannot be read.
     """
+    n_blocks = sum(count_all_blocks(read_history(path)) for path in histories.values())
+    n_frames = min(MAX_FRAMES, max(2, MAX_BLOCKS_IN_ANIMATIONS // max(1, n_blocks)))
     configs, runs = [], []
     for name, path in histories.items():
         history = read_history(path)
         configs.append(dict(flatten(history.about.get("config", {}))))
-        runs.append({"name": name, **run_data(history, len(histories))})
+        runs.append({"name": name, **run_data(history, n_frames)})
     metrics = [name for run in runs for name in run["metrics"]]
     differing = differing_options(configs)
     for i, run in enumerate(runs):
@@ -71,25 +73,29 @@ def runs_data(histories: Mapping[str, Path], title: str) -> dict[str, Any]:
     }
 
 
-def run_data(history: History, n_runs: int = 1) -> dict[str, Any]:
+def count_all_blocks(history: History) -> int:
+    """Return the number of blocks of all layers, present or not."""
+    return sum(math.prod(layer.grid) for layer in history.layers.values())
+
+
+def run_data(history: History, n_frames: int) -> dict[str, Any]:
     """Return the data of one run as primitives for JSON.
 
     Args:
         history: history with at least one frame.
-        n_runs: number of runs on the page, which share the blocks that it can animate.
+        n_frames: number of masks of each layer, at least 2, from the first step to the last.
     """
     steps = [frame.step for frame in history.frames]
     moments = recorded_moments(history)
     first, last = min(m.step for m in moments), max(m.step for m in moments)
-    n_blocks = max(1, sum(math.prod(layer.grid) for layer in history.layers.values()))
+    n_blocks = max(1, count_all_blocks(history))
     layer_counts = [count_blocks(layer, steps)[0] for layer in history.layers.values()]
     total = curves(sum_counts(layer_counts), n_blocks)
     weights = present_weights(history, layer_counts)
     dense = sum(math.prod(layer.grid) * layer.block_size**2 for layer in history.layers.values())
     seconds = max(m.seconds for m in moments) - min(m.seconds for m in moments)
     points = evenly_spaced(len(steps), MAX_POINTS)
-    limit = max(2, MAX_BLOCKS_IN_ANIMATIONS // (n_blocks * n_runs))
-    shown = frames_by_progress(steps, first, last, min(MAX_FRAMES, limit))
+    shown = frames_by_progress(steps, first, last, n_frames)
     return {
         "gaps": gaps_text(history.gaps),
         "density": total["density"][-1],
