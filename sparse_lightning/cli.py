@@ -19,6 +19,7 @@ WORKFLOW = """typical workflow:
   sparse-lightning plan project.model:build --input 8,2048,int64    what would sparsity save?
   (train the model with SparsityCallback among the trainer's callbacks)
   sparse-lightning report lightning_logs/version_0 --open           how did the blocks change?
+  sparse-lightning report multirun/2026-12-01/12-00-00 --open       which run of a sweep is best?
   sparse-lightning inspect last.ckpt                                what is in the checkpoint?
   sparse-lightning export last.ckpt --to dense                      back to dense weights
 
@@ -84,9 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands,
         "report",
         report,
-        "show how the blocks changed in a training, as one HTML file",
+        "show how the blocks changed in a training, or compare trainings, as one HTML file",
         "Write an HTML page from the history of a training: how the block masks of all layers "
-        "changed, and the metrics that were logged. Needs neither a GPU nor a network.",
+        "changed, and the metrics that were logged. Several trainings are compared on one page. "
+        "Needs neither a GPU nor a network.",
     )
     _add(
         commands,

@@ -114,6 +114,8 @@ class History:
         layers: histories of the layers by name, in the model's order.
         metrics: metrics in the order of their steps.
         gaps: parts of the training that the file lacks, in the order of their steps.
+        runs: identifiers of its starts and resumes in their order, as in `HistoryWriter.run`. The
+            copy of a history with which the file of a resumed training begins keeps them.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class History:
     layers: dict[str, LayerHistory] = field(default_factory=dict)
     metrics: list[Metrics] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
 
 
 class HistoryWriter:
@@ -259,7 +262,7 @@ def read_history(path: Path) -> History:
     """
     reader = _FrameReader(path)
     history = History()
-    runs: list[str] = []
+    runs = history.runs
     step, is_gap = None, False  # of the latest record, and whether records after it are lost
     for record in _records(reader.file):
         if record is None:

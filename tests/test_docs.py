@@ -11,6 +11,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +261,25 @@ def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
             with initialize_config_dir(str(tmp_path), version_base="1.3"):
                 composed = compose("config")
             assert isinstance(instantiate(composed.callbacks.sparsity), SparsityCallback)
+        elif "program" in config:
+            check_wandb_sweep(config)
         else:
             callback = instantiate(config["callbacks"]["sparsity"])
             assert isinstance(callback, SparsityCallback)
+
+
+def check_wandb_sweep(config: dict[str, Any]) -> None:
+    """Check that the example accepts the command of every run, as W&B's agent composes it."""
+    assert config["program"] == "examples/train.py"
+    start, fixed, values = config["command"][:3], config["command"][3:-1], config["command"][-1]
+    assert start == ["${env}", "python", "${program}"] and values == "${args_no_hyphens}"
+    for combination in product(*(given["values"] for given in config["parameters"].values())):
+        chosen = [
+            f"{key}={value}" for key, value in zip(config["parameters"], combination, strict=True)
+        ]
+        with initialize_config_dir(str(ROOT / "examples/conf"), version_base="1.3"):
+            composed = compose("train", overrides=[*fixed, *chosen])
+        assert isinstance(instantiate(composed.callbacks.sparsity), SparsityCallback)
 
 
 def check_lightning_cli(config: dict[str, Any], file: Path, *options: str) -> None:

@@ -4,9 +4,10 @@
 
     write_report("outputs/run/pattern.history", "report.html")
 
-The file needs neither a network nor a server. The command is `sparse-lightning report`.
+`write_comparison` writes one that compares several trainings. The file needs neither a network nor
+a server. The command is `sparse-lightning report`.
 """
 
-from sparse_lightning.report.page import write_report
+from sparse_lightning.report.page import write_comparison, write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import webbrowser
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparse_lightning.files import check_writable
+from sparse_lightning.history import read_history
 from sparse_lightning.report.film import write_film
-from sparse_lightning.report.page import write_report
+from sparse_lightning.report.page import write_comparison, write_report
+from sparse_lightning.tables import text_table
 
 _HISTORIES = "pattern*.history"
 
-EXAMPLES = """the page:
+EXAMPLES = """the page of a run:
   an animation of each layer's block mask, coloured by presence, age or score; curves of density,
   churn, survival and the logged metrics; a table of the layers. The single file needs no network
   and can be shared.
 
-keys on the page:
+the page of several runs:
+  a table with the options in which they differ, density, FLOPs, weights, time and a metric; the
+  metric over each of these; the runs' curves together, and their masks side by side. A run is a
+  folder with a history; of several histories in a folder, the newest counts.
+
+keys on the page of a run:
   space starts and stops the animation; left and right change the frame, up and down the layer; in
   the large mask, the arrow keys move from block to block
 
@@ -29,27 +41,33 @@ examples:
   the masks of four layers at six steps, and an animation of one layer:
     sparse-lightning report lightning_logs/version_0 --film masks.png
     sparse-lightning report lightning_logs/version_0 --film mask.gif --layer blocks.0.mlp.0
+  the comparison of all runs of a sweep, written to the sweep's folder:
+    sparse-lightning report multirun/2026-12-01/12-00-00
+  the comparison of two runs, written to the folder that holds both:
+    sparse-lightning report lightning_logs/version_0 lightning_logs/version_3
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("run_dir", type=Path, metavar="RUN_DIR",
-        help="folder of a training, whose newest history is used, or a history file")  # fmt: skip
+    add("run_dir", type=Path, nargs="+", metavar="RUN_DIR",
+        help="folder of a training or of several, such as a sweep, or a history file; several runs "
+        "are compared")  # fmt: skip
     files = parser.add_mutually_exclusive_group()
     files.add_argument("--output", type=Path, metavar="FILE",
-        help="default: report.html in RUN_DIR; an existing file is replaced")  # fmt: skip
+        help="default: report.html in RUN_DIR, or in the folder that holds all of several; an "
+        "existing file is replaced")  # fmt: skip
     files.add_argument("--film", type=Path, metavar="FILE",
-        help="instead of the page, write block masks over the training: as a strip if FILE ends in "
-        ".png, as an animation if it ends in .gif; needs pillow")  # fmt: skip
+        help="instead of the page, write block masks over the training of one run: as a strip if "
+        "FILE ends in .png, as an animation if it ends in .gif; needs pillow")  # fmt: skip
     add("--layer", action="append", default=[], metavar="NAME",
         help="show this layer in the film; may be repeated (default: four layers)")  # fmt: skip
     add("--open", action="store_true", help="open what was written in a browser")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the page or the film and print a summary.
+    """Write the page or the film of a run, or the page of several, and print a summary.
 
     Raises:
         ValueError: for wrong options, if there is no history, or if the file cannot be written.
@@ -57,15 +75,35 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.layer and not options.film:
         raise ValueError("`--layer` must come with `--film`: the page shows all layers.")
-    path = options.run_dir
-    history, *others = find_histories(path)
-    folder = path if path.is_dir() else path.parent
+    found = [find_runs(path) for path in options.run_dir]
+    by_file = {run.resolve(): run for each in found for run in each.runs}
+    runs, older = list(by_file.values()), (path for each in found for path in each.older)
+    if options.film and len(runs) > 1:
+        raise ValueError(
+            f"`--film` must have one run; got {len(runs)}: {', '.join(named_runs(runs))}."
+        )
+    folder = common_folder(options.run_dir)
     output = options.film or options.output or folder / "report.html"
     check_writable(output, "--film" if options.film else "--output")
     if options.film:
-        data = write_film(history, output, options.layer)
+        _print_written(output, runs[0], write_film(runs[0], output, options.layer))
+    elif len(runs) == 1:
+        _print_written(output, runs[0], write_report(runs[0], output))
     else:
-        data = write_report(history, output)
+        _write_comparison(runs, folder, output)
+    _print_list(
+        "Older histories; name a file to show it instead:",
+        list(dict.fromkeys(str(path) for path in older if path.resolve() not in by_file)),
+    )
+    _print_list(
+        "Histories that were left out, because they cannot be read:",
+        list(dict.fromkeys(error for each in found for error in each.errors)),
+    )
+    if options.open and not webbrowser.open(output.resolve().as_uri()):
+        print("No browser was found. Open the file manually.")
+
+
+def _print_written(output: Path, history: Path, data: Mapping[str, Any]) -> None:
     first, last = data["steps"]
     print(
         f"Wrote {output}: {len(data['layers'])} layers, {data['updates']} updates, "
@@ -73,12 +111,133 @@ def run(options: argparse.Namespace) -> None:
     )
     if data["gaps"]:
         print(f"This history is incomplete. {data['gaps']}")
-    if others:
-        print("Older histories; name a file to show it instead:")
-        for other in others:
-            print(f"  {other}")
-    if options.open and not webbrowser.open(output.resolve().as_uri()):
-        print("No browser was found. Open the file manually.")
+
+
+def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> None:
+    title = "/".join(folder.resolve().parts[-2:])
+    data = write_comparison(named_runs(histories), output, title=title)
+    runs, metric = data["runs"], data["metric"]
+    print(f"Wrote {output}: {len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB, from {folder}")
+    # What each run has, by column. A value of None is missing.
+    columns: list[dict[str, Any]] = [
+        dict(zip(data["options"], run["options"], strict=True))
+        | {"density": run["density"]}
+        | ({f"last {metric}": run["metrics"].get(metric, {}).get("last")} if metric else {})
+        for run in runs
+    ]
+    rows = [
+        (run["name"], *map(_cell, values.values()))
+        for run, values in zip(runs, columns, strict=True)
+    ]
+    print(text_table(("run", *columns[0]), rows))
+    if metric is None:
+        print("No run logged a metric.")
+    lacking: dict[str, list[str]] = {}
+    for run, values in zip(runs, columns, strict=True):
+        lacks = [
+            name for name, value in {**values, "time": run["seconds"]}.items() if value is None
+        ]
+        if lacks:
+            lacking.setdefault(", ".join(lacks), []).append(run["name"])
+    _print_list(
+        "Values that a history lacks:",
+        [f"{lacks}: not in {', '.join(names)}" for lacks, names in lacking.items()],
+    )
+    _print_list(
+        "Incomplete histories:", [f"{run['name']}: {run['gaps']}" for run in runs if run["gaps"]]
+    )
+
+
+def _print_list(title: str, lines: Sequence[str]) -> None:
+    """Print a title and its lines, if there are any."""
+    if lines:
+        print(title, *(f"  {line}" for line in lines), sep="\n")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class FoundRuns:
+    """The histories at or below a path.
+
+    Attributes:
+        runs: history of each run, at least one.
+        older: histories that are not runs of their own, newest first.
+        errors: a sentence about each run whose history cannot be read.
+    """
+
+    runs: list[Path]
+    older: list[Path] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def find_runs(path: Path) -> FoundRuns:
+    """Return the runs at or below a path.
+
+    A run is a folder with a history; the newest of several counts. A run that was resumed in
+    another folder, whose history begins with a copy of the earlier one, is one run: the longer one.
+
+    Raises:
+        ValueError: if there are none, or if the history of none can be read.
+    """
+    newest: dict[Path, Path] = {}
+    older, errors = [], []
+    starts: dict[Path, list[str]] = {}
+    for history in find_histories(path):
+        if newest.setdefault(history.parent, history) != history:
+            older.append(history)
+            continue
+        try:
+            starts[history] = read_history(history).runs
+        except ValueError as error:
+            errors.append(str(error))
+    if not starts:
+        raise ValueError(errors[0])
+    earlier = {start for ids in starts.values() for start in ids[:-1]}
+    older += [history for history, ids in starts.items() if ids[-1] in earlier]
+    runs = [history for history, ids in starts.items() if ids[-1] not in earlier]
+    return FoundRuns(runs, older, errors)
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """Return the innermost folder that holds all paths; a single folder itself."""
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    if len(folders) == 1:
+        return folders[0]
+    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+
+
+def named_runs(histories: Sequence[Path]) -> dict[str, Path]:
+    """Return histories by the names of their runs, in the order of the names.
+
+    A name is the path of the history in the innermost folder that holds all of them, without the
+    file name and the folders at its end that it shares with all others.
+
+    >>> sweep = [Path(f"sweep/{i}/logs/version_0/pattern.history") for i in (10, 2)]
+    >>> list(named_runs(sweep))
+    ['2', '10']
+    """
+    folder = os.path.commonpath([os.path.abspath(history.parent) for history in histories])
+    parts = [Path(os.path.relpath(history, folder)).parts for history in histories]
+    shared = 0
+    # Only the file name may be all there is of a path: that of a run in the common folder itself.
+    while len({path[-shared - 1 :] for path in parts}) == 1 and (
+        shared == 0 or shared + 1 < min(map(len, parts))
+    ):
+        shared += 1
+    names = ["/".join(path[: len(path) - shared]) or "." for path in parts]
+    named = zip(names, histories, strict=True)
+    return dict(sorted(named, key=lambda run: _natural_order(run[0])))
+
+
+def _natural_order(name: str) -> list[str | float]:
+    """Return the key that sorts names with their numbers as numbers: 2 before 10, .05 before .5."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def find_histories(path: Path) -> list[Path]:

@@ -1,101 +1,22 @@
-"use strict";
 // Masks are drawn on canvases, one pixel per block; curves by Plotly. Text is never inserted as HTML,
 // because names of layers and metrics can contain anything.
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
 const last = data.frames.length - 1;
 const state = { frame: 0, layer: 0, colour: "presence", zoom: 1, playing: false, cell: null,
-  hidden: new Set(), // names of hidden lines in the curves
-  printing: false };
-
-const number = (value, digits = 4) =>
-  value === null ? "–" : value.toLocaleString("en", { maximumSignificantDigits: digits });
-const whole = (value) => value.toLocaleString("en");
-const percent = (share) =>
-  share === null ? "–" : `${(100 * share).toLocaleString("en", { maximumFractionDigits: 1 })}\u00a0%`;
-const many = (n, one, more = `${one}s`) => `${whole(n)} ${n === 1 ? one : more}`;
-const shorter = (n) =>
-  n.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
-
-function element(tag, text = "", attributes = {}) {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
-}
-
-/** A layer's name, which may break into lines after its dots; copies of the text do not show that. */
-function breakable(name) {
-  const made = document.createDocumentFragment();
-  name.split(/(?<=\.)/).forEach((part, i) => made.append(...(i ? [element("wbr"), part] : [part])));
-  return made;
-}
-
-function duration(seconds) {
-  if (seconds < 120) return `${number(seconds, 3)} s`;
-  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
-  return `${(seconds / 3600).toFixed(1)} h`;
-}
+  hidden: new Set() }; // names of hidden lines in the curves
 
 // -- the masks ------------------------------------------------------------------------------------
 
-async function unpack(base64) {
-  const text = atob(base64);
-  const bytes = new Uint8Array(text.length);
-  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
-const SNAPSHOT = 16; // frames between the snapshots for seeking backwards
-
-/** The mask of one layer at the current frame, with seeking to any frame. */
-class MaskAnimation {
+/** A layer's mask with the scores of its blocks, and with what is known of each block. */
+class RunAnimation extends MaskAnimation {
   constructor(layer, bits, levels) {
-    this.layer = layer;
-    [this.rows, this.columns] = layer.grid;
-    this.blocks = this.rows * this.columns;
-    this.bits = bits; // the changed blocks of each frame, one bit per block
-    this.stride = Math.ceil(this.blocks / 8);
+    super(layer, bits);
     this.levels = levels; // the scores of each scored frame, one byte per block
-    this.mask = new Uint8Array(this.blocks);
-    this.since = new Uint16Array(this.blocks); // the frame of each block's last change
-    this.snapshots = [];
     this.scales = []; // the colour scale of each scored frame
-    this.frame = -1;
-    this.step();
-    this.transposed = this.rows > this.columns; // tall masks are drawn transposed, to fit screens
-    this.width = this.transposed ? this.rows : this.columns;
-    this.height = this.transposed ? this.columns : this.rows;
   }
 
-  seek(frame) {
-    if (frame < this.frame) {
-      const kept = this.snapshots[Math.floor(frame / SNAPSHOT)];
-      this.mask.set(kept.mask);
-      this.since.set(kept.since);
-      this.frame = frame - (frame % SNAPSHOT);
-    }
-    while (this.frame < frame) this.step();
-  }
-
-  step() {
-    const frame = ++this.frame;
-    const start = frame * this.stride;
-    for (let i = 0; i < this.stride; i++) {
-      const byte = this.bits[start + i];
-      if (!byte) continue;
-      for (let bit = 0; bit < 8; bit++) {
-        if (byte & (128 >> bit)) {
-          this.mask[8 * i + bit] ^= 1;
-          this.since[8 * i + bit] = frame;
-        }
-      }
-    }
-    if (frame % SNAPSHOT === 0 && !this.snapshots[frame / SNAPSHOT]) {
-      this.snapshots[frame / SNAPSHOT] = { mask: this.mask.slice(), since: this.since.slice() };
-    }
+  draw(canvas, colour) {
+    super.draw(canvas, this.painter(colour));
   }
 
   /** The latest scores up to this frame, or null; {low, high} are the ends of the colour scale. */
@@ -133,41 +54,10 @@ class MaskAnimation {
     };
   }
 
-  /** Numbers of present blocks, and of blocks grown and dropped in this frame. */
-  count() {
-    let present = 0, grown = 0, dropped = 0;
-    for (let i = 0; i < this.blocks; i++) {
-      const changed = this.frame > 0 && this.since[i] === this.frame;
-      if (this.mask[i]) { present++; if (changed) grown++; } else if (changed) dropped++;
-    }
-    return { present, grown, dropped };
-  }
-
-  /** Draw the frame, one pixel per block. */
-  draw(canvas, colour) {
-    if (canvas.width !== this.width || canvas.height !== this.height) {
-      canvas.width = this.width;
-      canvas.height = this.height;
-    }
-    const context = canvas.getContext("2d");
-    const image = context.createImageData(this.width, this.height);
-    const pixels = new Uint32Array(image.data.buffer);
-    const paint = this.painter(colour);
-    for (let row = 0, i = 0; row < this.rows; row++) {
-      for (let column = 0; column < this.columns; column++, i++) {
-        pixels[this.transposed ? column * this.rows + row : i] = paint(i);
-      }
-    }
-    context.putImageData(image, 0, 0);
-  }
-
   painter(colour) {
     const { mask, since } = this;
-    const { absent, kept, grown, dropped, unknown, ramp } = palette;
-    if (colour === "presence") {
-      const now = this.frame || -1; // no block is grown or dropped in the first frame
-      return (i) => mask[i] ? (since[i] === now ? grown : kept) : since[i] === now ? dropped : absent;
-    }
+    const { absent, unknown, ramp } = palette;
+    if (colour === "presence") return this.presence();
     if (colour === "age") {
       const step = data.frames[this.frame].step;
       const colours = data.frames.map((frame) => ramp[Math.round((255 * Math.max(0, step - frame.step)) / span)]);
@@ -198,46 +88,6 @@ function colourScale(levels) {
 // -- colours --------------------------------------------------------------------------------------
 
 const span = Math.max(1, data.frames[last].step - data.frames[0].step);
-// From young or low to old or high, based on Cividis, which is readable with colour blindness.
-const RAMPS = {
-  light: ["#f2cf3b", "#c0b060", "#93907a", "#6a7280", "#3f5580", "#122c5c"],
-  dark: ["#ffe25e", "#cfbf68", "#a3a07c", "#7f8898", "#5f7db5", "#4468b8"],
-};
-let palette = {};
-let style = {};
-
-function rgb(hex) {
-  return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-}
-
-// Pixels are stored as red, green, blue, alpha.
-const pixel = ([red, green, blue]) =>
-  new Uint32Array(new Uint8ClampedArray([red, green, blue, 255]).buffer)[0];
-
-function readPalette() {
-  const css = getComputedStyle(document.documentElement);
-  style = {};
-  for (const name of ["paper", "raised", "ink", "soft", "line", "accent", "kept", "grown", "dropped",
-    "absent", "unknown"]) style[name] = css.getPropertyValue(`--${name}`).trim();
-  const stops = RAMPS[theme()].map(rgb);
-  const ramp = Uint32Array.from({ length: 256 }, (_, level) => {
-    const place = (level / 255) * (stops.length - 1);
-    const i = Math.min(stops.length - 2, Math.floor(place));
-    return pixel(stops[i].map((from, c) => from + (place - i) * (stops[i + 1][c] - from)));
-  });
-  palette = { ramp };
-  for (const name of ["kept", "grown", "dropped", "absent", "unknown"]) palette[name] = pixel(rgb(style[name]));
-}
-
-const theme = () => document.documentElement.dataset.theme;
-
-function setTheme(name) {
-  document.documentElement.dataset.theme = name;
-  $("theme").textContent = name === "dark" ? "Light" : "Dark";
-  $("theme").setAttribute("aria-label", name === "dark" ? "Light colours" : "Dark colours");
-  readPalette();
-}
-
 // -- the layer shown large ------------------------------------------------------------------------
 
 const animation = () => animations[state.layer];
@@ -249,7 +99,7 @@ function layOut() {
   const { width, height, transposed, layer } = animation();
   const room = Math.max(120, $("window").clientWidth - 6);
   const fit = Math.min(room / width, Math.max(260, 0.56 * innerHeight) / height, 64);
-  scale = (fit > 1 ? Math.floor(fit) : fit) * (state.printing ? 1 : state.zoom);
+  scale = (fit > 1 ? Math.floor(fit) : fit) * (printing ? 1 : state.zoom);
   const canvas = $("mask");
   canvas.style.width = `${width * scale}px`;
   canvas.style.height = `${height * scale}px`;
@@ -415,7 +265,7 @@ function draw() {
   $("when").textContent = when;
   $("slider").value = state.frame;
   $("slider").setAttribute("aria-valuetext", when);
-  for (const tile of tiles) if (tile.visible || state.printing) drawTile(tile);
+  for (const tile of tiles) if (tile.visible || printing) drawTile(tile);
   for (const panel of panels) panel.mark();
   showLegend();
   showCell();
@@ -446,9 +296,7 @@ function chooseLayer(index) {
     || Math.max(0, button.offsetTop - shelf.offsetTop + button.offsetHeight - shelf.scrollTop - shelf.clientHeight);
   shelf.scrollLeft += Math.min(0, button.offsetLeft - shelf.offsetLeft - shelf.scrollLeft)
     || Math.max(0, button.offsetLeft - shelf.offsetLeft + button.offsetWidth - shelf.scrollLeft - shelf.clientWidth);
-  for (const row of $("layers").tBodies[0].rows) {
-    row.setAttribute("aria-selected", Number(row.dataset.layer) === index);
-  }
+  selectRow($("layers"), index);
   draw();
   layOut();
   refreshPanels();
@@ -513,78 +361,41 @@ function onKey(event) {
 
 // -- curves ---------------------------------------------------------------------------------------
 
-// The palette of Okabe and Ito without black and yellow, which lack contrast with the backgrounds.
-const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a6fc8"];
 const SHARES = new Set(["density", "churn", "survival", "ever"]);
 const MAX_LAYERS = 24; // with more layers, their lines are hidden initially
 
-// Plotly interprets tags in names, so they are escaped.
-const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-
-const panels = [];
-const seenPanels = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    const panel = panels[entry.target.dataset.panel];
-    panel.visible = entry.isIntersecting;
-    panel.render();
-  }
-}, { rootMargin: "300px" });
-
-/** A plot that is drawn when it becomes visible, with a line at the displayed frame. */
-class Panel {
+/** A plot with a line at the displayed frame. */
+class Panel extends Plot {
   /**
    * @param lines function that returns Plotly's lines in the current colours
    * @param sharedLegend whether the lines use the legend shared by all plots of layers
    */
   constructor(parent, title, note, lines, { share = false, fromZero = true, sharedLegend = false } = {}) {
-    this.root = element("div", "", { class: "panel", "data-panel": panels.length });
-    this.plot = element("div", "", { class: "plot" });
-    this.root.append(element("h3", title), element("p", note), this.plot);
+    super(parent, title, note, () => {
+      const shown = lines();
+      return {
+        lines: shown,
+        xaxis: { ...STEP, range: [data.steps[0], Math.max(data.steps[0] + 1, data.steps[1])] },
+        yaxis: { ...(share && SHARE), rangemode: fromZero ? "tozero" : "normal" },
+        showlegend: shown.length > 1 && !sharedLegend,
+      };
+    });
     this.now = element("div", "", { class: "now" });
-    Object.assign(this, { share, fromZero, sharedLegend, lines, visible: false, dirty: true, drawn: false });
-    panels.push(this);
-    parent.append(this.root);
-    seenPanels.observe(this.root);
   }
 
-  async render() {
-    if (!this.dirty || !(this.visible || state.printing)) return;
-    this.dirty = false;
-    const axis = { gridcolor: style.line, zeroline: false, linecolor: style.line, automargin: true };
-    const lines = this.lines();
-    await Plotly.react(this.plot, lines, {
-      width: this.plot.clientWidth, // by itself, Plotly notices a new size only after a while
-      height: this.plot.clientHeight,
-      uirevision: "kept", // hidden lines stay hidden
-      margin: { l: 8, r: 8, t: 8, b: 8 },
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style.soft },
-      xaxis: { ...axis, range: [data.steps[0], Math.max(data.steps[0] + 1, data.steps[1])], title: { text: "step", standoff: 4 } },
-      yaxis: { ...axis, rangemode: this.fromZero ? "tozero" : "normal", tickformat: this.share ? ".0%" : undefined, hoverformat: this.share ? ".2%" : undefined },
-      hovermode: "closest",
-      hoverlabel: { namelength: -1, bgcolor: style.raised, bordercolor: style.line, font: { color: style.ink } },
-      showlegend: lines.length > 1 && !this.sharedLegend,
-      legend: { orientation: "h", y: -0.24, yanchor: "top", font: { size: 11 }, itemwidth: 30 },
-    }, {
-      displaylogo: false, displayModeBar: false, responsive: true, doubleClick: "reset",
-      showTips: false,
+  begin() {
+    this.plot.append(this.now);
+    this.plot.on("plotly_afterplot", () => this.mark());
+    this.plot.on("plotly_click", ({ points }) => {
+      play(false);
+      showFrame(nearestFrame(points[0].x));
     });
-    if (!this.drawn) {
-      this.drawn = true;
-      this.plot.append(this.now);
-      this.plot.on("plotly_afterplot", () => this.mark());
-      this.plot.on("plotly_click", ({ points }) => {
-        play(false);
-        showFrame(nearestFrame(points[0].x));
-      });
-    }
     this.mark();
   }
 
   /** Move only the line; redrawing the plot at every frame would be too slow. */
   mark() {
-    if (!this.drawn || !(this.visible || state.printing)) return;
+    if (!this.drawn || !(this.visible || printing)) return;
     const { xaxis, yaxis } = this.plot._fullLayout;
     const x = xaxis.d2p(data.frames[state.frame].step);
     this.now.hidden = x < 0 || x > xaxis._length;
@@ -599,13 +410,6 @@ function nearestFrame(step) {
     if (Math.abs(frame.step - step) < Math.abs(data.frames[best].step - step)) best = i;
   });
   return best;
-}
-
-function refreshPanels() {
-  for (const panel of panels) {
-    panel.dirty = true;
-    panel.render();
-  }
 }
 
 function buildCurves() {
@@ -648,11 +452,6 @@ function buildCurves() {
 }
 
 const ALL = "all layers";
-
-function line(x, y, name, color, width) {
-  return { x, y, name: plain(name), mode: x.length < 40 ? "lines+markers" : "lines", connectgaps: false,
-    line: { color, width }, marker: { size: width + 2 } };
-}
 
 function layerLine(index, x, y) {
   const { name } = data.layers[index];
@@ -725,41 +524,7 @@ const COLUMNS = [
 function buildTable() {
   $("table-note").textContent = `At the last frame, step ${whole(data.frames[last].step)}. `
     + "Ages are averaged over the present blocks, scores over the last recorded ones.";
-  const head = $("layers").tHead.insertRow();
-  COLUMNS.forEach(([title, value], i) => {
-    const cell = element("th", "", { scope: "col" });
-    const button = element("button", title, { type: "button" });
-    button.addEventListener("click", () => {
-      // Numbers are first sorted in descending order, names in ascending order.
-      const sorted = cell.getAttribute("aria-sort");
-      const down = sorted ? sorted === "ascending" : i !== 0;
-      for (const other of head.cells) other.removeAttribute("aria-sort");
-      cell.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const compare = (a, b) =>
-        typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : (a ?? -Infinity) - (b ?? -Infinity);
-      const rows = [...$("layers").tBodies[0].rows].sort((a, b) => {
-        const order = compare(value(data.layers[a.dataset.layer]), value(data.layers[b.dataset.layer]));
-        return (down ? -order : order) || a.dataset.layer - b.dataset.layer;
-      });
-      $("layers").tBodies[0].append(...rows);
-    });
-    cell.append(button);
-    head.append(cell);
-  });
-  data.layers.forEach((layer, index) => {
-    const row = $("layers").tBodies[0].insertRow();
-    row.dataset.layer = index;
-    COLUMNS.forEach(([, value, show], i) => {
-      const text = show(value(layer), layer);
-      const cell = row.insertCell();
-      if (i === 0) {
-        const button = element("button", "", { type: "button" });
-        button.append(breakable(text));
-        cell.append(button);
-      } else cell.textContent = text;
-    });
-    row.addEventListener("click", () => chooseLayer(index));
-  });
+  fillTable($("layers"), COLUMNS, data.layers, chooseLayer);
 }
 
 // -- the header -----------------------------------------------------------------------------------
@@ -813,37 +578,6 @@ function buildHeader() {
   $("slider").max = last;
 }
 
-// -- printing -------------------------------------------------------------------------------------
-
-/**
- * Lay the page out for paper, with everything drawn, or for the screen again, in the named theme.
- *
- * Browsers print right after the event, so everything has to be done when this returns.
- */
-function setPrinting(on, name) {
-  state.printing = on;
-  document.documentElement.classList.toggle("printing", on);
-  setTheme(name);
-  layOut();
-  draw();
-  refreshPanels();
-}
-
-function listenForPrinting() {
-  let before = null; // what printing changes, to restore it
-  addEventListener("beforeprint", () => {
-    play(false);
-    before ??= { theme: theme(), open: $("about").open };
-    $("about").open = true;
-    setPrinting(true, "light");
-  });
-  addEventListener("afterprint", () => {
-    $("about").open = before.open;
-    setPrinting(false, before.theme);
-    before = null;
-  });
-}
-
 // -- start ----------------------------------------------------------------------------------------
 
 function listen() {
@@ -861,18 +595,11 @@ function listen() {
   sheet.addEventListener("blur", () => { held = false; choose(null); });
   document.addEventListener("keydown", onKey);
   addEventListener("resize", layOut);
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const repaint = (name) => { setTheme(name); draw(); refreshPanels(); };
-  const follow = () => repaint(dark.matches ? "dark" : "light");
-  dark.addEventListener("change", follow);
-  $("theme").addEventListener("click", () => {
-    dark.removeEventListener("change", follow);
-    repaint(theme() === "dark" ? "light" : "dark");
-  });
+  followTheme(() => { draw(); refreshPanels(); });
 }
 
 async function begin() {
-  setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  setTheme(preferredTheme());
   buildHeader();
   if (typeof DecompressionStream === "undefined") {
     $("still").textContent = "This browser cannot decompress the data. Use a browser from 2023 or later.";
@@ -880,13 +607,13 @@ async function begin() {
     return;
   }
   animations = await Promise.all(data.layers.map(async (layer) =>
-    new MaskAnimation(layer, await unpack(layer.animation), await unpack(layer.scores.levels))));
+    new RunAnimation(layer, await unpack(layer.animation), await unpack(layer.scores.levels))));
   buildTable();
   buildGallery();
   buildCurves();
   buildMetrics();
   listen();
-  listenForPrinting();
+  listenForPrinting(() => { play(false); layOut(); draw(); refreshPanels(); });
   chooseLayer(0);
   document.documentElement.dataset.ready = "true";
 }

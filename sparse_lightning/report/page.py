@@ -1,4 +1,4 @@
-"""Render the page: one HTML file with the template, style, script, data and plotting library."""
+"""Render a page: one HTML file with the template, style, script, data and plotting library."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sparse_lightning.files import write_text
 from sparse_lightning.history import read_history
 from sparse_lightning.masks import COLOURS
 from sparse_lightning.report.page_data import page_data
+from sparse_lightning.report.runs_data import runs_data
 
 
 def write_report(
@@ -42,23 +44,54 @@ def write_report(
     return data
 
 
-def render(data: dict[str, Any], library: str) -> str:
-    """Return the HTML of the page.
+def write_comparison(
+    histories: Mapping[str, str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    title: str = "Comparison",
+) -> dict[str, Any]:
+    """Write the page that compares several trainings atomically, as one file like that of a run.
 
     Args:
-        data: the result of `page_data`.
-        library: plotly's JavaScript.
+        histories: history files by the name of the run, in the order in which they are shown.
+        output: HTML file to write; an existing file is replaced.
+        title: title of the page.
+
+    Returns:
+        The data shown on the page, as primitives.
+
+    Raises:
+        ValueError: if a file is not a history file, or holds no masks.
+        RuntimeError: if plotly is not installed.
+        OSError: if a file cannot be read or written.
     """
-    parts = {
+    library = plotting_library()
+    data = runs_data({name: Path(history) for name, history in histories.items()}, title)
+    write_text(Path(output), render(data, library, "runs.html"))
+    return data
+
+
+def render(data: dict[str, Any], library: str, template: str = "page.html") -> str:
+    """Return the HTML of a page.
+
+    Args:
+        data: the result of `page_data`, or of `runs_data` for the template "runs.html".
+        library: plotly's JavaScript.
+        template: name of the file whose placeholders are replaced by values or by other files.
+    """
+    values = {
         "title": html.escape(data["title"]),
-        "style": _block_colours() + _part("page.css"),
-        "script": _part("page.js"),
+        "colours": _block_colours(),
         "library": library,
         # A name can contain "</script>" or "<!--", which would end the element.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     # A single pass does not expand placeholders in the inserted text.
-    return re.sub(r"\{\{ (\w+) \}\}", lambda match: parts[match[1]], _part("page.html"))
+    return re.sub(
+        r"\{\{ ([\w.]+) \}\}",
+        lambda match: values[match[1]] if match[1] in values else _part(match[1]),
+        _part(template),
+    )
 
 
 def plotting_library() -> str:
@@ -71,7 +104,7 @@ def plotting_library() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise RuntimeError(
-            "The run page needs plotly, which is not installed. "
+            "This page needs plotly, which is not installed. "
             "Install it with: pip install 'sparse-lightning[report]'"
         ) from error
     return str(get_plotlyjs())

@@ -24,7 +24,7 @@ MAX_FRAMES = 200  # 25 seconds at the default speed
 MAX_POINTS = 1000  # per curve, about the pixels of a screen
 # Limits of blocks times frames over all layers. If an update replaces a tenth of the blocks, a
 # frame takes half a bit per block after compression; a score takes 3 bits.
-_MAX_BLOCKS_IN_ANIMATIONS = 120_000_000
+MAX_BLOCKS_IN_ANIMATIONS = 120_000_000
 _MAX_BLOCKS_IN_SCORES = 8_000_000
 
 _STAGE = re.compile(r"^(train|training|val|valid|validation|test)[/_.]|[/_.](step|epoch)$")
@@ -95,6 +95,16 @@ def count_blocks(layer: LayerHistory, steps: list[int]) -> tuple[BlockCounts, ND
     return counts, last_change
 
 
+def sum_counts(layer_counts: Sequence[BlockCounts]) -> BlockCounts:
+    """Return the counts of all layers together."""
+    return BlockCounts(
+        *(
+            [sum(values) for values in zip(*(getattr(c, key) for c in layer_counts), strict=True)]
+            for key in BlockCounts.__annotations__
+        )
+    )
+
+
 def curves(counts: BlockCounts, n_blocks: int) -> dict[str, list[float]]:
     """Return the curves over the steps by name.
 
@@ -104,10 +114,10 @@ def curves(counts: BlockCounts, n_blocks: int) -> dict[str, list[float]]:
     before = [max(1, n) for n in (counts.present[0], *counts.present[:-1])]
     replaced, dropped = counts.replaced(), counts.dropped
     return {
-        "density": [_round(n / n_blocks) for n in counts.present],
-        "churn": [_round(n / b) for n, b in zip(replaced, before, strict=True)],
-        "survival": [_round(1 - n / b) for n, b in zip(dropped, before, strict=True)],
-        "ever": [_round(n / n_blocks) for n in counts.ever],
+        "density": [rounded(n / n_blocks) for n in counts.present],
+        "churn": [rounded(n / b) for n, b in zip(replaced, before, strict=True)],
+        "survival": [rounded(1 - n / b) for n, b in zip(dropped, before, strict=True)],
+        "ever": [rounded(n / n_blocks) for n in counts.ever],
         "dead_outputs": list(counts.dead_outputs),
         "unread_inputs": list(counts.unread_inputs),
     }
@@ -158,6 +168,25 @@ def gaps_text(gaps: Sequence[Gap]) -> str:
     return f"Records are damaged or missing {', and '.join(places)}." if places else ""
 
 
+def recorded_moments(history: History) -> list[Frame | Metrics]:
+    """Return the frames and the metrics, whose steps and times a history knows."""
+    return [*history.frames, *history.metrics]
+
+
+def metric_lines(history: History) -> dict[str, tuple[list[int], list[float | None]]]:
+    """Return the steps and values of each metric; None for a value that is not finite."""
+    lines: dict[str, tuple[list[int], list[float | None]]] = {}
+    for metrics in history.metrics:
+        for name, value in metrics.values.items():
+            steps, values = lines.setdefault(name, ([], []))
+            if steps and steps[-1] == metrics.step:  # recorded again after a validation
+                steps.pop()
+                values.pop()
+            steps.append(metrics.step)
+            values.append(_finite(value))
+    return lines
+
+
 def page_data(history: History, title: str) -> dict[str, Any]:
     """Return the data of the page as primitives for JSON.
 
@@ -167,7 +196,7 @@ def page_data(history: History, title: str) -> dict[str, Any]:
     """
     steps = [frame.step for frame in history.frames]
     sizes = [math.prod(layer.grid) for layer in history.layers.values()]
-    limit = min(MAX_FRAMES, max(24, _MAX_BLOCKS_IN_ANIMATIONS // max(1, sum(sizes))))
+    limit = min(MAX_FRAMES, max(24, MAX_BLOCKS_IN_ANIMATIONS // max(1, sum(sizes))))
     shown = evenly_spaced(len(steps), limit)
     points = evenly_spaced(len(steps), MAX_POINTS)
     scored = sorted({frame for layer in history.layers.values() for frame in layer.scores})
@@ -183,21 +212,16 @@ def page_data(history: History, title: str) -> dict[str, Any]:
                 "grid": list(layer.grid),
                 "block_size": layer.block_size,
                 "row": _table_row(layer, counts, steps[-1] - last_change),
-                "animation": _animation(layer, shown),
+                "animation": animation(layer, shown),
                 "scores": _scores(layer, scored, shown, steps),
             }
         )
-    total = BlockCounts(
-        *(
-            [sum(values) for values in zip(*(getattr(c, key) for c in layer_counts), strict=True)]
-            for key in BlockCounts.__annotations__
-        )
-    )
-    moments: list[Frame | Metrics] = [*history.frames, *history.metrics]
+    total = sum_counts(layer_counts)
+    moments = recorded_moments(history)
     return {
         "title": title,
-        "about": [[key, _text(value)] for key, value in _flatten(history.about)],
-        "steps": [min(steps[0], *(m.step for m in moments)), max(m.step for m in moments)],
+        "about": [[key, as_text(value)] for key, value in flatten(history.about)],
+        "steps": [min(m.step for m in moments), max(m.step for m in moments)],
         "seconds": [min(m.seconds for m in moments), max(m.seconds for m in moments)],
         "updates": sum(frame.number > 0 for frame in history.frames),
         "gaps": gaps_text(history.gaps),
@@ -227,17 +251,17 @@ def _table_row(layer: LayerHistory, counts: BlockCounts, ages: NDArray[np.int64]
     finite = scores[np.isfinite(scores)]
     return {
         "present": counts.present[-1],
-        "density": _round(counts.present[-1] / mask.size),
-        "ever": _round(counts.ever[-1] / mask.size),
+        "density": rounded(counts.present[-1] / mask.size),
+        "ever": rounded(counts.ever[-1] / mask.size),
         "dead_outputs": counts.dead_outputs[-1],
         "unread_inputs": counts.unread_inputs[-1],
         "replaced": sum(counts.replaced()),
-        "age": _round(float(ages[mask].mean())) if mask.any() else None,
-        "score": _round(float(finite.mean())) if len(finite) else None,
+        "age": rounded(float(ages[mask].mean())) if mask.any() else None,
+        "score": rounded(float(finite.mean())) if len(finite) else None,
     }
 
 
-def _animation(layer: LayerHistory, shown: list[int]) -> str:
+def animation(layer: LayerHistory, shown: Sequence[int]) -> str:
     """Return the first mask, and the changes between displayed frames, as packed bits."""
     masks = chain([np.zeros(layer.grid, dtype=bool)], map(layer.mask, shown))
     return _packed(np.packbits(mask ^ before) for before, mask in pairwise(masks))
@@ -271,17 +295,8 @@ def _weights(history: History, layer_counts: list[BlockCounts]) -> dict[str, int
 
 
 def _metrics(history: History) -> list[dict[str, Any]]:
-    lines: dict[str, tuple[list[int], list[float | None]]] = {}
-    for metrics in history.metrics:
-        for name, value in metrics.values.items():
-            steps, values = lines.setdefault(name, ([], []))
-            if steps and steps[-1] == metrics.step:  # recorded again after a validation
-                steps.pop()
-                values.pop()
-            steps.append(metrics.step)
-            values.append(_finite(value))
     metrics_data = []
-    for name, (steps, values) in lines.items():
+    for name, (steps, values) in metric_lines(history).items():
         points = evenly_spaced(len(steps), MAX_POINTS)
         metrics_data.append(
             {
@@ -294,23 +309,29 @@ def _metrics(history: History) -> list[dict[str, Any]]:
     return metrics_data
 
 
-def _flatten(about: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flatten(about: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield the values of nested mappings, with their keys joined by dots.
+
+    >>> list(flatten({"density": {"final": 0.1, "begin": 0}, "seed": 3}))
+    [('density.final', 0.1), ('density.begin', 0), ('seed', 3)]
+    """
     for key, value in about.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Return the text shown for a value of the configuration."""
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _finite(value: Any) -> float | None:
-    return _round(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return rounded(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _round(value: float) -> float:
+def rounded(value: float) -> float:
     """Return a number with six significant digits, to save space."""
     return float(f"{value:.6g}")
 

@@ -19,10 +19,21 @@ from sparse_lightning.report import page, write_report
 EVIL = "</script><b>a</b><!--<script>"
 
 
-def record(path: Path, name: str = "fc", updates: int = 2, metric: str = "loss") -> Path:
+def record(
+    path: Path,
+    name: str = "fc",
+    updates: int = 2,
+    metric: str = "loss",
+    config: dict | None = None,
+) -> Path:
     generator = np.random.default_rng(0)
     writer = HistoryWriter(path)
-    writer.start(0, {name: generator.random((4, 6)) < 0.5}, {name: 16}, {"device": EVIL})
+    writer.start(
+        0,
+        {name: generator.random((4, 6)) < 0.5},
+        {name: 16},
+        {"device": EVIL, "config": config or {}},
+    )
     for number in range(1, updates + 1):
         writer.update(10 * number, number, {name: generator.random((4, 6)) < 0.5})
         writer.metrics(10 * number, {metric: float("nan") if number == 1 else 1.0})
@@ -58,17 +69,122 @@ def test_a_file_and_an_output(tmp_path: Path) -> None:
     assert data_in(tmp_path / "x.html")["layers"][0]["name"] == "fc"
 
 
-def test_the_newest_history_is_used(tmp_path: Path, capsys) -> None:
-    for age, name in enumerate(("newest", "older", "oldest")):
-        path = record(tmp_path / name / "pattern.history", name=name)
+def test_the_newest_history_of_a_folder_is_used(tmp_path: Path, capsys) -> None:
+    for age, name in enumerate(("pattern-2", "pattern-1", "pattern.1")):
+        path = record(tmp_path / "run" / f"{name}.history", name=name)
         os.utime(path, (1e9 - age, 1e9 - age))
     assert main(["report", str(tmp_path)]) == 0
-    assert data_in(tmp_path / "report.html")["layers"][0]["name"] == "newest"
+    assert data_in(tmp_path / "report.html")["layers"][0]["name"] == "pattern-2"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3].startswith("Older histories")
     assert lines[-2:] == [
-        f"  {tmp_path / name / 'pattern.history'}" for name in ("older", "oldest")
+        f"  {tmp_path / 'run' / name}.history" for name in ("pattern-1", "pattern.1")
     ]
+
+
+def sweep(folder: Path) -> Path:
+    """Three runs as Hydra lays them out, of which one is not the newest in its folder."""
+    for number, drop in ((2, "magnitude"), (10, "movement")):
+        record(
+            folder / str(number) / "logs" / "version_0" / "pattern.history",
+            updates=number,
+            config={"drop": drop, "density": {"final": number / 100}, "seed": 0},
+        )
+    aside = record(folder / "2" / "logs" / "version_0" / "pattern.1.history")
+    os.utime(aside, (1e9, 1e9))
+    return folder
+
+
+def test_a_folder_with_several_runs_is_compared(tmp_path: Path, capsys) -> None:
+    sweep(tmp_path / "sweep")
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    page_file = tmp_path / "sweep" / "report.html"
+    data = data_in(page_file)
+    assert [run["name"] for run in data["runs"]] == ["2", "10"]
+    assert data["title"] == f"{tmp_path.name}/sweep"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"Wrote {page_file}: 2 runs,")
+    assert lines[1].split() == ["run", "drop", "density.final", "density", "last", "loss"]
+    densities = [f"{run['density']:.4g}" for run in data["runs"]]
+    assert lines[3].split() == ["2", "magnitude", "0.02", densities[0], "1"]
+    assert lines[4].split() == ["10", "movement", "0.1", densities[1], "1"]
+    assert lines[5:] == [
+        "Older histories; name a file to show it instead:",
+        f"  {tmp_path / 'sweep/2/logs/version_0/pattern.1.history'}",
+    ]
+
+
+def test_runs_named_one_by_one_are_compared_in_their_common_folder(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / "a" / "x" / "pattern.history")
+    record(tmp_path / "b" / "x" / "pattern.history")
+    other = record(tmp_path / "b" / "x" / "pattern.1.history")
+    os.utime(other, (1e9, 1e9))
+    monkeypatch.chdir(tmp_path / "a")
+    assert main(["report", "x", "../b"]) == 0
+    assert [run["name"] for run in data_in(tmp_path / "report.html")["runs"]] == ["a", "b"]
+    out = capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'report.html'}" in out and "pattern.1.history" in out
+    # A file that is named is a run, next to the newest one.
+    assert main(["report", "../b", str(other), "--output", "y.html"]) == 0
+    assert [run["name"] for run in data_in(tmp_path / "a" / "y.html")["runs"]] == [
+        "pattern.1.history",
+        "pattern.history",
+    ]
+    assert "Older" not in capsys.readouterr().out
+    # The same run twice is one.
+    assert main(["report", "x", "../a", "--output", "z.html"]) == 0
+    assert data_in(tmp_path / "a" / "z.html")["updates"] == 2
+
+
+def test_names_of_runs_keep_what_tells_them_apart(tmp_path: Path) -> None:
+    for folder in (".", "v1", "deep/v1"):
+        record(tmp_path / folder / "pattern.history")
+    assert main(["report", str(tmp_path)]) == 0
+    names = [run["name"] for run in data_in(tmp_path / "report.html")["runs"]]
+    assert names == [".", "deep/v1", "v1"]
+
+
+def test_a_run_that_was_resumed_in_another_folder_is_one_run(tmp_path: Path, capsys) -> None:
+    first = record(tmp_path / "logs" / "version_0" / "pattern.history")
+    writer = HistoryWriter(tmp_path / "logs" / "version_1" / "pattern.history", first)
+    writer.start(20, {"fc": np.ones((4, 6), dtype=bool)}, {"fc": 16}, {})
+    assert main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"from {writer.path}" in out
+    assert out.splitlines()[-2:] == [
+        "Older histories; name a file to show it instead:",
+        f"  {first}",
+    ]
+    record(tmp_path / "logs" / "version_2" / "pattern.history")
+    assert main(["report", str(tmp_path)]) == 0
+    names = [run["name"] for run in data_in(tmp_path / "report.html")["runs"]]
+    assert names == ["version_1", "version_2"]
+
+
+def test_what_runs_lack_is_printed_once(tmp_path: Path, capsys) -> None:
+    runs = sweep(tmp_path / "sweep")
+    record(runs / "3" / "logs" / "version_0" / "pattern.history", updates=0)
+    damaged = runs / "10" / "logs" / "version_0" / "pattern.history"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    empty = runs / "4" / "logs" / "version_0" / "pattern.history"
+    empty.parent.mkdir(parents=True)
+    empty.write_bytes(damaged.read_bytes()[:60])
+    assert main(["report", str(runs)]) == 0
+    out = capsys.readouterr().out
+    assert "Values that a history lacks:\n  drop, density.final, last loss, time: not in 3\n" in out
+    assert "Incomplete histories:\n  10: Records are damaged or missing after step" in out
+    assert "cannot be read:\n" in out and out.count(str(empty)) == 1 and "without a start" in out
+    assert [run["name"] for run in data_in(runs / "report.html")["runs"]] == ["2", "3", "10"]
+
+
+def test_runs_without_metrics_are_compared(tmp_path: Path, capsys) -> None:
+    for name in "ab":
+        record(tmp_path / name / "pattern.history", updates=0)
+    assert main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "No run logged a metric." in out and "run  density\n" in out
 
 
 def test_a_gap_is_shown_on_the_page_and_printed(tmp_path: Path, capsys) -> None:
@@ -103,6 +219,8 @@ def test_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         (["{tmp}/empty"], ["`RUN_DIR` must hold a pattern.history", "monitor.record", "logger"]),
         (["{tmp}/text.history"], ["text.history", "must be a history"]),
         (["{tmp}/cut.history"], ["cut.history", "without a start"]),
+        (["{tmp}/run", "{tmp}/empty"], ["`RUN_DIR` must hold a pattern.history", "empty"]),
+        (["{tmp}/run", "{tmp}/cut.history"], ["cut.history", "without a start"]),
         (["{tmp}/run", "--output", "{tmp}/empty"], ["`--output` must be a file", "empty"]),
         (["{tmp}/run", "--output", "{tmp}/no/x.html"], ["`--output` must be a file", "no/x.html"]),
     ],

@@ -134,3 +134,11 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys)
     assert main(["report", str(tmp_path), "--film", str(tmp_path / "x.gif")]) == 1
     assert "pip install 'sparse-lightning[report]'" in capsys.readouterr().err
     assert not (tmp_path / "x.gif").exists()
+
+
+def test_a_film_shows_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        record(tmp_path / name / "pattern.history", ["up"], (2, 3), 2)
+    assert main(["report", str(tmp_path), "--film", str(tmp_path / "masks.png")]) != 0
+    assert "`--film` must have one run; got 2: a, b." in capsys.readouterr().err

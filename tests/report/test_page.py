@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import io
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,76 +16,21 @@ from sparse_lightning.history import History, HistoryWriter, read_history
 from sparse_lightning.report import write_report
 
 Image = pytest.importorskip("PIL.Image")
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 EVIL = "</script><b>fat</b>&amp;<img src=x onerror=alert(1)>"
 GRIDS = {"fc.0": (12, 5), "fc.1": (5, 12), EVIL: (3, 3), "one": (1, 1)}
 UPDATES = 9
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def tab(browser: Any) -> Callable[[bool], Any]:
-    """A computer's or a phone's; a new tab or another address would compile Plotly anew."""
-    return functools.cache(lambda phone: browser.new_page(has_touch=phone, is_mobile=phone))
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page") / "report.html"
-
-
 @pytest.fixture
-def show(tab: Callable[[bool], Any], file: Path) -> Iterator[Any]:
-    """Opens the page of a history; neither an error nor a network request may occur."""
-    wrong: list[str] = []
-    listening = contextlib.ExitStack()
-    url = file.as_uri()
-    listeners = {
-        "pageerror": lambda error: wrong.append(f"error: {error}"),
-        "console": lambda message: wrong.append(f"{message.type}: {message.text}"),
-        "dialog": lambda dialog: (wrong.append("a name was run"), dialog.dismiss()),
-        "request": lambda request: (
-            wrong.append(request.url)
-            if request.url != url and not request.url.startswith(("data:", "blob:"))
-            else None
-        ),
-    }
+def show(visit: Callable[..., Any], file: Path) -> Callable[..., Any]:
+    """Opens the page of a history."""
 
-    def open_page(
-        history: Path,
-        *,
-        width: int = 1280,
-        height: int = 900,
-        color_scheme: str = "light",
-        phone: bool = False,
-    ) -> Any:
+    def open_page(history: Path, **options: Any) -> Any:
         write_report(history, file)
-        page = tab(phone)
-        page.set_viewport_size({"width": width, "height": height})
-        page.emulate_media(color_scheme=color_scheme)
-        page.mouse.move(0, 0)
-        for event, listener in listeners.items():
-            page.on(event, listener)
-            listening.callback(page.remove_listener, event, listener)
-        # At the end, the page first does what it was about to do.
-        listening.callback(page.evaluate, "new Promise((done) => setTimeout(done))")
-        page.goto(url)
-        page.wait_for_selector("html[data-ready]", timeout=60_000)
-        return page
+        return visit(**options)
 
-    with listening:
-        yield open_page
-    assert not wrong, wrong
+    return open_page
 
 
 def record(
