@@ -244,10 +244,10 @@ layers)
     ]
     return (
         "Block-sparse layers start with random blocks of weights that look trained: "
-        f"{', '.join(layers)}. What their other blocks had learnt is lost. Set `init='magnitude'`, "
-        "which keeps the largest blocks, and in a training a density that falls from 1, such as "
-        "`density=DensitySchedule(initial=1.0, final=0.25)`; with Hydra, "
-        "`callbacks/sparsity=finetune` sets both."
+        f"{', '.join(layers)}. What their other blocks had learnt is lost. In a training, let the "
+        "density fall from 1, so that the network adapts while blocks go: set `init='magnitude'` "
+        "and `density=DensitySchedule(initial=1.0, final=0.25)`, or with Hydra "
+        "`callbacks/sparsity=finetune`."
     )
 
 
