@@ -1,4 +1,4 @@
-"""Tasks, methods and trainings of `quality.py`: a planted teacher, Fashion-MNIST, and a GPT."""
+"""Tasks, methods and trainings of `quality.py`: a planted teacher, images, GPTs, fine-tuning."""
 
 from __future__ import annotations
 
@@ -48,6 +48,18 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "granet": {"density": {"schedule": "cubic", "initial": 0.5}, "grow": "gradient"},
 }
+# The same for pretrained networks. "finetune" is the preset of that name.
+RANDOM, LARGEST, FINETUNE = "random blocks", "largest blocks", "finetune"
+FINETUNING: dict[str, dict[str, Any]] = {
+    RANDOM: {"density": {"schedule": "constant"}},
+    LARGEST: {"density": {"schedule": "constant"}, "init": "magnitude"},
+    FINETUNE: {
+        "density": {"schedule": "cubic", "initial": 1.0, "begin": 0, "until": 0.4},
+        "drop": "saliency",
+        "grow": "none",
+        "init": "magnitude",
+    },
+}
 _UPDATES = 15  # update intervals per training; updates end after three quarters of it
 
 
@@ -70,6 +82,7 @@ class Task:
     metrics: dict[str, tuple[str, int]]
 
 
+_FINETUNING_SIZES = ((16, 0.25), (16, 0.1))
 _GPT = Task(
     description="a byte-level GPT, 512 wide, 8 layers, sparse MLPs, on Python's library; for a GPU",
     methods=(DENSE, SMALL_DENSE, EQUAL_FLOPS, "static", "set", "rigl", COLD_START, LARGE_DROPS),
@@ -98,6 +111,26 @@ TASKS = {
     "gpt": _GPT,
     "gpt-tiny": replace(
         _GPT, description="the same, 128 wide, 2 layers, as a test; seconds on a CPU", steps=100
+    ),
+    "finetune-digits": Task(
+        description="an MLP, 256-256-256-10, pretrained on digits; minutes on a CPU",
+        methods=(DENSE, *FINETUNING),
+        sizes=_FINETUNING_SIZES,
+        steps=460,
+        metrics={
+            "before": ("held-out accuracy before the first step, %", 1),
+            "after": ("held-out accuracy after fine-tuning, %", 1),
+        },
+    ),
+    "finetune-gpt": Task(
+        description="the GPT of gpt-tiny, pretrained; minutes on a CPU",
+        methods=(DENSE, *FINETUNING),
+        sizes=_FINETUNING_SIZES,
+        steps=300,
+        metrics={
+            "before": ("held-out bits per byte before the first step", 3),
+            "after": ("held-out bits per byte after fine-tuning", 3),
+        },
     ),
 }
 
@@ -153,18 +186,18 @@ def task_runs(name: str, seeds: Iterable[int], steps: int | None = None) -> list
 def callback_keywords(run: Run) -> dict[str, Any]:
     """Return the keywords of `SparsityCallback` for a run of a sparse method.
 
-    All methods share the update schedule, drop by magnitude, and use the same density in every
-    layer. The drop fraction starts at 0.1, except for `LARGE_DROPS`.
+    All methods share the update schedule and use the same density in every layer. They drop by
+    magnitude, except for `FINETUNE`. The drop fraction starts at 0.1, except for `LARGE_DROPS`.
     """
-    method = METHODS[run.method]
+    method = {**METHODS, **FINETUNING}[run.method]
     return {
         "drop_fraction": {"schedule": "cosine", "initial": 0.1, "final": 0.0},
+        "drop": "magnitude",
         **method,
         "density": {**method["density"], "final": run.density},
         "block_size": run.block_size,
         "distribution": "uniform",
         "update": {"every_n_steps": max(1, run.steps // _UPDATES), "until": 0.75},
-        "drop": "magnitude",
         "seed": run.seed,
         "monitor": None,
     }
@@ -189,6 +222,8 @@ def train(run: Run, device: torch.device, fashion_mnist: Path) -> tuple[Metrics,
             metrics = train_planted(run, device)
         elif run.task == "fashion":
             metrics = train_fashion(run, device, fashion_mnist)
+        elif run.task in _PRETRAINED:
+            metrics = finetune(run, device)
         else:
             metrics = train_gpt(run, device)
     return metrics, time.perf_counter() - begin
@@ -369,6 +404,99 @@ def shrink_mlps(model: Any, run: Run) -> None:
             mlp[index] = linear
 
 
+# -- fine-tuning of pretrained networks ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network that is trained dense first.
+
+    Attributes:
+        steps: optimizer steps of the dense training.
+        build: function of the learning rate that returns the network.
+        load: function of a number of steps and a seed that returns the batches.
+        score: function that returns the held-out metric of the network.
+        include: name patterns of the layers to make block-sparse.
+    """
+
+    steps: int
+    build: Callable[[float], Any]
+    load: Callable[[int, int], Iterable[Any]]
+    score: Callable[[Any], float]
+    include: tuple[str, ...]
+
+
+def finetune(run: Run, device: torch.device) -> Metrics:
+    """Make a pretrained network sparse, fine-tune it, and return its scores before and after."""
+    task = _PRETRAINED[run.task]
+    model = task.build(_FINETUNING_LR)
+    model.load_state_dict(_pretrain(run.task, run.seed, device))
+    model.to(device)
+    swapped = copy.deepcopy(model)
+    if run.method != DENSE:
+        Sparsifier(swapped, **callback_keywords(run), include=task.include)
+    before = task.score(swapped)
+    fit(model, task.load(run.steps, run.seed + 1), run, device, include=task.include)
+    return {"before": before, "after": task.score(model), "parameters": count_parameters(model)}
+
+
+@functools.cache
+def _pretrain(name: str, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the weights of a task's network after its dense training."""
+    task = _PRETRAINED[name]
+    torch.manual_seed(seed)
+    model = task.build(1e-3)
+    fit(model, task.load(task.steps, seed), Run(name, DENSE, 1, 1.0, seed, task.steps), device)
+    return {key: tensor.cpu() for key, tensor in model.state_dict().items()}
+
+
+def _build_digits(lr: float) -> Any:
+    return load_example("mlp").MLP(features=256, hidden=256, lr=lr)
+
+
+def _load_digits(steps: int, seed: int) -> Iterable[Any]:
+    digits = load_example("data").Digits(batch_size=64, seed=seed)
+    digits.setup("fit")
+    return digits.train_dataloader()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _score_digits(model: Any) -> float:
+    *_, images, labels = load_example("data").Digits(batch_size=64).load()
+    correct = model(images.to(model.device)).argmax(1).cpu() == labels
+    return 100 * float(correct.float().mean())
+
+
+def _build_gpt(lr: float) -> Any:
+    size = GPT_SIZES["gpt-tiny"]
+    return load_example("gpt").GPT(size.width, size.layers, size.heads, size.context, lr=lr)
+
+
+def _load_gpt(steps: int, seed: int) -> Iterable[Any]:
+    return _gpt_data(steps, seed).train_dataloader()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _score_gpt(model: Any) -> float:
+    batches = _gpt_data(1, 0).val_dataloader()
+    losses = [model.bits_per_byte(windows.to(model.device)) for windows in batches]
+    return float(torch.stack(losses).mean())
+
+
+def _gpt_data(steps: int, seed: int) -> Any:
+    size = GPT_SIZES["gpt-tiny"]
+    data = load_example("data").StdlibBytes(size.context, size.batch, steps * size.batch, 512, seed)
+    data.setup("fit")
+    return data
+
+
+_FINETUNING_LR = 3e-4
+_PRETRAINED = {
+    "finetune-digits": Pretrained(460, _build_digits, _load_digits, _score_digits, ("*",)),
+    "finetune-gpt": Pretrained(1000, _build_gpt, _load_gpt, _score_gpt, _MLPS),
+}
+
+
 # -- shared by the tasks ------------------------------------------------------------------------
 
 
@@ -456,7 +584,7 @@ def fit(
     """
     on_cuda = device.type == "cuda"
     callbacks: list[pl.Callback] = []
-    if run.method in METHODS:
+    if run.method in (*METHODS, *FINETUNING):
         callback = ColdStart if run.method == COLD_START else SparsityCallback
         callbacks = [callback(include=include, **callback_keywords(run))]
     trainer = pl.Trainer(

@@ -32,6 +32,7 @@ from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.criteria import seeded_generator
 from sparse_lightning.policy.dead_features import DeadFeatures, find_dead_features
 from sparse_lightning.policy.distributions import DISTRIBUTIONS, Distribution, Grid
+from sparse_lightning.policy.freshness import looks_trained
 from sparse_lightning.policy.lookup import find
 from sparse_lightning.policy.updates import choose_blocks, feasible_floor
 from sparse_lightning.selection import (
@@ -45,6 +46,7 @@ from sparse_lightning.swap_report import (
     LayerReport,
     SparsityReport,
     describe_dead_features,
+    describe_trained,
     measure_coverage,
 )
 from sparse_lightning.topology import (
@@ -90,7 +92,8 @@ def sparsify(
     since it reads dense weights; `densify` enables it again.
 
     One warning names the layers that have too few blocks for all block rows or columns, so that
-    they have dead outputs or unread inputs, and what would avoid it.
+    they have dead outputs or unread inputs, and what would avoid it. Another names the layers whose
+    weights look trained and of which only random blocks are kept.
 
     Args:
         model: model to change in place.
@@ -161,7 +164,10 @@ def sparsify(
         n_blocks, highest = planned.at(0.0), replace(planned, final=max_density).at(0.0)
         return planned, {name: max(n_blocks[name], highest[name]) for name in grids}
 
-    return swap_layers(model, options, budgets)
+    report = swap_layers(model, options, budgets)
+    if report.trained and ranks.is_rank_zero():
+        warnings.warn(describe_trained(report.trained), stacklevel=2)
+    return report
 
 
 def swap_layers(
@@ -171,7 +177,9 @@ def swap_layers(
 ) -> SparsityReport:
     """Do the work of `sparsify` with arbitrary budgets.
 
-    The warning is about the budgets at the end of the density schedule.
+    It warns about the budgets at the end of the density schedule. The report names layers that keep
+    random blocks of weights that look trained; the caller warns of these once it is known that no
+    checkpoint replaces the weights.
 
     Args:
         model: model to change in place.
@@ -208,6 +216,11 @@ def swap_layers(
         )
         for name, linear in found.layers.items()
     }
+    trained = tuple(
+        name
+        for name, (topology, _) in starts.items()
+        if discards_training(dense_weight_of(found.layers[name]), topology.density, options.init)
+    )
     # Layers are described now, as that takes memory, and a swap must not fail when it is complete.
     reports = {name: LayerReport.from_layer(layer) for name, layer in sparse_layers(model)}
     for name, (topology, _) in starts.items():
@@ -232,7 +245,9 @@ def swap_layers(
         swapped[copy_name]._adopt_blocks_of(swapped[source_name])
     layers = {name: reports[name] for name in swapped if name not in follows}
     unfused = update_containers(model)
-    return SparsityReport(layers, found.skipped, follows, measure_coverage(model), unfused, dead)
+    return SparsityReport(
+        layers, found.skipped, follows, measure_coverage(model), unfused, dead, trained
+    )
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -284,6 +299,17 @@ def _initial_topology(
         mask = choose_blocks(drawn, everywhere, n_blocks, floor=floor)
         scale = (n_blocks / (grid[0] * grid[1])) ** -0.5
     return BlockTopology.from_mask(mask, options.block_size, capacity=capacity), scale
+
+
+def discards_training(weight: Tensor, density: float, init: str) -> bool:
+    """Return whether a layer keeps only random blocks of a dense weight that looks trained.
+
+    Args:
+        weight: weight of the dense layer, `[out_features, in_features]`.
+        density: initial density of the layer.
+        init: as in `sparsify`.
+    """
+    return init == "random" and density < 1 and looks_trained(weight)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ from sparse_lightning.stepping import (
     loss_scale,
     unwrap_optimizer,
 )
-from sparse_lightning.swap_report import SparsityReport
+from sparse_lightning.swap_report import SparsityReport, describe_trained
 from sparse_lightning.tracked_optimizer import TrackedOptimizer, name_layer_in_errors
 
 # Within this many steps, every layer that trains should have had a gradient.
@@ -399,6 +399,9 @@ class Sparsifier:
                 and name not in config.include
             ]
             self._warn_about(frozen, diagnostics.frozen_layers, once="frozen layers")
+            # Only now, since a checkpoint may have replaced the weights that the swap found.
+            trained = [name for name in self.report.trained if name in self.layers]
+            self._warn_about(trained, describe_trained, once="trained weights")
             if self._timetable is not None and config.density.schedule != "one_shot":
                 fall = diagnostics.sudden_fall(budgets, self._timetable)
                 self._warn(fall, once="sudden fall")

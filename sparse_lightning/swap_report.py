@@ -121,6 +121,7 @@ class SparsityReport:
         coverage: the share of the model that is block-sparse, and the kinds of dense parameters.
         unfused: why MLPs of block-sparse layers do not compute as one op, by name.
         dead: layers to which the planned density leaves dead outputs or unread inputs.
+        trained: layers whose weights looked trained, and which kept random blocks of them.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -129,6 +130,7 @@ class SparsityReport:
     coverage: Coverage | None = None
     unfused: dict[str, str] = field(default_factory=dict)
     dead: Mapping[str, DeadFeatures] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
     @property
     def dead_note(self) -> str:
@@ -263,6 +265,26 @@ a higher `density` or `layer_density`, or a smaller `block_size`, or `exclude` t
         "Set a higher `density` or `layer_density`, or a smaller `block_size`, or `exclude` them."
     )
     return " ".join(sentences)
+
+
+def describe_trained(names: Sequence[str]) -> str:
+    """Return sentences that name layers with random blocks of trained weights, and the remedy.
+
+    >>> print(describe_trained(["layers.0.up", "layers.1.up"]).split(". ")[0])
+    Block-sparse layers start with random blocks of weights that look trained: 'layers.*.up' (2 \
+layers)
+    """
+    layers = [
+        f"'{name}'" if number == "1" else f"'{name}' ({number} layers)"
+        for name, number in merge_similar((name, ()) for name in names)
+    ]
+    return (
+        "Block-sparse layers start with random blocks of weights that look trained: "
+        f"{', '.join(layers)}. What their other blocks had learnt is lost. In a training, let the "
+        "density fall from 1, so that the network adapts while blocks go: set `init='magnitude'` "
+        "and `density=DensitySchedule(initial=1.0, final=0.25)`, or with Hydra "
+        "`callbacks/sparsity=finetune`."
+    )
 
 
 def _remedy(dead: DeadFeatures) -> str:

@@ -20,7 +20,7 @@ from sparse_lightning.policy.criteria import momentum, saliency
 from sparse_lightning.policy.distributions import Floor
 from tests import extensions, processes
 
-PRESETS = ("rigl", "set", "snfs", "cubic", "granet", "movement", "static")
+PRESETS = ("rigl", "set", "snfs", "cubic", "granet", "movement", "finetune", "static")
 
 # A user's application: it finds the presets by the search path alone.
 USERS_CONFIG = """
@@ -74,6 +74,7 @@ def changed(config: SparsityConfig) -> dict[str, Any]:
 CUBIC = DensitySchedule("cubic", 1.0, 0.25, 0, 0.5)
 HALVED = DensitySchedule("cubic", 0.5, 0.25, 0, 0.5)
 LATE = DensitySchedule("cubic", 1.0, 0.25, 0.1, 0.7)
+EARLY = DensitySchedule("cubic", 1.0, 0.25, 0, 0.4)
 QUARTER = DensitySchedule("constant", 0.25, 0.25)
 
 
@@ -93,6 +94,7 @@ def test_every_preset_is_tested() -> None:
         ("cubic", CUBIC, "uniform", "magnitude", "gradient"),
         ("granet", HALVED, "uniform", "magnitude", "gradient"),
         ("movement", LATE, "global", "movement", "none"),
+        ("finetune", EARLY, "uniform", "saliency", "none"),
         ("static", QUARTER, "uniform", "magnitude", "none"),
     ],
 )

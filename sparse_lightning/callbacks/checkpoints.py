@@ -16,8 +16,9 @@ from sparse_lightning.config import SparsityConfig
 from sparse_lightning.export.state_dicts import find_layers
 from sparse_lightning.linear import BlockSparseLinear, density_of
 from sparse_lightning.observers.observers import sparsifiers
-from sparse_lightning.patching import initialize_from_dense
+from sparse_lightning.patching import discards_training, initialize_from_dense
 from sparse_lightning.sparsifier import Sparsifier
+from sparse_lightning.swap_report import describe_trained
 
 # Key of the density status in a callback's saved state. It is not part of `state_dict`, whose keys
 # are all required to resume.
@@ -108,6 +109,8 @@ def _patterns(config: Mapping[str, Any]) -> dict[str, Any]:
 def start_from_dense_weights(checkpoint: Mapping[str, Any], sparsifier: Sparsifier) -> None:
     """Initialise block-sparse layers from a dense checkpoint without a `SparsityCallback` state.
 
+    Warns of layers of which only random blocks are kept although the checkpoint has trained them.
+
     Raises:
         ValueError: if the checkpoint has block-sparse layers, since their schedule is unknown.
     """
@@ -119,12 +122,19 @@ def start_from_dense_weights(checkpoint: Mapping[str, Any], sparsifier: Sparsifi
             "without the callback's state. To start a new training from its weights, omit "
             "`ckpt_path`, call `sparsify`, and load checkpoint['state_dict'] before the fit."
         )
+    init = sparsifier.config.init
+    trained = []
     for name, layer in layers.items():
-        initialize_from_dense(layer, dense[f"{name}.weight"], sparsifier.config.init)
+        weight = dense[f"{name}.weight"]
+        if discards_training(weight, layer.density, init):
+            trained.append(name)
+        initialize_from_dense(layer, weight, init)
+    if trained:
+        rank_zero_warn(describe_trained(trained))
     for name, source in sparsifier.follows.items():
         copy = sparsifier.model.get_submodule(name)
         assert isinstance(copy, BlockSparseLinear)
-        initialize_from_dense(copy, dense[f"{name}.weight"], sparsifier.config.init, layers[source])
+        initialize_from_dense(copy, dense[f"{name}.weight"], init, layers[source])
     rank_zero_info(
         "Block-sparse training starts from the dense weights of the checkpoint. Its optimizer "
         "states, its progress and its callback states are ignored."

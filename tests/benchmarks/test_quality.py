@@ -17,13 +17,18 @@ import pytest
 import quality
 import quality_tasks
 import torch
+import yaml
 from quality import Result, main
 from quality_tasks import (
     COLD_START,
     DENSE,
     EQUAL_FLOPS,
+    FINETUNE,
+    FINETUNING,
     LARGE_DROPS,
+    LARGEST,
     METHODS,
+    RANDOM,
     SMALL_DENSE,
     TASKS,
     Batches,
@@ -93,7 +98,28 @@ def test_methods_share_all_other_options() -> None:
 
 def test_every_task_lists_known_methods() -> None:
     for task in TASKS.values():
-        assert set(task.methods) <= {*METHODS, DENSE, SMALL_DENSE, EQUAL_FLOPS}
+        assert set(task.methods) <= {*METHODS, *FINETUNING, DENSE, SMALL_DENSE, EQUAL_FLOPS}
+
+
+def test_fine_tuning_compares_the_preset_with_swaps_at_once() -> None:
+    file = Path(__file__).parents[2] / "configs" / "callbacks" / "sparsity" / "finetune.yaml"
+    preset = yaml.safe_load(file.read_text())
+    del preset["defaults"], preset["density"]["final"]
+    assert FINETUNING[FINETUNE] == preset
+    config = {
+        method: SparsityConfig(
+            **quality_tasks.callback_keywords(Run("finetune-digits", method, 16, 0.1, 3, 230))
+        )
+        for method in FINETUNING
+    }
+    starts = {
+        method: (c.init, c.density_at(0.0), c.density_at(1.0)) for method, c in config.items()
+    }
+    assert starts == {
+        RANDOM: ("random", 0.1, 0.1),
+        LARGEST: ("magnitude", 0.1, 0.1),
+        FINETUNE: ("magnitude", 1.0, 0.1),
+    }
 
 
 def test_the_nearest_width_by_hand() -> None:
@@ -126,6 +152,25 @@ def test_batches_are_reordered_in_every_epoch() -> None:
 
 
 # -- trainings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task", ["finetune-digits", pytest.param("finetune-gpt", marks=pytest.mark.slow)]
+)
+def test_fine_tuning_starts_from_what_dense_training_has_learnt(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(quality_tasks._PRETRAINED[task], steps=20)
+    monkeypatch.setitem(quality_tasks._PRETRAINED, task, short)
+    runs = {run.method: run for run in task_runs(task, [0], steps=15) if run.density in (1, 0.1)}
+    metrics = {method: train(run) for method, run in runs.items()}
+    before = {method: each["before"] for method, each in metrics.items()}
+    assert before[FINETUNE] == before[DENSE] != before[LARGEST] != before[RANDOM]
+    better = (lambda a, b: a > b) if task == "finetune-digits" else (lambda a, b: a < b)
+    assert better(before[DENSE], before[RANDOM]) and better(before[DENSE], before[LARGEST])
+    assert metrics[DENSE]["parameters"] > metrics[FINETUNE]["parameters"]
+    assert metrics[FINETUNE]["parameters"] == metrics[RANDOM]["parameters"]
+    assert all(better(each["after"], each["before"]) for m, each in metrics.items() if m == DENSE)
 
 
 def test_a_run_is_reproducible_and_growth_finds_blocks() -> None:
@@ -288,14 +333,15 @@ def test_only_runnable_tasks_run_by_default(
     options = ("--device", "cpu", "--fashion-mnist", str(tmp_path))
     with pytest.raises(TypeError):  # there are no results
         main(options)
-    assert {run.task for run in made[0]} == {"planted", "fashion"}
+    on_a_cpu = {"planted", "fashion", "finetune-digits", "finetune-gpt"}
+    assert {run.task for run in made[0]} == on_a_cpu
     assert "gpt is skipped: it needs a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("digits",), "`TASK` must be one of planted, fashion, gpt, gpt-tiny; got 'digits'"),
+        (("digits",), "`TASK` must be one of planted, fashion, gpt, gpt-tiny, .*; got 'digits'"),
         (("planted", "--seeds", "-1"), "`--seeds` must be at least 0; got -1"),
         (("planted", "--steps", "0"), "`--steps` must be at least 1; got 0"),
         (("planted", "--workers", "0"), "`--workers` must be at least 1; got 0"),
