@@ -88,6 +88,11 @@ unit: $(DEV)  ## Run the tests and doctests, e.g. make unit ARGS="-k topology"
 	$(call heading,Tests and the documentation's examples)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+.PHONY: extras
+extras: $(DEV)  ## Install the wheel in clean environments, with each extra, and use it; ARGS="report" for one
+	$(call heading,Clean installations)
+	$(BIN)/python tests/extras.py $(ARGS)
+
 .PHONY: gpu-test
 gpu-test: $(DEV)  ## Run only the tests that need a CUDA GPU
 	$(call heading,GPU tests)

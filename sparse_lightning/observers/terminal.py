@@ -100,7 +100,7 @@ def _show(text: str, line: str, render: Callable[[], RenderableType]) -> None:
     """Print a rich table, or plain text without rich; log one line if there is no terminal."""
     # An active progress bar of rich replaces stdout; notebooks count as terminals.
     stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
-    if not (stdout.isatty() or "ipykernel" in sys.modules):
+    if not (stdout.isatty() or _is_in_notebook()):
         rank_zero_info(line)
         return
     try:
@@ -113,6 +113,12 @@ def _show(text: str, line: str, render: Callable[[], RenderableType]) -> None:
     with console.capture() as capture:
         console.print(render())
     print(capture.get(), end="", flush=True)
+
+
+def _is_in_notebook() -> bool:
+    """Return whether a Jupyter kernel runs this code, rather than a program that imports one."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _report_table(report: SparsityReport, suffix: str) -> RenderableType:
