@@ -24,13 +24,15 @@ DENSITY = "sparsity/density"
 
 
 def layer_series(
-    choice: str | Sequence[str], layers: Mapping[str, BlockSparseLinear]
+    choice: str | Sequence[str], layers: Mapping[str, BlockSparseLinear], callback: str = ""
 ) -> dict[str, list[str]]:
     """Return which layers share scalars, by the name that these have in their keys.
 
     Args:
         choice: `monitor.layers`.
         layers: the block-sparse layers, by name.
+        callback: number of the callback if the trainer has several, whose groups may be named
+            alike; "" if it has one.
 
     Raises:
         ValueError: if a pattern matches no layer.
@@ -42,8 +44,10 @@ def layer_series(
         ]
         groups = group_similar(keys)
         labels = Counter(label for label, *_ in groups)
+        prefix = f"{callback}/" if callback else ""
         return {
-            label if labels[label] == 1 else f"{label} ({key})": names
+            (prefix if len(names) > 1 else "")
+            + (label if labels[label] == 1 else f"{label} ({key})"): names
             for label, names, key in groups
         }
     patterns = {"all": ["*"], "none": []}.get(choice, choice) if isinstance(choice, str) else choice

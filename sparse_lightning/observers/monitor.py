@@ -49,6 +49,7 @@ class SparsityMonitor(Observer):
     def start(self, fit: Fit) -> None:
         trainer = fit.trainer
         self._adapters, self._throughput = [], None
+        self._series = layer_series(self.options.layers, fit.layers, fit.label)
         if not trainer.is_global_zero or not trainer.loggers:
             return
         self._adapters = [adapt_logger(logger, fit.label) for logger in trainer.loggers]
@@ -58,7 +59,7 @@ class SparsityMonitor(Observer):
         if fit.layers:
             dtype = compute_dtype(trainer, next(iter(fit.layers.values())))
             peak = get_available_flops(trainer.strategy.root_device, dtype)
-        self._series, self._pictured = layer_series(self.options.layers, fit.layers), {}
+        self._pictured = {}
         snapshots = self._unchanged(fit)
         for adapter in self._adapters:
             adapter.log_options(fit.options)

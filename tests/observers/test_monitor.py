@@ -630,7 +630,7 @@ def test_a_choice_of_layers_that_is_wrong() -> None:
         SparsityCallback(monitor={"layers": "each"})
     callback = SparsityCallback(block_size=16, monitor={"layers": ["up"]})
     with pytest.raises(ValueError, match=r"got 'up', which matches none of 'net.0', 'net.2'"):
-        trainer(callback, logger=CSVLogger("unused")).fit(Classifier(), loader())
+        trainer(callback).fit(Classifier(), loader())
 
 
 def test_groups_of_other_shapes_are_told_apart() -> None:
@@ -642,6 +642,28 @@ def test_groups_of_other_shapes_are_told_apart() -> None:
         "layers.*.up (32x32, 16)": ["layers.0.up", "layers.1.up"],
         "layers.*.up (32x64, 16)": ["layers.2.up", "layers.3.up"],
     }
+
+
+def test_groups_of_several_callbacks_are_told_apart(tmp_path: Path) -> None:
+    class Deep(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
+
+    logger = CSVLogger(tmp_path)
+    callbacks = [
+        SparsityCallback(block_size=16, include=names, density=density, update={"every_n_steps": 4})
+        for names, density in ((["net.0", "net.1"], 0.25), (["net.2", "net.3"], 0.5))
+    ]
+    alone = SparsityCallback(block_size=16, include=["net.4"], update={"every_n_steps": 4})
+    trainer(*callbacks, alone, root=tmp_path, logger=logger).fit(Deep(), loader())
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    found = {
+        key.partition("/")[2]: {float(row[key]) for row in rows if row[key]}
+        for key in rows[0]
+        if key.startswith("sparsity_density/")
+    }
+    assert found == {"1/net.*": {0.25}, "2/net.*": {0.5}, "net.4": {0.25}}
 
 
 # -- masks over time -----------------------------------------------------------------------
