@@ -25,7 +25,8 @@ LEGEND = "dark blue: present, orange: just grown, pale orange: just dropped, lig
 
 _ENLARGED_SIDE = 512  # pixels; smaller masks are enlarged to at most this side
 _MAX_SIDE = 1024  # pixels of the longer side of any image
-_LIGHT = np.array([list(bytes.fromhex(c[1:])) for c in COLOURS["light"].values()], dtype=np.uint8)
+# The light colours as rows of red, green and blue, uint8 `[4, 3]`.
+LIGHT = np.array([list(bytes.fromhex(c[1:])) for c in COLOURS["light"].values()], dtype=np.uint8)
 
 
 def mask_image(mask: Bools, before: Bools | None = None) -> Pixels:
@@ -48,7 +49,7 @@ def mask_image(mask: Bools, before: Bools | None = None) -> Pixels:
     (1, 1024, 3)
     """
     longer = max(mask.shape)
-    image = _LIGHT[block_states(mask, mask if before is None else before)]
+    image = LIGHT[block_states(mask, mask if before is None else before)]
     side = -(-longer // _MAX_SIDE)
     if side > 1:
         image = _block_means(image, side, side).round().astype(np.uint8)

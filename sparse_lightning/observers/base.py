@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
@@ -32,7 +32,6 @@ class Fit:
         density: present blocks / all blocks over the layers of all `SparsityCallback`s.
         target_density: the same when all density schedules are complete.
         final_density: present blocks / all blocks of `layers` when their schedule is complete.
-        options: all options of the callback, by dotted key, as primitives.
     """
 
     trainer: pl.Trainer
@@ -45,7 +44,6 @@ class Fit:
     density: float
     target_density: float
     final_density: float
-    options: Mapping[str, Any]
 
 
 class Observer:

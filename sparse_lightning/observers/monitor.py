@@ -37,10 +37,12 @@ class SparsityMonitor(Observer):
 
     Args:
         options: how often to log images and histograms, and for how many layers.
+        config: all options of the training by dotted key, as primitives.
     """
 
-    def __init__(self, options: MonitorOptions) -> None:
+    def __init__(self, options: MonitorOptions, config: Mapping[str, Any]) -> None:
         self.options = options
+        self.config = config
         self._adapters: list[LoggerAdapter] = []
         self._series: Mapping[str, Sequence[str]] = {}
         self._throughput: Throughput | None = None
@@ -62,7 +64,7 @@ class SparsityMonitor(Observer):
         self._pictured = {}
         snapshots = self._unchanged(fit)
         for adapter in self._adapters:
-            adapter.log_options(fit.options)
+            adapter.log_options(self.config)
             adapter.log_update({}, snapshots, fit.step)
         self._throughput = Throughput(trainer.world_size, linear_weights(fit.model), peak)
 

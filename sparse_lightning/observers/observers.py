@@ -37,7 +37,7 @@ class Observers:
 
     def __init__(self, config: SparsityConfig) -> None:
         options = config.monitor
-        self.monitor = None if options is None else SparsityMonitor(options)
+        self.monitor = None if options is None else SparsityMonitor(options, config.options())
         self.masks = MaskTracker()
         self._observers: list[Observer] = [Terminal(), CallbackMetrics()]
         if self.monitor is not None:
@@ -61,8 +61,9 @@ class Observers:
         self._running = trainer, model, sparsifier
         self._hook = sparsifier.register_update_hook(lambda _, update: self._update(update))
         self.masks.start(sparsifier.layers)
+        fit = self.fit
         for observer in self._observers:
-            observer.start(self.fit)
+            observer.start(fit)
 
     @property
     def fit(self) -> Fit:
@@ -82,13 +83,13 @@ class Observers:
             density=density_of(layer for engine in engines for layer in engine.layers.values()),
             target_density=sum(engine.final_blocks for engine in engines) / max(1, n_blocks),
             final_density=sparsifier.final_density,
-            options=sparsifier.config.options(),
         )
 
     def _update(self, update: ModelUpdate) -> None:
         self.masks.update(update)
+        fit = self.fit
         for observer in self._observers:
-            observer.update(self.fit, update)
+            observer.update(fit, update)
 
     def count(self, batch: Any) -> None:
         """Count a batch that is about to be trained on."""
@@ -98,19 +99,22 @@ class Observers:
     def pause(self) -> None:
         """Pause the observers of a running training during a validation."""
         if self._running is not None:
+            fit = self.fit
             for observer in self._observers:
-                observer.pause(self.fit)
+                observer.pause(fit)
 
     def resume(self) -> None:
         """Resume the paused observers."""
         if self._running is not None:
+            fit = self.fit
             for observer in self._observers:
-                observer.resume(self.fit)
+                observer.resume(fit)
 
     def end(self, summary: FitSummary) -> None:
         """Signal the normal end of the training; optimizers and loggers still exist."""
+        fit = self.fit
         for observer in self._observers:
-            observer.end(self.fit, summary)
+            observer.end(fit, summary)
 
     def stop(self) -> None:
         """Stop observing, whether the training has ended normally or failed."""

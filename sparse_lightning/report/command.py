@@ -182,15 +182,17 @@ def find_runs(path: Path) -> FoundRuns:
     another folder, whose history begins with a copy of the earlier one, is one run: the longer one.
 
     Raises:
-        ValueError: if there are none, or if the history of none can be read.
+        ValueError: if there are none, or if the histories of several cannot be read.
     """
     newest: dict[Path, Path] = {}
     older, errors = [], []
-    starts: dict[Path, list[str]] = {}
     for history in find_histories(path):
         if newest.setdefault(history.parent, history) != history:
             older.append(history)
-            continue
+    if len(newest) == 1:  # it is read once, when it is shown
+        return FoundRuns([*newest.values()], older)
+    starts: dict[Path, list[str]] = {}
+    for history in newest.values():
         try:
             starts[history] = read_history(history).runs
         except ValueError as error:

@@ -10,11 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sparse_lightning.files import atomic_write
 from sparse_lightning.history import History, LayerHistory, read_history
-from sparse_lightning.masks import COLOURS, Bools, block_states
+from sparse_lightning.masks import COLOURS, LIGHT, Bools, block_states
 from sparse_lightning.report.page_data import MAX_FRAMES, evenly_spaced, gaps_text
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ _LINE = 26  # pixels from a line of text to the next
 _GAP = 20  # pixels
 _LINED = 6  # pixels of a block from which on lines separate the blocks
 _INK, _SOFT, _PAPER = "#1c2430", "#5a6472", "#ffffff"
-_RGB = np.array([list(bytes.fromhex(c[1:])) for c in COLOURS["light"].values()], dtype=np.uint8)
 
 
 def write_film(
@@ -170,7 +167,7 @@ def _mask(mask: Bools, before: Bools, box: tuple[int, int]) -> Image.Image:
     rows, columns = mask.shape
     scale = min(box[0] / columns, box[1] / rows)
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
-    image = Image.fromarray(_RGB[block_states(mask, before)])
+    image = Image.fromarray(LIGHT[block_states(mask, before)])
     if scale < 1:
         return image.resize(size, Image.Resampling.BOX)
     image = image.resize(size, Image.Resampling.NEAREST)
