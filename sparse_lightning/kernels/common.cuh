@@ -142,18 +142,24 @@ struct Rows {
   __device__ const T* at(int row) const { return first + (long long)row * stride; }
 };
 
-// Starts loading a tile. Each thread loads one column of chunks: source(col) returns its `Rows`.
+// Starts loading a tile. Each thread loads one column of chunks: source(col) returns its `Rows`. The
+// addresses come before the copies, which the compiler moves no load across: where an address
+// depends on a load, these overlap.
 template <int THREADS, typename TileType, typename Source>
 __device__ void load_tile_async(TileType tile, Source source) {
   constexpr int PER_ROW = TileType::PER_ROW, ROWS_PER_PASS = THREADS / PER_ROW;
+  constexpr int PASSES = (TileType::ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
   static_assert(THREADS % PER_ROW == 0, "every thread must keep to one column");
-  const int col = threadIdx.x % PER_ROW * TileType::CHUNK;
+  const int col = threadIdx.x % PER_ROW * TileType::CHUNK, first = threadIdx.x / PER_ROW;
   const auto rows = source(col);
+  decltype(rows.at(0)) addresses[PASSES];
 #pragma unroll
-  for (int first = 0; first < TileType::ROWS; first += ROWS_PER_PASS) {
-    const int row = first + threadIdx.x / PER_ROW;
+  for (int i = 0; i < PASSES; ++i) addresses[i] = rows.at(first + i * ROWS_PER_PASS);
+#pragma unroll
+  for (int i = 0; i < PASSES; ++i) {
+    const int row = first + i * ROWS_PER_PASS;
     if (TileType::ROWS % ROWS_PER_PASS == 0 || row < TileType::ROWS)
-      cp_async(tile.at(row, col), rows.at(row), rows.has(row));
+      cp_async(tile.at(row, col), addresses[i], rows.has(row));
   }
 }
 

@@ -52,14 +52,17 @@ struct WeightRows<false> : Rows<T> {
 template <>
 struct WeightRows<true> {
   const Arguments& a;
-  int begin, end, first_k, col;
+  int first_entry, end, first_row, col;
   __device__ WeightRows(const Arguments& a, int begin, int end, int first_out, int first_k, int col)
-      : a(a), begin(begin), end(end), first_k(first_k), col(first_out + col) {}
-  __device__ bool has(int row) const { return begin + (first_k + row) / B < end; }
+      : a(a), first_entry(begin + first_k / B), end(end), first_row(first_k % B),
+        col(first_out + col) {}
+  // A k-tile begins with a block, or lies in one.
+  __device__ int entry(int row) const { return first_entry + (B < TK ? row / B : 0); }
+  __device__ bool has(int row) const { return entry(row) < end; }
   __device__ const T* at(int row) const {
     if (!has(row)) return a.values;
-    const int k = first_k + row;
-    return a.values + (long long)a.entries[begin + k / B].y * B * B + k % B * B + col;
+    const long long slot = a.entries[entry(row)].y;
+    return a.values + (slot * B + first_row + (B < TK ? row % B : row)) * B + col;
   }
 };
 
