@@ -142,8 +142,8 @@ struct Rows {
   __device__ const T* at(int row) const { return first + (long long)row * stride; }
 };
 
-// Starts loading a tile. Each thread loads one column of chunks: source(col) returns its `Rows`. The
-// addresses come before the copies, which the compiler moves no load across: where an address
+// Starts loading a tile. Each thread loads one column of chunks: source(col) returns its `Rows`.
+// The addresses come before the copies, which the compiler moves no load across: where an address
 // depends on a load, these overlap.
 template <int THREADS, typename TileType, typename Source>
 __device__ void load_tile_async(TileType tile, Source source) {

@@ -54,7 +54,10 @@ struct WeightRows<true> {
   const Arguments& a;
   int first_entry, end, first_row, col;
   __device__ WeightRows(const Arguments& a, int begin, int end, int first_out, int first_k, int col)
-      : a(a), first_entry(begin + first_k / B), end(end), first_row(first_k % B),
+      : a(a),
+        first_entry(begin + first_k / B),
+        end(end),
+        first_row(first_k % B),
         col(first_out + col) {}
   // A k-tile begins with a block, or lies in one.
   __device__ int entry(int row) const { return first_entry + (B < TK ? row / B : 0); }
