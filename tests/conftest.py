@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -38,6 +39,29 @@ def _isolated() -> None:
     """Remove what other tests leave in the process: random state, and shapes of parameters."""
     torch.manual_seed(0)
     optimizer_state._earlier_shapes.clear()
+
+
+@pytest.fixture(autouse=True)
+def _turn_on_the_gpu(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Tests that time a GPU, marked `gpu(alone=True)`, run while no worker runs another on it."""
+    marker = request.node.get_closest_marker("gpu")
+    if marker is None:
+        yield
+        return
+    import fcntl  # which Windows lacks
+
+    folder = tmp_path_factory.getbasetemp().parent  # of all workers
+    with ExitStack() as stack:
+        gate, turn = (
+            stack.enter_context((folder / f"gpu.{n}").open("w")) for n in ("gate", "turn")
+        )
+        # Whoever waits for its turn holds the gate: tests that come later do not overtake it.
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(turn, fcntl.LOCK_EX if marker.kwargs.get("alone") else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture

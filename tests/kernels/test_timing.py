@@ -148,7 +148,7 @@ def test_a_capture_that_fails_at_its_end_is_replaced_by_events(gpu: FakeGpu) -> 
     assert times == pytest.approx([0.52] * 3)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(alone=True)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_graphs_and_events_agree_on_a_gpu() -> None:
     weights = [torch.randn(4096, 4096, device="cuda") for _ in range(4)]

@@ -673,7 +673,7 @@ def test_compiled_blocks_are_planned(quick) -> None:
 # -- accuracy -----------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(alone=True)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_expected_and_measured_steps_on_a_gpu(precision: str) -> None:
