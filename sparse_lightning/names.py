@@ -14,6 +14,8 @@ K = TypeVar("K", bound=Hashable)
 
 # Usual names of output layers. They stay excluded when `exclude` names other layers.
 DEFAULT_EXCLUDE = ("head", "lm_head", "classifier")
+# In `exclude`, the first linear layer of the model, whatever its name is.
+FIRST = "role:first"
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -105,7 +105,8 @@ def sparsify(
             swappable; it is swapped even if it is frozen or an output layer.
         exclude: patterns of layers to leave dense, in the same syntax. Output layers are excluded
             as well: layers called head, lm_head or classifier, and layers whose role is found to be
-            that of an output head. An empty list excludes nothing.
+            that of an output head. "role:first" is the first linear layer in the model's order. An
+            empty list excludes nothing.
         distribution: how the layers share the budget: "uniform", "erdos_renyi", a function like
             those in `distributions`, or its dotted path. Layers that `include` and `exclude` select
             take part even if they are already block-sparse.
@@ -190,7 +191,7 @@ def swap_layers(
             layers that are already block-sparse, since topology updates share a budget among the
             same layers, but no copies, which take the blocks of their source layers.
     """
-    block_size = options.block_size
+    options, block_size = options.named(model), options.block_size
     found = select_layers(model, options)
     known_copies = find_sparse_copies(model, options)
     grids: dict[str, Grid] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from sparse_lightning.copies import (
 from sparse_lightning.linear import BlockSparseLinear, check_dtype, dense_shape, is_conv1d
 from sparse_lightning.names import (
     DEFAULT_EXCLUDE,
+    FIRST,
     check_patterns,
     is_exact,
     is_selected,
@@ -52,6 +54,15 @@ class SwapOptions:
     def selects(self, name: str) -> bool:
         """Return whether `include` and `exclude` select a name."""
         return is_selected(name, self.include, self.exclude)
+
+    def named(self, model: nn.Module) -> SwapOptions:
+        """Return the options with the name of the model's first linear layer for `FIRST`."""
+        if FIRST not in self.exclude:
+            return self
+        layers = {id(m): name for name, m in [*linear_layers(model), *sparse_layers(model)]}
+        first = next((layers[id(m)] for m in model.modules() if id(m) in layers), None)
+        patterns = [] if first is None else [f"re:{re.escape(first)}"]
+        return replace(self, exclude=(*(p for p in self.exclude if p != FIRST), *patterns))
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,7 @@ def select_layers(model: nn.Module, options: SwapOptions) -> Selection:
             f"`model` must contain the layers to replace; got a bare {kind}. "
             "Use BlockSparseLinear.from_linear(...)."
         )
+    options = options.named(model)
     include, exclude = options.include, options.exclude
     check_patterns("include", include)
     check_patterns("exclude", exclude)
@@ -138,6 +150,7 @@ def find_sparse_copies(
         is_trained: predicate on layers; by default, a layer that is not frozen is trained. Layers
             inside an `AveragedModel` never count as trained.
     """
+    options = options.named(model)
     layers, averages = dict(sparse_layers(model)), find_averaged_prefixes(model)
 
     def may_be_source(name: str) -> bool:

@@ -128,7 +128,9 @@ class Sparsifier:
         needs = collect_needs([self._rule])
         sparse_before = {id(layer) for _, layer in sparse_layers(model)}
         self.report = self._swap()
-        self._followers = Followers(model, self.config.swap_options, self.report.follows)
+        self._followers = Followers(
+            model, self.config.swap_options.named(model), self.report.follows
+        )
         self.layers = {
             name: layer for name, layer in self._selected_layers() if name not in self.follows
         }
@@ -171,7 +173,7 @@ class Sparsifier:
 
     def _selected_layers(self) -> Iterator[tuple[str, BlockSparseLinear]]:
         """Yield the model's block-sparse layers that the patterns select, copies included."""
-        options = self.config.swap_options
+        options = self._followers.options
         yield from (pair for pair in sparse_layers(self.model) if options.selects(pair[0]))
 
     def _budgets(self) -> LayerBudgets:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from sparse_lightning import BlockSparseLinear, SparsityReport, densify, sparsify
+from sparse_lightning import BlockSparseLinear, Sparsifier, SparsityReport, densify, sparsify
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.names import matches
 from sparse_lightning.patching import swap_layers
@@ -100,6 +100,9 @@ def test_matches(pattern: str, name: str, expected: bool) -> None:
         (["*", "head"], ["blocks.*"], ["proj", "head"]),
         (["*"], ["re:blocks.1.*", "head"], ["blocks.0.fc1", "blocks.0.fc2", "proj"]),
         (["proj", "blocks.0.fc1"], None, ["blocks.0.fc1", "proj"]),
+        (["*"], ["role:first"], [*BLOCKS[1:], "proj"]),
+        (["blocks.0.fc1", "fc2"], ["role:first"], ["blocks.0.fc2", "blocks.1.fc2"]),
+        (["proj"], ["role:first"], ["proj"]),
     ],
 )
 def test_include_and_exclude(
@@ -114,6 +117,19 @@ def test_include_and_exclude(
     assert set(report.skipped) == others
     assert set(report.skipped.values()) <= {"excluded", "not included"}
     assert model(torch.randn(3, 64)).shape == (3, 16)
+
+
+def test_the_first_layer_is_one_layer_whatever_its_kind() -> None:
+    """Its name also ends the names of others; and it may be block-sparse already."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+
+    options = {"block_size": 16, "density": 0.5, "exclude": ["role:first"]}
+    model = build()
+    assert Sparsifier(model, 8, **options).layers.keys() == {"1.0", "1.1"}
+    sparsify(model, block_size=16, density=0.5)
+    assert Sparsifier(model, 8, **options).layers.keys() == {"1.0", "1.1"}
 
 
 class Subclass(nn.Linear):

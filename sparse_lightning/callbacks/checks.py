@@ -16,7 +16,6 @@ from torch import nn
 from sparse_lightning.callbacks.held_copies import averaging_callbacks
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.names import is_selected
 from sparse_lightning.observers.measures import compute_dtype
 from sparse_lightning.selection import select_layers, sparse_layers
 
@@ -86,7 +85,7 @@ def check_no_shared_layers(model: nn.Module, configs: Sequence[SparsityConfig]) 
             layers |= found.layers.keys() | found.follows.keys()
     for pair in itertools.combinations(configs, 2):
         for name in sorted(layers):
-            if all(is_selected(name, config.include, config.exclude) for config in pair):
+            if all(config.swap_options.named(model).selects(name) for config in pair):
                 patterns = " and ".join(
                     f"include={list(config.include)} with exclude={list(config.exclude)}"
                     for config in pair
