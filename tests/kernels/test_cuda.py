@@ -156,16 +156,18 @@ def test_parity_with_any_few_tokens(block_size: int, dtype: torch.dtype) -> None
         check_parity(Case("random", (3, 5), block_size, dtype, lead=(n,), seed=n), "cuda")
 
 
-@pytest.mark.parametrize("outputs", [128, 256])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+TILES = [(b, tile) for b in (16, 32, 64, 128) for tile in hopper_programs.linear_tiles(b)]
+
+
+@pytest.mark.parametrize(("block_size", "tile"), TILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_parity_of_both_tiles_on_hopper(
-    outputs: int, block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_parity_of_all_tiles_on_hopper(
+    tile: tuple[int, int], block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The width of a tile depends on the number of multiprocessors."""
+    """The size of a tile depends on the number of multiprocessors."""
     force_kernels(choice.HOPPER, monkeypatch)
-    monkeypatch.setattr(hopper_programs, "tile_outputs", lambda *_: outputs)
+    monkeypatch.setattr(hopper_programs, "linear_tile", lambda *_: tile)
     for mask, n in itertools.product(MASKS, (1, 130, 700)):
         check_parity(Case(mask, (11, 7), block_size, dtype, lead=(n,), spare=3), "cuda")
 
@@ -208,22 +210,21 @@ def test_results_are_as_exact_as_those_of_a_dense_layer(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(("block_size", "tile"), TILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("outputs", [128, 256])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_fused_activations(
     activation: str,
     block_size: int,
     dtype: torch.dtype,
-    outputs: int,
+    tile: tuple[int, int],
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Activations are computed from the rounded products, as without fusion."""
-    if kind != choice.HOPPER and outputs == 256:
-        pytest.skip("only the kernels for Hopper have tiles of two widths")
-    monkeypatch.setattr(hopper_programs, "tile_outputs", lambda *_: outputs)
+    if kind != choice.HOPPER and tile != (128, 128):
+        pytest.skip("only the kernels for Hopper have tiles of several sizes")
+    monkeypatch.setattr(hopper_programs, "linear_tile", lambda *_: tile)
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     if kind == choice.DENSE:  # nothing is fused: f(h) is rounded before it is multiplied
         tolerance *= 2

@@ -26,7 +26,8 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
         assert len(programs) == len(set(programs)) == 4 + dw + linear
         assert max(program.tiling.splits for program in programs) == 1 + clusters
     programs = list(hopper_programs.all_programs())
-    assert len(programs) == len(set(programs)) == 2 * (1 + 4 * 14 + 2 + 2 + 4 + 5)
+    linear = (4 * 2 + 2) * 7  # tiles by block size, with and without epilogues
+    assert len(programs) == len(set(programs)) == 2 * (1 + linear + 2 + 2 + 4 + 5)
 
 
 @given(

@@ -39,14 +39,14 @@ def linear(
     block_size = values.shape[1]
     in_features, out_features = x.shape[-1], y.shape[-1]
     tokens = x.numel() // in_features
-    outputs = programs.tile_outputs(block_size, tokens, out_features, sm_count(device))
-    kernel = _linear_kernel(x.dtype, block_size, forward, epilogue.KIND, outputs, device)
+    tile = programs.linear_tile(block_size, tokens, out_features, sm_count(device))
+    kernel = _linear_kernel(x.dtype, block_size, forward, epilogue.KIND, tile, device)
     tiling = kernel.program.tiling
     if block_size < programs.STRIP:
         cluster, x_box = 1, (tiling.tm, tiling.tk)
         blocks: int | bytes = values.data_ptr()
     else:
-        cluster, x_box = programs.CLUSTER, (block_size, tiling.tk)
+        cluster, x_box = programs.CLUSTER, (min(block_size, tiling.tm), tiling.tk)
         blocks = tensor_map(values.data_ptr(), x.dtype, tuple(values.shape), (1, 64, 64))
     token_tiles = -(-tokens // (tiling.tm * cluster))
     output_tiles = -(-out_features // tiling.tn)
@@ -152,11 +152,11 @@ def _linear_kernel(
     block_size: int,
     forward: bool,
     epilogue: int,
-    tile_outputs: int,
+    tile: tuple[int, int],
     device: int,
 ) -> Kernel[TiledProgram]:
     program = programs.linear_program(
-        dtype, block_size, forward=forward, epilogue=epilogue, tile_outputs=tile_outputs
+        dtype, block_size, forward=forward, epilogue=epilogue, tile=tile
     )
     blocks = "P" if block_size < programs.STRIP else "128s"
     return Kernel(program, "block_linear", f"128s{blocks}PPPiiiiqii{epilogues.LAYOUT}", device)

@@ -37,9 +37,9 @@ static_assert(TM % 64 == 0 && TN % (B * WARPGROUPS) == 0,
 constexpr int TILE_BLOCKS = TN / B;  // output blocks of a tile
 constexpr int ROW_BYTES = 2 * TK;    // in shared memory
 constexpr int X_BYTES = TM * ROW_BYTES, X_SUBTILE_BYTES = 64 * ROW_BYTES;  // subtile: M of a WGMMA
-constexpr int UNIT_BYTES = B * ROW_BYTES, X_UNITS = X_BYTES / UNIT_BYTES;
+constexpr int UNIT_BYTES = B * ROW_BYTES, X_UNITS = X_BYTES < UNIT_BYTES ? 1 : X_BYTES / UNIT_BYTES;
 
-// Boxes: of x, B tokens by 64 inputs; of values, 64 x 64.
+// Boxes: of x, B tokens, or TM if that is less, by 64 inputs; of values, 64 x 64.
 typedef LinearArguments<TensorMap> Arguments;
 
 constexpr int WINDOW = 32;  // k-tiles that the scheduler warp looks up at once, one per lane

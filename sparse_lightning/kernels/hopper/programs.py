@@ -39,19 +39,24 @@ DW_CLUSTERS = {
 }
 PTX_TYPES = {torch.bfloat16: '"bf16"', torch.float16: '"f16"'}
 
-# By the outputs of a tile and by block size. groups_n: consumer warpgroups that share the outputs.
+# By the tokens and outputs of a tile, the largest first, and by block size. groups_n: consumer
+# warpgroups that share the outputs.
 _LINEAR = {
-    256: {
+    (128, 256): {
         16: Tiling(128, 256, 64, 8, 1, 2),
         32: Tiling(128, 256, 32, 16, 1, 2),
         64: Tiling(128, 256, 64, 16, 1, 4),
         128: Tiling(128, 256, 64, 16, 1, 2),
     },
-    128: {
+    (128, 128): {
         16: Tiling(128, 128, 64, 8, 1, 2),
         32: Tiling(128, 128, 32, 16, 1, 2),
         64: Tiling(128, 128, 64, 16, 1, 2),
         128: Tiling(128, 128, 64, 16, 1, 1),
+    },
+    (64, 128): {
+        64: Tiling(64, 128, 64, 16, 1, 2),
+        128: Tiling(64, 128, 64, 16, 1, 1),
     },
 }
 
@@ -98,14 +103,14 @@ def linear_program(
     *,
     forward: bool,
     epilogue: int = 0,
-    tile_outputs: int = 256,
+    tile: tuple[int, int] = (128, 256),
 ) -> TiledProgram:
     """Return the program of `block_linear`: y = x W^T (forward) or dx = dy W.
 
-    `epilogue` is the `KIND` of an epilogue, 0 for none; `tile_outputs` is 128 or 256.
+    `epilogue` is the `KIND` of an epilogue, 0 for none; `tile` is one of `linear_tiles`.
     """
     check_block_size(block_size)
-    tiling = _LINEAR[tile_outputs][block_size]
+    tiling = _LINEAR[tile][block_size]
     if epilogue and block_size == STRIP:  # registers of four would leave none for the epilogue
         tiling = replace(tiling, groups_n=2)
     defines: dict[str, str | int] = {
@@ -125,18 +130,27 @@ def linear_program(
     return TiledProgram(source, compiler_options(defines), tiling)
 
 
-def tile_outputs(block_size: int, tokens: int, out_features: int, sm_count: int) -> int:
-    """Return the outputs of a tile of `block_linear`.
+def linear_tiles(block_size: int) -> list[tuple[int, int]]:
+    """Return the tokens and outputs of each tile of `block_linear`, the largest first."""
+    return [tile for tile, tilings in _LINEAR.items() if block_size in tilings]
 
-    Wide tiles load the least x. But if they would occupy at most half of the multiprocessors, each
+
+def linear_tile(block_size: int, tokens: int, out_features: int, sm_count: int) -> tuple[int, int]:
+    """Return the tokens and outputs of a tile of `block_linear`.
+
+    Large tiles load the least. But if they would occupy at most half of the multiprocessors, each
     is halved.
 
-    >>> tile_outputs(64, 8192, 4096, 132), tile_outputs(64, 256, 8192, 132)
-    (256, 128)
+    >>> [linear_tile(64, n, 4096, 132) for n in (8192, 512, 256)]
+    [(128, 256), (128, 128), (64, 128)]
     """
     cluster = CLUSTER if block_size >= STRIP else 1  # thread blocks with the same outputs
-    thread_blocks = cluster * -(-tokens // (128 * cluster)) * -(-out_features // 256)
-    return 128 if 2 * thread_blocks <= sm_count else 256
+    *larger, smallest = linear_tiles(block_size)
+    for tile in larger:
+        thread_blocks = cluster * -(-tokens // (tile[0] * cluster)) * -(-out_features // tile[1])
+        if 2 * thread_blocks > sm_count:
+            return tile
+    return smallest
 
 
 def dw_program(
@@ -168,10 +182,10 @@ def all_programs() -> Iterator[Program]:
         for block_size in BLOCK_SIZES:
             for split_k, multicast in DW_CLUSTERS[block_size]:
                 yield dw_program(dtype, block_size, split_k, multicast)
-            for forward, outputs in itertools.product((True, False), _LINEAR):
+            for forward, tile in itertools.product((True, False), linear_tiles(block_size)):
                 for kind in epilogues.kinds(forward):
                     yield linear_program(
-                        dtype, block_size, forward=forward, epilogue=kind, tile_outputs=outputs
+                        dtype, block_size, forward=forward, epilogue=kind, tile=tile
                     )
 
 
