@@ -37,7 +37,7 @@ class Observers:
 
     def __init__(self, config: SparsityConfig) -> None:
         options = config.monitor
-        self.monitor = None if options is None else SparsityMonitor(options, config.options())
+        self.monitor = None if options is None else SparsityMonitor(options)
         self.masks = MaskTracker()
         self._observers: list[Observer] = [Terminal(), CallbackMetrics()]
         if self.monitor is not None:
