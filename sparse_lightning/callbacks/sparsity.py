@@ -56,7 +56,7 @@ from sparse_lightning.observers.loggers import log_options
 from sparse_lightning.observers.measures import compute_dtype
 from sparse_lightning.observers.observers import Observers
 from sparse_lightning.observers.summary import FitSummary, summarise
-from sparse_lightning.observers.terminal import show_report, show_summary
+from sparse_lightning.observers.terminal import show_report, show_schedule, show_summary
 from sparse_lightning.policy.criteria import Criterion
 from sparse_lightning.policy.distributions import Distribution, Floor
 from sparse_lightning.policy.rules import UpdateRule
@@ -287,7 +287,7 @@ class SparsityCallback(Callback):
             (layer.topology, compute_dtype(trainer, layer)) for layer in sparsifier.layers.values()
         )
         warn_of_slow_layers(trainer, self.config, sparsifier.layers)
-        rank_zero_info(f"Block-sparse training: {sparsifier.timetable}.")
+        show_schedule(sparsifier, self._label(trainer))
         self._observers.start(trainer, pl_module, sparsifier)
 
     @property

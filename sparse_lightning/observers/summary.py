@@ -25,8 +25,13 @@ from sparse_lightning.tables import html_table
 class FitSummary:
     """What block sparsity saved in a training, at its end.
 
+    A training includes the earlier fits of the same layers by the same callback, and what came
+    before a resume.
+
     Attributes:
         layers: number of block-sparse layers.
+        steps: number of optimizer steps.
+        fit_steps: number of these that the latest fit took.
         first_density: present blocks / all blocks of these layers at the start.
         density: present blocks / all blocks of these layers at the end.
         final_density: their density when the density schedule is complete.
@@ -36,6 +41,7 @@ class FitSummary:
         dense_nbytes: the same, without indices, if the layers were dense.
         flops: FLOPs of all linear layers, relative to dense ones.
         updates: number of topology updates.
+        fit_updates: number of these that the latest fit made.
         dropped: number of blocks that these updates dropped.
         grown: number of blocks that these updates grew.
         ever_active: blocks that were ever present / all blocks.
@@ -44,6 +50,8 @@ class FitSummary:
     """
 
     layers: int
+    steps: int
+    fit_steps: int
     first_density: float
     density: float
     final_density: float
@@ -53,6 +61,7 @@ class FitSummary:
     dense_nbytes: int
     flops: float
     updates: int
+    fit_updates: int
     dropped: int
     grown: int
     ever_active: float
@@ -63,6 +72,7 @@ class FitSummary:
         """Return the lines of the summary, as pairs of a label and a text."""
         rows = [
             ("layers", f"{self.layers}"),
+            *self._fit(),
             ("density", self._density()),
             ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense"),
             (
@@ -78,6 +88,18 @@ class FitSummary:
         if self.speedup is not None:
             rows.append(("predicted speed-up", f"{self.speedup:.2f} of these layers"))
         return rows
+
+    def _fit(self) -> list[tuple[str, str]]:
+        """Return a line about the latest fit, if the other lines cover more than it."""
+        if self.fit_steps == self.steps:
+            return []
+        return [
+            (
+                "this fit",
+                f"{self.fit_steps:,} of {self.steps:,} steps, {self.fit_updates} of "
+                f"{self.updates} updates",
+            )
+        ]
 
     def _density(self) -> str:
         first, last, final = (
@@ -96,6 +118,7 @@ class FitSummary:
             "dense_bytes": self.dense_nbytes,
             "flops": self.flops,
             "updates": self.updates,
+            "fit_updates": self.fit_updates,
             "blocks_dropped": self.dropped,
             "blocks_grown": self.grown,
             "ever_active": self.ever_active,
@@ -130,6 +153,8 @@ def summarise(fit: Fit) -> FitSummary:
         )
     return FitSummary(
         layers=len(layers),
+        steps=fit.step,
+        fit_steps=fit.step - fit.earlier_steps,
         first_density=share_set(first),
         density=share_set(present),
         final_density=fit.final_density,
@@ -139,6 +164,7 @@ def summarise(fit: Fit) -> FitSummary:
         dense_nbytes=sum(dense for _, dense in sizes),
         flops=relative_flops(fit.model),
         updates=fit.n_updates,
+        fit_updates=fit.n_updates - fit.earlier_updates,
         dropped=count_set(first) + masks.grown - count_set(present),
         grown=masks.grown,
         ever_active=share_set([*masks.ever.values()]),

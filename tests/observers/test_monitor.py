@@ -517,6 +517,7 @@ def test_csv_gets_options_and_summary_as_hyperparameters(tmp_path: Path) -> None
         "dense_bytes": summary.dense_nbytes,
         "flops": summary.flops,
         "updates": 5,
+        "fit_updates": 5,
         "blocks_dropped": summary.dropped,
         "blocks_grown": summary.grown,
         "ever_active": summary.ever_active,
