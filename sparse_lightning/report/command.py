@@ -232,7 +232,8 @@ def _is_of_same_run(a: Path, b: Path) -> bool:
 
 def _time_span(history: History) -> tuple[float, float]:
     """Return the Unix times of the first and the last record."""
-    times = [record.seconds for record in (*history.frames, *history.metrics)]
+    times = [frame.seconds for frame in history.frames]
+    times += [metrics.seconds for metrics in history.metrics]
     return min(times), max(times)
 
 
