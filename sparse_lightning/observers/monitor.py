@@ -16,12 +16,12 @@ from sparse_lightning.observers.measures import (
     compute_dtype,
     layer_row,
     layer_series,
-    linear_weights,
     update_scalars,
 )
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.observers.throughput import Throughput
 from sparse_lightning.policy.updates import ModelUpdate
+from sparse_lightning.savings import linear_weights
 
 _NO_NORMS = np.empty(0, np.float32)
 

@@ -23,17 +23,15 @@ from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
 from sparse_lightning.masks import mask_image
 from sparse_lightning.observers import monitor, throughput
 from sparse_lightning.observers.mask_tracker import MaskTracker
-from sparse_lightning.observers.measures import (
+from sparse_lightning.observers.measures import layer_row, layer_series, update_scalars
+from sparse_lightning.observers.throughput import Throughput
+from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
+from sparse_lightning.savings import (
     count_parameters,
-    layer_row,
-    layer_series,
     linear_weights,
     relative_flops,
     training_bytes,
-    update_scalars,
 )
-from sparse_lightning.observers.throughput import Throughput
-from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
 from tests.callbacks.helpers import Classifier, loader, trainer
 from tests.observers.wandb_file import config, history, metrics
 

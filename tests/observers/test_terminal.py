@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback
 from sparse_lightning.observers import throughput
-from sparse_lightning.observers.measures import model_speedup
+from sparse_lightning.savings import model_speedup
 from tests import processes
 from tests.callbacks.helpers import Classifier, Manual, loader, trainer
 from tests.processes import end_rank, run_ranks
