@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from sparse_lightning import SparsityCallback, sparsify
 from sparse_lightning.bench.environment import prepare_device
-from sparse_lightning.observers.measures import count_parameters
 from sparse_lightning.policy.updates import ModelUpdate, choose_blocks
+from sparse_lightning.savings import count_parameters
 from sparse_lightning.selection import sparse_layers
 from sparse_lightning.sparsifier import Sparsifier
 

@@ -9,18 +9,22 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_lightning.export.files import read_checkpoint, state_dict_of
-from sparse_lightning.export.state_dicts import SavedLayer, find_layers
+from sparse_lightning.export.state_dicts import SavedLayer, describe_layers, find_layers
 from sparse_lightning.masks import mask_image, mask_text
+from sparse_lightning.names import group_similar
 from sparse_lightning.swap_report import DEAD_FEATURES
-from sparse_lightning.tables import Section, show
+from sparse_lightning.tables import Section, range_of, show
 from sparse_lightning.topology import count_dead
 
 EXAMPLES = """examples:
-  all block-sparse layers, and the configuration of the training:
+  the block-sparse layers, and the configuration of the training:
     sparse-lightning inspect last.ckpt
+  the same with a row for each of the repeated layers:
+    sparse-lightning inspect last.ckpt --all
   the block mask of one layer, as text and as an image:
     sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0
     sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0 --png mask.png
@@ -32,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT",
         help="a Lightning checkpoint, or a state dict saved by torch.save")  # fmt: skip
+    add("--all", action="store_true",
+        help="list every layer; without it, layers of one kind whose names differ only in numbers "
+        "share a row")  # fmt: skip
     add("--layer", metavar="NAME", help="show the block mask of this layer")
     add("--png", type=Path, metavar="FILE",
         help="write the mask as a PNG image; needs --layer and pillow")  # fmt: skip
@@ -45,12 +52,14 @@ def run(options: argparse.Namespace) -> None:
         RuntimeError: if pillow is missing.
         OSError: if the image cannot be written.
     """
+    if options.all and options.layer:
+        raise ValueError("`--all` must come without `--layer`, which shows one layer.")
     if options.png and not options.layer:
         raise ValueError("`--png` must come with `--layer`: an image shows one layer.")
     checkpoint = read_checkpoint(options.checkpoint)
     layers = find_layers(state_dict_of(checkpoint))
     if options.layer is None:
-        print_layers(layers)
+        print_layers(layers, options.all)
         print_training(checkpoint)
         return
     layer = _get_layer(layers, options.layer)
@@ -62,33 +71,47 @@ def run(options: argparse.Namespace) -> None:
         print(mask_text(layer.topology.mask.numpy(), shutil.get_terminal_size().columns))
 
 
-def print_layers(layers: Mapping[str, SavedLayer]) -> None:
-    """Print a table of saved layers: sizes, dead outputs, unread inputs, norms of the blocks."""
+def print_layers(layers: Mapping[str, SavedLayer], every: bool = False) -> None:
+    """Print a table of saved layers: sizes, dead outputs, unread inputs, norms of the blocks.
+
+    Layers whose names differ only in numbers, and that have the same shape, block size and dtype,
+    share a row with the sums of their blocks and features and the norms of all their blocks; there
+    is a column for their number then. With `every`, each layer has its own row.
+    """
+    keyed = [(name, _kind(layer)) for name, layer in layers.items()]
+    groups = [(name, [name], kind) for name, kind in keyed] if every else group_similar(keyed)
+    is_repeated = len(groups) < len(layers)
+
+    def number(count: int) -> list[str]:
+        return [f"{count}"] if is_repeated else []
+
     header = (
-        "layer", "shape", "blocks", "density", *DEAD_FEATURES, "dtype",
-        "min norm", "median", "max",
+        "layer", *(["number"] if is_repeated else []), "shape", "blocks", "density",
+        *DEAD_FEATURES, "dtype", "min norm", "median", "max",
     )  # fmt: skip
     rows = []
-    present = total = 0
-    for name, layer in layers.items():
-        topology = layer.topology
-        norms = _block_norms(layer)
+    for label, names, (out_features, in_features, size, dtype) in groups:
+        topologies = [layers[name].topology for name in names]
+        dead = [count_dead(topology.mask) for topology in topologies]
+        norms = torch.cat([_block_norms(layers[name]) for name in names])
         quantiles = (norms.min(), norms.median(), norms.max()) if len(norms) else ()
         rows.append(
             (
-                name,
-                f"{topology.out_features}x{topology.in_features}",
-                f"{topology.n_blocks} of {topology.block_size}x{topology.block_size}",
-                f"{topology.density:.3f}",
-                *(f"{n * topology.block_size:,}" for n in count_dead(topology.mask)),
-                str(layer.values.dtype).removeprefix("torch."),
+                label,
+                *number(len(names)),
+                f"{out_features}x{in_features}",
+                f"{sum(topology.n_blocks for topology in topologies):,} of {size}x{size}",
+                range_of(f"{topology.density:.3f}" for topology in topologies),
+                *(f"{sum(counts) * size:,}" for counts in zip(*dead, strict=True)),
+                str(dtype).removeprefix("torch."),
                 *(f"{float(norm):.3g}" for norm in quantiles),
                 *("-" for _ in range(3 - len(quantiles))),
             )
         )
-        present += topology.n_blocks * topology.block_size**2
-        total += topology.out_features * topology.in_features
-    rows.append(("total", "", f"{present:,} weights", f"{present / total:.3f}", *[""] * 6))
+    report = describe_layers(layers)
+    present = sum(entry.n_blocks * entry.block_size**2 for entry in report.layers.values())
+    totals = (f"{present:,} weights", f"{report.density:.3f}")
+    rows.append(("total", *number(len(layers)), "", *totals, *[""] * 6))
     show([Section("Block-sparse layers", header, rows)])
 
 
@@ -117,6 +140,12 @@ def mask_title(name: str, layer: SavedLayer) -> str:
         f"{name}: {topology.out_features}x{topology.in_features}, {topology.n_blocks} of "
         f"{rows}x{columns} blocks of {size}x{size}, density {topology.density:.3f}"
     )
+
+
+def _kind(layer: SavedLayer) -> tuple[int, int, int, torch.dtype]:
+    """Return what layers that share a row have in common."""
+    topology = layer.topology
+    return topology.out_features, topology.in_features, topology.block_size, layer.values.dtype
 
 
 def _block_norms(layer: SavedLayer) -> Tensor:

@@ -530,6 +530,19 @@ class Sparsifier:
         return 0 if tracked is None else tracked.steps
 
     @property
+    def next_update(self) -> int | None:
+        """Step of the next topology update by the first optimizer that holds a layer, or None."""
+        tracked = self._main()
+        return None if tracked is None else tracked.next_update
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether steps were taken and no topology update remains, so that the blocks stay."""
+        owners = [tracked for tracked in self._attached() if tracked.owned] or self._tracked
+        remaining = (t.next_update is not None or t.waiting for t in owners)
+        return self._has_begun and not any(remaining)
+
+    @property
     def window(self) -> int:
         """Number of steps, ending with an update, in which dense gradients are gathered."""
         return self._gatherer.window

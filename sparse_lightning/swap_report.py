@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
 from sparse_lightning.names import group_similar, merge_similar
 from sparse_lightning.policy.dead_features import DeadFeatures
-from sparse_lightning.tables import html_table, text_table
+from sparse_lightning.tables import html_table, range_of, text_table
 from sparse_lightning.topology import BlockTopology, count_dead
 
 # What features without a block are called, wherever they are shown.
@@ -185,7 +185,7 @@ class SparsityReport:
                     *number(len(layers)),
                     f"{out_features}x{in_features}",
                     f"{sum(r.n_blocks for r in layers):,} of {size}x{size}",
-                    _range_of(f"{r.density:.3f}" for r in layers),
+                    range_of(f"{r.density:.3f}" for r in layers),
                     *sums(layers),
                 )
             )
@@ -224,12 +224,6 @@ class SparsityReport:
 def _dead_features(layers: Sequence[LayerReport]) -> tuple[list[int], list[int]]:
     """Return the numbers of dead outputs and of unread inputs of layers, as in `DEAD_FEATURES`."""
     return [r.dead_outputs for r in layers], [r.unread_inputs for r in layers]
-
-
-def _range_of(cells: Iterable[str]) -> str:
-    """Return the smallest and the largest of some cells, or the one that all have."""
-    ordered = sorted({*cells})
-    return ordered[0] if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
 
 
 def describe_dead_features(dead: Mapping[str, DeadFeatures]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _WIDTH = 100
@@ -38,6 +38,16 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool
     if total:
         lines.insert(-1, rule)
     return "\n".join(lines)
+
+
+def range_of(cells: Iterable[str]) -> str:
+    """Return the smallest and the largest of some numbers of one format, or the one that all are.
+
+    >>> range_of(["0.500", "0.250"]), range_of(["0.250", "0.250"])
+    ('0.250-0.500', '0.250')
+    """
+    ordered = sorted({*cells})
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:

@@ -40,6 +40,7 @@ FLOORS = {
     "optimizer_state": 4,
     "selection": 4,
     "patching": 5,
+    "savings": 5,
     "config": 6,
     "export": 6,
     "tracked_optimizer": 5,

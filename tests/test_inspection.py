@@ -36,6 +36,34 @@ def test_layers(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [cell.strip() for cell in row] == expected.split(", ")
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_repeated_layers(every: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def layer(columns: int, value: float) -> BlockSparseLinear:
+        mask = torch.zeros(4, 4, dtype=torch.bool)
+        mask[:, :columns] = True
+        made = BlockSparseLinear(64, 64, topology=BlockTopology.from_mask(mask, 16))
+        nn.init.constant_(made.values, value)
+        return made
+
+    blocks = [nn.ModuleDict({"up": layer(n, n), "down": layer(4, 1.0)}) for n in (1, 2)]
+    path = tmp_path / "model.pt"
+    torch.save(nn.ModuleDict({"blocks": nn.ModuleList(blocks)}).state_dict(), path)
+    assert main(["inspect", str(path), *(["--all"] if every else [])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    names = [row[0] for row in cells[2:]]
+    if every:
+        expected = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("up", "down")]
+        assert names == [*expected, "total"] and "number" not in cells[0]
+    else:
+        assert names == ["blocks.*.up", "blocks.*.down", "total"]
+        # 4 blocks of norm 16 and 8 of norm 32; (3 + 2) block columns that no block reads.
+        up = "2, 64x64, 12 of 16x16, 0.250-0.500, 0, 80, float32, 16, 32, 32"
+        assert cells[0][1] == "number" and cells[2][1:] == up.split(", ")
+        assert cells[4][1] == "4"
+    assert f"{(12 + 32) * 256:,} weights" in cells[-1] and "0.688" in cells[-1]
+
+
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sparsity = SparsityCallback(block_size=16, density=0.5, update={"every_n_steps": 10})
     fitting = trainer(sparsity, root=tmp_path)
@@ -69,6 +97,7 @@ def test_mask_as_png(saved: str, tmp_path: Path) -> None:
     ("options", "status", "said"),
     [
         (["--png", "mask.png"], 2, "must come with `--layer`"),
+        (["--all", "--layer", "0"], 2, "must come without `--layer`"),
         (["--layer", "fc"], 2, "got 'fc'. There are 1, among them 0."),
         (["--layer", "0", "--png", "no/such/folder/mask.png"], 1, "No such file or directory"),
     ],

@@ -52,10 +52,11 @@ from sparse_lightning.kernels import measuring
 from sparse_lightning.loading import register_conversion_hook
 from sparse_lightning.masks import MaskGallery
 from sparse_lightning.names import DEFAULT_EXCLUDE, check_patterns, matches
+from sparse_lightning.observers.loggers import log_options
 from sparse_lightning.observers.measures import compute_dtype
 from sparse_lightning.observers.observers import Observers
 from sparse_lightning.observers.summary import FitSummary, summarise
-from sparse_lightning.observers.terminal import show_report, show_summary
+from sparse_lightning.observers.terminal import show_report, show_schedule, show_summary
 from sparse_lightning.policy.criteria import Criterion
 from sparse_lightning.policy.distributions import Distribution, Floor
 from sparse_lightning.policy.rules import UpdateRule
@@ -256,6 +257,9 @@ class SparsityCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The wrapped hooks have run; without wrappers the model can be pickled and copied.
         unwrap_hooks(trainer, pl_module)
+        callbacks = _sparsity_callbacks(trainer)
+        if callbacks[0] is self:
+            log_options(trainer, [callback.config for callback in callbacks])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         sparsifier, strategy = self._engine, trainer.strategy
@@ -283,7 +287,7 @@ class SparsityCallback(Callback):
             (layer.topology, compute_dtype(trainer, layer)) for layer in sparsifier.layers.values()
         )
         warn_of_slow_layers(trainer, self.config, sparsifier.layers)
-        rank_zero_info(f"Block-sparse training: {sparsifier.timetable}.")
+        show_schedule(sparsifier, self._label(trainer))
         self._observers.start(trainer, pl_module, sparsifier)
 
     @property

@@ -21,7 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparse_lightning import ranks
 from sparse_lightning.config import build_config
 from sparse_lightning.export.files import write_checkpoint
+from sparse_lightning.integrations.reporters import report_options, report_summary
 from sparse_lightning.kernels import measuring
+from sparse_lightning.savings import measure_savings
 from sparse_lightning.selection import select_layers
 from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.stepping import unwrap_optimizer
@@ -37,7 +39,8 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     there is an optimizer; topology updates then run in the hooks of the optimizer. Each checkpoint
     gets a file `sparsity.pt`, and `train(resume_from_checkpoint=...)` resumes bit for bit. Another
     `train()` of the same model continues the schedule where it ended. The logs get
-    `sparsity/density`.
+    `sparsity/density`, and at the end a summary. The active run of W&B gets the options and the
+    summary, too, and so does TensorBoard at the end.
 
     If `model_init` builds the model, or the callback is added later, the layers are swapped when
     `train()` begins. On several ranks, and in order to resume, `model_init` must call `sparsify`
@@ -45,7 +48,8 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     the Trainer then keeps a wrapper of the model that depends on the shapes of its parameters.
 
     Args:
-        options: keywords of `SparsityCallback`; `monitor` has no effect.
+        options: keywords of `SparsityCallback`; `monitor` has no effect, except that None keeps
+            options and summary from loggers.
 
     Attributes:
         config: all options, validated.
@@ -64,6 +68,7 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
         self.sparsifier: Sparsifier | None = None
         self._optimizer: ref[Optimizer] | None = None
         self._training = False
+        self._summary: dict[str, float] = {}  # of the latest training, by key of loggers
         # Digest of the topology at the end of the last training, to which the optimizer's state
         # belongs.
         self._last_digest = ""
@@ -96,6 +101,7 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     ) -> None:
         _check_arguments(args)
         self._detach()  # The previous training may have been interrupted.
+        self._summary = {}
         sparsifier = self._sparsifier_for(kwargs["model"], state.global_step > 0)
         optimizer = unwrap_optimizer(kwargs["optimizer"])
         # If the training resumes, the Trainer has already loaded the model, optimizer and step.
@@ -164,6 +170,17 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
         self.sparsifier = Sparsifier(model, config=self.config)
         return self.sparsifier
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The reporters that follow this callback in the Trainer's list begin their runs after it.
+        if state.is_world_process_zero and self.config.monitor is not None:
+            report_options(self._logged_options())
+
+    def _logged_options(self) -> dict[str, Any]:
+        options = self.config.options().items()
+        return {f"sparsity/{k}": v for k, v in options if k.partition(".")[0] != "monitor"}
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -175,17 +192,41 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
         if self.sparsifier is None or logs is None:
             return
         # The Trainer has already appended a copy of the logs to its history.
-        for entry in (logs, *state.log_history[-1:]):
+        entries = (logs, *state.log_history[-1:])
+        for entry in entries:
             entry["sparsity/density"] = self.sparsifier.density
         # The Trainer logs "total_flos" after the last step, and may then load the best model, whose
         # layers may have more slots. An attached sparsifier's layers cannot change their capacity.
         if "total_flos" in logs:
+            if self._training and self.config.monitor is not None:
+                self._summary = self._summarise(self.sparsifier)
+                for entry in entries:
+                    entry.update(self._summary)
             self._detach()
+
+    def _summarise(self, sparsifier: Sparsifier) -> dict[str, float]:
+        """Return the summary of a training that ends, under the keys of Lightning's callback."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizers = [] if optimizer is None else [optimizer]
+        saved = measure_savings(sparsifier.model, sparsifier.layers.values(), optimizers)
+        scalars = {
+            "density": sparsifier.density,
+            "updates": float(sparsifier.n_updates),
+            **saved.scalars(),
+        }
+        return {f"sparsity/summary/{name}": value for name, value in scalars.items()}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._detach()
+        if self._summary and state.is_world_process_zero:
+            report_summary(
+                Path(args.output_dir or "."),
+                self._logged_options(),
+                self._summary,
+                state.global_step,
+            )
 
     def _detach(self) -> None:
         if self.sparsifier is not None and self._training:

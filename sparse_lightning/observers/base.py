@@ -27,6 +27,8 @@ class Fit:
         masks: the block masks of these layers, including the latest update.
         step: optimizer steps so far.
         n_updates: topology updates so far.
+        earlier_steps: optimizer steps before this fit, in earlier fits or before a resume.
+        earlier_updates: topology updates before this fit.
         label: "1", "2" and so on, the callback's position among several `SparsityCallback`s; "" if
             the trainer has only one.
         density: present blocks / all blocks over the layers of all `SparsityCallback`s.
@@ -40,6 +42,8 @@ class Fit:
     masks: MaskTracker
     step: int
     n_updates: int
+    earlier_steps: int
+    earlier_updates: int
     label: str
     density: float
     target_density: float

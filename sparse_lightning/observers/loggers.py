@@ -7,16 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sparse_lightning.config import SparsityConfig
 from sparse_lightning.masks import LEGEND, mask_image
 from sparse_lightning.observers.measures import LayerRow
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 
+_PREFIX = "sparsity/"
 _TABLE = "sparsity/layers"
 _COLUMNS = {field.name: field.name.replace("_", " ") for field in dataclasses.fields(LayerRow)}
 # Summaries that W&B computes over a run, for metrics where the last value is not enough.
@@ -84,13 +87,12 @@ class LoggerAdapter:
     def start(self) -> None:
         """Declare the metrics, where the logger supports that."""
 
-    def log_options(self, options: Mapping[str, Any]) -> None:
-        """Log the options as hyperparameters, under keys that begin as those of metrics do."""
-        self._log_hyperparams({f"sparsity/{name}": value for name, value in options.items()})
+    def log_options(self, options: Mapping[str, Any], trainer: pl.Trainer) -> None:
+        """Log the options of all `SparsityCallback`s, by key, as hyperparameters."""
+        self._log_hyperparams(options)
 
     def _log_hyperparams(self, values: Mapping[str, Any]) -> None:
-        named = {self._key(name): value for name, value in values.items()}
-        self._try(lambda: self.logger.log_hyperparams(named))
+        self._try(lambda: self.logger.log_hyperparams(dict(values)))
 
     def log_summary(self, scalars: Mapping[str, float], step: int) -> None:
         """Log the summary of a training, once, at its end."""
@@ -115,8 +117,7 @@ class LoggerAdapter:
         self._try(lambda: self._log_table([dataclasses.astuple(row) for row in rows], step))
 
     def _key(self, name: str) -> str:
-        metric = name.removeprefix("sparsity/")
-        return name if metric == name or not self._label else f"sparsity/{self._label}/{metric}"
+        return _labelled(name, self._label)
 
     def _log_metrics(self, metrics: dict[str, Any], step: int) -> bool:
         self.logger.log_metrics(metrics, step=step)
@@ -151,8 +152,20 @@ class CsvAdapter(LoggerAdapter):
     anew; that fails if another training has written to the same file.
     """
 
+    logger: CSVLogger
+
+    def log_options(self, options: Mapping[str, Any], trainer: pl.Trainer) -> None:
+        # A logger that is used again keeps its hyperparameters, also those that this fit lacks.
+        self._try(self._forget_earlier_fit)
+        super().log_options(options, trainer)
+
+    def _forget_earlier_fit(self) -> None:
+        kept = self.logger.experiment.hparams
+        for name in [name for name in kept if name.startswith(_PREFIX)]:
+            del kept[name]
+
     def log_summary(self, scalars: Mapping[str, float], step: int) -> None:
-        self._log_hyperparams(scalars)
+        self._log_hyperparams({self._key(name): value for name, value in scalars.items()})
 
 
 class WandbAdapter(LoggerAdapter):
@@ -203,6 +216,12 @@ class TensorBoardAdapter(LoggerAdapter):
 
     logger: TensorBoardLogger
 
+    def log_options(self, options: Mapping[str, Any], trainer: pl.Trainer) -> None:
+        # TensorBoard keeps the first hyperparameters of a run, so these include Lightning's.
+        self._try(
+            lambda: self.logger.log_hyperparams({**_lightnings_hyperparameters(trainer), **options})
+        )
+
     def _media(self, snapshots: Sequence[LayerSnapshot], step: int) -> dict[str, Any]:
         writer = self.logger.experiment
         for layer in snapshots:
@@ -234,3 +253,52 @@ def adapt_logger(logger: Logger, label: str) -> LoggerAdapter:
     if isinstance(logger, CSVLogger):
         return CsvAdapter(logger, label)
     return LoggerAdapter(logger, label)
+
+
+def log_options(trainer: pl.Trainer, configs: Sequence[SparsityConfig]) -> None:
+    """Log the options of a trainer's `SparsityCallback`s to its loggers as hyperparameters.
+
+    Call this before Lightning logs the hyperparameters of the module and the datamodule, which it
+    does right after `on_fit_start`.
+
+    Args:
+        trainer: the trainer that fits.
+        configs: configurations of the callbacks, in its order.
+    """
+    options = {
+        _labelled(f"{_PREFIX}{name}", str(i) if len(configs) > 1 else ""): value
+        for i, config in enumerate(configs, 1)
+        if config.monitor is not None
+        for name, value in config.options().items()
+    }
+    if not options or not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        adapt_logger(logger, "").log_options(options, trainer)
+
+
+def _lightnings_hyperparameters(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the hyperparameters that Lightning logs: those that were saved, unless turned off."""
+    if not getattr(trainer, "enable_autolog_hparams", True):  # Lightning 2.5 has no such option
+        return {}
+    sources = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    return {
+        name: value
+        for source in sources
+        # `save_hyperparameters(logger=False)` clears the flag.
+        if source is not None and getattr(source, "_log_hyperparams", True)
+        for name, value in source.hparams_initial.items()
+        if name != "_class_path"  # LightningCLI's own
+    }
+
+
+def _labelled(name: str, label: str) -> str:
+    """Return a key of a callback's options or of its metrics over all layers.
+
+    >>> _labelled("sparsity/density", "2"), _labelled("sparsity/density", "")
+    ('sparsity/2/density', 'sparsity/density')
+    >>> _labelled("sparsity_density/net.0", "2")
+    'sparsity_density/net.0'
+    """
+    metric = name.removeprefix(_PREFIX)
+    return name if metric == name or not label else f"{_PREFIX}{label}/{metric}"

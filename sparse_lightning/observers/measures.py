@@ -1,9 +1,9 @@
-"""Metrics of block masks and topology updates, and of what sparsity saves."""
+"""Metrics of block masks and topology updates."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.names import group_similar, matches
 from sparse_lightning.observers.mask_tracker import MaskTracker
-from sparse_lightning.optimizer_state import find_optimizer
 from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
-from sparse_lightning.selection import sparse_layers
+from sparse_lightning.savings import count_parameters, relative_flops
 from sparse_lightning.swap_report import DEAD_FEATURES, LayerReport
 from sparse_lightning.topology import count_dead
 
@@ -161,81 +160,6 @@ def drop_threshold(update: TopologyUpdate, drop_scores: Tensor | None) -> float 
     scores = drop_scores[rows, cols]
     scores = scores[scores.isfinite()]
     return float(scores.min()) if len(scores) else None
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model, without the contents of empty slots."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for _, layer in sparse_layers(model):
-        empty = layer.topology.capacity - layer.topology.n_blocks
-        total -= empty * layer.block_size**2
-    return total
-
-
-def linear_weights(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of present and of dense weights in linear layers, without biases."""
-    present = dense = 0
-    for module in model.modules():
-        if isinstance(module, BlockSparseLinear):
-            present += module.topology.n_blocks * module.block_size**2
-        elif isinstance(module, nn.Linear):
-            present += module.in_features * module.out_features
-        else:
-            continue
-        dense += module.in_features * module.out_features
-    return present, dense
-
-
-def relative_flops(model: nn.Module) -> float:
-    """Return the FLOPs per token of a model's linear layers, relative to dense ones."""
-    present, dense = linear_weights(model)
-    return present / max(1, dense)
-
-
-def training_bytes(
-    layer: BlockSparseLinear, optimizers: Iterable[torch.optim.Optimizer]
-) -> tuple[int, int]:
-    """Return the bytes of a layer's weight in training, and those of a dense weight.
-
-    They include gradient and optimizer state, and the indices of the sparse layer; for a sharded
-    layer they are the sum over all ranks.
-    """
-    tensors = [layer.values] * (2 if layer.values.requires_grad else 1)
-    found = find_optimizer(optimizers, layer.values)
-    if found is not None:
-        tensors += found[0].state.get(layer.values, {}).values()
-    values = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in tensors
-        if isinstance(tensor, Tensor) and tensor.shape == layer.values.shape
-    )
-    indices = sum(t.nbytes for t in vars(layer.topology).values() if isinstance(t, Tensor))
-    dense = values // max(1, layer.values.numel()) * layer.out_features * layer.in_features
-    return values + indices + layer.block_norms.nbytes, dense
-
-
-def model_speedup(
-    layers: Iterable[tuple[BlockSparseLinear, float]], dtype: torch.dtype
-) -> float | None:
-    """Return the predicted speed-up of several layers together over dense ones.
-
-    Args:
-        layers: pairs of a layer and its density.
-        dtype: compute dtype of the layers.
-
-    Returns:
-        Dense time / sparse time, where a dense layer's time is assumed proportional to its weights;
-        None if a layer has no measured speed-up, as on a CPU.
-    """
-    dense = sparse = 0.0
-    for layer, density in layers:
-        speedup = layer.predicted_speedup(density, dtype)
-        if speedup is None:
-            return None
-        weights = layer.in_features * layer.out_features
-        dense += weights
-        sparse += weights / speedup
-    return dense / sparse if sparse else None
 
 
 @dataclass(frozen=True)

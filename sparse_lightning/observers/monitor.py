@@ -16,33 +16,30 @@ from sparse_lightning.observers.measures import (
     compute_dtype,
     layer_row,
     layer_series,
-    linear_weights,
     update_scalars,
 )
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.observers.throughput import Throughput
 from sparse_lightning.policy.updates import ModelUpdate
+from sparse_lightning.savings import linear_weights
 
 _NO_NORMS = np.empty(0, np.float32)
 
 
 class SparsityMonitor(Observer):
-    """Logs options at the start, each update with one call per logger, and a summary at the end.
+    """Logs each update with one call per logger, and a summary at the end.
 
-    Every logger gets the options as hyperparameters, and scalars. W&B and TensorBoard also get the
-    block masks of the first `images` layers: at the start of the training, at every
-    `every_n_updates`-th update and at the end. With them come histograms of the number of blocks in
-    each block row and block column and, at updates, of the norms of the blocks that stayed. At the
-    end they also get a table of all layers.
+    Every logger gets scalars. W&B and TensorBoard also get the block masks of the first `images`
+    layers: at the start of the training, at every `every_n_updates`-th update and at the end. With
+    them come histograms of the number of blocks in each block row and block column and, at updates,
+    of the norms of the blocks that stayed. At the end they also get a table of all layers.
 
     Args:
         options: how often to log images and histograms, and for how many layers.
-        config: all options of the training by dotted key, as primitives.
     """
 
-    def __init__(self, options: MonitorOptions, config: Mapping[str, Any]) -> None:
+    def __init__(self, options: MonitorOptions) -> None:
         self.options = options
-        self.config = config
         self._adapters: list[LoggerAdapter] = []
         self._series: Mapping[str, Sequence[str]] = {}
         self._throughput: Throughput | None = None
@@ -64,7 +61,6 @@ class SparsityMonitor(Observer):
         self._pictured = {}
         snapshots = self._unchanged(fit)
         for adapter in self._adapters:
-            adapter.log_options(self.config)
             adapter.log_update({}, snapshots, fit.step)
         self._throughput = Throughput(trainer.world_size, linear_weights(fit.model), peak)
 

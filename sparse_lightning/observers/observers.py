@@ -37,7 +37,7 @@ class Observers:
 
     def __init__(self, config: SparsityConfig) -> None:
         options = config.monitor
-        self.monitor = None if options is None else SparsityMonitor(options, config.options())
+        self.monitor = None if options is None else SparsityMonitor(options)
         self.masks = MaskTracker()
         self._observers: list[Observer] = [Terminal(), CallbackMetrics()]
         if self.monitor is not None:
@@ -48,6 +48,7 @@ class Observers:
             self._observers.append(self._recorder)
         self._running: tuple[pl.Trainer, pl.LightningModule, Sparsifier] | None = None
         self._hook: RemovableHandle | None = None
+        self._earlier = 0, 0  # steps and updates before the running fit
 
     def reset(self) -> None:
         """Forget the block masks and the history of an earlier schedule."""
@@ -59,6 +60,7 @@ class Observers:
         """Begin observing, once everything is built, restored and attached."""
         self.stop()
         self._running = trainer, model, sparsifier
+        self._earlier = sparsifier.steps, sparsifier.n_updates
         self._hook = sparsifier.register_update_hook(lambda _, update: self._update(update))
         self.masks.start(sparsifier.layers)
         fit = self.fit
@@ -72,6 +74,7 @@ class Observers:
         trainer, model, sparsifier = self._running
         engines = sparsifiers(trainer)
         n_blocks = sum(engine.n_blocks for engine in engines)
+        earlier_steps, earlier_updates = self._earlier
         return Fit(
             trainer=trainer,
             model=model,
@@ -79,6 +82,8 @@ class Observers:
             masks=self.masks,
             step=sparsifier.steps,
             n_updates=sparsifier.n_updates,
+            earlier_steps=earlier_steps,
+            earlier_updates=earlier_updates,
             label=str(engines.index(sparsifier) + 1) if len(engines) > 1 else "",
             density=density_of(layer for engine in engines for layer in engine.layers.values()),
             target_density=sum(engine.final_blocks for engine in engines) / max(1, n_blocks),

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sparse_lightning.observers.base import Fit
 from sparse_lightning.observers.measures import (
     compute_dtype,
     count_dead_features,
-    count_parameters,
     count_set,
-    linear_weights,
-    model_speedup,
-    relative_flops,
     share_set,
-    training_bytes,
 )
+from sparse_lightning.savings import Savings, measure_savings, model_speedup
 from sparse_lightning.swap_report import DEAD_FEATURES
 from sparse_lightning.tables import html_table
 
 
 @dataclass(frozen=True)
-class FitSummary:
+class FitSummary(Savings):
     """What block sparsity saved in a training, at its end.
+
+    A training includes the earlier fits of the same layers by the same callback, and what came
+    before a resume. The attributes of `Savings` are those at the end, of these layers.
 
     Attributes:
         layers: number of block-sparse layers.
+        steps: number of optimizer steps.
+        fit_steps: number of these that the latest fit took.
         first_density: present blocks / all blocks of these layers at the start.
         density: present blocks / all blocks of these layers at the end.
         final_density: their density when the density schedule is complete.
-        parameters: parameters of the whole model, without absent blocks.
-        dense_parameters: parameters of the whole model with every layer dense.
-        nbytes: bytes of these layers' weights, gradients, optimizer state and indices.
-        dense_nbytes: the same, without indices, if the layers were dense.
-        flops: FLOPs of all linear layers, relative to dense ones.
         updates: number of topology updates.
+        fit_updates: number of these that the latest fit made.
         dropped: number of blocks that these updates dropped.
         grown: number of blocks that these updates grew.
         ever_active: blocks that were ever present / all blocks.
@@ -44,15 +41,13 @@ class FitSummary:
     """
 
     layers: int
+    steps: int
+    fit_steps: int
     first_density: float
     density: float
     final_density: float
-    parameters: int
-    dense_parameters: int
-    nbytes: int
-    dense_nbytes: int
-    flops: float
     updates: int
+    fit_updates: int
     dropped: int
     grown: int
     ever_active: float
@@ -63,6 +58,7 @@ class FitSummary:
         """Return the lines of the summary, as pairs of a label and a text."""
         rows = [
             ("layers", f"{self.layers}"),
+            *self._fit(),
             ("density", self._density()),
             ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense"),
             (
@@ -79,6 +75,18 @@ class FitSummary:
             rows.append(("predicted speed-up", f"{self.speedup:.2f} of these layers"))
         return rows
 
+    def _fit(self) -> list[tuple[str, str]]:
+        """Return a line about the latest fit, if the other lines cover more than it."""
+        if self.fit_steps == self.steps:
+            return []
+        return [
+            (
+                "this fit",
+                f"{self.fit_steps:,} of {self.steps:,} steps, {self.fit_updates} of "
+                f"{self.updates} updates",
+            )
+        ]
+
     def _density(self) -> str:
         first, last, final = (
             f"{density:.3f}" for density in (self.first_density, self.density, self.final_density)
@@ -90,12 +98,9 @@ class FitSummary:
         """Return the numbers of the summary by name, for loggers."""
         found: dict[str, float] = {
             "density": self.density,
-            "parameters": self.parameters,
-            "dense_parameters": self.dense_parameters,
-            "bytes": self.nbytes,
-            "dense_bytes": self.dense_nbytes,
-            "flops": self.flops,
+            **super().scalars(),
             "updates": self.updates,
+            "fit_updates": self.fit_updates,
             "blocks_dropped": self.dropped,
             "blocks_grown": self.grown,
             "ever_active": self.ever_active,
@@ -117,28 +122,24 @@ class FitSummary:
 
 def summarise(fit: Fit) -> FitSummary:
     """Return the summary of a training at its end."""
-    layers, masks = fit.layers.values(), fit.masks
+    layers, masks = list(fit.layers.values()), fit.masks
     first, present = [*masks.first.values()], [*masks.present.values()]
-    sizes = [training_bytes(layer, fit.trainer.optimizers) for layer in layers]
-    parameters = count_parameters(fit.model)
-    present_weights, dense_weights = linear_weights(fit.model)
     speedup = None
     if layers:
         speedup = model_speedup(
             [(layer, layer.density) for layer in layers],
-            compute_dtype(fit.trainer, next(iter(layers))),
+            compute_dtype(fit.trainer, layers[0]),
         )
     return FitSummary(
         layers=len(layers),
+        steps=fit.step,
+        fit_steps=fit.step - fit.earlier_steps,
         first_density=share_set(first),
         density=share_set(present),
         final_density=fit.final_density,
-        parameters=parameters,
-        dense_parameters=parameters + dense_weights - present_weights,
-        nbytes=sum(sparse for sparse, _ in sizes),
-        dense_nbytes=sum(dense for _, dense in sizes),
-        flops=relative_flops(fit.model),
+        **asdict(measure_savings(fit.model, layers, fit.trainer.optimizers)),
         updates=fit.n_updates,
+        fit_updates=fit.n_updates - fit.earlier_updates,
         dropped=count_set(first) + masks.grown - count_set(present),
         grown=masks.grown,
         ever_active=share_set([*masks.ever.values()]),

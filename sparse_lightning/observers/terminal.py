@@ -1,4 +1,4 @@
-"""Terminal output: the swap report, metrics in the progress bar, and the summary of a training.
+"""Terminal output: swap report, schedule, metrics in the progress bar, and summary of a training.
 
 The swap report and the summary are tables in a terminal or notebook, and one log line elsewhere.
 """
@@ -15,6 +15,7 @@ from sparse_lightning.observers.base import Fit, Observer
 from sparse_lightning.observers.measures import count_dead_features, model_churn
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.policy.updates import ModelUpdate
+from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.swap_report import DEAD_FEATURES, SparsityReport
 
 if TYPE_CHECKING:
@@ -78,6 +79,32 @@ def show_report(report: SparsityReport, callback: str = "") -> None:
     copies = "; ".join(f"{copy} follows {source}" for copy, source in report.follows.items())
     line = " ".join(part for part in (line, copies and f"{copies}.", report.coverage_note) if part)
     _show(f"{report}\n{callback}".rstrip(), line, lambda: _report_table(report, suffix))
+
+
+def show_schedule(sparsifier: Sparsifier, callback: str = "") -> None:
+    """Log, on rank 0, which topology updates a training that starts will make.
+
+    Args:
+        sparsifier: the engine, attached to the optimizers.
+        callback: description of the `SparsityCallback` if the trainer has several.
+    """
+    suffix = f", {callback}" if callback else ""
+    rank_zero_info(f"Block-sparse training{suffix}: {_schedule(sparsifier)}.")
+
+
+def _schedule(sparsifier: Sparsifier) -> str:
+    if sparsifier.has_ended:
+        density = f"{sparsifier.density:.3f}"
+        return (
+            f"the schedule of topology updates has ended, so the blocks stay at density {density}. "
+            "To move them again, fit this model, without `ckpt_path`, with a new SparsityCallback "
+            f"whose densities are at most {density}"
+        )
+    text = f"{sparsifier.timetable}"
+    if sparsifier.steps and sparsifier.next_update is not None:
+        text += f"; it continues at step {sparsifier.steps}, and the next update is at step "
+        text += f"{sparsifier.next_update}"
+    return text
 
 
 def show_summary(summary: FitSummary, callback: str = "") -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lightning.files import check_writable
-from sparse_lightning.history import read_history
+from sparse_lightning.history import History, read_history
 from sparse_lightning.report.film import write_film
 from sparse_lightning.report.page import write_comparison, write_report
 from sparse_lightning.tables import text_table
 
 _HISTORIES = "pattern*.history"
+_NUMBERED = re.compile(r"pattern-(\d+)\.")  # with the number of one of several callbacks
 
 EXAMPLES = """the page of a run:
   an animation of each layer's block mask, coloured by presence, age or score; curves of density,
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("`--layer` must come with `--film`: the page shows all layers.")
     found = [find_runs(path) for path in options.run_dir]
     by_file = {run.resolve(): run for each in found for run in each.runs}
-    runs, older = list(by_file.values()), (path for each in found for path in each.older)
+    runs = list(by_file.values())
     if options.film and len(runs) > 1:
         raise ValueError(
             f"`--film` must have one run; got {len(runs)}: {', '.join(named_runs(runs))}."
@@ -91,10 +92,14 @@ def run(options: argparse.Namespace) -> None:
         _print_written(output, runs[0], write_report(runs[0], output))
     else:
         _write_comparison(runs, folder, output)
-    _print_list(
-        "Older histories; name a file to show it instead:",
-        list(dict.fromkeys(str(path) for path in older if path.resolve() not in by_file)),
-    )
+    for title, histories in (
+        ("Histories of other callbacks of a run", [p for each in found for p in each.others]),
+        ("Older histories", [path for each in found for path in each.older]),
+    ):
+        _print_list(
+            f"{title}; name a file to show it instead:",
+            list(dict.fromkeys(str(p) for p in histories if p.resolve() not in by_file)),
+        )
     _print_list(
         "Histories that were left out, because they cannot be read:",
         list(dict.fromkeys(error for each in found for error in each.errors)),
@@ -166,11 +171,13 @@ class FoundRuns:
 
     Attributes:
         runs: history of each run, at least one.
-        older: histories that are not runs of their own, newest first.
+        others: histories that other `SparsityCallback`s of these runs wrote, newest first.
+        older: other histories that are not runs of their own, newest first.
         errors: a sentence about each run whose history cannot be read.
     """
 
     runs: list[Path]
+    others: list[Path] = field(default_factory=list)
     older: list[Path] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
@@ -185,12 +192,15 @@ def find_runs(path: Path) -> FoundRuns:
         ValueError: if there are none, or if the histories of several cannot be read.
     """
     newest: dict[Path, Path] = {}
-    older, errors = [], []
+    others: list[Path] = []
+    older: list[Path] = []
+    errors: list[str] = []
     for history in find_histories(path):
-        if newest.setdefault(history.parent, history) != history:
-            older.append(history)
+        first = newest.setdefault(history.parent, history)
+        if first != history:
+            (others if _is_of_same_run(first, history) else older).append(history)
     if len(newest) == 1:  # it is read once, when it is shown
-        return FoundRuns([*newest.values()], older)
+        return FoundRuns([*newest.values()], others, older)
     starts: dict[Path, list[str]] = {}
     for history in newest.values():
         try:
@@ -202,7 +212,29 @@ def find_runs(path: Path) -> FoundRuns:
     earlier = {start for ids in starts.values() for start in ids[:-1]}
     older += [history for history, ids in starts.items() if ids[-1] in earlier]
     runs = [history for history, ids in starts.items() if ids[-1] not in earlier]
-    return FoundRuns(runs, older, errors)
+    return FoundRuns(runs, others, older, errors)
+
+
+def _is_of_same_run(a: Path, b: Path) -> bool:
+    """Return whether two callbacks of one training wrote two histories in a folder.
+
+    Several callbacks number their files, and write them at the same time.
+    """
+    numbers = [_NUMBERED.match(path.name) for path in (a, b)]
+    if not all(numbers) or len({match and match[1] for match in numbers}) == 1:
+        return False
+    try:
+        (a_start, a_end), (b_start, b_end) = (_time_span(read_history(path)) for path in (a, b))
+    except ValueError:  # one of them cannot be read
+        return False
+    return a_start < b_end and b_start < a_end
+
+
+def _time_span(history: History) -> tuple[float, float]:
+    """Return the Unix times of the first and the last record."""
+    times = [frame.seconds for frame in history.frames]
+    times += [metrics.seconds for metrics in history.metrics]
+    return min(times), max(times)
 
 
 def common_folder(paths: Sequence[Path]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -22,17 +23,15 @@ from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
 from sparse_lightning.masks import mask_image
 from sparse_lightning.observers import monitor, throughput
 from sparse_lightning.observers.mask_tracker import MaskTracker
-from sparse_lightning.observers.measures import (
+from sparse_lightning.observers.measures import layer_row, layer_series, update_scalars
+from sparse_lightning.observers.throughput import Throughput
+from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
+from sparse_lightning.savings import (
     count_parameters,
-    layer_row,
-    layer_series,
     linear_weights,
     relative_flops,
     training_bytes,
-    update_scalars,
 )
-from sparse_lightning.observers.throughput import Throughput
-from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
 from tests.callbacks.helpers import Classifier, loader, trainer
 from tests.observers.wandb_file import config, history, metrics
 
@@ -504,7 +503,7 @@ def test_one_call_per_logger_and_update(tmp_path: Path) -> None:
 def test_csv_gets_options_and_summary_as_hyperparameters(tmp_path: Path) -> None:
     logger, callback = CSVLogger(tmp_path), sparsity()
     trainer(callback, root=tmp_path, logger=logger).fit(Classifier(), loader())
-    saved = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    saved = hparams_file(logger)
     assert saved["sparsity/block_size"] == 16 and saved["sparsity/init"] == "random"
     assert saved["sparsity/density.final"] == 0.25 and saved["sparsity/monitor.images"] == 1
     summary = callback.summary
@@ -516,6 +515,7 @@ def test_csv_gets_options_and_summary_as_hyperparameters(tmp_path: Path) -> None
         "dense_bytes": summary.dense_nbytes,
         "flops": summary.flops,
         "updates": 5,
+        "fit_updates": 5,
         "blocks_dropped": summary.dropped,
         "blocks_grown": summary.grown,
         "ever_active": summary.ever_active,
@@ -537,19 +537,106 @@ def test_wandb_and_tensorboard_get_options_and_summary(offline: Path) -> None:
     assert config(run_file)["sparsity/density.schedule"] == "cubic"
     (row,) = [row for row in history(run_file) if "sparsity/summary/density" in row]
     assert row["sparsity/summary/density"] == 0.25 and row["trainer/global_step"] == 24
-    board.finalize("success")
-    events = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    ).EventAccumulator(board.log_dir)
-    events.Reload()
-    (event,) = events.Scalars("sparsity/summary/density")
+    (event,) = read_events(board).Scalars("sparsity/summary/density")
     assert (event.step, event.value) == (24, 0.25)
-    (started,) = [
-        content
-        for tag, content in events.PluginTagToContent("hparams").items()
-        if tag.endswith("session_start_info")
+    assert b"sparsity/density.schedule" in shown_by_tensorboard(board)
+
+
+class Saved(Classifier):
+    """Saves its hyperparameters, which Lightning logs."""
+
+    def __init__(self, lr: float = 1e-2, momentum: float = 0.9) -> None:
+        super().__init__(lr)
+        self.save_hyperparameters()
+
+
+class SavedQuietly(Classifier):
+    def __init__(self, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+
+
+def read_events(logger: TensorBoardLogger) -> Any:
+    logger.finalize("success")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(logger.log_dir)
+    events.Reload()
+    return events
+
+
+def shown_by_tensorboard(logger: TensorBoardLogger) -> bytes:
+    """Return the run's hyperparameters in TensorBoard, encoded, which are those it reads first."""
+    content = read_events(logger).PluginTagToContent("hparams")
+    return b"".join(value for tag, value in content.items() if tag.endswith("session_start_info"))
+
+
+def hparams_file(logger: Any) -> dict[str, Any]:
+    return yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "is_shown"),
+    [
+        (Saved, {}, True),
+        (SavedQuietly, {}, False),
+        (Saved, {"enable_autolog_hparams": False}, False),
+    ],
+)
+def test_tensorboard_shows_the_options_beside_what_the_model_saved(
+    model: Any, keywords: dict[str, Any], is_shown: bool, tmp_path: Path
+) -> None:
+    if keywords and "enable_autolog_hparams" not in inspect.signature(L.Trainer).parameters:
+        pytest.skip("Lightning 2.5 has no such option")
+    logger = TensorBoardLogger(tmp_path)
+    callbacks = [
+        SparsityCallback(block_size=16, include=[f"net.{i}"], density=density)
+        for i, density in ((0, 0.25), (2, 0.5))
     ]
-    assert b"sparsity/density.schedule" in started
+    trainer(*callbacks, root=tmp_path, logger=logger, max_steps=2, **keywords).fit(
+        model(), loader()
+    )
+    shown, saved = shown_by_tensorboard(logger), hparams_file(logger)
+    for number, density in ((1, 0.25), (2, 0.5)):
+        assert f"sparsity/{number}/density.final".encode() in shown
+        assert saved[f"sparsity/{number}/density.final"] == density
+    assert (b"momentum" in shown, "momentum" in saved) == (is_shown, is_shown)
+
+
+def test_tensorboard_shows_what_the_datamodule_saved(tmp_path: Path) -> None:
+    class Data(L.LightningDataModule):
+        def __init__(self, crop: int = 32) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return loader()
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer(sparsity(), root=tmp_path, logger=logger, max_steps=2).fit(Saved(), Data())
+    shown = shown_by_tensorboard(logger)
+    assert all(key in shown for key in (b"crop", b"momentum", b"sparsity/density.final"))
+
+
+def test_a_csv_logger_that_is_used_again_has_the_options_of_the_latest_fit(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    first = [
+        SparsityCallback(block_size=16, include=[f"net.{i}"], layer_density={f"net.{i}": 0.5})
+        for i in (0, 2)
+    ]
+    trainer(*first, root=tmp_path, logger=logger, max_steps=2).fit(Saved(), loader())
+    assert "sparsity/2/summary/density" in hparams_file(logger)
+    started: dict[str, Any] = {}
+
+    class Read(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            started.update(hparams_file(logger))
+
+    second = SparsityCallback(block_size=16, density=0.25)
+    trainer(second, Read(), root=tmp_path, logger=logger, max_steps=2).fit(Saved(), loader())
+    options = {key for key in started if key.startswith("sparsity/")}
+    assert options == {f"sparsity/{name}" for name in second.config.options()}
+    assert started["momentum"] == 0.9
+    assert hparams_file(logger)["sparsity/summary/density"] == 0.25
 
 
 def test_the_options_of_several_callbacks_have_their_own_keys(tmp_path: Path) -> None:
@@ -559,7 +646,7 @@ def test_the_options_of_several_callbacks_have_their_own_keys(tmp_path: Path) ->
         for i, density in ((0, 0.25), (2, 0.5))
     ]
     trainer(*callbacks, root=tmp_path, logger=logger).fit(Classifier(), loader())
-    saved = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    saved = hparams_file(logger)
     assert [saved[f"sparsity/{i}/density.final"] for i in (1, 2)] == [0.25, 0.5]
     assert [saved[f"sparsity/{i}/summary/density"] for i in (1, 2)] == [0.25, 0.5]
 

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from sparse_lightning import BlockSparseLinear, SparsityCallback
 from sparse_lightning.observers import throughput
-from sparse_lightning.observers.measures import model_speedup
+from sparse_lightning.savings import model_speedup
 from tests import processes
 from tests.callbacks.helpers import Classifier, Manual, loader, trainer
 from tests.processes import end_rank, run_ranks
@@ -166,6 +166,62 @@ def test_each_fit_has_its_own_summary(caplog: pytest.LogCaptureFixture) -> None:
     assert len(summary_lines(caplog)) == 3
     fitting.validate(model, loader(1), verbose=False)
     assert len(summary_lines(caplog)) == 3
+
+
+def start_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records]
+    return [line for line in lines if line.startswith("Block-sparse training: ")]
+
+
+@pytest.mark.parametrize("build", [Classifier, Manual])
+def test_a_fit_after_the_end_of_the_schedule_says_that_the_blocks_stay(
+    build: type[Classifier], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    callback, model = sparsity(), build()
+    trainer(callback).fit(model, loader())
+    trainer(callback).fit(model, loader())
+    first, second = start_lines(caplog)
+    assert "updates every 4 steps, from step 0 to 18" in first
+    assert "ended" in second and "blocks stay" in second and "at most 0.250" in second
+    assert "every" not in second
+    summary = callback.summary
+    assert summary.scalars()["fit_updates"] == 0
+    assert ("this fit", "24 of 48 steps, 0 of 5 updates") in summary.rows()
+    # What the line advises moves blocks again.
+    fresh = SparsityCallback(block_size=16, density=0.25, update={"every_n_steps": 4})
+    trainer(fresh).fit(model, loader())
+    assert "updates every 4 steps, from step 0 to 18" in start_lines(caplog)[-1]
+    assert (fresh.summary.updates, fresh.summary.fit_updates) == (5, 5)
+    assert "this fit" not in dict(fresh.summary.rows())
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_training_that_continues_says_where(
+    resume: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def falling() -> SparsityCallback:
+        return SparsityCallback(
+            block_size=16,
+            density={"schedule": "linear", "initial": 1.0, "final": 0.25, "until": 20},
+            update={"every_n_steps": 4, "until": 20},
+        )
+
+    callback, model = falling(), Classifier()
+    fitting = trainer(callback, max_steps=10)
+    fitting.fit(model, loader())
+    before = callback.summary.updates
+    if resume:
+        fitting.save_checkpoint(tmp_path / "cut.ckpt")
+        callback, model = falling(), Classifier()
+    trainer(callback).fit(model, loader(), ckpt_path=tmp_path / "cut.ckpt" if resume else None)
+    line = start_lines(caplog)[-1]
+    assert "from step 0 to 20" in line and "at step 10" in line and "at step 12" in line
+    total = callback.summary.updates
+    assert total > before == total - callback.summary.fit_updates
+    assert "this fit" in dict(callback.summary.rows())
 
 
 def test_no_summary_of_a_trial_run(caplog: pytest.LogCaptureFixture) -> None:

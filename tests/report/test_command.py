@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 import webbrowser
 from pathlib import Path
 
@@ -80,6 +81,30 @@ def test_the_newest_history_of_a_folder_is_used(tmp_path: Path, capsys) -> None:
     assert lines[-2:] == [
         f"  {tmp_path / 'run' / name}.history" for name in ("pattern-1", "pattern.1")
     ]
+
+
+def test_the_histories_of_one_runs_callbacks_are_not_called_older(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    moved_aside = [record(folder / f"pattern-{i}.1.history") for i in (1, 2)]
+    record_together(folder / "pattern-1.history", folder / "pattern-2.history")
+    os.utime(folder / "pattern-2.history", (2e9, 2e9))
+    assert main(["report", str(tmp_path)]) == 0
+    _, title, other, older_title, *older = capsys.readouterr().out.splitlines()
+    assert "other callbacks" in title and other == f"  {folder / 'pattern-1.history'}"
+    assert older_title.startswith("Older histories")
+    assert set(older) == {f"  {path}" for path in moved_aside}
+
+
+def record_together(*paths: Path) -> None:
+    """Write histories as the callbacks of one training do."""
+    writers = [HistoryWriter(path) for path in paths]
+    mask = np.ones((4, 6), bool)
+    for writer in writers:
+        writer.start(0, {"fc": mask}, {"fc": 16}, {})
+    for number in (1, 2):
+        time.sleep(0.01)  # records have their time in milliseconds
+        for writer in writers:
+            writer.update(10 * number, number, {"fc": mask})
 
 
 def sweep(folder: Path) -> Path:
