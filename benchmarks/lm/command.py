@@ -138,7 +138,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
         help="folder of checkpoints and weights; default: runs")  # fmt: skip
     add("--minutes", type=float, metavar="N",
-        help="end with a checkpoint before this time; the same command continues")  # fmt: skip
+        help="end with a checkpoint at about this time; the same command continues")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     model = parser.add_argument_group("model").add_argument

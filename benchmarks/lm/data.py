@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 import lzma
 import tarfile
@@ -73,11 +74,11 @@ def _read_archive(archive: Path, suffixes: Sequence[str]) -> Iterator[tuple[str,
 
 def _read_text(path: Path) -> Iterator[tuple[str, bytes]]:
     with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-        rest = b""
+        rest, numbers = b"", itertools.count()
         while chunk := file.read(_CHUNK):
             *documents, rest = (rest + chunk).split(SEPARATOR)
-            yield from ((path.name, document) for document in documents)
-        yield path.name, rest
+            yield from ((str(next(numbers)), document) for document in documents)
+        yield str(next(numbers)), rest
 
 
 def choose(documents: Iterable[tuple[bytes, bytes]], size: int) -> list[bytes]:

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,51 +137,47 @@ def tables(
     """
     sections = []
     for title, variants in group(results).items():
-        dense = variants.get(DENSE) or next(
-            (v for label, v in variants.items() if label.startswith(f"{DENSE}, ")
-             and v[0].settings.label == DENSE), None,
-        )  # fmt: skip
-        sections += _model_tables(title, variants, dense, tokens, seconds)
+        sections += _model_tables(title, variants, tokens, seconds)
     return sections
 
 
 def _model_tables(
-    title: str,
-    variants: dict[str, Variant],
-    dense: Variant | None,
-    tokens: float | None,
-    seconds: float | None,
+    title: str, variants: dict[str, Variant], tokens: float | None, seconds: float | None
 ) -> list[Section]:
-    ends = [result.curve[-1] for result in dense or ()]
-    if ends:
-        tokens = mean([end.tokens for end in ends]) if tokens is None else tokens
-        seconds = mean([end.seconds for end in ends]) if seconds is None else seconds
-    target = mean([end.held_out_loss for end in ends]) if ends else None
+    is_dense = (variant for variant in variants.values() if variant[0].settings.label == DENSE)
+    dense = {result.settings.seed: result.curve[-1] for result in next(is_dense, [])}
+    if dense:
+        tokens = mean([end.tokens for end in dense.values()]) if tokens is None else tokens
+        seconds = mean([end.seconds for end in dense.values()]) if seconds is None else seconds
+
+    # Trainings with the same seed see the same batches, so their losses are compared.
+    def seconds_to_dense(result: Result) -> float | None:
+        end = dense.get(result.settings.seed)
+        return None if end is None else seconds_to(result.curve, end.held_out_loss)
 
     columns: list[tuple[str, Callable[[Result], float | None], int]] = [
         ("at its end", lambda result: result.curve[-1].held_out_loss, 3)
     ]
     if tokens is not None:
-        at = tokens
-        columns.append(
-            (f"at {at / 1e6:.4g} M tokens", lambda result: loss_at(result.curve, "tokens", at), 3)
-        )
+        at_tokens = partial(_loss_at, axis="tokens", value=tokens)
+        columns.append((f"at {tokens / 1e6:.4g} M tokens", at_tokens, 3))
     if seconds is not None:
-        until = seconds
-        columns.append(
-            (f"at {until:.4g} s", lambda result: loss_at(result.curve, "seconds", until), 3)
-        )
-    if target is not None:
-        goal = target
-        columns.append(("s to dense's loss", lambda result: seconds_to(result.curve, goal), 0))
+        at_seconds = partial(_loss_at, axis="seconds", value=seconds)
+        columns.append((f"at {seconds:.4g} s", at_seconds, 3))
+    remarks = [
+        "Held-out loss in nats per token; mean ± sample sd over seeds. A dash means that the "
+        "training ended before, or did not reach the loss."
+    ]
+    if dense:
+        columns.append(("seconds to dense's loss", seconds_to_dense, 0))
+    else:
+        remarks.append("There is no dense training to compare with.")
+    if any(variant[0].settings.start is not None for variant in variants.values()):
+        remarks.append("What the dense training before took is not counted.")
     losses = [
         [label, *(cell([value(result) for result in variant], n) for _, value, n in columns)]
         for label, variant in variants.items()
     ]
-    remarks = ["Held-out loss in nats per token; mean ± sample sd over seeds. A dash means that "
-               "the training ended before, or did not reach the loss."]  # fmt: skip
-    if dense is None:
-        remarks.append("There is no dense training to compare with.")
     costs = [[label, *_costs(variant)] for label, variant in variants.items()]
     cost_header = ["model", "seeds", "lr", "M tokens", "tokens/s", "PFLOPs", "M parameters",
                    "density", "peak GiB"]  # fmt: skip
@@ -189,6 +186,10 @@ def _model_tables(
         Section(f"{title}: losses", ["model", *(name for name, _, _ in columns)], losses, remarks),
         Section(f"{title}: costs", cost_header, costs, sorted(environments)),
     ]
+
+
+def _loss_at(result: Result, axis: str, value: float) -> float | None:
+    return loss_at(result.curve, axis, value)
 
 
 def _costs(variant: Variant) -> list[str]:

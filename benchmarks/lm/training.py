@@ -542,7 +542,7 @@ def _build(settings: Settings, start: dict[str, Tensor] | None) -> GPT | Llama:
             net.load_state_dict(start)
         except RuntimeError as error:
             raise ValueError(
-                f"`--start` must be weights of the same model; got others: {error}. Give the "
-                "options of the model with which they were trained."
+                "`--start` must be weights of the same model; got those of another. Give the "
+                "options of the model with which they were trained, and the same data."
             ) from error
     return net
