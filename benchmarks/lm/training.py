@@ -65,7 +65,7 @@ class Result:
         parameters: number of parameters at the end.
         density: present blocks / all blocks of the sparse layers at the end; 1 if dense.
         peak_memory: largest number of bytes allocated on the GPU; 0 on a CPU.
-        wall_seconds: duration of all pieces together, with everything but the preparation.
+        wall_seconds: time of all pieces together, with compilation and evaluation.
         warmup_steps: steps that compiled something; the median of others is their time.
     """
 

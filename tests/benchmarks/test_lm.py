@@ -120,7 +120,8 @@ def test_a_corpus_is_the_same_from_a_folder_and_an_archive(text: Path, tmp_path:
     assert (tmp_path / "a.txt.xz").read_bytes() == (tmp_path / "b.txt.xz").read_bytes()
     assert set(chosen) < set(documents().values())
     assert 20_000 <= sum(map(len, chosen)) < 21_000
-    assert run("prepare", tmp_path / "a.txt.xz", tmp_path / "a", "--vocabulary 280") == 0
+    given = "--vocabulary 280 --held-out .3"
+    assert run("prepare", tmp_path / "a.txt.xz", tmp_path / "a", given) == 0
 
 
 def test_a_batch_depends_on_seed_and_step_only(tmp_path: Path) -> None:
