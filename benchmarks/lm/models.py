@@ -8,7 +8,7 @@ from quality_tasks import load_example
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_lightning.observers.measures import linear_weights
+from sparse_lightning.savings import linear_weights
 
 _MULTIPLE = 128  # of hidden features, so that every block size divides them
 

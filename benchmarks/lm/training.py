@@ -22,8 +22,8 @@ from lm.settings import DENSE, RULES, Settings, callback_keywords
 from sparse_lightning import SparsityCallback
 from sparse_lightning.bench.environment import describe_environment, prepare_device
 from sparse_lightning.files import atomic_write
-from sparse_lightning.observers.measures import count_parameters
 from sparse_lightning.policy.updates import ModelUpdate
+from sparse_lightning.savings import count_parameters
 from sparse_lightning.sparsifier import Sparsifier
 
 _WEIGHT_DECAY, _BETAS, _CLIP = 0.1, (0.9, 0.95), 1.0
