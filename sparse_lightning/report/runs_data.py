@@ -149,8 +149,8 @@ def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 def default_metric(names: Sequence[str]) -> str | None:
     """Return the metric that is compared first; None if there is none.
 
-    It is a loss or an accuracy of a validation if there is one, and then the metric that most runs
-    have.
+    It is a loss or an accuracy of a validation if there is one, then the metric that most runs
+    have, and then the first in alphabetical order, so accuracies come before losses.
 
     Args:
         names: names of the metrics, once for each run that logged them.
@@ -159,15 +159,16 @@ def default_metric(names: Sequence[str]) -> str | None:
     'val_loss'
     """
 
-    def rank(name: str) -> tuple[bool, bool, int]:
+    def rank(name: str) -> tuple[bool, bool, int, str]:
         lower = name.lower()
         return (
             _VALIDATION.search(lower) is None,
             _QUALITY.search(lower) is None,
             -names.count(name),
+            name,
         )
 
-    return min(dict.fromkeys(names), key=rank, default=None)
+    return min(names, key=rank, default=None)
 
 
 def best_is(metric: str) -> str:

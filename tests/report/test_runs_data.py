@@ -150,6 +150,8 @@ def test_only_options_that_differ_are_columns() -> None:
         (["val/time", "eval_loss", "train/accuracy"], "eval_loss"),
         (["interval_loss", "lr"], "interval_loss"),  # 'val' is only a part of a word
         (["val_acc", "val_loss", "val_loss"], "val_loss"),  # most runs have it
+        (["val/loss", "val/accuracy"], "val/accuracy"),  # in whatever order they were logged
+        (["val/accuracy", "val/loss"], "val/accuracy"),
         (["lr", "val/perplexity"], "val/perplexity"),
         (["Validation/Loss", "loss"], "Validation/Loss"),
         ([], None),
