@@ -454,6 +454,18 @@ def test_a_printed_page_holds_everything(show, history: Path) -> None:
     )
 
 
+def test_what_belongs_together_is_on_one_sheet_of_paper(show, sheets, tmp_path: Path) -> None:
+    page = show(record(tmp_path / "h", {"up": (12, 16), "down": (16, 12)}, 4))
+    for space in range(0, 700, 100):
+        printed = sheets(page, "header", space)
+        (head,) = [sheet for sheet in printed if "grown in this frame" in sheet]
+        assert re.search(r"up +\d+ of 192 blocks", head), "the mask has its legend"
+        (layers,) = [sheet for sheet in printed if "At the last frame" in sheet]
+        assert re.search(r"up +192×256", layers), "the table has its title"
+    # Neither the table nor a sentence in place of a plot leaves a sheet mostly empty.
+    assert len(sheets(page, "header", 0)) == 3
+
+
 def test_names_of_repeated_layers_are_shown_whole_and_break_at_dots(show, tmp_path: Path) -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]
     page = show(record(tmp_path / "h", dict.fromkeys(names, (4, 4)), 2))
