@@ -127,16 +127,22 @@ def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 
     The values of an option are numbers if all of them are, so that they can be sorted, and texts
     otherwise. A run without the option has None. Runs whose configuration was not recorded do not
-    make an option differ.
+    make an option differ. An initial value that equals the final one in all runs, such as that of a
+    constant density, is left out.
 
     >>> differing_options([{"drop": "magnitude", "seed": 1}, {"drop": "magnitude", "seed": 2}, {}])
     {'seed': [1, 2, None]}
+    >>> differing_options([{"density.initial": d, "density.final": d} for d in (0.1, 0.2)])
+    {'density.final': [0.1, 0.2]}
     """
     known = [config for config in configs if config]
     found: dict[str, list[Any]] = {}
     for key in dict.fromkeys(key for config in known for key in config):
         values = [config[key] for config in known if key in config]
         if len(values) == len(known) and all(value == values[0] for value in values):
+            continue
+        final = f"{key.removesuffix('initial')}final"
+        if key.endswith(".initial") and values == [config.get(final) for config in known]:
             continue
         numbers = all(_is_number(value) for value in values)
         found[key] = [

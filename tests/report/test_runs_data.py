@@ -140,6 +140,10 @@ def test_only_options_that_differ_are_columns() -> None:
         "include": ["*", "a, b"],
         "times": ["None", "3"],
     }
+    constant, falling = ({"d.initial": initial, "d.final": 0.1} for initial in (0.1, 1.0))
+    other = {"d.initial": 0.2, "d.final": 0.2}
+    assert differing_options([constant, other]) == {"d.final": [0.1, 0.2]}
+    assert differing_options([constant, falling]) == {"d.initial": [0.1, 1.0]}
     assert differing_options([{}, {}]) == differing_options([{}, {"seed": 1}]) == {}
 
 
