@@ -15,7 +15,7 @@ from sparse_lightning.files import check_writable
 from sparse_lightning.history import History, read_history
 from sparse_lightning.report.film import write_film
 from sparse_lightning.report.page import write_comparison, write_report
-from sparse_lightning.tables import text_table
+from sparse_lightning.tables import in_bytes, text_table
 
 _HISTORIES = "pattern*.history"
 _NUMBERED = re.compile(r"pattern-(\d+)\.")  # with the number of one of several callbacks
@@ -112,8 +112,8 @@ def _print_written(output: Path, history: Path, data: Mapping[str, Any]) -> None
     first, last = data["steps"]
     print(
         f"Wrote {output}: {_count(len(data['layers']), 'layer')}, "
-        f"{_count(data['updates'], 'update')}, steps {first:,} to {last:,}, {_size(output)}, "
-        f"from {history}"
+        f"{_count(data['updates'], 'update')}, steps {first:,} to {last:,}, "
+        f"{in_bytes(output.stat().st_size)}, from {history}"
     )
     if data["gaps"]:
         print(f"This history is incomplete. {data['gaps']}")
@@ -123,7 +123,8 @@ def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> 
     title = "/".join(folder.resolve().parts[-2:])
     data = write_comparison(named_runs(histories), output, title=title)
     runs, metric = data["runs"], data["metric"]
-    print(f"Wrote {output}: {_count(len(runs), 'run')}, {_size(output)}, from {folder}")
+    size = in_bytes(output.stat().st_size)
+    print(f"Wrote {output}: {_count(len(runs), 'run')}, {size}, from {folder}")
     # What each run has, by column. A value of None is missing.
     columns: list[dict[str, Any]] = [
         dict(zip(data["options"], run["options"], strict=True))
@@ -156,11 +157,6 @@ def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> 
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _size(file: Path) -> str:
-    size = file.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def _print_list(title: str, lines: Sequence[str]) -> None:
