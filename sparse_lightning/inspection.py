@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_lightning.export.files import read_checkpoint, state_dict_of
+from sparse_lightning.export.files import (
+    is_transformers,
+    read_checkpoint,
+    read_transformers,
+    state_dict_of,
+)
 from sparse_lightning.export.state_dicts import SavedLayer, describe_layers, find_layers
 from sparse_lightning.masks import mask_image, mask_text
 from sparse_lightning.names import group_similar
@@ -20,11 +25,16 @@ from sparse_lightning.swap_report import DEAD_FEATURES
 from sparse_lightning.tables import Section, range_of, show
 from sparse_lightning.topology import count_dead
 
+# What `SparsityTrainerCallback` writes into a checkpoint of Transformers' Trainer.
+_TRAINING = "sparsity.pt"
+
 EXAMPLES = """examples:
   the block-sparse layers, and the configuration of the training:
     sparse-lightning inspect last.ckpt
   the same with a row for each of the repeated layers:
     sparse-lightning inspect last.ckpt --all
+  a model that save_pretrained or the Trainer of Transformers wrote:
+    sparse-lightning inspect output/checkpoint-500
   the block mask of one layer, as text and as an image:
     sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0
     sparse-lightning inspect last.ckpt --layer blocks.0.mlp.0 --png mask.png
@@ -35,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT",
-        help="a Lightning checkpoint, or a state dict saved by torch.save")  # fmt: skip
+        help="a Lightning checkpoint, a state dict saved by torch.save, or a folder that "
+        "Transformers wrote, such as checkpoint-500")  # fmt: skip
     add("--all", action="store_true",
         help="list every layer; without it, layers of one kind whose names differ only in numbers "
         "share a row")  # fmt: skip
@@ -56,11 +67,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("`--all` must come without `--layer`, which shows one layer.")
     if options.png and not options.layer:
         raise ValueError("`--png` must come with `--layer`: an image shows one layer.")
-    checkpoint = read_checkpoint(options.checkpoint)
-    layers = find_layers(state_dict_of(checkpoint))
+    state_dict, trainings = _read(options.checkpoint)
+    layers = find_layers(state_dict)
     if options.layer is None:
         print_layers(layers, options.all)
-        print_training(checkpoint)
+        for training in trainings:
+            print_training(training)
         return
     layer = _get_layer(layers, options.layer)
     if options.png:
@@ -115,21 +127,16 @@ def print_layers(layers: Mapping[str, SavedLayer], every: bool = False) -> None:
     show([Section("Block-sparse layers", header, rows)])
 
 
-def print_training(checkpoint: Mapping[str, Any]) -> None:
-    """Print the progress and configuration that `SparsityCallback` saved, if there is any."""
-    states = [
-        state
-        for name, state in checkpoint.get("callbacks", {}).items()
-        if name.startswith("SparsityCallback") and isinstance(state, Mapping)
-    ]
-    for state in states:
-        print()
-        for optimizer in state["courses"]:
-            next_update = optimizer["next_update"]
-            when = "none left" if next_update is None else f"the next after step {next_update}"
-            print(f"Step {optimizer['steps']}, {state['n_updates']} topology updates, {when}")
-        for key, value in state["config"].items():
-            print(f"  {key}: {value}")
+def print_training(state: Mapping[str, Any]) -> None:
+    """Print the progress and the configuration that a training saved."""
+    print()
+    for optimizer in state["courses"]:
+        next_update = optimizer["next_update"]
+        when = "none left" if next_update is None else f"the next after step {next_update}"
+        updates = f"{state['n_updates']} topology update{'' if state['n_updates'] == 1 else 's'}"
+        print(f"Step {optimizer['steps']}, {updates}, {when}")
+    for key, value in state["config"].items():
+        print(f"  {key}: {value}")
 
 
 def mask_title(name: str, layer: SavedLayer) -> str:
@@ -140,6 +147,20 @@ def mask_title(name: str, layer: SavedLayer) -> str:
         f"{name}: {topology.out_features}x{topology.in_features}, {topology.n_blocks} of "
         f"{rows}x{columns} blocks of {size}x{size}, density {topology.density:.3f}"
     )
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """Return the model's state dict, and what each callback saved of the training."""
+    if is_transformers(path):
+        state = path / _TRAINING
+        return read_transformers(path), [read_checkpoint(state)] if state.is_file() else []
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint.get("callbacks", {})
+    return state_dict_of(checkpoint), [
+        state
+        for name, state in saved.items()
+        if name.startswith("SparsityCallback") and isinstance(state, Mapping)
+    ]
 
 
 def _kind(layer: SavedLayer) -> tuple[int, int, int, torch.dtype]:

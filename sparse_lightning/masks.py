@@ -95,15 +95,20 @@ def mask_text(mask: Bools, columns: int = 80) -> str:
 class MaskGallery:
     """Block masks of several layers: pictures in a notebook, and text elsewhere.
 
+    Of more than `limit` layers it shows that many, evenly spaced through the model, and says so.
+
     Attributes:
         masks: bool `[out_blocks, in_blocks]` of each layer, by its name.
+        limit: largest number of layers that are shown.
     """
 
     masks: Mapping[str, Bools]
+    limit: int = 4
 
     def __str__(self) -> str:
-        parts = (f"{_caption(name, mask)}\n{mask_text(mask)}" for name, mask in self.masks.items())
-        return "\n\n".join(parts)
+        shown = self._shown()
+        parts = [f"{_caption(name, mask)}\n{mask_text(mask)}" for name, mask in shown.items()]
+        return "\n\n".join([*parts, *self._rest()])
 
     __repr__ = __str__
 
@@ -114,7 +119,7 @@ class MaskGallery:
         except ImportError:
             return f"<pre>{html.escape(str(self))}</pre>"
         figures = []
-        for name, mask in self.masks.items():
+        for name, mask in self._shown().items():
             file = io.BytesIO()
             Image.fromarray(mask_image(mask)).save(file, format="png", optimize=True)
             source = base64.b64encode(file.getvalue()).decode()
@@ -123,7 +128,24 @@ class MaskGallery:
                 f'src="data:image/png;base64,{source}"><figcaption>'
                 f"{html.escape(_caption(name, mask))}</figcaption></figure>"
             )
-        return f'<div style="display:flex;flex-wrap:wrap;gap:1em">{"".join(figures)}</div>'
+        pictures = f'<div style="display:flex;flex-wrap:wrap;gap:1em">{"".join(figures)}</div>'
+        return pictures + "".join(f"<p>{html.escape(text)}</p>" for text in self._rest())
+
+    def _shown(self) -> dict[str, Bools]:
+        names = list(self.masks)
+        places = np.linspace(0, len(names) - 1, min(self.limit, len(names))).round().astype(int)
+        return {names[i]: self.masks[names[i]] for i in places}
+
+    def _rest(self) -> list[str]:
+        """Return a sentence about the layers that are not shown, if there are any."""
+        shown = self._shown()
+        others = [name for name in self.masks if name not in shown]
+        if not others:
+            return []
+        return [
+            f"These are {len(shown)} of {len(self.masks)} layers. To see others, name them: "
+            f"show(layers=[{others[0]!r}])."
+        ]
 
 
 def _caption(name: str, mask: Bools) -> str:

@@ -50,6 +50,15 @@ def range_of(cells: Iterable[str]) -> str:
     return ordered[0] if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
 
 
+def in_bytes(number: float) -> str:
+    """Return a number of bytes in MB, or in kB where that would be 0.0 MB.
+
+    >>> in_bytes(4_900_000), in_bytes(3_200)
+    ('4.9 MB', '3.2 kB')
+    """
+    return f"{number / 1e6:.1f} MB" if number >= 5e4 else f"{number / 1e3:.1f} kB"
+
+
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], total: bool = False) -> str:
     """Return a table for a notebook, which styles it.
 

@@ -86,3 +86,16 @@ def test_a_gallery_shows_pictures_in_a_notebook_and_text_elsewhere(
         np.testing.assert_array_equal(np.asarray(picture), mask_image(mask))
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert gallery._repr_html_().startswith("<pre>up&lt;0&gt;: 4 of")
+
+
+def test_a_gallery_of_many_layers_shows_a_few_and_names_another() -> None:
+    pytest.importorskip("PIL.Image")
+    masks = {f"blocks.{i}.up": np.eye(2, dtype=bool) for i in range(48)}
+    gallery = MaskGallery(masks)
+    page = gallery._repr_html_()
+    for shown in (str(gallery), page):
+        assert re.findall(r"blocks\.(\d+)\.up:", shown) == ["0", "16", "31", "47"]
+        assert "4 of 48 layers" in shown
+    assert "show(layers=['blocks.1.up'])" in str(gallery)
+    chosen = MaskGallery(masks, limit=48)
+    assert str(chosen).count("blocks.") == chosen._repr_html_().count("<img") == 48

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,10 @@ from sparse_lightning.files import atomic_write, check_writable
 
 # `dcp_to_torch` joins a sharded checkpoint with one key per optimizer: optimizer_0, ...
 _OPTIMIZER_PREFIX = "optimizer_"
+
+# What `save_pretrained` writes: all weights, or the names of the files that share them.
+_WEIGHTS = "model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
 
 # Entries of a Lightning checkpoint that serve only to resume the sparse run.
 _RESUME_KEYS = (
@@ -39,6 +44,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         ValueError: if the file does not exist, or holds no state dict.
     """
     path = Path(path)
+    if is_transformers(path):
+        raise ValueError(
+            f"`checkpoint` must be a file written by torch.save; got '{path}', which Transformers "
+            "wrote. Load the model by from_pretrained; `sparse_lightning.densify` makes it dense."
+        )
     if path.is_dir():
         raise ValueError(
             f"`checkpoint` must be a file; got the folder '{path}'. Join a sharded checkpoint by "
@@ -52,6 +62,41 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise ValueError(_explain_unreadable(path, error)) from error
     state_dict_of(checkpoint)
     return checkpoint
+
+
+def is_transformers(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a folder with a model that Transformers' `save_pretrained` wrote."""
+    return any(Path(path, name).is_file() for name in (_WEIGHTS, _INDEX))
+
+
+def read_transformers(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the state dict of a model that Transformers' `save_pretrained` wrote, onto the CPU.
+
+    In such a folder the blocks of a layer are called `<name>.weight`, as `find_layers` knows.
+
+    Args:
+        folder: folder with model.safetensors, or with several files and their index.
+
+    Raises:
+        ValueError: if a file is missing or cannot be read.
+        RuntimeError: if the package safetensors is not installed.
+    """
+    library = require("safetensors.torch", "safetensors")
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    try:
+        names = [_WEIGHTS]
+        if not Path(folder, _WEIGHTS).is_file():
+            index = json.loads(Path(folder, _INDEX).read_text(encoding="utf-8"))
+            names = sorted({*index["weight_map"].values()})
+        for name in names:
+            tensors.update(library.load_file(folder / name))
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"`checkpoint` must hold all files of the model; got '{folder}', which cannot be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return tensors
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -44,8 +44,8 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, SavedLayer]:
     if not layers:
         raise ValueError(
             "`checkpoint` must hold at least one block-sparse layer ('<name>.values' and "
-            f"'<name>._extra_state'); got {len(state_dict)} other entries. A dense checkpoint "
-            "needs no export; if it comes from a fit, check that SparsityCallback was used."
+            f"'<name>._extra_state'); got {len(state_dict)} other entries, so it is dense. If it "
+            "comes from a block-sparse training, check that SparsityCallback was used."
         )
     return layers
 

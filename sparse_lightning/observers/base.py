@@ -65,6 +65,9 @@ class Observer:
     def resume(self, fit: Fit) -> None:
         """Called when that validation has ended."""
 
+    def begin_epoch(self, fit: Fit) -> None:
+        """Called before the first batch of each epoch of the training but the first."""
+
     def end(self, fit: Fit, summary: FitSummary) -> None:
         """Called when the training ends normally; optimizers and loggers still exist."""
 

@@ -49,6 +49,7 @@ class Observers:
         self._running: tuple[pl.Trainer, pl.LightningModule, Sparsifier] | None = None
         self._hook: RemovableHandle | None = None
         self._earlier = 0, 0  # steps and updates before the running fit
+        self._epoch = 0
 
     def reset(self) -> None:
         """Forget the block masks and the history of an earlier schedule."""
@@ -61,6 +62,7 @@ class Observers:
         self.stop()
         self._running = trainer, model, sparsifier
         self._earlier = sparsifier.steps, sparsifier.n_updates
+        self._epoch = trainer.current_epoch
         self._hook = sparsifier.register_update_hook(lambda _, update: self._update(update))
         self.masks.start(sparsifier.layers)
         fit = self.fit
@@ -97,7 +99,14 @@ class Observers:
             observer.update(fit, update)
 
     def count(self, batch: Any) -> None:
-        """Count a batch that is about to be trained on."""
+        """Count a batch that is about to be trained on; it may be the first of an epoch."""
+        assert self._running is not None
+        epoch = self._running[0].current_epoch
+        if epoch != self._epoch:
+            self._epoch = epoch
+            fit = self.fit
+            for observer in self._observers:
+                observer.begin_epoch(fit)
         if self.monitor is not None:
             self.monitor.count(batch)
 

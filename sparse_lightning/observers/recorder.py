@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from sparse_lightning.history import HistoryWriter, holds_run
 from sparse_lightning.observers.base import Fit, Observer
@@ -49,14 +50,14 @@ class MaskRecorder(Observer):
         self.config = config
         self.history: dict[str, str] | None = None
         self._writer: HistoryWriter | None = None
-        self._written: dict[str, float] = {}
+        self._seen: dict[str, tuple[Any, float]] = {}  # each metric as it was last, and its value
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files cannot be copied or pickled. A copy records nothing until its own fit starts.
-        return {**self.__dict__, "_writer": None}
+        return {**self.__dict__, "_writer": None, "_seen": {}}
 
     def start(self, fit: Fit) -> None:
-        self._written = {}
+        self._seen = {}
         trainer = fit.trainer
         folder = run_folder(trainer) if trainer.is_global_zero and fit.layers else None
         if folder is None:
@@ -130,6 +131,10 @@ class MaskRecorder(Observer):
     def resume(self, fit: Fit) -> None:
         self._write_metrics(fit)
 
+    def begin_epoch(self, fit: Fit) -> None:
+        # What a training logs for an epoch is known only when its hooks have run.
+        self._write_metrics(fit)
+
     def end(self, fit: Fit, summary: FitSummary) -> None:
         self._write_metrics(fit)
 
@@ -142,13 +147,35 @@ class MaskRecorder(Observer):
         with self._stop_on_error():
             if self._writer is None:
                 return
-            metrics = _finite(fit.trainer.callback_metrics)
-            metrics.pop(DENSITY, None)  # the masks determine it
-            # The trainer keeps old values, such as the loss of the last validation.
-            new = dict(metrics.items() - self._written.items())
+            logged = {
+                name: (value, float(value))
+                for name, value in fit.trainer.callback_metrics.items()
+                if name != DENSITY  # the masks determine it
+            }
+            new = {
+                name: number
+                for name, (value, number) in logged.items()
+                if math.isfinite(number) and not self._is_seen(name, value, number)
+            }
+            self._seen = logged
             if new:
                 self._writer.metrics(fit.step, new)
-            self._written = metrics
+
+    def _is_seen(self, name: str, value: Any, number: float) -> bool:
+        """Return whether a metric was not logged again since it was seen, such as a validation's.
+
+        The trainer keeps the latest value of each metric. An equal value that was logged anew is in
+        other memory, since the memory of the one that was seen is still held.
+        """
+        if name not in self._seen:
+            return False
+        earlier, earlier_number = self._seen[name]
+        if isinstance(value, Tensor) and isinstance(earlier, Tensor):
+            is_same = value.data_ptr() == earlier.data_ptr()
+        else:
+            is_same = value is earlier
+        # A metric of torchmetrics may change its value in place.
+        return is_same and number == earlier_number
 
     @contextmanager
     def _stop_on_error(self) -> Iterator[None]:
@@ -211,11 +238,6 @@ def _scores(fit: Fit, update: ModelUpdate) -> dict[str, np.ndarray[Any, Any]]:
         grown = update.layers[name].coords[update.layers[name].grown]
         scores[name][grown[:, 0], grown[:, 1]] = np.nan
     return scores
-
-
-def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {name: float(value) for name, value in metrics.items()}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _device_name(device: torch.device) -> str:

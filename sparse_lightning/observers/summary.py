@@ -14,7 +14,7 @@ from sparse_lightning.observers.measures import (
 )
 from sparse_lightning.savings import Savings, measure_savings, model_speedup
 from sparse_lightning.swap_report import DEAD_FEATURES
-from sparse_lightning.tables import html_table
+from sparse_lightning.tables import html_table, in_bytes
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class FitSummary(Savings):
             ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense"),
             (
                 "memory",
-                f"{self.nbytes / 1e6:.1f} MB, {self.nbytes / max(1, self.dense_nbytes):.1%} of "
-                f"{self.dense_nbytes / 1e6:.1f} MB dense",
+                f"{in_bytes(self.nbytes)}, {self.nbytes / max(1, self.dense_nbytes):.1%} of "
+                f"{in_bytes(self.dense_nbytes)} dense",
             ),
             ("FLOPs", f"{self.flops:.1%} of dense, in linear layers"),
             ("updates", f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"),

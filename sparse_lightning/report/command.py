@@ -15,7 +15,7 @@ from sparse_lightning.files import check_writable
 from sparse_lightning.history import History, read_history
 from sparse_lightning.report.film import write_film
 from sparse_lightning.report.page import write_comparison, write_report
-from sparse_lightning.tables import text_table
+from sparse_lightning.tables import in_bytes, text_table
 
 _HISTORIES = "pattern*.history"
 _NUMBERED = re.compile(r"pattern-(\d+)\.")  # with the number of one of several callbacks
@@ -111,8 +111,9 @@ def run(options: argparse.Namespace) -> None:
 def _print_written(output: Path, history: Path, data: Mapping[str, Any]) -> None:
     first, last = data["steps"]
     print(
-        f"Wrote {output}: {len(data['layers'])} layers, {data['updates']} updates, "
-        f"steps {first:,} to {last:,}, {output.stat().st_size / 1e6:.1f} MB, from {history}"
+        f"Wrote {output}: {_count(len(data['layers']), 'layer')}, "
+        f"{_count(data['updates'], 'update')}, steps {first:,} to {last:,}, "
+        f"{in_bytes(output.stat().st_size)}, from {history}"
     )
     if data["gaps"]:
         print(f"This history is incomplete. {data['gaps']}")
@@ -122,7 +123,8 @@ def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> 
     title = "/".join(folder.resolve().parts[-2:])
     data = write_comparison(named_runs(histories), output, title=title)
     runs, metric = data["runs"], data["metric"]
-    print(f"Wrote {output}: {len(runs)} runs, {output.stat().st_size / 1e6:.1f} MB, from {folder}")
+    size = in_bytes(output.stat().st_size)
+    print(f"Wrote {output}: {_count(len(runs), 'run')}, {size}, from {folder}")
     # What each run has, by column. A value of None is missing.
     columns: list[dict[str, Any]] = [
         dict(zip(data["options"], run["options"], strict=True))
@@ -151,6 +153,10 @@ def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> 
     _print_list(
         "Incomplete histories:", [f"{run['name']}: {run['gaps']}" for run in runs if run["gaps"]]
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _print_list(title: str, lines: Sequence[str]) -> None:
@@ -238,11 +244,17 @@ def _time_span(history: History) -> tuple[float, float]:
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
-    """Return the innermost folder that holds all paths; a single folder itself."""
+    """Return the innermost folder that holds all paths, relative if they are; a single one itself.
+
+    >>> str(common_folder([Path("logs/a"), Path("logs/b")])).replace(os.sep, "/")
+    'logs'
+    """
     folders = [path if path.is_dir() else path.parent for path in paths]
     if len(folders) == 1:
         return folders[0]
-    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    is_absolute = any(folder.is_absolute() for folder in folders)
+    return Path(common if is_absolute else os.path.relpath(common))
 
 
 def named_runs(histories: Sequence[Path]) -> dict[str, Path]:

@@ -3,7 +3,15 @@
 
 const last = data.frames.length - 1;
 const state = { frame: 0, layer: 0, colour: "presence", zoom: 1, playing: false, cell: null,
-  hidden: new Set() }; // names of hidden lines in the curves
+  hidden: new Set(), // ALL, and indices of groups, whose lines in the curves are hidden
+  every: false }; // whether the table has a row for each of the repeated layers
+
+const ALL = "all layers";
+const MAX_LAYERS = 24; // of more layers, repeated ones share a name, and their lines are hidden at first
+const singles = data.layers.map((layer, index) => ({ ...layer, layers: [index] }));
+const groups = data.layers.length > MAX_LAYERS ? data.groups : singles;
+const groupOf = (index) => groups.findIndex((group) => group.layers.includes(index));
+const groupName = ({ name, layers }) => (layers.length > 1 ? `${name} (${many(layers.length, "layer")})` : name);
 
 // -- the masks ------------------------------------------------------------------------------------
 
@@ -98,7 +106,8 @@ let scale = 1;
 function layOut() {
   const { width, height, transposed, layer } = animation();
   const room = Math.max(120, $("window").clientWidth - 6);
-  const fit = Math.min(room / width, Math.max(260, 0.56 * innerHeight) / height, 64);
+  const tall = printing ? 340 : Math.max(260, 0.56 * innerHeight); // on paper it shares a page
+  const fit = Math.min(room / width, tall / height, 64);
   scale = (fit > 1 ? Math.floor(fit) : fit) * (printing ? 1 : state.zoom);
   const canvas = $("mask");
   canvas.style.width = `${width * scale}px`;
@@ -296,7 +305,7 @@ function chooseLayer(index) {
     || Math.max(0, button.offsetTop - shelf.offsetTop + button.offsetHeight - shelf.scrollTop - shelf.clientHeight);
   shelf.scrollLeft += Math.min(0, button.offsetLeft - shelf.offsetLeft - shelf.scrollLeft)
     || Math.max(0, button.offsetLeft - shelf.offsetLeft + button.offsetWidth - shelf.scrollLeft - shelf.clientWidth);
-  selectRow($("layers"), index);
+  markRow();
   draw();
   layOut();
   refreshPanels();
@@ -343,7 +352,7 @@ function onKey(event) {
   const { target, key } = event;
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   const inMask = target === $("sheet");
-  if (target.matches("select, [type=radio]") || target.closest(".plot")) return;
+  if (target.matches("select, [type=radio], [type=checkbox]") || target.closest(".plot")) return;
   if (key === " " && !target.matches("button, summary")) {
     play(!state.playing);
   } else if (key === "Escape" && inMask) {
@@ -362,7 +371,6 @@ function onKey(event) {
 // -- curves ---------------------------------------------------------------------------------------
 
 const SHARES = new Set(["density", "churn", "survival", "ever"]);
-const MAX_LAYERS = 24; // with more layers, their lines are hidden initially
 
 /** A plot with a line at the displayed frame. */
 class Panel extends Plot {
@@ -451,25 +459,22 @@ function buildCurves() {
   if (layers.length > 1) buildLegend();
 }
 
-const ALL = "all layers";
-
 function layerLine(index, x, y) {
   const { name } = data.layers[index];
   const chosen = index === state.layer;
   return { ...line(x, y, name, chosen ? style.kept : style.unknown, chosen ? 2.5 : 1),
-    visible: chosen || !state.hidden.has(name), zorder: chosen ? 2 : 0 };
+    visible: chosen || !state.hidden.has(groupOf(index)), zorder: chosen ? 2 : 0 };
 }
 
 /** The shared legend of all plots with one line per layer. */
 function buildLegend() {
-  const names = data.layers.map((layer) => layer.name);
-  if (names.length > MAX_LAYERS) names.forEach((name) => state.hidden.add(name));
-  const chips = [ALL, ...names].map((name) => {
+  if (data.layers.length > MAX_LAYERS) groups.forEach((_, index) => state.hidden.add(index));
+  const chips = [[ALL, ALL], ...groups.map((group, index) => [index, groupName(group)])].map(([key, name]) => {
     const chip = element("button", "", { type: "button", class: "chip" });
     chip.append(breakable(name));
-    const show = () => chip.setAttribute("aria-pressed", !state.hidden.has(name));
+    const show = () => chip.setAttribute("aria-pressed", !state.hidden.has(key));
     chip.addEventListener("click", () => {
-      if (!state.hidden.delete(name)) state.hidden.add(name);
+      if (!state.hidden.delete(key)) state.hidden.add(key);
       show();
       refreshPanels();
     });
@@ -507,11 +512,12 @@ function buildMetrics() {
 // -- the table ------------------------------------------------------------------------------------
 
 const COLUMNS = [
-  ["Layer", (layer) => layer.name, (value) => value],
+  ["Layer", groupName, (value) => value],
   ["Shape", (layer) => layer.grid[0] * layer.grid[1] * layer.block_size ** 2,
     (_, layer) => layer.grid.map((n) => n * layer.block_size).join("×")],
   ["Block size", (layer) => layer.block_size, whole],
-  ["Blocks", (layer) => layer.row.present, (n, layer) => `${whole(n)} of ${whole(layer.grid[0] * layer.grid[1])}`],
+  ["Blocks", (layer) => layer.row.present,
+    (n, { grid, layers }) => `${whole(n)} of ${whole(grid[0] * grid[1] * layers.length)}`],
   ["Density", (layer) => layer.row.density, percent],
   ["Ever active", (layer) => layer.row.ever, percent],
   ["Dead outputs", (layer) => layer.row.dead_outputs, whole],
@@ -521,10 +527,28 @@ const COLUMNS = [
   ["Mean score", (layer) => layer.row.score, (n) => number(n, 4)],
 ];
 
+const rows = () => (state.every || printing ? singles : groups);
+
 function buildTable() {
   $("table-note").textContent = `At the last frame, step ${whole(data.frames[last].step)}. `
     + "Ages are averaged over the present blocks, scores over the last recorded ones.";
-  fillTable($("layers"), COLUMNS, data.layers, chooseLayer);
+  $("every").parentElement.hidden = groups.length === singles.length;
+  fillRows();
+}
+
+/** Fill the table with a row for each group or for each layer. */
+function fillRows() {
+  $("layers").tHead.replaceChildren();
+  $("layers").tBodies[0].replaceChildren();
+  fillTable($("layers"), COLUMNS, rows(), (index) => {
+    const { layers } = rows()[index];
+    if (!layers.includes(state.layer)) chooseLayer(layers[0]);
+  });
+  markRow();
+}
+
+function markRow() {
+  selectRow($("layers"), rows().findIndex(({ layers }) => layers.includes(state.layer)));
 }
 
 // -- the header -----------------------------------------------------------------------------------
@@ -584,6 +608,7 @@ function listen() {
   $("play").addEventListener("click", () => play(!state.playing));
   $("slider").addEventListener("input", (event) => { play(false); showFrame(Number(event.target.value)); });
   $("colours").addEventListener("change", (event) => { setColour(event.target.value); draw(); });
+  $("every").addEventListener("change", (event) => { state.every = event.target.checked; fillRows(); });
   $("smaller").addEventListener("click", () => zoom(1 / 2));
   $("larger").addEventListener("click", () => zoom(2));
   const sheet = $("sheet");
@@ -613,7 +638,13 @@ async function begin() {
   buildCurves();
   buildMetrics();
   listen();
-  listenForPrinting(() => { play(false); layOut(); draw(); refreshPanels(); });
+  listenForPrinting(() => {
+    play(false);
+    layOut();
+    draw();
+    if (groups.length < singles.length) fillRows();
+    refreshPanels();
+  });
   chooseLayer(0);
   document.documentElement.dataset.ready = "true";
 }

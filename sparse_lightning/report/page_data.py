@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_lightning.history import Frame, Gap, History, LayerHistory, Metrics, quantise
+from sparse_lightning.names import group_similar
 
 MAX_FRAMES = 200  # 25 seconds at the default speed
 MAX_POINTS = 1000  # per curve, about the pixels of a screen
@@ -202,16 +203,17 @@ def page_data(history: History, title: str) -> dict[str, Any]:
     scored = sorted({frame for layer in history.layers.values() for frame in layer.scores})
     limit = max(2, _MAX_BLOCKS_IN_SCORES // max(1, sum(sizes)))
     scored = [scored[i] for i in evenly_spaced(len(scored), limit)]
-    layer_counts, layers = [], []
+    layer_counts, ages, layers = [], [], []
     for name, layer in history.layers.items():
         counts, last_change = count_blocks(layer, steps)
         layer_counts.append(counts)
+        ages.append(steps[-1] - last_change)
         layers.append(
             {
                 "name": name,
                 "grid": list(layer.grid),
                 "block_size": layer.block_size,
-                "row": _table_row(layer, counts, steps[-1] - last_change),
+                "row": _table_row([layer], [counts], ages[-1:]),
                 "animation": animation(layer, shown),
                 "scores": _scores(layer, scored, shown, steps),
             }
@@ -232,6 +234,7 @@ def page_data(history: History, title: str) -> dict[str, Any]:
             for frame in (history.frames[i] for i in shown)
         ],
         "layers": layers,
+        "groups": _groups(history, layer_counts, ages),
         "curves": {
             "step": [steps[i] for i in points],
             "total": _select(points, curves(total, max(1, sum(sizes)))),
@@ -244,19 +247,44 @@ def page_data(history: History, title: str) -> dict[str, Any]:
     }
 
 
-def _table_row(layer: LayerHistory, counts: BlockCounts, ages: NDArray[np.int64]) -> dict[str, Any]:
-    """Return the row of the table for a layer at the last frame."""
-    mask = layer.mask(-1).reshape(-1)
-    scores = layer.scores[max(layer.scores)] if layer.scores else np.empty(0)
+def _groups(
+    history: History, layer_counts: list[BlockCounts], ages: list[NDArray[np.int64]]
+) -> list[dict[str, Any]]:
+    """Return the layers that are alike in all but the numbers in their names, and their row."""
+    layers = list(history.layers.values())
+    index = {name: i for i, name in enumerate(history.layers)}
+    kinds = [(name, (layer.grid, layer.block_size)) for name, layer in history.layers.items()]
+    groups = []
+    for label, names, (grid, block_size) in group_similar(kinds):
+        members = [index[name] for name in names]
+        row = _table_row(
+            [layers[i] for i in members],
+            [layer_counts[i] for i in members],
+            [ages[i] for i in members],
+        )
+        kind = {"grid": list(grid), "block_size": block_size}
+        groups.append({"name": label, "layers": members, **kind, "row": row})
+    return groups
+
+
+def _table_row(
+    layers: list[LayerHistory], layer_counts: list[BlockCounts], ages: list[NDArray[np.int64]]
+) -> dict[str, Any]:
+    """Return the row of the table for one or several layers at the last frame."""
+    masks = np.concatenate([layer.mask(-1).reshape(-1) for layer in layers])
+    latest = [layer.scores[max(layer.scores)].reshape(-1) for layer in layers if layer.scores]
+    scores = np.concatenate([np.empty(0), *latest])
     finite = scores[np.isfinite(scores)]
+    present_ages = np.concatenate(ages)[masks]
+    total = sum_counts(layer_counts)
     return {
-        "present": counts.present[-1],
-        "density": rounded(counts.present[-1] / mask.size),
-        "ever": rounded(counts.ever[-1] / mask.size),
-        "dead_outputs": counts.dead_outputs[-1],
-        "unread_inputs": counts.unread_inputs[-1],
-        "replaced": sum(counts.replaced()),
-        "age": rounded(float(ages[mask].mean())) if mask.any() else None,
+        "present": total.present[-1],
+        "density": rounded(total.present[-1] / masks.size),
+        "ever": rounded(total.ever[-1] / masks.size),
+        "dead_outputs": total.dead_outputs[-1],
+        "unread_inputs": total.unread_inputs[-1],
+        "replaced": sum(sum(counts.replaced()) for counts in layer_counts),
+        "age": rounded(float(present_ages.mean())) if len(present_ages) else None,
         "score": rounded(float(finite.mean())) if len(finite) else None,
     }
 

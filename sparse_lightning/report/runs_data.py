@@ -127,16 +127,22 @@ def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 
     The values of an option are numbers if all of them are, so that they can be sorted, and texts
     otherwise. A run without the option has None. Runs whose configuration was not recorded do not
-    make an option differ.
+    make an option differ. An initial value that equals the final one in all runs, such as that of a
+    constant density, is left out.
 
     >>> differing_options([{"drop": "magnitude", "seed": 1}, {"drop": "magnitude", "seed": 2}, {}])
     {'seed': [1, 2, None]}
+    >>> differing_options([{"density.initial": d, "density.final": d} for d in (0.1, 0.2)])
+    {'density.final': [0.1, 0.2]}
     """
     known = [config for config in configs if config]
     found: dict[str, list[Any]] = {}
     for key in dict.fromkeys(key for config in known for key in config):
         values = [config[key] for config in known if key in config]
         if len(values) == len(known) and all(value == values[0] for value in values):
+            continue
+        final = f"{key.removesuffix('initial')}final"
+        if key.endswith(".initial") and values == [config.get(final) for config in known]:
             continue
         numbers = all(_is_number(value) for value in values)
         found[key] = [
@@ -149,8 +155,8 @@ def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 def default_metric(names: Sequence[str]) -> str | None:
     """Return the metric that is compared first; None if there is none.
 
-    It is a loss or an accuracy of a validation if there is one, and then the metric that most runs
-    have.
+    It is a loss or an accuracy of a validation if there is one, then the metric that most runs
+    have, and then the first in alphabetical order, so accuracies come before losses.
 
     Args:
         names: names of the metrics, once for each run that logged them.
@@ -159,15 +165,16 @@ def default_metric(names: Sequence[str]) -> str | None:
     'val_loss'
     """
 
-    def rank(name: str) -> tuple[bool, bool, int]:
+    def rank(name: str) -> tuple[bool, bool, int, str]:
         lower = name.lower()
         return (
             _VALIDATION.search(lower) is None,
             _QUALITY.search(lower) is None,
             -names.count(name),
+            name,
         )
 
-    return min(dict.fromkeys(names), key=rank, default=None)
+    return min(names, key=rank, default=None)
 
 
 def best_is(metric: str) -> str:

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sparse_lightning import SparsityCallback
 from sparse_lightning.history import HistoryWriter, read_history
 from sparse_lightning.observers.recorder import HISTORY
+from sparse_lightning.report.page_data import metric_lines
 from tests.callbacks.helpers import Classifier, loader, trainer
 from tests.callbacks.test_sparsity import sparse
 
@@ -73,6 +74,44 @@ def test_a_fit_leaves_its_history(tmp_path: Path) -> None:
     assert not known[grown].any() and known[mask & ~grown].all()
     # The loss of the only validation, at the end, is written once.
     assert [(m.step, [*m.values]) for m in history.metrics] == [(24, ["val_loss"])]
+
+
+class Plateaus(Classifier):
+    """Logs values that never change: for steps, at some steps, for epochs, and in validations."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("train/step", 2.0)
+        if batch_idx == 1:
+            self.log("train/rare", 2.0)
+        self.log("train/epoch", 2.0, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for name in ("val/loss", "val/accuracy", "val/f1", "val/auc"):
+            self.log(name, 0.8)
+
+
+def test_a_metric_has_a_point_for_each_time_that_it_was_logged(tmp_path: Path) -> None:
+    sparsity = SparsityCallback(block_size=16, density=0.25, update={"times": [2, 5, 7]})
+    logger = CSVLogger(tmp_path, name="csv", version=0)
+    # Three epochs of eight steps, with validations in the middle of each and at its end.
+    fitting = trainer(sparsity, root=tmp_path, logger=logger, val_check_interval=4)
+    fitting.fit(Plateaus(), loader(8), loader(1))
+    history = read_history(tmp_path / "csv" / "version_0" / HISTORY)
+    lines = {name: steps for name, (steps, _) in metric_lines(history).items()}
+    updates, validations = {2, 5, 7}, {4, 8, 12, 16, 20, 24}
+    for name in ("val/loss", "val/accuracy", "val/f1", "val/auc"):
+        assert lines[name] == sorted(validations)
+    assert lines["train/step"] == sorted(updates | validations)
+    assert lines["train/rare"] == [2, 12, 20]  # logged at steps 2, 10 and 18
+    assert lines["train/epoch"] == [8, 16, 24]
+    # They are in the order in which they were logged, in whatever order Python hashes their names.
+    assert [name for name in lines if "val" in name] == [
+        "val/loss",
+        "val/accuracy",
+        "val/f1",
+        "val/auc",
+    ]
 
 
 def saved_at_10(folder: Path) -> Path:

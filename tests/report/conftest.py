@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,18 @@ def visit(tab: Callable[[bool], Any], file: Path) -> Iterator[Callable[..., Any]
     with listening:
         yield open_page
     assert not wrong, wrong
+
+
+@pytest.fixture
+def sheets(tmp_path: Path) -> Callable[..., list[str]]:
+    """The text of each sheet of paper of a page, with some pixels of space before one element."""
+    if shutil.which("pdftotext") is None:
+        pytest.skip("needs pdftotext")
+
+    def printed(page: Any, before: str, space: int) -> list[str]:
+        page.eval_on_selector(before, f"(e) => {{ e.style.paddingTop = '{space}px'; }}")
+        page.pdf(format="A4", path=tmp_path / "page.pdf")
+        subprocess.run(["pdftotext", "-layout", "page.pdf"], cwd=tmp_path, check=True)
+        return (tmp_path / "page.txt").read_text(encoding="utf-8").split("\f")[:-1]
+
+    return printed

@@ -52,7 +52,7 @@ def test_the_page_is_written_to_the_run_without_leftovers(tmp_path: Path, capsys
     record(tmp_path / "logs" / "version_3" / "pattern.history")
     assert main(["report", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert f"Wrote {tmp_path / 'report.html'}: 1 layers, 2 updates, steps 0 to 20," in out
+    assert f"Wrote {tmp_path / 'report.html'}: 1 layer, 2 updates, steps 0 to 20," in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "report.html"]
     text = (tmp_path / "report.html").read_text()
     assert (
@@ -150,7 +150,8 @@ def test_runs_named_one_by_one_are_compared_in_their_common_folder(
     assert main(["report", "x", "../b"]) == 0
     assert [run["name"] for run in data_in(tmp_path / "report.html")["runs"]] == ["a", "b"]
     out = capsys.readouterr().out
-    assert f"Wrote {tmp_path / 'report.html'}" in out and "pattern.1.history" in out
+    assert f"Wrote {Path('../report.html')}:" in out and "pattern.1.history" in out
+    assert str(tmp_path) not in out, "relative paths stay relative"
     # A file that is named is a run, next to the newest one.
     assert main(["report", "../b", str(other), "--output", "y.html"]) == 0
     assert [run["name"] for run in data_in(tmp_path / "a" / "y.html")["runs"]] == [

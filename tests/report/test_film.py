@@ -62,7 +62,7 @@ def test_an_animation_shows_every_update_of_a_tall_layer_transposed(tmp_path: Pa
     path = record(tmp_path / "pattern.history", ["up"], (8, 4), 5)
     output = tmp_path / "mask.gif"
     assert main(["report", str(path), "--film", str(output)]) == 0
-    said = f"Wrote {output}: 1 layers, 5 updates, steps 0 to 50,"
+    said = f"Wrote {output}: 1 layer, 5 updates, steps 0 to 50,"
     assert said in capsys.readouterr().out
     assert not (tmp_path / "report.html").exists(), "a film replaces the page"
     layer, image = read_history(path).layers["up"], Image.open(output)

@@ -313,6 +313,42 @@ def test_the_legend_of_all_layers(show, history: Path) -> None:
     page.wait_for_function(f"{visible}[2] === true")
 
 
+def test_many_repeated_layers_share_names_and_rows(show, tmp_path: Path) -> None:
+    kinds = {"up": (4, 2), "down": (2, 4)}
+    grids = {f"blocks.{i}.{kind}": grid for i in range(13) for kind, grid in kinds.items()}
+    page = show(record(tmp_path / "h", {**grids, "other": (2, 2)}, 2))
+    names = ["blocks.*.up (13 layers)", "blocks.*.down (13 layers)", "other"]
+    assert page.locator(".chip").all_inner_texts() == ["all layers", *names]
+    rows = page.locator("#layers tbody tr")
+    assert page.locator("#layers td button").all_inner_texts() == names
+    assert rows.nth(1).locator("td").nth(3).inner_text().endswith(f"of {13 * 8}")
+    # A name shows and hides the lines of its layers, in addition to all layers' and the chosen one.
+    page.locator("#curves .panel").first.scroll_into_view_if_needed()
+    page.wait_for_function("panels[0].drawn")
+    lines = "panels[0].plot.data.filter((line) => line.visible).length"
+    assert page.evaluate(lines) == 2
+    page.click(".chip:has-text('blocks.*.down')")
+    page.wait_for_function(f"{lines} === 15")
+    # A row stands for its first layer until there is a row for each.
+    rows.nth(1).click()
+    assert page.inner_text("#layer-name") == "blocks.0.down"
+    assert rows.nth(1).get_attribute("aria-selected") == "true"
+    page.get_by_label("A row for each").check()
+    assert page.locator("#layers td button").all_inner_texts() == [*grids, "other"]
+    rows.nth(3).click()
+    page.get_by_label("A row for each").uncheck()
+    assert page.inner_text("#layer-name") == "blocks.1.down"
+    assert rows.nth(1).get_attribute("aria-selected") == "true" and rows.count() == 3
+    # On paper, which cannot be asked for more, each layer has its row.
+    page.evaluate(
+        """() => addEventListener("beforeprint", () => {
+            window.printed = document.querySelectorAll("#layers tbody tr").length;
+        })"""
+    )
+    page.pdf(format="A4")
+    assert page.evaluate("printed") == 27 and rows.count() == 3
+
+
 def test_light_and_dark(show, history: Path) -> None:
     page = show(history, color_scheme="dark")
     paper = "getComputedStyle(document.body).backgroundColor"
@@ -416,6 +452,18 @@ def test_a_printed_page_holds_everything(show, history: Path) -> None:
     page.wait_for_function(
         "panels[0].plot.querySelector('.main-svg').clientWidth === panels[0].plot.clientWidth"
     )
+
+
+def test_what_belongs_together_is_on_one_sheet_of_paper(show, sheets, tmp_path: Path) -> None:
+    page = show(record(tmp_path / "h", {"up": (12, 16), "down": (16, 12)}, 4))
+    for space in range(0, 700, 100):
+        printed = sheets(page, "header", space)
+        (head,) = [sheet for sheet in printed if "grown in this frame" in sheet]
+        assert re.search(r"up +\d+ of 192 blocks", head), "the mask has its legend"
+        (layers,) = [sheet for sheet in printed if "At the last frame" in sheet]
+        assert re.search(r"up +192×256", layers), "the table has its title"
+    # Neither the table nor a sentence in place of a plot leaves a sheet mostly empty.
+    assert len(sheets(page, "header", 0)) == 3
 
 
 def test_names_of_repeated_layers_are_shown_whole_and_break_at_dots(show, tmp_path: Path) -> None:

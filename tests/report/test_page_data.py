@@ -107,6 +107,24 @@ def test_all_data_of_the_page(small: History) -> None:
             assert (masks[frame] == small.layers[name].mask(frame)).all()
 
 
+def test_repeated_layers_have_a_row_together(tmp_path: Path) -> None:
+    writer = HistoryWriter(tmp_path / "repeated")
+    grids = {"up.0": [[1, 1]], "down": [[1]], "up.1": [[1, 0]], "up.2": [[1, 0, 0]]}
+    masks = {name: np.array(grid, dtype=bool) for name, grid in grids.items()}
+    writer.start(0, masks, dict.fromkeys(masks, 16), {})
+    writer.update(10, 1, masks | {"up.1": np.array([[0, 1]], dtype=bool)})
+    writer.scores({name: np.full(mask.shape, 3, dtype=np.float32) for name, mask in masks.items()})
+    data = page_data(read_history(tmp_path / "repeated"), "")
+    together, down, other_shape = data["groups"]
+    assert (together["name"], together["layers"]) == ("up.*", [0, 2])
+    assert together["row"] == {
+        "present": 3, "density": 0.75, "ever": 1, "dead_outputs": 0, "unread_inputs": 16,
+        "replaced": 1, "age": 6.66667, "score": 3,
+    }  # fmt: skip
+    for group, index in ((down, 1), (other_shape, 3)):
+        assert group["layers"] == [index] and group["row"] == data["layers"][index]["row"]
+
+
 def test_scores_start_at_their_frame(small: History) -> None:
     scores = page_data(small, "")["layers"][0]["scores"]
     assert scores["from"] == [1] and scores["steps"] == [10] and scores["ranges"] == [[2.0, 4.0]]

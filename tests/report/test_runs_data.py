@@ -140,6 +140,10 @@ def test_only_options_that_differ_are_columns() -> None:
         "include": ["*", "a, b"],
         "times": ["None", "3"],
     }
+    constant, falling = ({"d.initial": initial, "d.final": 0.1} for initial in (0.1, 1.0))
+    other = {"d.initial": 0.2, "d.final": 0.2}
+    assert differing_options([constant, other]) == {"d.final": [0.1, 0.2]}
+    assert differing_options([constant, falling]) == {"d.initial": [0.1, 1.0]}
     assert differing_options([{}, {}]) == differing_options([{}, {"seed": 1}]) == {}
 
 
@@ -150,6 +154,8 @@ def test_only_options_that_differ_are_columns() -> None:
         (["val/time", "eval_loss", "train/accuracy"], "eval_loss"),
         (["interval_loss", "lr"], "interval_loss"),  # 'val' is only a part of a word
         (["val_acc", "val_loss", "val_loss"], "val_loss"),  # most runs have it
+        (["val/loss", "val/accuracy"], "val/accuracy"),  # in whatever order they were logged
+        (["val/accuracy", "val/loss"], "val/accuracy"),
         (["lr", "val/perplexity"], "val/perplexity"),
         (["Validation/Loss", "loss"], "Validation/Loss"),
         ([], None),

@@ -247,3 +247,14 @@ def test_a_printed_comparison_holds_everything(
     paper = page.evaluate("paper")
     assert len(paper["curves"]) == 4 and all(paper["curves"]) and paper["inside"]
     assert paper["theme"] == "light" and page.evaluate("theme()") == "dark"
+
+
+def test_the_note_on_the_masks_is_on_their_sheet_of_paper(
+    compare, sheets, histories: dict[str, Path]
+) -> None:
+    page = compare(histories)
+    for space in range(0, 600, 30):
+        (note,) = [s for s in sheets(page, "#masks-head", space) if "Each pixel is a block" in s]
+        assert "just dropped" in note and "the previous place of the slider" in " ".join(
+            note.split()
+        )
