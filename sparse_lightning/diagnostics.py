@@ -85,6 +85,14 @@ def sudden_fall(budgets: LayerBudgets, timetable: Timetable) -> str | None:
     )
 
 
+def no_exchange(reason: str) -> str:
+    """Warn that no update changes a block, for a reason that ends with a remedy."""
+    return (
+        f"No topology update will change a block: {reason}. If the blocks are to stay, set "
+        "`drop_fraction=0`."
+    )
+
+
 def rise_without_growth(rising: Sequence[str]) -> str:
     """Warn about layers whose budget rises although no block can be grown."""
     return (
