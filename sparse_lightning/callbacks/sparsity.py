@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,9 +52,9 @@ from sparse_lightning.config import (
 from sparse_lightning.kernels import measuring
 from sparse_lightning.loading import register_conversion_hook
 from sparse_lightning.masks import MaskGallery
-from sparse_lightning.names import DEFAULT_EXCLUDE, check_patterns, matches
+from sparse_lightning.names import DEFAULT_EXCLUDE, check_patterns, list_names, matches
 from sparse_lightning.observers.loggers import log_options
-from sparse_lightning.observers.measures import compute_dtype
+from sparse_lightning.observers.measures import check_layer_series, compute_dtype
 from sparse_lightning.observers.observers import Observers
 from sparse_lightning.observers.summary import FitSummary, summarise
 from sparse_lightning.observers.terminal import show_report, show_schedule, show_summary
@@ -210,7 +211,7 @@ class SparsityCallback(Callback):
         if not masks:
             raise ValueError(
                 f"`layers` must match block-sparse layers; got {list(layers)!r}, which match none "
-                f"of {', '.join(map(repr, self.sparsifier.layers))}."
+                f"of {list_names(self.sparsifier.layers)}."
             )
         return MaskGallery(masks)
 
@@ -240,6 +241,8 @@ class SparsityCallback(Callback):
             previous.reset_gathered()  # another fit of the same model continues the schedule
         else:
             self._start_schedule(new)
+        if self.config.monitor is not None:
+            check_layer_series(self.config.monitor.layers, new.layers)
         if any(id(layer) not in sparse for layer in new.layers.values()):
             swap_in_copies(trainer)
             self.report = new.report
@@ -365,6 +368,10 @@ class SparsityCallback(Callback):
 
     # Save and resume.
 
+    # Lightning looks through the wrapper and sees a method that is not overridden. So it saves the
+    # state, but does not ask for distinct keys before `setup` can say which layers two callbacks
+    # share: keys are equal only for equal patterns.
+    @functools.wraps(Callback.state_dict)
     def state_dict(self) -> dict[str, Any]:
         if self.sparsifier is None:
             return {}
