@@ -211,7 +211,6 @@ class SparsityConfig:
         self.follow = dict(self.follow)
         self._check_density()
         self._check_update()
-        self._check_drop_fraction()
         self._check_rule()
         if self.monitor is not None:
             _check_int("monitor.every_n_updates", self.monitor.every_n_updates, 1)
@@ -223,8 +222,6 @@ class SparsityConfig:
             _check_bool("monitor.record", self.monitor.record)
 
     def _check_density(self) -> None:
-        check_density(self.density.initial, "density.initial")
-        check_density(self.density.final, "density.final")
         check_time(self.density.begin, "density.begin")
         check_time(self.density.until, "density.until")
         _check_order("density", self.density.begin, self.density.until)
@@ -248,10 +245,6 @@ class SparsityConfig:
             self.update.times = _sort_times(times)
         if not self.density_is_constant and _same_kind(self.density.until, self.update.until):
             _check_reaches(self.density.until, self.update.until)
-
-    def _check_drop_fraction(self) -> None:
-        for key in ("initial", "final"):
-            _check_share(f"drop_fraction.{key}", getattr(self.drop_fraction, key))
 
     def _check_rule(self) -> None:
         ignored = (self.drop_criterion, self.grow_criterion, self.regrow)
@@ -459,7 +452,7 @@ class SparsityConfig:
         length = "" if timetable.total_steps is None else f" of {timetable.total_steps}"
         updates = "the only one is" if timetable.next_update(first) is None else "the first one is"
         return (
-            f"{updates} after step {first}{length}, where at most {100 * share:.2g} % of a layer's "
+            f"{updates} after step {first}{length}, and at most {100 * share:.2g} % of a layer's "
             f"blocks are to be exchanged, which rounds to no block. {remedy}"
         )
 
@@ -645,6 +638,7 @@ def _coerce(cls: type[T], value: Any, argument: str) -> T:
                 )
         return cls(**value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and "schedule" in accepted:
+        _check_value(argument, argument, value)
         return cls(schedule="constant", initial=value, final=value)  # type: ignore[call-arg]
     number = "a number or " if "schedule" in accepted else ""
     raise TypeError(
@@ -661,7 +655,13 @@ def _fill_in(
     initial: float,
     final: float,
 ) -> None:
-    """Fill in missing values; a constant schedule takes its one value from either field."""
+    """Fill in missing values; a constant schedule takes its one value from either field.
+
+    The given ones are checked before, so that an error names the key that was given.
+    """
+    for key, value in (("initial", span.initial), ("final", span.final)):
+        if value is not None:
+            _check_value(argument, f"{argument}.{key}", value)
     if schedule is constant:
         given = [value for value in (span.initial, span.final) if value is not None] or [final]
         if given[0] not in given[-1:]:  # `!=` is also true for a NaN and itself.
@@ -673,6 +673,14 @@ def _fill_in(
         return
     span.initial = initial if span.initial is None else span.initial
     span.final = final if span.final is None else span.final
+
+
+def _check_value(argument: str, key: str, value: Any) -> None:
+    """Check a value of `density` or of `drop_fraction`; errors name it by its key."""
+    if argument == "density":
+        check_density(value, key)
+    else:
+        _check_share(key, value)
 
 
 def _check_bool(key: str, value: object) -> None:

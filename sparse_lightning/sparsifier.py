@@ -138,7 +138,7 @@ class Sparsifier:
         # that the budgets of the others do not change.
         self._budgeted = dict(self.layers)
         swapped = {n: entry for n, entry in self.report.layers.items() if n in self.layers}
-        self.report = replace(self.report, layers=swapped)
+        self.report = replace(self.report, layers=swapped, final_density=self.final_density)
         self._swapped = [n for n, layer in self.layers.items() if id(layer) not in sparse_before]
         self._is_broadcast = False
         self._broadcast_from_rank_zero()
@@ -169,7 +169,10 @@ class Sparsifier:
             layer_budgets = self.config.budgets(grids)
             return layer_budgets, layer_budgets.capacities()
 
-        return swap_layers(self.model, self.config.swap_options, budgets)
+        # Python shows equal warnings once in a process, which may train several models one after
+        # the other. Entering this context makes it forget which it has shown.
+        with warnings.catch_warnings():
+            return swap_layers(self.model, self.config.swap_options, budgets)
 
     def _selected_layers(self) -> Iterator[tuple[str, BlockSparseLinear]]:
         """Yield the model's block-sparse layers that the patterns select, copies included."""

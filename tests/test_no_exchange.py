@@ -132,4 +132,4 @@ def test_it_is_silent_if_blocks_change_or_are_to_stay(run: Any, options: dict[st
 
 def test_steps_of_an_unknown_length_are_judged_by_the_updates() -> None:
     (text,), _ = said(by_sparsifier, steps=None, update={"until": 18})
-    assert "the only one is after step 18, where" in text
+    assert "the only one is after step 18, and" in text

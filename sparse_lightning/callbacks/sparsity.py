@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -247,7 +246,15 @@ class SparsityCallback(Callback):
             swap_in_copies(trainer)
             self.report = new.report
             if callbacks[-1] is not self:  # later callbacks swap more layers
-                self.report = replace(new.report, coverage=None)
+                others = [
+                    c.config.swap_options.named(pl_module) for c in callbacks if c is not self
+                ]
+                skipped = {
+                    name: reason
+                    for name, reason in new.report.skipped.items()
+                    if not any(options.selects(name) for options in others)
+                }
+                self.report = replace(new.report, coverage=None, skipped=skipped)
             if trainer.is_global_zero:
                 show_report(self.report, self._label(trainer))
 
@@ -345,7 +352,8 @@ class SparsityCallback(Callback):
         callbacks = _sparsity_callbacks(trainer)
         if len(callbacks) == 1:
             return ""
-        return f"{callbacks.index(self) + 1} of {len(callbacks)}: {list(self.config.include)}"
+        number = callbacks.index(self) + 1
+        return f"callback {number} of {len(callbacks)}, include={list(self.config.include)}"
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -368,10 +376,6 @@ class SparsityCallback(Callback):
 
     # Save and resume.
 
-    # Lightning looks through the wrapper and sees a method that is not overridden. So it saves the
-    # state, but does not ask for distinct keys before `setup` can say which layers two callbacks
-    # share: keys are equal only for equal patterns.
-    @functools.wraps(Callback.state_dict)
     def state_dict(self) -> dict[str, Any]:
         if self.sparsifier is None:
             return {}
@@ -380,6 +384,11 @@ class SparsityCallback(Callback):
             "first_steps": dict(self._first_steps),
             "patterns": self._observers.masks.state_dict(),
         }
+
+    # Lightning looks at what a method wraps, and takes this one for one that is not overridden. So
+    # it saves the state, but does not ask for distinct keys before `setup` can say which layers two
+    # callbacks share: keys are equal only for equal patterns.
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
