@@ -37,7 +37,7 @@ COLD_START, LARGE_DROPS = "rigl, cold start", "rigl, drop .3"
 
 # Keywords of `SparsityCallback` for each sparse method; `callback_keywords` adds the shared ones.
 METHODS: dict[str, dict[str, Any]] = {
-    "static": {"density": {"schedule": "constant"}, "grow": "none"},
+    "static": {"density": {"schedule": "constant"}, "grow": "none", "drop_fraction": 0},
     "set": {"density": {"schedule": "constant"}, "grow": "random"},
     "rigl": {"density": {"schedule": "constant"}, "grow": "gradient"},
     COLD_START: {"density": {"schedule": "constant"}, "grow": "gradient"},
@@ -187,7 +187,8 @@ def callback_keywords(run: Run) -> dict[str, Any]:
     """Return the keywords of `SparsityCallback` for a run of a sparse method.
 
     All methods share the update schedule and use the same density in every layer. They drop by
-    magnitude, except for `FINETUNE`. The drop fraction starts at 0.1, except for `LARGE_DROPS`.
+    magnitude, except for `FINETUNE`. The drop fraction starts at 0.1, except for `LARGE_DROPS`
+    and "static".
     """
     method = {**METHODS, **FINETUNING}[run.method]
     return {

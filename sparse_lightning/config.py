@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -51,6 +51,8 @@ from sparse_lightning.topology import check_block_size, check_density
 T = TypeVar("T")
 
 LAYER_SERIES = ("groups", "all", "none")
+
+_SAMPLES = 64  # intervals at whose ends a schedule is sampled
 
 
 @dataclass
@@ -209,7 +211,6 @@ class SparsityConfig:
         self.follow = dict(self.follow)
         self._check_density()
         self._check_update()
-        self._check_drop_fraction()
         self._check_rule()
         if self.monitor is not None:
             _check_int("monitor.every_n_updates", self.monitor.every_n_updates, 1)
@@ -221,8 +222,6 @@ class SparsityConfig:
             _check_bool("monitor.record", self.monitor.record)
 
     def _check_density(self) -> None:
-        check_density(self.density.initial, "density.initial")
-        check_density(self.density.final, "density.final")
         check_time(self.density.begin, "density.begin")
         check_time(self.density.until, "density.until")
         _check_order("density", self.density.begin, self.density.until)
@@ -246,10 +245,6 @@ class SparsityConfig:
             self.update.times = _sort_times(times)
         if not self.density_is_constant and _same_kind(self.density.until, self.update.until):
             _check_reaches(self.density.until, self.update.until)
-
-    def _check_drop_fraction(self) -> None:
-        for key in ("initial", "final"):
-            _check_share(f"drop_fraction.{key}", getattr(self.drop_fraction, key))
 
     def _check_rule(self) -> None:
         ignored = (self.drop_criterion, self.grow_criterion, self.regrow)
@@ -416,6 +411,80 @@ class SparsityConfig:
         initial, final = budgets.at(0.0), budgets.at(1.0)
         return [name for name in grids if final[name] > initial[name]]
 
+    @property
+    def expects_exchange(self) -> bool:
+        """Whether the default rule is to exchange blocks at a constant density.
+
+        A drop fraction that is always 0, as in the preset "static", says that the blocks stay.
+        """
+        is_default = self.rule is None and self.density_is_constant
+        return is_default and any(self.drop_fraction_at(k / _SAMPLES) for k in range(_SAMPLES + 1))
+
+    def explain_no_exchange(self, budgets: LayerBudgets, timetable: Timetable) -> str | None:
+        """Return why no update exchanges a block although one should, and what helps, or None.
+
+        Args:
+            budgets: block budgets of the layers.
+            timetable: resolved steps of the training.
+        """
+        first = timetable.next_update(0)
+        if first is None or not self.expects_exchange or not budgets.exchanged(1.0, 1.0):
+            return None  # no update is planned, none is to change a block, or no block is absent
+        final = f"{self.density.final:g}"
+        if self.grow_criterion is None:
+            return (
+                f"the density is constant ({final}) and `grow` is 'none'. For a density that "
+                "falls, as in the presets for pretrained weights, set `density.final` in place of "
+                f"`density`, or density=DensitySchedule(initial=1.0, final={final}); to exchange "
+                "blocks, set `grow` to 'gradient', 'momentum' or 'random'"
+            )
+        share = self._largest_exchange(timetable)
+        most = self._largest_exchange(replace(timetable, every_n_steps=1, times=None))
+        if budgets.exchanged(1.0, share) or not most:
+            return None  # a trial of a few steps cannot exchange blocks, whatever the options are
+        if not budgets.exchanged(1.0, most):
+            remedy = "Set a larger `drop_fraction` or a smaller `block_size`"
+        elif timetable.times is not None:
+            remedy = "Set more and earlier `update.times`"
+        else:
+            every = self._more_frequent(budgets, timetable)
+            remedy = f"Set a smaller `update.every_n_steps`, such as {every}"
+        length = "" if timetable.total_steps is None else f" of {timetable.total_steps}"
+        updates = "the only one is" if timetable.next_update(first) is None else "the first one is"
+        return (
+            f"{updates} after step {first}{length}, and at most {100 * share:.2g} % of a layer's "
+            f"blocks are to be exchanged, which rounds to no block. {remedy}"
+        )
+
+    def _more_frequent(self, budgets: LayerBudgets, timetable: Timetable) -> int:
+        """Return an interval between updates at which they exchange blocks."""
+        last = min(timetable.update_until, timetable.total_steps or timetable.update_until)
+        every = max(1, (last - timetable.update_begin) // 10)
+        share = self._largest_exchange(replace(timetable, every_n_steps=every))
+        return every if budgets.exchanged(1.0, share) else 1
+
+    def _largest_exchange(self, timetable: Timetable) -> float:
+        """Return the largest share of a layer's blocks that an update is to exchange."""
+        share, step = 0.0, timetable.next_update(0)
+        while step is not None:
+            share = max(share, self.exchanged_at(step, timetable))
+            step = timetable.next_update(step)
+        return share
+
+    def exchanged_at(self, step: int, timetable: Timetable) -> float:
+        """Return the share of a layer's blocks that an update after a step is to exchange.
+
+        If the training ends before its updates were to end, it is 0 in the last update: the density
+        still follows its schedule, but grown blocks would not be trained.
+
+        Args:
+            step: step of the update.
+            timetable: resolved steps of the training.
+        """
+        if step == timetable.total_steps and step < timetable.update_until:
+            return 0.0
+        return self.drop_fraction_at(timetable.update_progress(step))
+
     def drop_fraction_at(self, progress: float) -> float:
         """Return the drop fraction at a progress in [0, 1] of the update schedule.
 
@@ -557,7 +626,7 @@ def _hint(key: object, accepted: Sequence[str]) -> str:
 def _coerce(cls: type[T], value: Any, argument: str) -> T:
     """Build a nested dataclass from an instance, a mapping or a constant number."""
     if isinstance(value, cls):
-        return dataclasses.replace(value)  # type: ignore[type-var]
+        return replace(value)  # type: ignore[type-var]
     accepted = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         for key in value:
@@ -569,6 +638,7 @@ def _coerce(cls: type[T], value: Any, argument: str) -> T:
                 )
         return cls(**value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and "schedule" in accepted:
+        _check_value(argument, argument, value)
         return cls(schedule="constant", initial=value, final=value)  # type: ignore[call-arg]
     number = "a number or " if "schedule" in accepted else ""
     raise TypeError(
@@ -585,7 +655,13 @@ def _fill_in(
     initial: float,
     final: float,
 ) -> None:
-    """Fill in missing values; a constant schedule takes its one value from either field."""
+    """Fill in missing values; a constant schedule takes its one value from either field.
+
+    The given ones are checked before, so that an error names the key that was given.
+    """
+    for key, value in (("initial", span.initial), ("final", span.final)):
+        if value is not None:
+            _check_value(argument, f"{argument}.{key}", value)
     if schedule is constant:
         given = [value for value in (span.initial, span.final) if value is not None] or [final]
         if given[0] not in given[-1:]:  # `!=` is also true for a NaN and itself.
@@ -597,6 +673,14 @@ def _fill_in(
         return
     span.initial = initial if span.initial is None else span.initial
     span.final = final if span.final is None else span.final
+
+
+def _check_value(argument: str, key: str, value: Any) -> None:
+    """Check a value of `density` or of `drop_fraction`; errors name it by its key."""
+    if argument == "density":
+        check_density(value, key)
+    else:
+        _check_share(key, value)
 
 
 def _check_bool(key: str, value: object) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch.optim import Optimizer
 
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.names import common_patterns
+from sparse_lightning.names import common_patterns, list_names
 from sparse_lightning.optimizer_state import class_name
 from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.schedules import Timetable
@@ -24,15 +24,15 @@ def discarded_state(names: Sequence[str]) -> str:
     return (
         "The optimizer had state of layers from before they were block-sparse or had their current "
         "number of slots. That state does not apply to their blocks and was reset for: "
-        f"{', '.join(names)}. Make layers block-sparse before the optimizer's first step, and keep "
-        "it attached, to lose none."
+        f"{list_names(names)}. Make layers block-sparse before the optimizer's first step, and "
+        "keep it attached, to lose none."
     )
 
 
 def nonfinite_values(names: Sequence[str]) -> str:
     """Warn about layers that hold NaN or infinite weights."""
     return (
-        f"Block-sparse layers hold weights that are NaN or infinite: {', '.join(names)}. If they "
+        f"Block-sparse layers hold weights that are NaN or infinite: {list_names(names)}. If they "
         "come from a checkpoint, it is damaged, or its training had diverged: resume from another."
     )
 
@@ -49,7 +49,7 @@ def changed_copies(new: Mapping[str, str], former: Sequence[str]) -> Iterable[st
         yield f"Copies of block-sparse layers were found in training: {pairs}."
     if former:
         yield (
-            f"Block-sparse layers that followed others are trained now: {', '.join(former)}. "
+            f"Block-sparse layers that followed others are trained now: {list_names(former)}. "
             "They no longer follow, and their blocks stay."
         )
 
@@ -57,7 +57,7 @@ def changed_copies(new: Mapping[str, str], former: Sequence[str]) -> Iterable[st
 def frozen_layers(names: Sequence[str]) -> str:
     """Warn about layers that were frozen after the swap."""
     return (
-        f"Block-sparse layers are frozen: {', '.join(names)}. While frozen, they cannot adapt to "
+        f"Block-sparse layers are frozen: {list_names(names)}. While frozen, they cannot adapt to "
         "the blocks that they have lost. Layers stay dense if they are frozen before the swap: "
         "under Lightning in __init__ or setup, or by a callback before SparsityCallback in the "
         "list."
@@ -68,7 +68,7 @@ def late_layers(names: Sequence[str]) -> str:
     """Warn about block-sparse layers that were added to the model after the swap."""
     return (
         "Block-sparse layers are evolved only if they exist when the Sparsifier is created; the "
-        f"blocks of these stay: {', '.join(names)}. Create the Sparsifier after them, or freeze "
+        f"blocks of these stay: {list_names(names)}. Create the Sparsifier after them, or freeze "
         "those that are copies of others."
     )
 
@@ -85,12 +85,20 @@ def sudden_fall(budgets: LayerBudgets, timetable: Timetable) -> str | None:
     )
 
 
+def no_exchange(reason: str) -> str:
+    """Warn that no update changes a block, for a reason that ends with a remedy."""
+    return (
+        f"No topology update will change a block: {reason}. If the blocks are to stay, set "
+        "`drop_fraction=0`."
+    )
+
+
 def rise_without_growth(rising: Sequence[str]) -> str:
     """Warn about layers whose budget rises although no block can be grown."""
     return (
         "The density is scheduled to rise but `grow` is 'none', so no block can be added: the "
-        f"density stays for {', '.join(rising)}. Set grow='gradient', 'momentum' or 'random', or a "
-        "density that does not rise."
+        f"density stays for {list_names(rising)}. Set grow='gradient', 'momentum' or 'random', or "
+        "a density that does not rise."
     )
 
 
@@ -101,8 +109,8 @@ def layers_in_no_optimizer(names: Sequence[str]) -> str:
     """Warn about layers that can train but are in no attached optimizer."""
     return (
         "Block-sparse layers are in no optimizer that is attached, so their blocks stay: "
-        f"{', '.join(names)}. Call `attach` with the optimizer that holds them; if they are copies "
-        "of others, declare their sources by `follow`."
+        f"{list_names(names)}. Call `attach` with the optimizer that holds them; if they are "
+        "copies of others, declare their sources by `follow`."
     )
 
 
@@ -111,7 +119,7 @@ def optimizer_without_layers(names: Sequence[str], optimizer: Optimizer | None) 
     return (
         f"The attached optimizer, {class_name(optimizer)}, holds none of the block-sparse layers, "
         "so its steps do not count. These layers are in no optimizer that is attached: "
-        f"{', '.join(names)}. Call `attach` with the optimizer that holds them."
+        f"{list_names(names)}. Call `attach` with the optimizer that holds them."
     )
 
 
@@ -119,7 +127,7 @@ def unattached_optimizer(names: Sequence[str], optimizer: Optimizer) -> str:
     """Warn about an optimizer that steps layers but is not attached."""
     return (
         f"Block-sparse layers are stepped by {class_name(optimizer)}, an optimizer that is not "
-        f"attached: {', '.join(names)}. Its steps do not count, and its state does not follow the "
+        f"attached: {list_names(names)}. Its steps do not count, and its state does not follow the "
         "blocks. If it has replaced the attached optimizer, call `detach()` and then `attach` with "
         "it; if both step, call `attach` with it, too."
     )
@@ -129,7 +137,7 @@ def loaded_blocks(names: Sequence[str]) -> str:
     """Warn about layers into which other blocks were loaded, without their optimizer state."""
     return (
         "A state dict replaced blocks of layers in training, so the optimizer's state of these "
-        f"blocks was reset: {', '.join(names)}. To keep it, load the optimizer's state dict, too."
+        f"blocks was reset: {list_names(names)}. To keep it, load the optimizer's state dict, too."
     )
 
 
@@ -137,7 +145,7 @@ def layers_without_gradient(names: Collection[str], n_steps: int) -> str:
     """Warn about layers that had no gradient in the first steps."""
     return (
         f"Block-sparse layers had no gradient in {n_steps} steps, while others had: "
-        f"{', '.join(sorted(names))}. Check that `forward` calls these layers, and that the loss "
+        f"{list_names(sorted(names))}. Check that `forward` calls these layers, and that the loss "
         "depends on their outputs. A copy of other layers, such as a target network, must be "
         "frozen or in no optimizer: it then follows their blocks."
     )
@@ -147,7 +155,7 @@ def unscored_layers(names: Sequence[str], step: int) -> str:
     """Warn about layers whose update is postponed because they could not be scored."""
     return (
         f"Block-sparse layers were not scored at step {step}, as they had no gradient of the loss "
-        f"that was applied, or a gradient that is not finite: {', '.join(names)}. Their blocks "
+        f"that was applied, or a gradient that is not finite: {list_names(names)}. Their blocks "
         "stay until a step scores them."
     )
 
@@ -156,7 +164,7 @@ def unwritten_copies(names: Sequence[str]) -> str:
     """Warn about copies whose values did not change between two updates."""
     return (
         "Copies of layers were not written to between two topology updates: "
-        f"{', '.join(names)}. This is right for a target or a teacher that is synchronised from "
+        f"{list_names(names)}. This is right for a target or a teacher that is synchronised from "
         "time to time: it keeps the blocks of its source. But a reference model whose outputs must "
         f"not change has to be excluded: exclude={common_patterns(names)}."
     )
@@ -165,7 +173,7 @@ def unwritten_copies(names: Sequence[str]) -> str:
 def external_copies(names: Sequence[str]) -> str:
     """Warn about layers with changing copies outside the model that do not follow."""
     return (
-        f"There are copies of block-sparse layers outside the model: {', '.join(names)}. They do "
+        f"There are copies of block-sparse layers outside the model: {list_names(names)}. They do "
         "not follow its blocks, which is right for snapshots. Keep an average or a target inside "
         "the model, or give `attach(..., copies=...)`."
     )
@@ -247,7 +255,7 @@ def density_shortfall(
     unchanged = sorted(layers.keys() - trainable)
     unchanged += [name for tracked in owners for name in tracked.waiting]
     if unchanged:
-        names = ", ".join(unchanged)
+        names = list_names(unchanged)
         reasons.append(f"layers were frozen, in no optimizer or not scored: {names}")
     reason = "; ".join(reasons) or "the update rule decided so"
     return (

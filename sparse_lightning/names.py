@@ -14,6 +14,7 @@ K = TypeVar("K", bound=Hashable)
 
 # Usual names of output layers. They stay excluded when `exclude` names other layers.
 DEFAULT_EXCLUDE = ("head", "lm_head", "classifier")
+_MOST_NAMES = 8  # in a message
 # In `exclude`, the first linear layer of the model, whatever its name is.
 FIRST = "role:first"
 
@@ -107,6 +108,43 @@ def merge_similar(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str
     return [(label, str(len(names)), *cells) for label, names, cells in group_similar(rows)]
 
 
+def list_names(names: Iterable[str]) -> str:
+    """Return names of layers for a message; if they are many, similar ones share an entry.
+
+    >>> list_names(["net.0", "net.2"])
+    'net.0, net.2'
+    >>> list_names([f"layers.{i}.{name}" for i in range(64) for name in ("up", "down")])
+    'layers.*.up (64 layers), layers.*.down (64 layers)'
+    """
+    names = list(names)
+    if len(names) <= _MOST_NAMES:
+        return ", ".join(names)
+    rows = merge_similar((name, ()) for name in names)
+    return _join(label if number == "1" else f"{label} ({number} layers)" for label, number in rows)
+
+
+def list_reasons(reasons: Mapping[str, str]) -> str:
+    """Return names of layers with a reason each, for a message; similar ones share an entry.
+
+    >>> list_reasons({"net.0": "frozen", "net.1": "frozen", "head": "excluded"})
+    'net.* (2 layers): frozen; head: excluded'
+    """
+    rows = merge_similar((name, (reason,)) for name, reason in reasons.items())
+    return _join(
+        (
+            f"{label}: {reason}" if number == "1" else f"{label} ({number} layers): {reason}"
+            for label, number, reason in rows
+        ),
+        "; ",
+    )
+
+
+def _join(entries: Iterable[str], separator: str = ", ") -> str:
+    shown = [*entries]
+    rest = len(shown) - _MOST_NAMES
+    return separator.join(shown[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def is_exact(pattern: str) -> bool:
     """Return whether a pattern is a plain name, without wildcards."""
     return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
@@ -159,7 +197,7 @@ def check_layer_density_matches(layer_density: Mapping[str, float], names: Itera
         if not any(matches(pattern, name) for name in names):
             raise ValueError(
                 "`layer_density` must name layers that become block-sparse; got "
-                f"{pattern!r}, which matches none of {', '.join(map(repr, names))}."
+                f"{pattern!r}, which matches none of {list_names(names)}."
             )
 
 

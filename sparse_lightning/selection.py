@@ -26,13 +26,16 @@ from sparse_lightning.names import (
     check_patterns,
     is_exact,
     is_selected,
+    list_reasons,
     matches,
 )
 from sparse_lightning.policy.distributions import Floor
 from sparse_lightning.roles import find_output_heads, find_read_weights, is_linear
 from sparse_lightning.sharding import is_sharded
+from sparse_lightning.topology import BLOCK_SIZES
 
 _NOT_INCLUDED = "not included"
+_INDIVISIBLE = "is not divisible by block_size="
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def select_layers(model: nn.Module, options: SwapOptions) -> Selection:
     found = _separate_copies(model, eligible, eligible_as_copies, include, followed)
     found.skipped.update({n: why for n, why in skipped.items() if n not in found.follows})
     if not found.layers and not any(True for _ in sparse_layers(model)):
-        raise ValueError(_describe_no_layers(options, found.skipped))
+        raise ValueError(_describe_no_layers(model, options, found.skipped))
     _warn_about_unused_patterns(model, options)
     order = [name for name, _ in linear_layers(model)]
     reasons = {name: found.skipped[name] for name in order if name in found.skipped}
@@ -192,8 +195,10 @@ def _find_eligible(
             skipped[name] = "excluded"
         elif reason := _find_obstacle(module, options.block_size, tied):
             if name in include:
+                sizes = _fitting_sizes([dense_shape(module)]) if _INDIVISIBLE in reason else ""
                 raise ValueError(
-                    f"`include` must name layers that can be block-sparse; got '{name}': {reason}."
+                    f"`include` must name layers that can be block-sparse; got '{name}': {reason}. "
+                    f"{sizes}".rstrip()
                 )
             skipped[name] = reason
         elif name in roles and name not in include:
@@ -328,19 +333,39 @@ def _warn_about_unused_patterns(model: nn.Module, options: SwapOptions) -> None:
             )
 
 
-def _describe_no_layers(options: SwapOptions, skipped: Mapping[str, str]) -> str:
-    found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+def _describe_no_layers(model: nn.Module, options: SwapOptions, skipped: Mapping[str, str]) -> str:
+    found = list_reasons(skipped)
     if not found:
         found = "none yet; build them in __init__ or, under Lightning, in setup or configure_model"
-    frozen = ""
+    layers = dict(linear_layers(model))
+    indivisible = [name for name, reason in skipped.items() if _INDIVISIBLE in reason]
+    remedies = []
+    if indivisible:
+        remedies.append(_fitting_sizes([dense_shape(layers[name]) for name in indivisible]))
     if "frozen" in skipped.values():
-        frozen = " A frozen layer is swapped only if `include` has its full name."
+        remedies.append("A frozen layer is swapped only if `include` has its full name.")
+    if not remedies:
+        remedies.append(
+            "A pattern without a dot matches the last part of a name, one with a dot the whole "
+            "name."
+        )
     return (
         f"`include` must match at least one nn.Linear that can be block-sparse; got "
         f"{list(options.include)} with exclude={list(options.exclude)}. "
-        f"The model's linear layers: {found}. A pattern without a dot matches the last part "
-        f"of a name, one with a dot the whole name.{frozen}"
+        f"The model's linear layers: {found}. {' '.join(remedies)}"
     )
+
+
+def _fitting_sizes(shapes: Sequence[tuple[int, int]]) -> str:
+    """Return a sentence about the block sizes that divide layers of these shapes."""
+    fitting = {
+        size: [not (rows % size or columns % size) for rows, columns in shapes]
+        for size in BLOCK_SIZES
+    }
+    for fits, note in ((all, ""), (any, ", which divides some of them")):
+        if sizes := [str(size) for size, divides in fitting.items() if fits(divides)]:
+            return f"Set `block_size` to {' or '.join(sizes)}{note}."
+    return f"No block size divides this: use numbers of features in multiples of {BLOCK_SIZES[0]}."
 
 
 def _find_obstacle(linear: Any, block_size: int, tied: set[int]) -> str | None:
@@ -365,7 +390,7 @@ def _find_obstacle(linear: Any, block_size: int, tied: set[int]) -> str | None:
         return "its weight is tied"
     out_features, in_features = dense_shape(linear)
     if out_features % block_size or in_features % block_size:
-        return f"{out_features}x{in_features} is not divisible by block_size={block_size}"
+        return f"{out_features}x{in_features} {_INDIVISIBLE}{block_size}"
     try:
         check_dtype(linear.weight.dtype)
     except ValueError:

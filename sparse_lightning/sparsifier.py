@@ -138,7 +138,7 @@ class Sparsifier:
         # that the budgets of the others do not change.
         self._budgeted = dict(self.layers)
         swapped = {n: entry for n, entry in self.report.layers.items() if n in self.layers}
-        self.report = replace(self.report, layers=swapped)
+        self.report = replace(self.report, layers=swapped, final_density=self.final_density)
         self._swapped = [n for n, layer in self.layers.items() if id(layer) not in sparse_before]
         self._is_broadcast = False
         self._broadcast_from_rank_zero()
@@ -169,7 +169,10 @@ class Sparsifier:
             layer_budgets = self.config.budgets(grids)
             return layer_budgets, layer_budgets.capacities()
 
-        return swap_layers(self.model, self.config.swap_options, budgets)
+        # Python shows equal warnings once in a process, which may train several models one after
+        # the other. Entering this context makes it forget which it has shown.
+        with warnings.catch_warnings():
+            return swap_layers(self.model, self.config.swap_options, budgets)
 
     def _selected_layers(self) -> Iterator[tuple[str, BlockSparseLinear]]:
         """Yield the model's block-sparse layers that the patterns select, copies included."""
@@ -407,6 +410,9 @@ class Sparsifier:
             if self._timetable is not None and config.density.schedule != "one_shot":
                 fall = diagnostics.sudden_fall(budgets, self._timetable)
                 self._warn(fall, once="sudden fall")
+            if self._timetable is not None:
+                reason = config.explain_no_exchange(budgets, self._timetable)
+                self._warn(reason and diagnostics.no_exchange(reason), once="no exchange")
         nonfinite = self._not_yet_named("nonfinite", self._nonfinite_layers())
         self._warn_about(nonfinite, diagnostics.nonfinite_values)
         rising = config.rising_without_growth(budgets.grids)
@@ -829,12 +835,10 @@ class Sparsifier:
         assert table is not None
         progress = max(tracked.progress, table.density_progress(step))
         density = config.density_at(progress)
-        fraction = config.drop_fraction_at(table.update_progress(step))
+        fraction = config.exchanged_at(step, table)
         is_armed = not self._gatherer.window or set(due) <= set(tracked.armed)
-        if step == table.total_steps and (step < table.update_until or not is_armed):
-            # The training ends early, or this last step was not foreseen. The density still follows
-            # its schedule, but no blocks are exchanged, as grown ones would not be trained.
-            fraction = 0.0
+        if step == table.total_steps and not is_armed:
+            fraction = 0.0  # this last step was not foreseen, so grown blocks would not be trained
         budgets, needs = self._budgets(), self._gatherer.needs
         if not fraction and self._is_only_dropping(budgets, progress, due):
             needs = getattr(self._rule, "needs_to_drop", needs)

@@ -122,6 +122,7 @@ class SparsityReport:
         unfused: why MLPs of block-sparse layers do not compute as one op, by name.
         dead: layers to which the planned density leaves dead outputs or unread inputs.
         trained: layers whose weights looked trained, and which kept random blocks of them.
+        final_density: density of the layers at the end of the density schedule; None without one.
     """
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -131,6 +132,7 @@ class SparsityReport:
     unfused: dict[str, str] = field(default_factory=dict)
     dead: Mapping[str, DeadFeatures] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
+    final_density: float | None = None
 
     @property
     def dead_note(self) -> str:
@@ -149,6 +151,13 @@ class SparsityReport:
         """Present weights / all weights, over all swapped layers."""
         present = sum(r.n_blocks * r.block_size**2 for r in self.layers.values())
         return present / max(1, sum(r.shape[0] * r.shape[1] for r in self.layers.values()))
+
+    @property
+    def density_text(self) -> str:
+        """The density, followed by the final one while that differs, as in the progress bar."""
+        now = f"{self.density:.3f}"
+        final = now if self.final_density is None else f"{self.final_density:.3f}"
+        return now if now == final else f"{now} → {final}"
 
     def table(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
         """Return a header and rows of cells, followed by a row of totals.
@@ -189,7 +198,7 @@ class SparsityReport:
                     *sums(layers),
                 )
             )
-        rows.append(("total", *number(len(reports)), "", "", f"{self.density:.3f}", *sums(reports)))
+        rows.append(("total", *number(len(reports)), "", "", self.density_text, *sums(reports)))
         return header, rows
 
     def left_dense(self) -> list[tuple[str, str]]:

@@ -180,7 +180,15 @@ BAD_TIMES = [-1, -0.5, 1.5, NAN, INF]
             for key in ("initial", "final")
             for d in [*BAD_DENSITIES, True, "0.1"]
         ),
-        *(refused("density.initial", d, density=d) for d in BAD_DENSITIES),
+        # The key that was given is named, although a constant schedule fills in the other.
+        *(
+            refused(f"density.{key}", d, density={"schedule": "constant", key: d})
+            for key in ("initial", "final")
+            for d in BAD_DENSITIES
+        ),
+        *(refused("density", d, density=d) for d in BAD_DENSITIES),
+        refused("drop_fraction", 2, drop_fraction=2),
+        refused("drop_fraction.final", 2, drop_fraction={"schedule": "constant", "final": 2}),
         *(refused("density", d, TypeError, density=d) for d in [True, "0.1", None, [0.1]]),
         *(
             refused(f"drop_fraction.{key}", f, drop_fraction={key: f})

@@ -204,3 +204,13 @@ def test_a_training_without_dead_features_shows_none(caplog: pytest.LogCaptureFi
     assert said(fitting.fit, Net(), train_dataloaders=loader()) == []
     assert "dead" not in caplog.text and "unread" not in caplog.text
     assert not any("dead" in name for name in fitting.progress_bar_metrics)
+
+
+def test_each_of_several_trainings_in_a_process_warns(recwarn: pytest.WarningsRecorder) -> None:
+    """As in a multirun, although Python shows a text once in each process."""
+    warnings.simplefilter("default")
+    for _ in range(2):
+        by_callback(Net(), block_size=32, density=0.25, include=["*", "typo"])
+    texts = [str(warning.message) for warning in recwarn]
+    assert sum("Dead outputs" in text for text in texts) == 2
+    assert sum("`include` should match" in text for text in texts) == 2

@@ -106,7 +106,16 @@ def test_presets(
     assert (config.distribution, config.drop, config.grow) == (distribution, drop, grow)
     assert (config.block_size, config.update) == (64, UpdateSchedule())
     assert config.monitor == MonitorOptions()
-    assert config.drop_fraction == DropFractionSchedule()
+    fraction = DropFractionSchedule(initial=0.0) if preset == "static" else DropFractionSchedule()
+    assert config.drop_fraction == fraction
+
+
+def test_only_static_means_its_blocks_to_stay() -> None:
+    """A constant density in place of a falling one is a mistake, which the training tells."""
+    for preset in PRESETS:
+        if preset != "movement":  # its distribution needs a density that falls
+            config = config_of(f"callbacks/sparsity={preset}", "callbacks.sparsity.density=0.1")
+            assert config.expects_exchange == (preset != "static"), preset
 
 
 def test_the_default_preset_has_the_defaults_of_the_callback() -> None:

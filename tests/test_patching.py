@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -251,7 +252,11 @@ def test_an_exact_name_that_the_model_does_not_have_raises(name: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"include": ["nothing*"]}, ValueError, r"at least one nn.Linear.*blocks.0.fc1: not incl"),
+        (
+            {"include": ["nothing*"]},
+            ValueError,
+            r"at least one nn.Linear.*blocks.\*.fc1 .*: not incl",
+        ),
         ({"exclude": ["*"]}, ValueError, r"at least one nn.Linear.*proj: excluded"),
         ({"block_size": 128, "include": ["proj"]}, ValueError, r"'proj'.*not divisible by"),
         ({"include": "fc1"}, TypeError, r"`include` must be a list.*Write \['fc1'\]"),
@@ -628,3 +633,62 @@ def test_an_encoder_without_sparse_layers_keeps_its_fused_path() -> None:
     with torch.no_grad():
         _, fused = fused_calls(model["encoder"].eval(), torch.zeros(1, 4, 32, dtype=torch.float64))
     assert fused == 2
+
+
+class Deep(nn.Module):
+    """Repeats layers of 64 x 64 and 64 x 32."""
+
+    def __init__(self, depth: int = 64) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(64, 64), "k": nn.Linear(32, 64)}) for _ in range(depth)
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"block_size": 128},
+            "blocks.*.q (64 layers): 64x64 is not divisible by block_size=128; blocks.*.k (64 "
+            "layers): 64x32 is not divisible by block_size=128. Set `block_size` to 16 or 32.",
+        ),
+        (
+            {"block_size": 128, "include": ["q"]},
+            "blocks.*.k (64 layers): not included. Set `block_size` to 16 or 32 or 64.",
+        ),
+        (
+            {"block_size": 128, "include": ["blocks.0.q"]},
+            "got 'blocks.0.q': 64x64 is not divisible by block_size=128. Set `block_size` to 16 or "
+            "32 or 64.",
+        ),
+        (
+            {"block_size": 16, "include": ["up"]},
+            "blocks.*.q (64 layers): not included; blocks.*.k (64 layers): not included. A pattern "
+            "without a dot matches the last part of a name, one with a dot the whole name.",
+        ),
+        (
+            {"block_size": 16, "layer_density": {"up": 0.5}},
+            "matches none of blocks.*.q (64 layers), blocks.*.k (64 layers).",
+        ),
+    ],
+)
+def test_an_error_about_a_deep_model_is_short_and_ends_with_what_helps(
+    options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(text) + "$") as raised:
+        sparsify(Deep(), **options)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("shapes", "remedy"),
+    [
+        ([(64, 10), (32, 32)], "Set `block_size` to 16 or 32, which divides some of them."),
+        ([(64, 10)], "No block size divides this: use numbers of features in multiples of 16."),
+    ],
+)
+def test_the_block_sizes_that_an_error_names(shapes: list[tuple[int, int]], remedy: str) -> None:
+    model = nn.ModuleList(nn.Linear(*shape) for shape in shapes)
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        sparsify(model, block_size=128)

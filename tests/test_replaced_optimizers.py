@@ -127,7 +127,7 @@ def test_detach_warns_if_no_step_was_seen(
 
 
 def test_detach_does_not_warn_if_no_step_can_be_expected() -> None:
-    model, sparsifier = make(24)
+    model, sparsifier = make(24, update={"every_n_steps": 4})
     optimizer = adamw(model.parameters())
 
     def fails() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from sparse_lightning.callbacks.held_copies import averaging_callbacks
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.linear import BlockSparseLinear
+from sparse_lightning.names import list_reasons
 from sparse_lightning.observers.measures import compute_dtype
 from sparse_lightning.selection import select_layers, sparse_layers
 
@@ -126,15 +127,15 @@ def warn_of_slow_layers(
     # Only the final density counts: the schedule is meant to pass through higher ones.
     grids = {name: layer.topology.grid for name, layer in layers.items()}
     budgets = config.budgets(grids).at(1.0)
-    slow = []
+    slow = {}
     for name, layer in layers.items():
         density = budgets[name] / (layer.topology.grid[0] * layer.topology.grid[1])
         speedup = layer.predicted_speedup(density, compute_dtype(trainer, layer))
         if speedup is not None and speedup < 1:
-            slow.append(f"{name} ({speedup:.2f} of dense at density {density:.2f})")
+            slow[name] = f"{speedup:.2f} of dense at density {density:.2f}"
     if slow:
         rank_zero_warn(
             "Some layers are predicted to be slower than dense ones on this GPU at their shape and "
-            f"final density: {', '.join(slow)}. Use larger blocks or a lower density, or exclude "
-            "them."
+            f"final density: {list_reasons(slow)}. Use larger blocks or a lower density, or "
+            "exclude them."
         )

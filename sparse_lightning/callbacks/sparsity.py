@@ -51,9 +51,9 @@ from sparse_lightning.config import (
 from sparse_lightning.kernels import measuring
 from sparse_lightning.loading import register_conversion_hook
 from sparse_lightning.masks import MaskGallery
-from sparse_lightning.names import DEFAULT_EXCLUDE, check_patterns, matches
+from sparse_lightning.names import DEFAULT_EXCLUDE, check_patterns, list_names, matches
 from sparse_lightning.observers.loggers import log_options
-from sparse_lightning.observers.measures import compute_dtype
+from sparse_lightning.observers.measures import check_layer_series, compute_dtype
 from sparse_lightning.observers.observers import Observers
 from sparse_lightning.observers.summary import FitSummary, summarise
 from sparse_lightning.observers.terminal import show_report, show_schedule, show_summary
@@ -210,7 +210,7 @@ class SparsityCallback(Callback):
         if not masks:
             raise ValueError(
                 f"`layers` must match block-sparse layers; got {list(layers)!r}, which match none "
-                f"of {', '.join(map(repr, self.sparsifier.layers))}."
+                f"of {list_names(self.sparsifier.layers)}."
             )
         return MaskGallery(masks)
 
@@ -240,11 +240,21 @@ class SparsityCallback(Callback):
             previous.reset_gathered()  # another fit of the same model continues the schedule
         else:
             self._start_schedule(new)
+        if self.config.monitor is not None:
+            check_layer_series(self.config.monitor.layers, new.layers)
         if any(id(layer) not in sparse for layer in new.layers.values()):
             swap_in_copies(trainer)
             self.report = new.report
             if callbacks[-1] is not self:  # later callbacks swap more layers
-                self.report = replace(new.report, coverage=None)
+                others = [
+                    c.config.swap_options.named(pl_module) for c in callbacks if c is not self
+                ]
+                skipped = {
+                    name: reason
+                    for name, reason in new.report.skipped.items()
+                    if not any(options.selects(name) for options in others)
+                }
+                self.report = replace(new.report, coverage=None, skipped=skipped)
             if trainer.is_global_zero:
                 show_report(self.report, self._label(trainer))
 
@@ -342,7 +352,8 @@ class SparsityCallback(Callback):
         callbacks = _sparsity_callbacks(trainer)
         if len(callbacks) == 1:
             return ""
-        return f"{callbacks.index(self) + 1} of {len(callbacks)}: {list(self.config.include)}"
+        number = callbacks.index(self) + 1
+        return f"callback {number} of {len(callbacks)}, include={list(self.config.include)}"
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -373,6 +384,11 @@ class SparsityCallback(Callback):
             "first_steps": dict(self._first_steps),
             "patterns": self._observers.masks.state_dict(),
         }
+
+    # Lightning looks at what a method wraps, and takes this one for one that is not overridden. So
+    # it saves the state, but does not ask for distinct keys before `setup` can say which layers two
+    # callbacks share: keys are equal only for equal patterns.
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sparse_lightning.linear import BlockSparseLinear
-from sparse_lightning.names import group_similar, matches
+from sparse_lightning.names import group_similar, list_names, matches
 from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
 from sparse_lightning.savings import count_parameters, relative_flops
@@ -32,9 +33,6 @@ def layer_series(
         layers: the block-sparse layers, by name.
         callback: number of the callback if the trainer has several, whose groups may be named
             alike; "" if it has one.
-
-    Raises:
-        ValueError: if a pattern matches no layer.
     """
     if choice == "groups":
         keys = [
@@ -50,13 +48,32 @@ def layer_series(
             for label, names, key in groups
         }
     patterns = {"all": ["*"], "none": []}.get(choice, choice) if isinstance(choice, str) else choice
-    for pattern in patterns:
-        if layers and not any(matches(pattern, name) for name in layers):
-            raise ValueError(
-                "`monitor.layers` must match block-sparse layers; got "
-                f"{pattern!r}, which matches none of {', '.join(map(repr, layers))}."
-            )
     return {n: [n] for n in layers if any(matches(pattern, n) for pattern in patterns)}
+
+
+def check_layer_series(choice: str | Sequence[str], layers: Iterable[str]) -> None:
+    """Warn about patterns of `monitor.layers` that match no layer, or raise if none matches.
+
+    Args:
+        choice: `monitor.layers`.
+        layers: names of the block-sparse layers.
+
+    Raises:
+        ValueError: if there are patterns and layers, and no pattern matches a layer.
+    """
+    names = [*layers]
+    if isinstance(choice, str) or not names:
+        return
+    unused = [pattern for pattern in choice if not any(matches(pattern, name) for name in names)]
+    if not unused:
+        return
+    text = (
+        f"`monitor.layers` must match block-sparse layers; got {', '.join(map(repr, unused))}, "
+        f"which match{'es' if len(unused) == 1 else ''} none of {list_names(names)}."
+    )
+    if len(unused) == len(choice):
+        raise ValueError(text)
+    rank_zero_warn(text.replace(" must ", " should ", 1))
 
 
 def update_scalars(

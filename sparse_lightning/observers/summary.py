@@ -60,13 +60,13 @@ class FitSummary(Savings):
             ("layers", f"{self.layers}"),
             *self._fit(),
             ("density", self._density()),
-            ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense"),
+            ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense, in the model"),
             (
                 "memory",
                 f"{in_bytes(self.nbytes)}, {self.nbytes / max(1, self.dense_nbytes):.1%} of "
-                f"{in_bytes(self.dense_nbytes)} dense",
+                f"{in_bytes(self.dense_nbytes)} dense, in these layers",
             ),
-            ("FLOPs", f"{self.flops:.1%} of dense, in linear layers"),
+            ("FLOPs", f"{self.flops:.1%} of dense, in all linear layers"),
             ("updates", f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"),
             ("ever active", f"{self.ever_active:.1%} of all blocks"),
             *((label, f"{count:,}") for label, count in self.dead.items()),
@@ -91,7 +91,7 @@ class FitSummary(Savings):
         first, last, final = (
             f"{density:.3f}" for density in (self.first_density, self.density, self.final_density)
         )
-        text = f"{first} -> {last}"
+        text = last if first == last else f"{first} -> {last}"
         return text if last == final else f"{text}, of {final} planned"
 
     def scalars(self) -> dict[str, float]:

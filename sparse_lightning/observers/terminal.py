@@ -65,15 +65,15 @@ def show_report(report: SparsityReport, callback: str = "") -> None:
 
     Args:
         report: the report.
-        callback: description of the `SparsityCallback` if the trainer has several.
+        callback: description of the `SparsityCallback` if the trainer has several, else "".
     """
     header, rows = report.table()
     totals = dict(zip(header, rows[-1], strict=True))
-    suffix = f", {callback}" if callback else ""
+    suffix = f" ({callback})" if callback else ""
     dead = "".join(f"; {name} {totals[name]}" for name in DEAD_FEATURES if name in totals)
     line = (
         f"Block-sparse layers{suffix}: {len(report.layers)}; linear layers left dense: "
-        f"{len(report.skipped)}; density {report.density:.3f}{dead}; parameters "
+        f"{len(report.skipped)}; density {report.density_text}{dead}; parameters "
         f"{totals['before']} -> {totals['parameters']}."
     )
     copies = "; ".join(f"{copy} follows {source}" for copy, source in report.follows.items())
@@ -86,9 +86,9 @@ def show_schedule(sparsifier: Sparsifier, callback: str = "") -> None:
 
     Args:
         sparsifier: the engine, attached to the optimizers.
-        callback: description of the `SparsityCallback` if the trainer has several.
+        callback: description of the `SparsityCallback` if the trainer has several, else "".
     """
-    suffix = f", {callback}" if callback else ""
+    suffix = f" ({callback})" if callback else ""
     rank_zero_info(f"Block-sparse training{suffix}: {_schedule(sparsifier)}.")
 
 
@@ -112,10 +112,10 @@ def show_summary(summary: FitSummary, callback: str = "") -> None:
 
     Args:
         summary: the summary.
-        callback: description of the `SparsityCallback` if the trainer has several.
+        callback: description of the `SparsityCallback` if the trainer has several, else "".
     """
     line = "; ".join(f"{label} {text}" for label, text in summary.rows())
-    suffix = f", {callback}" if callback else ""
+    suffix = f" ({callback})" if callback else ""
     _show(
         f"{summary}\n{callback}".rstrip(),
         f"Block-sparse training{suffix} has ended: {line}.",

@@ -154,6 +154,19 @@ class LayerBudgets:
         samples = [self._shares(point) for point in points]
         return {name: max(sample[name] for sample in samples) for name in self.grids}
 
+    def exchanged(self, progress: float, fraction: float) -> int:
+        """Return how many blocks an update exchanges at most, over all layers together.
+
+        Args:
+            progress: progress of the density schedule, in [0, 1].
+            fraction: share of each layer's blocks to exchange, in [0, 1].
+        """
+        exchanged = 0
+        for name, n_blocks in self.at(progress).items():
+            absent = math.prod(self.grids[name]) - n_blocks
+            exchanged += min(round(fraction * n_blocks), max(0, absent))
+        return exchanged
+
     def largest_fall(self, timetable: Timetable) -> tuple[float, int]:
         """Return the share of blocks by which the steepest update shrinks the model, and its step.
 

@@ -255,7 +255,12 @@ class Timetable:
         return progress(step, self.update_begin, self.update_until)
 
     def __str__(self) -> str:
-        if self.times is None:
+        first = self.next_update(0)
+        if first is None:
+            text = f"no topology update in its {self.total_steps} steps"
+        elif self.next_update(first) is None:
+            text = f"one topology update, at step {first}"
+        elif self.times is None:
             text = (
                 f"topology updates every {self.every_n_steps} steps, "
                 f"from step {self.update_begin} to {self.update_until}"

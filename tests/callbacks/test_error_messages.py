@@ -84,7 +84,7 @@ RISING = {"schedule": "linear", "initial": 0.25, "final": 0.5}
         ({"density": RISING, "grow": "random"}, None),
         ({"density": RISING, "grow": "gradient"}, None),
         ({"density": {**RISING, "initial": 0.5, "final": 0.25}}, None),
-        ({"density": 0.5}, None),
+        ({"density": 0.5, "drop_fraction": 0}, None),
     ],
 )
 def test_a_density_that_rises_without_growth_warns_once(

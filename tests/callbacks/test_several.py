@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,12 @@ def test_a_dense_checkpoint_starts_all_of_them(average: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("model", [Classifier, Late])
 @pytest.mark.parametrize(
     "changes",
-    [{"include": ["*"]}, {"include": ["*"], "exclude": ["0"]}, {"include": ["re:net[.][0-9]"]}],
+    [
+        {"include": ["*"]},
+        {"include": ["*"], "exclude": ["0"]},
+        {"include": ["re:net[.][0-9]"]},
+        {"include": ["net.2"]},  # as the other; Lightning would refuse their equal keys
+    ],
     ids=str,
 )
 def test_a_layer_that_two_select_is_refused_before_any_swap(
@@ -247,5 +253,29 @@ def test_logs_and_histories_are_separate(tmp_path: Path, caplog: pytest.LogCaptu
         story = write_report(path, tmp_path / f"report-{number}.html")
         assert story["updates"] == callback.sparsifier.n_updates  # type: ignore[union-attr]
     lines = [line for line in caplog.messages if "has ended" in line]
-    assert "1 of 2: ['net.0']" in lines[0] and "2 of 2: ['net.2']" in lines[1]
-    assert "density 1.000 -> 0.250" in lines[0] and "density 0.500 -> 0.500" in lines[1]
+    labels = ["callback 1 of 2, include=['net.0']", "callback 2 of 2, include=['net.2']"]
+    for line, label in zip(lines, labels, strict=True):
+        assert line.startswith(f"Block-sparse training ({label}) has ended: layers 1; ")
+    assert "density 1.000 -> 0.250" in lines[0] and "density 0.500;" in lines[1]
+    updates = [line for line in caplog.messages if "topology updates" in line]
+    for line, label, every in zip(updates, labels, (4, 3), strict=True):
+        assert line.startswith(f"Block-sparse training ({label}): topology updates every {every}")
+
+
+def test_a_layer_left_dense_is_named_by_the_callback_that_selects_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    one, two = falling(), constant(include=["net.2", "hea*"], exclude=[])
+    model = Classifier()
+    model.other = nn.Linear(16, 16)
+    model.other.requires_grad_(False)
+    run(one, two, model=model)
+    assert one.report is not None and two.report is not None
+    assert one.report.skipped == {"other": "not included"}
+    assert two.report.skipped == {
+        "head": "4x64 is not divisible by block_size=16",
+        "other": "not included",
+    }
+    lines = [line for line in caplog.messages if "left dense" in line]
+    assert [line.split("left dense: ")[1][0] for line in lines] == ["1", "2"]

@@ -715,9 +715,20 @@ def test_a_choice_of_layers_that_is_wrong() -> None:
         ValueError, match=r"`monitor.layers` must be one of 'groups', 'all', 'none'"
     ):
         SparsityCallback(monitor={"layers": "each"})
-    callback = SparsityCallback(block_size=16, monitor={"layers": ["up"]})
-    with pytest.raises(ValueError, match=r"got 'up', which matches none of 'net.0', 'net.2'"):
-        trainer(callback).fit(Classifier(), loader())
+    callback = SparsityCallback(block_size=16, monitor={"layers": ["up", "down"]})
+    model = Classifier()
+    with pytest.raises(
+        ValueError, match=r"got 'up', 'down', which match none of net.0, net.2"
+    ) as raised:
+        trainer(callback).fit(model, loader())
+    assert [entry.name for entry in raised.traceback if entry.name == "setup"], "at the swap"
+
+
+def test_one_of_several_patterns_that_matches_nothing_is_a_warning(tmp_path: Path) -> None:
+    """The training need not stop for it, as the others are logged."""
+    with pytest.warns(UserWarning, match=r"`monitor.layers` should .* got 'up', which matches"):
+        _, logged = logged_layers(tmp_path, ["up", "2"])
+    assert {key.partition("/")[2] for key in logged} == {"net.2"}
 
 
 def test_groups_of_other_shapes_are_told_apart() -> None:

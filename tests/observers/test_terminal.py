@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -68,7 +69,8 @@ def piped(*arguments: str) -> tuple[str, str]:
 @pytest.mark.parametrize("bar", BARS)
 def test_a_terminal_gets_tables_and_a_bar(bar: str) -> None:
     output = in_terminal(bar)
-    assert "net.0   128x64   32 of 16x16     1.000        8,320" in output
+    assert "net.0   128x64   32 of 16x16           1.000        8,320" in output
+    assert re.search(r"total.*1\.000 → 0\.250.*16,576", output), "the target, too"
     assert "Left dense: head (excluded)." in output
     assert "╭─ Block-sparse training ──" in output and "1.000 -> 0.250" in output
     assert output.count("╭─ Block-sparse training") == output.count("Block-sparse layers") == 1
@@ -83,7 +85,7 @@ def test_a_terminal_gets_tables_and_a_bar(bar: str) -> None:
 
 def test_a_terminal_without_rich_gets_plain_text() -> None:
     output = in_terminal("tqdm", "without-rich")
-    assert "net.0  128x64  32 of 16x16    1.000" in output
+    assert "net.0  128x64  32 of 16x16          1.000" in output
     assert "Block-sparse training\r\nlayers" in output and "╭" not in output
 
 
@@ -91,11 +93,13 @@ def test_a_pipe_gets_a_line_each() -> None:
     out, err = piped("none")
     assert out == ""
     assert (
-        "Block-sparse layers: 2; linear layers left dense: 1; density 1.000; "
+        "Block-sparse layers: 2; linear layers left dense: 1; density 1.000 → 0.250; "
         "parameters 16,576 -> 16,576.\n"
     ) in err
     (last,) = [line for line in err.splitlines() if "training has ended" in line]
-    assert "layers 2; density 1.000 -> 0.250; parameters 4,548 of 16,836 dense; " in last
+    assert (
+        "layers 2; density 1.000 -> 0.250; parameters 4,548 of 16,836 dense, in the model; " in last
+    )
 
 
 def test_the_summary_by_hand() -> None:
@@ -119,7 +123,22 @@ def test_the_summary_by_hand() -> None:
         "layers       2",
         "density      1.000 -> 0.250",
     ]
-    assert lines[4].startswith("memory       0.1 MB, ") and lines[4].endswith("of 0.3 MB dense")
+    assert lines[4].startswith("memory       0.1 MB, ") and lines[4].endswith(
+        "of 0.3 MB dense, in these layers"
+    )
+    report = str(callback.report).splitlines()
+    assert next(line for line in report if line.startswith("total")).split()[1:4] == [
+        *("1.000", "→", "0.250")
+    ], "where the density begins, and where it is to end"
+
+
+def test_a_constant_density_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    callback = SparsityCallback(block_size=16, update={"every_n_steps": 4})
+    trainer(callback).fit(Classifier(), loader())
+    first, *_, last = (line for line in caplog.messages if "density" in line)
+    assert "; density 0.250; parameters" in first
+    assert "; density 0.250; parameters" in last
 
 
 def test_the_summary_of_a_training_that_ends_early_says_what_was_planned() -> None:

@@ -276,6 +276,9 @@ def test_a_timetable_as_text() -> None:
         "topology updates every 100 steps, from step 0 to 250"
     )
     assert str(Timetable(1, 0, 250, 0, 250, 900, (7, 40))) == "topology updates at steps 7, 40"
+    assert str(Timetable(100, 0, 66, 0, 66, 88)) == "one topology update, at step 66"
+    assert str(Timetable(5, 0, 66, 0, 66, 3)) == "one topology update, at step 3"
+    assert str(Timetable(5, 10, 66, 10, 66, 9)) == "no topology update in its 9 steps"
     many = str(Timetable(1, 0, 250, 0, 250, 900, tuple(range(10, 100, 5))))
     assert many == (
         "topology updates at steps 10, 15, 20, 25, 30, 35, 40, 45 and 10 more, to step 95"
