@@ -860,7 +860,7 @@ class Sparsifier:
             number=self.n_updates + 1,
             density=density,
             fraction=fraction,
-            floor=(config.floor.row, config.floor.column),
+            floor=config.floor.of_lines,
             layers=scores,
             capacities={name: self.layers[name].topology.capacity for name in scores},
             budgets=budgets_by_score,
