@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from sparse_lightning.sharding import (
     local_slots,
     to_local_slots,
 )
+
+# Why the gradient of a layer cannot score its blocks.
+GradientFlaw = Literal["missing", "not finite", "zero"]
 
 # Statistics that are summed over steps, per slot.
 _PER_SLOT = ("saliency", "movement")
@@ -276,7 +279,8 @@ class Gatherer:
         """Return the statistics of the layers that can be scored, on the CPU.
 
         A layer cannot be scored if a needed statistic is missing or not finite, for example because
-        it had no gradient in the step.
+        it had no gradient in the step, or if the norms of its dense gradient are all zero, as
+        growth would then take the blocks with the lowest indices.
 
         Args:
             names: names of the layers; equal on every rank, and every rank must call this.
@@ -296,7 +300,7 @@ class Gatherer:
         for (name, tensors), slots in zip(found.items(), slot_grids, strict=True):
             gathered = {need: next(copies) for need in tensors}
             magnitude = gathered.pop("magnitude")
-            if not all(_is_usable(need, tensor) for need, tensor in gathered.items()):
+            if _flaw_of(gathered) is not None:
                 continue
             layer = self.layers[name]
             scores[name] = BlockScores(
@@ -310,6 +314,12 @@ class Gatherer:
                 read_values=functools.partial(_values_in_grid_order, layer),
             )
         return scores
+
+    @torch.no_grad()
+    def flaw_of(self, name: str) -> GradientFlaw:
+        """Return why a layer could not be scored; every rank must call this."""
+        statistics = self._statistics_of(name, self.needs)
+        return "missing" if statistics is None else _flaw_of(statistics) or "missing"
 
     def _statistics_of(self, name: str, needs: Collection[str]) -> dict[str, Tensor] | None:
         """Return a layer's statistics, each `[out_blocks, in_blocks]`; None if one is missing."""
@@ -410,9 +420,15 @@ class Gatherer:
                     getattr(self._sums_of(name), need).copy_(state[need][name][slots])
 
 
-def _is_usable(need: str, statistic: Tensor) -> bool:
-    """Return whether a statistic can score blocks: finite and, for gradient norms, not all zero."""
-    return bool(statistic.isfinite().all()) and (need in _PER_SLOT or bool(statistic.any()))
+def _flaw_of(statistics: Mapping[str, Tensor]) -> GradientFlaw | None:
+    """Return why statistics cannot score blocks; None if they can.
+
+    Work of zero counts, since no block is chosen by it alone, but not a dense gradient of zero.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in statistics.values()):
+        return "not finite"
+    norms = (tensor for need, tensor in statistics.items() if need not in _PER_SLOT)
+    return None if all(bool(tensor.any()) for tensor in norms) else "zero"
 
 
 def copy_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -261,6 +261,18 @@ a higher `density` or `layer_density`, or a smaller `block_size`, or `exclude` t
     return " ".join(sentences)
 
 
+def quote_layers(names: Iterable[str]) -> str:
+    """Return the names of layers for a message, in which repeated layers share one.
+
+    >>> print(quote_layers(["layers.0.up", "layers.1.up", "head"]))
+    'layers.*.up' (2 layers), 'head'
+    """
+    return ", ".join(
+        f"'{name}'" if number == "1" else f"'{name}' ({number} layers)"
+        for name, number in merge_similar((name, ()) for name in names)
+    )
+
+
 def describe_trained(names: Sequence[str]) -> str:
     """Return sentences that name layers with random blocks of trained weights, and the remedy.
 
@@ -268,14 +280,10 @@ def describe_trained(names: Sequence[str]) -> str:
     Block-sparse layers start with random blocks of weights that look trained: 'layers.*.up' (2 \
 layers)
     """
-    layers = [
-        f"'{name}'" if number == "1" else f"'{name}' ({number} layers)"
-        for name, number in merge_similar((name, ()) for name in names)
-    ]
     return (
         "Block-sparse layers start with random blocks of weights that look trained: "
-        f"{', '.join(layers)}. What their other blocks had learnt is lost. In a training, let the "
-        "density fall from 1, so that the network adapts while blocks go: set `init='magnitude'` "
+        f"{quote_layers(names)}. What their other blocks had learnt is lost. In a training, let "
+        "the density fall from 1, so that the network adapts while blocks go: set `init='magnitude'` "
         "and `density=DensitySchedule(initial=1.0, final=0.25)`, or with Hydra "
         "`callbacks/sparsity=finetune`."
     )
