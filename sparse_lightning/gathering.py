@@ -42,7 +42,9 @@ class NormAccumulator:
     accumulate exactly when gradients accumulate into `values.grad`. Gradients that are cleared
     before the step, such as those that a critic receives while its generator is trained, must not
     count. So `values.grad` is checked at the step, and in each backward before anything is
-    accumulated: if it is None or all zero, the norms accumulated so far are discarded.
+    accumulated: if it is None, or all zero although what has been accumulated was not, the norms
+    accumulated so far are discarded. A gradient that was zero from the start was not cleared: the
+    present blocks do not reach the loss, and the norms say which absent ones would.
 
     Args:
         layer: layer whose backward computes the norms.
@@ -54,6 +56,9 @@ class NormAccumulator:
         self.armed = False
         self._handles: list[RemovableHandle] = []
         self._backward = -1
+        # Whether the backward passes so far had a gradient of `values` that is not zero: a bool
+        # tensor on the device; None if autograd has passed none to `values` itself.
+        self._had_gradient: Tensor | None = None
 
     def arm(self, is_armed: bool) -> None:
         """Make the layer's backward compute block norms from now on, or stop it."""
@@ -61,15 +66,18 @@ class NormAccumulator:
             return
         self.armed = is_armed
         self.layer.arm(is_armed)
-        self.layer.block_norms.grad = None
+        self.layer.block_norms.grad = self._had_gradient = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if is_armed:
             # These hooks run before the accumulation. Both leaves need one: autograd may reach
             # either first, and under fully_shard backward does not see `values` itself.
-            for leaf in (self.values, self.layer.block_norms):
-                self._handles.append(leaf.register_hook(self._on_gradient))
+            for leaf, hook in (
+                (self.values, self._on_values_gradient),
+                (self.layer.block_norms, self._on_gradient),
+            ):
+                self._handles.append(leaf.register_hook(hook))
 
     def collect(self) -> Tensor | None:
         """Return the squared norms for the step that was just taken, and clear them.
@@ -79,7 +87,16 @@ class NormAccumulator:
         """
         self._discard_if_cleared()
         norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
+        self._had_gradient = None
         return norms
+
+    @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+    @torch.no_grad()
+    def _on_values_gradient(self, gradient: Tensor) -> None:
+        self._on_gradient(gradient)
+        has_gradient = gradient.any()
+        before = self._had_gradient
+        self._had_gradient = has_gradient if before is None else before | has_gradient
 
     @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
     def _on_gradient(self, gradient: Tensor) -> None:
@@ -95,10 +112,14 @@ class NormAccumulator:
         if norms is None:
             return
         if gradient is None:
-            self.layer.block_norms.grad = None
+            self.layer.block_norms.grad = self._had_gradient = None
         elif not is_sharded(gradient):  # a shard may be zero while the whole gradient is not
+            is_cleared = ~gradient.any()
+            if self._had_gradient is not None:
+                is_cleared &= self._had_gradient
+                self._had_gradient = self._had_gradient & ~is_cleared
             # `where` evaluates the condition on the device, without a synchronisation.
-            self.layer.block_norms.grad = torch.where(gradient.any(), norms, 0.0)
+            self.layer.block_norms.grad = torch.where(is_cleared, 0.0, norms)
 
 
 class Gatherer:

@@ -712,6 +712,37 @@ def test_layers_that_are_cut_off_are_named_with_a_remedy() -> None:
     )
 
 
+def test_layers_that_are_cut_off_grow_the_blocks_that_connect_them() -> None:
+    """Gate and up have gradients only at absent blocks, which are the ones to grow."""
+    model = nn.Sequential(Gated())
+    sparsifier = Sparsifier(
+        model,
+        4,
+        block_size=16,
+        density=0.25,
+        drop_fraction=0.5,
+        update={"every_n_steps": 2, "until": 1.0},
+        floor={"row": 0, "column": 0},
+    )
+    (block,) = model
+    block.gate.topology.assign_(torch.tensor([[0, 0], [0, 1]]))
+    block.up.topology.assign_(torch.tensor([[1, 0], [1, 1]]))
+    block.down.topology.assign_(torch.tensor([[0, 0], [1, 1]]))  # reads what both could compute
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 32)).square().mean().backward()
+            assert not block.gate.values.grad.any() and not block.up.values.grad.any()
+            optimizer.step()
+    live = block.gate.topology.mask.any(1) & block.up.topology.mask.any(1)
+    assert live.tolist() == [True, True, False, False]
+    (text,) = messages_with(warned, "not scored at step 2")
+    assert "A gradient of exactly zero: '0.down'." in text
+
+
 def test_a_layer_that_never_comes_back_is_named_at_the_end() -> None:
     model, sparsifier = make(12, density=FALLING, update={"every_n_steps": 2})
     optimizer = adamw(model.parameters())
