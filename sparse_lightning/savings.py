@@ -31,6 +31,18 @@ class Savings:
     dense_nbytes: int
     flops: float
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Return lines about the sizes, as pairs of a label and a text."""
+        share = f"{self.nbytes / max(1, self.dense_nbytes):.1%}"
+        return [
+            ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense"),
+            (
+                "memory",
+                f"{self.nbytes / 1e6:.1f} MB, {share} of {self.dense_nbytes / 1e6:.1f} MB dense",
+            ),
+            ("FLOPs", f"{self.flops:.1%} of dense, in linear layers"),
+        ]
+
     def scalars(self) -> dict[str, float]:
         """Return the numbers by name, for loggers."""
         return {

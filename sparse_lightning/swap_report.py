@@ -283,8 +283,8 @@ layers)
     return (
         "Block-sparse layers start with random blocks of weights that look trained: "
         f"{quote_layers(names)}. What their other blocks had learnt is lost. In a training, let "
-        "the density fall from 1, so that the network adapts while blocks go: set `init='magnitude'` "
-        "and `density=DensitySchedule(initial=1.0, final=0.25)`, or with Hydra "
+        "the density fall from 1, so that the network adapts while blocks go: set "
+        "`init='magnitude'` and `density=DensitySchedule(initial=1.0, final=0.25)`, or with Hydra "
         "`callbacks/sparsity=finetune`."
     )
 
