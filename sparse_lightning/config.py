@@ -439,8 +439,10 @@ class SparsityConfig:
                 "blocks, set `grow` to 'gradient', 'momentum' or 'random'"
             )
         share = self._largest_exchange(timetable)
+        if budgets.exchanged(1.0, share):
+            return None
         most = self._largest_exchange(replace(timetable, every_n_steps=1, times=None))
-        if budgets.exchanged(1.0, share) or not most:
+        if not most:
             return None  # a trial of a few steps cannot exchange blocks, whatever the options are
         if not budgets.exchanged(1.0, most):
             remedy = "Set a larger `drop_fraction` or a smaller `block_size`"

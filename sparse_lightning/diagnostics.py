@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch.optim import Optimizer
 
+from sparse_lightning.gathering import GradientFlaw
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.names import common_patterns, list_names
 from sparse_lightning.optimizer_state import class_name
@@ -151,13 +152,35 @@ def layers_without_gradient(names: Collection[str], n_steps: int) -> str:
     )
 
 
-def unscored_layers(names: Sequence[str], step: int) -> str:
-    """Warn about layers whose update is postponed because they could not be scored."""
-    return (
-        f"Block-sparse layers were not scored at step {step}, as they had no gradient of the loss "
-        f"that was applied, or a gradient that is not finite: {list_names(names)}. Their blocks "
-        "stay until a step scores them."
-    )
+def unscored_layers(flaws: Mapping[str, GradientFlaw], step: int) -> str:
+    """Warn about layers whose update is postponed because they could not be scored.
+
+    Args:
+        flaws: what is wrong with the gradient of each layer, by name.
+        step: step of the update.
+    """
+    sentences = [
+        f"Block-sparse layers were not scored at step {step}, so their blocks stay until a step "
+        "scores them."
+    ]
+    for flaw, kind in _FLAWS.items():
+        names = [name for name, found in flaws.items() if found == flaw]
+        if names:
+            sentences.append(f"{kind}: {list_names(names)}.")
+    if "zero" in flaws.values():
+        sentences.append(
+            "A gradient of zero is often that of layers which the present blocks cut off from the "
+            "loss, as where no output is live in both the gate and the up projection of an MLP: "
+            "set a higher `density` or `layer_density`, or a smaller `block_size`."
+        )
+    return " ".join(sentences)
+
+
+_FLAWS: dict[GradientFlaw, str] = {
+    "missing": "No gradient of the loss that was applied",
+    "not finite": "A gradient that is not finite",
+    "zero": "A gradient of exactly zero",
+}
 
 
 def unwritten_copies(names: Sequence[str]) -> str:

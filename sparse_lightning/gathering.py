@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from sparse_lightning.sharding import (
     to_local_slots,
 )
 
+# Why the gradient of a layer cannot score its blocks.
+GradientFlaw = Literal["missing", "not finite", "zero"]
+
 # Statistics that are summed over steps, per slot.
 _PER_SLOT = ("saliency", "movement")
 
@@ -39,7 +42,9 @@ class NormAccumulator:
     accumulate exactly when gradients accumulate into `values.grad`. Gradients that are cleared
     before the step, such as those that a critic receives while its generator is trained, must not
     count. So `values.grad` is checked at the step, and in each backward before anything is
-    accumulated: if it is None or all zero, the norms accumulated so far are discarded.
+    accumulated: if it is None, or all zero although what has been accumulated was not, the norms
+    accumulated so far are discarded. A gradient that was zero from the start was not cleared: the
+    present blocks do not reach the loss, and the norms say which absent ones would.
 
     Args:
         layer: layer whose backward computes the norms.
@@ -51,6 +56,9 @@ class NormAccumulator:
         self.armed = False
         self._handles: list[RemovableHandle] = []
         self._backward = -1
+        # Whether the backward passes so far had a gradient of `values` that is not zero: a bool
+        # tensor on the device; None if autograd has passed none to `values` itself.
+        self._had_gradient: Tensor | None = None
 
     def arm(self, is_armed: bool) -> None:
         """Make the layer's backward compute block norms from now on, or stop it."""
@@ -58,15 +66,18 @@ class NormAccumulator:
             return
         self.armed = is_armed
         self.layer.arm(is_armed)
-        self.layer.block_norms.grad = None
+        self.layer.block_norms.grad = self._had_gradient = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if is_armed:
             # These hooks run before the accumulation. Both leaves need one: autograd may reach
             # either first, and under fully_shard backward does not see `values` itself.
-            for leaf in (self.values, self.layer.block_norms):
-                self._handles.append(leaf.register_hook(self._on_gradient))
+            for leaf, hook in (
+                (self.values, self._on_values_gradient),
+                (self.layer.block_norms, self._on_gradient),
+            ):
+                self._handles.append(leaf.register_hook(hook))
 
     def collect(self) -> Tensor | None:
         """Return the squared norms for the step that was just taken, and clear them.
@@ -76,7 +87,16 @@ class NormAccumulator:
         """
         self._discard_if_cleared()
         norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
+        self._had_gradient = None
         return norms
+
+    @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+    @torch.no_grad()
+    def _on_values_gradient(self, gradient: Tensor) -> None:
+        self._on_gradient(gradient)
+        has_gradient = gradient.any()
+        before = self._had_gradient
+        self._had_gradient = has_gradient if before is None else before | has_gradient
 
     @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
     def _on_gradient(self, gradient: Tensor) -> None:
@@ -92,10 +112,14 @@ class NormAccumulator:
         if norms is None:
             return
         if gradient is None:
-            self.layer.block_norms.grad = None
+            self.layer.block_norms.grad = self._had_gradient = None
         elif not is_sharded(gradient):  # a shard may be zero while the whole gradient is not
+            is_cleared = ~gradient.any()
+            if self._had_gradient is not None:
+                is_cleared &= self._had_gradient
+                self._had_gradient = self._had_gradient & ~is_cleared
             # `where` evaluates the condition on the device, without a synchronisation.
-            self.layer.block_norms.grad = torch.where(gradient.any(), norms, 0.0)
+            self.layer.block_norms.grad = torch.where(is_cleared, 0.0, norms)
 
 
 class Gatherer:
@@ -276,7 +300,8 @@ class Gatherer:
         """Return the statistics of the layers that can be scored, on the CPU.
 
         A layer cannot be scored if a needed statistic is missing or not finite, for example because
-        it had no gradient in the step.
+        it had no gradient in the step, or if the norms of its dense gradient are all zero, as
+        growth would then take the blocks with the lowest indices.
 
         Args:
             names: names of the layers; equal on every rank, and every rank must call this.
@@ -296,7 +321,7 @@ class Gatherer:
         for (name, tensors), slots in zip(found.items(), slot_grids, strict=True):
             gathered = {need: next(copies) for need in tensors}
             magnitude = gathered.pop("magnitude")
-            if not all(_is_usable(need, tensor) for need, tensor in gathered.items()):
+            if _flaw_of(gathered) is not None:
                 continue
             layer = self.layers[name]
             scores[name] = BlockScores(
@@ -310,6 +335,12 @@ class Gatherer:
                 read_values=functools.partial(_values_in_grid_order, layer),
             )
         return scores
+
+    @torch.no_grad()
+    def flaw_of(self, name: str) -> GradientFlaw:
+        """Return why a layer could not be scored; every rank must call this."""
+        statistics = self._statistics_of(name, self.needs)
+        return "missing" if statistics is None else _flaw_of(statistics) or "missing"
 
     def _statistics_of(self, name: str, needs: Collection[str]) -> dict[str, Tensor] | None:
         """Return a layer's statistics, each `[out_blocks, in_blocks]`; None if one is missing."""
@@ -410,9 +441,15 @@ class Gatherer:
                     getattr(self._sums_of(name), need).copy_(state[need][name][slots])
 
 
-def _is_usable(need: str, statistic: Tensor) -> bool:
-    """Return whether a statistic can score blocks: finite and, for gradient norms, not all zero."""
-    return bool(statistic.isfinite().all()) and (need in _PER_SLOT or bool(statistic.any()))
+def _flaw_of(statistics: Mapping[str, Tensor]) -> GradientFlaw | None:
+    """Return why statistics cannot score blocks; None if they can.
+
+    Work of zero counts, since no block is chosen by it alone, but not a dense gradient of zero.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in statistics.values()):
+        return "not finite"
+    norms = (tensor for need, tensor in statistics.items() if need not in _PER_SLOT)
+    return None if all(bool(tensor.any()) for tensor in norms) else "zero"
 
 
 def copy_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.kernels import choice, ops
 from sparse_lightning.kernels.operands import LayerOperands
 from sparse_lightning.policy.criteria import block_magnitudes, dense_block_norms
-from sparse_lightning.policy.updates import TopologyUpdate, choose_blocks
+from sparse_lightning.policy.updates import TopologyUpdate, first_blocks
 from sparse_lightning.sharding import (
     gather_slots,
     gather_whole,
@@ -168,7 +168,8 @@ class BlockSparseLinear(nn.Module):
             linear: an `nn.Linear` or Transformers' `Conv1D`; not changed. The new layer has its
                 device, dtype and `requires_grad`.
             block_size: 16, 32, 64 or 128.
-            density: share of blocks to keep; those of largest Frobenius norm are kept.
+            density: share of blocks to keep; those of largest Frobenius norm are kept, even where
+                that leaves a block row or column without any, unlike in `sparsify`.
             topology: the blocks to keep, instead of `density`.
         """
         if (density is None) == (topology is None):
@@ -886,17 +887,18 @@ def density_of(layers: Iterable[BlockSparseLinear]) -> float:
     return n_blocks / max(1, sum(topology.grid[0] * topology.grid[1] for topology in topologies))
 
 
-def largest_blocks(weight: Tensor, grid: tuple[int, int], n_blocks: int) -> Tensor:
+def largest_blocks(
+    weight: Tensor, grid: tuple[int, int], n_blocks: int, *, floor: tuple[int, int] = (0, 0)
+) -> Tensor:
     """Return the block mask, on the CPU, of the blocks of largest Frobenius norm.
 
     Args:
         weight: `[out_features, in_features]`.
         grid: (out_blocks, in_blocks).
         n_blocks: number of blocks in the mask.
+        floor: minimum number of blocks of (each row, each column), as in `exchange_blocks`.
     """
-    # Blocks that contain NaN rank last and are taken only if no others are left.
-    norms = dense_block_norms(weight, grid).cpu().nan_to_num(-1.0, -1.0, -1.0)
-    return choose_blocks(norms, torch.ones_like(norms, dtype=torch.bool), n_blocks)
+    return first_blocks(dense_block_norms(weight, grid).cpu(), n_blocks, floor=floor)
 
 
 def _zero_norms(grid: tuple[int, int], device: torch.device) -> Tensor:

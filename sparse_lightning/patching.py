@@ -31,10 +31,10 @@ from sparse_lightning.names import (
 from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.criteria import seeded_generator
 from sparse_lightning.policy.dead_features import DeadFeatures, find_dead_features
-from sparse_lightning.policy.distributions import DISTRIBUTIONS, Distribution, Grid
+from sparse_lightning.policy.distributions import DISTRIBUTIONS, Distribution, Floor, Grid
 from sparse_lightning.policy.freshness import looks_trained
 from sparse_lightning.policy.lookup import find
-from sparse_lightning.policy.updates import choose_blocks, feasible_floor
+from sparse_lightning.policy.updates import first_blocks
 from sparse_lightning.selection import (
     SwapOptions,
     find_sparse_copies,
@@ -112,9 +112,9 @@ def sparsify(
             take part even if they are already block-sparse.
         layer_density: densities of individual layers, by pattern as in `include`; the other layers
             share `density`.
-        init: "random" keeps random blocks, at least one in each block row and column if the density
-            allows, and scales them by density ** -0.5 to preserve the variance of the output;
-            "magnitude" keeps the largest blocks, unscaled.
+        init: "random" keeps random blocks, scaled by density ** -0.5 to preserve the variance of
+            the output; "magnitude" keeps the largest blocks, unscaled. Both keep at least one block
+            in each block row and column if the density allows.
         seed: seed of the random blocks; each layer draws its own, depending on its name.
         max_density: highest density that the model will ever reach, which determines the number of
             slots of each layer; `density` if None.
@@ -285,8 +285,10 @@ def _initial_topology(
     linear: nn.Module, name: str, grid: Grid, n_blocks: int, capacity: int, options: SwapOptions
 ) -> tuple[BlockTopology, float]:
     """Return the initial blocks of a layer, and the factor by which to scale their values."""
+    floor = options.floor.of_lines
     if options.init == "magnitude" and next(linear.parameters()).device.type != "meta":
-        mask, scale = largest_blocks(dense_weight_of(linear), grid, n_blocks), 1.0
+        mask = largest_blocks(dense_weight_of(linear), grid, n_blocks, floor=floor)
+        scale = 1.0
     else:
         # The dtype is explicit, as a half-precision default would change the draw and cause ties.
         drawn = torch.rand(
@@ -295,9 +297,7 @@ def _initial_topology(
             dtype=torch.float32,
             device="cpu",
         )
-        everywhere = torch.ones_like(drawn, dtype=torch.bool)
-        floor = feasible_floor((options.floor.row, options.floor.column), grid, n_blocks)
-        mask = choose_blocks(drawn, everywhere, n_blocks, floor=floor)
+        mask = first_blocks(drawn, n_blocks, floor=floor)
         scale = (n_blocks / (grid[0] * grid[1])) ** -0.5
     return BlockTopology.from_mask(mask, options.block_size, capacity=capacity), scale
 
@@ -315,7 +315,12 @@ def discards_training(weight: Tensor, density: float, init: str) -> bool:
 
 @torch.no_grad()
 def initialize_from_dense(
-    layer: BlockSparseLinear, weight: Tensor, init: str, source: BlockSparseLinear | None = None
+    layer: BlockSparseLinear,
+    weight: Tensor,
+    init: str,
+    source: BlockSparseLinear | None = None,
+    *,
+    floor: Floor,
 ) -> None:
     """Initialize a swapped layer as if its dense weight had been `weight` at the swap.
 
@@ -324,6 +329,7 @@ def initialize_from_dense(
         weight: dense weight, in the layout of the dense layer.
         init: as in `sparsify`.
         source: source layer whose blocks to use if the layer is a copy.
+        floor: floor of the swap.
     """
     weight = weight.T if layer._is_transposed else weight
     if source is not None:
@@ -332,7 +338,9 @@ def initialize_from_dense(
     if init == "magnitude" and source is not None:
         scale = 1.0
     elif init == "magnitude":
-        mask, scale = largest_blocks(weight, topology.grid, topology.n_blocks), 1.0
+        grid, n_blocks = topology.grid, topology.n_blocks
+        mask = largest_blocks(weight, grid, n_blocks, floor=floor.of_lines)
+        scale = 1.0
         largest = BlockTopology.from_mask(mask, topology.block_size, capacity=topology.capacity)
         topology.assign_(largest.coords)
     layer.values.copy_(topology.pack(weight.to(layer.values)) * scale)

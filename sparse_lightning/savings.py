@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.optimizer_state import find_optimizer
 from sparse_lightning.selection import sparse_layers
+from sparse_lightning.tables import in_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,19 @@ class Savings:
     nbytes: int
     dense_nbytes: int
     flops: float
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return lines about the sizes, as pairs of a label and a text."""
+        share = f"{self.nbytes / max(1, self.dense_nbytes):.1%}"
+        return [
+            ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense, in the model"),
+            (
+                "memory",
+                f"{in_bytes(self.nbytes)}, {share} of {in_bytes(self.dense_nbytes)} dense, in "
+                "these layers",
+            ),
+            ("FLOPs", f"{self.flops:.1%} of dense, in all linear layers"),
+        ]
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers by name, for loggers."""

@@ -42,8 +42,8 @@ _INDIVISIBLE = "is not divisible by block_size="
 class SwapOptions:
     """Which layers a swap selects, and how they start.
 
-    All are keywords of `sparsify`, except for `floor`: random blocks respect its minimum numbers of
-    blocks per block row and column.
+    All are keywords of `sparsify`, except for `floor`: the first blocks respect its minimum numbers
+    of blocks per block row and column.
     """
 
     block_size: int

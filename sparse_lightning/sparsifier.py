@@ -809,7 +809,8 @@ class Sparsifier:
         armed = tracked.armed if self._gatherer.window else tracked.waiting
         names = self._not_yet_named("unscored", [n for n in tracked.waiting if n in armed])
         if names:
-            self._warn(diagnostics.unscored_layers(names, tracked.steps))
+            flaws = {name: self._gatherer.flaw_of(name) for name in names}
+            self._warn(diagnostics.unscored_layers(flaws, tracked.steps))
 
     def _scores(
         self, tracked: TrackedOptimizer, names: list[str], needs: Collection[str]
@@ -864,7 +865,7 @@ class Sparsifier:
             number=self.n_updates + 1,
             density=density,
             fraction=fraction,
-            floor=(config.floor.row, config.floor.column),
+            floor=config.floor.of_lines,
             layers=scores,
             capacities={name: self.layers[name].topology.capacity for name in scores},
             budgets=budgets_by_score,

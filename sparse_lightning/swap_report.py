@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
-from sparse_lightning.names import group_similar, merge_similar
+from sparse_lightning.names import group_similar, list_names, merge_similar
 from sparse_lightning.policy.dead_features import DeadFeatures
 from sparse_lightning.tables import html_table, range_of, text_table
 from sparse_lightning.topology import BlockTopology, count_dead
@@ -277,15 +277,11 @@ def describe_trained(names: Sequence[str]) -> str:
     Block-sparse layers start with random blocks of weights that look trained: 'layers.*.up' (2 \
 layers)
     """
-    layers = [
-        f"'{name}'" if number == "1" else f"'{name}' ({number} layers)"
-        for name, number in merge_similar((name, ()) for name in names)
-    ]
     return (
         "Block-sparse layers start with random blocks of weights that look trained: "
-        f"{', '.join(layers)}. What their other blocks had learnt is lost. In a training, let the "
-        "density fall from 1, so that the network adapts while blocks go: set `init='magnitude'` "
-        "and `density=DensitySchedule(initial=1.0, final=0.25)`, or with Hydra "
+        f"{list_names(names)}. What their other blocks had learnt is lost. In a training, let "
+        "the density fall from 1, so that the network adapts while blocks go: set "
+        "`init='magnitude'` and `density=DensitySchedule(initial=1.0, final=0.25)`, or with Hydra "
         "`callbacks/sparsity=finetune`."
     )
 

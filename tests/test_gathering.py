@@ -283,6 +283,35 @@ def test_gradients_that_are_zeroed_before_the_step_do_not_count(
         optimizer.zero_grad(set_to_none)
 
 
+def cut_off(fc: BlockSparseLinear, seed: int) -> Tensor:
+    """Like `backward`, for inputs of which the present blocks only read zeros."""
+    x, dy = batch(seed)
+    x[:, :16] = x[:, 32:] = 0.0
+    fc(x).backward(dy)
+    return dy.T @ x
+
+
+def test_norms_count_where_only_absent_blocks_have_a_gradient() -> None:
+    """The gradient of the present blocks is zero from the start, so it was not cleared."""
+    fc = layer()
+    gatherer = make_gatherer(fc, "gradient")
+    arm(gatherer)
+    dense = [cut_off(fc, seed) for seed in range(2)]
+    assert fc.values.grad is not None and not fc.values.grad.any()
+    gatherer.collect_norms(["fc"])
+    gradient = scores_of(gatherer).gradient
+    torch.testing.assert_close(gradient, summed(*dense))
+    assert bool(gradient[:, 1].all())
+    # Also after norms that do not count, and together with those of other passes that do.
+    fc.values.grad = None
+    backward(fc, 5)
+    assert fc.values.grad is not None
+    fc.values.grad.zero_()
+    dense = [cut_off(fc, 6), backward(fc, 7)]
+    gatherer.collect_norms(["fc"])
+    torch.testing.assert_close(scores_of(gatherer).gradient, summed(*dense))
+
+
 def test_gradients_zeroed_by_any_means_do_not_count() -> None:
     """Writes through `.data` do not change autograd's versions."""
     fc = layer()

@@ -17,10 +17,11 @@ from torch.nn.utils import parametrizations, parametrize
 from sparse_lightning import BlockSparseLinear, Sparsifier, SparsityReport, densify, sparsify
 from sparse_lightning.config import SparsityConfig
 from sparse_lightning.names import matches
-from sparse_lightning.patching import swap_layers
+from sparse_lightning.patching import initialize_from_dense, swap_layers
 from sparse_lightning.policy.budgets import LayerBudgets
-from sparse_lightning.policy.distributions import share
+from sparse_lightning.policy.distributions import Floor, share
 from sparse_lightning.selection import SwapOptions, sparse_layers
+from sparse_lightning.topology import count_dead
 from tests import extensions
 
 
@@ -332,13 +333,86 @@ def test_init_random_keeps_the_variance_of_the_output() -> None:
 
 def test_init_magnitude_keeps_the_largest_blocks_unscaled() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():  # the largest blocks are in all rows and columns
+        model[0].weight.mul_(1 + torch.eye(4).repeat_interleave(16, 0).repeat_interleave(16, 1))
     weight = model[0].weight.detach().clone()
-    norms = weight.unflatten(0, (4, 16)).unflatten(2, (4, 16)).square().sum((1, 3))
     sparsify(model, block_size=16, density=0.25, init="magnitude")
-    expected = norms >= norms.flatten().topk(4).values.min()
-    assert torch.equal(model[0].topology.mask, expected)
-    mask = expected.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert torch.equal(model[0].topology.mask, torch.eye(4, dtype=torch.bool))
+    mask = torch.eye(4).repeat_interleave(16, 0).repeat_interleave(16, 1)
     assert torch.equal(model[0].dense_weight(), weight * mask)
+
+
+def concentrated() -> tuple[nn.Sequential, Tensor]:
+    """Return a layer with 16x4 blocks, the largest of which are in its first rows, and the norms.
+
+    Its 16 largest blocks are those of the first four rows, which leave 12 rows empty.
+    """
+    model = nn.Sequential(nn.Linear(64, 256))
+    with torch.no_grad():
+        model[0].weight[:64] *= 3
+    norms = model[0].weight.detach().unflatten(0, (16, 16)).unflatten(2, (4, 16)).square()
+    return model, norms.sum((1, 3))
+
+
+@pytest.mark.parametrize("swap", [sparsify, partial(Sparsifier, total_steps=10)])
+def test_init_magnitude_leaves_no_output_dead(swap: Callable[..., Any]) -> None:
+    """The floors hold for the largest blocks as they do for random ones, at the same density."""
+    model, norms = concentrated()
+    swap(model, block_size=16, density=0.25, init="magnitude")
+    mask = model[0].topology.mask
+    assert int(mask.sum()) == 16 and count_dead(mask) == (0, 0)
+    # Among the rows that the largest blocks leave empty, each has its largest one, unless a
+    # column needs another.
+    assert int((mask & (norms == norms.amax(1, keepdim=True))).sum()) >= 12
+    assert mask.flatten()[norms.argmax()]
+
+
+@pytest.mark.parametrize(
+    ("density", "floor", "least"),
+    [
+        (0.25, Floor(row=0, column=0), 0),
+        (0.5, Floor(), 1),
+        (0.5, Floor(row=2, column=0), 2),
+        (0.1875, Floor(), 0),  # 12 blocks are too few for 16 rows
+    ],
+)
+def test_init_magnitude_respects_the_floors_that_are_set(
+    density: float, floor: Floor, least: int
+) -> None:
+    model, norms = concentrated()
+    n_blocks = round(64 * density)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*too few blocks for their features")
+        Sparsifier(
+            model, block_size=16, density=density, init="magnitude", floor=floor, total_steps=10
+        )
+    mask = model[0].topology.mask
+    assert int(mask.sum()) == n_blocks and int(mask.sum(1).min()) == least
+    if least == 0:
+        assert torch.equal(mask, norms >= norms.flatten().topk(n_blocks).values.min())
+
+
+@pytest.mark.parametrize("floor", [Floor(), Floor(row=0, column=0), Floor(row=1, column=4)])
+def test_dense_weights_that_arrive_later_give_the_blocks_of_a_swap(floor: Floor) -> None:
+    """As with a dense checkpoint: the floors hold for its largest blocks, too."""
+    model, _ = concentrated()
+    weight = model[0].weight.detach().clone()
+    options = {"block_size": 16, "density": 0.25, "init": "magnitude", "total_steps": 10}
+    Sparsifier(model, floor=floor, **options)
+    other = nn.Sequential(nn.Linear(64, 256))
+    Sparsifier(other, floor=floor, **options)
+    initialize_from_dense(other[0], weight, "magnitude", floor=floor)
+    assert torch.equal(other[0].topology.mask, model[0].topology.mask)
+    assert torch.equal(other[0].dense_weight(), model[0].dense_weight())
+
+
+def test_blocks_with_nan_are_the_last_of_the_largest() -> None:
+    model, _ = concentrated()
+    with torch.no_grad():
+        model[0].weight[:16, :48] = torch.nan
+    sparsify(model, block_size=16, density=0.25, init="magnitude")
+    assert model[0].topology.mask[0].tolist() == [False, False, False, True]
+    assert bool(model[0].values.isfinite().all())
 
 
 @pytest.mark.parametrize("init", ["random", "magnitude"])

@@ -652,8 +652,9 @@ def test_a_layer_without_a_gradient_waits_for_its_next_step_with_one(name: str, 
             if is_away:
                 assert torch.equal(masks(model)[name], before)
     (text,) = messages_with(warned, "not scored")
-    assert "at step 4, as they had no gradient of the loss that was applied, or " in text
-    assert f": {name}. " in text
+    assert "not scored at step 4, so their blocks stay until a step scores them. " in text
+    assert f" No gradient of the loss that was applied: '{name}'." in text
+    assert "not finite" not in text and "zero" not in text
     (other,) = {"net.0", "net.2"} - {name}
     late = [4 + away] if away != 4 else []  # otherwise it is due again then
     expected = sorted({*late, *(due for due in (4, 8, 12, 16) if not 4 <= due < 4 + away)})
@@ -662,6 +663,84 @@ def test_a_layer_without_a_gradient_waits_for_its_next_step_with_one(name: str, 
     torch.testing.assert_close(
         request.layers[name].gradient, seen[4 + away][name], rtol=1e-4, atol=1e-8
     )
+
+
+class Gated(nn.Module):
+    """A gated MLP without biases and with a residual connection, as in a Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 64, bias=False)
+        self.up = nn.Linear(32, 64, bias=False)
+        self.down = nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+def test_layers_that_are_cut_off_are_named_with_a_remedy() -> None:
+    """Their gradient exists, and is exactly zero: no output is live in both gate and up."""
+    model = nn.Sequential(Gated(), Gated())
+    sparsifier = Sparsifier(
+        model, 4, block_size=16, density=0.25, update={"every_n_steps": 2, "until": 1.0}
+    )
+    for block in model:
+        for layer, coords in (
+            (block.gate, [[0, 0], [0, 1]]),
+            (block.up, [[1, 0], [1, 1]]),
+            (block.down, [[0, 2], [1, 3]]),
+        ):
+            layer.topology.assign_(torch.tensor(coords))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    before = {name: layer.topology.mask for name, layer in sparsifier.layers.items()}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 32)).square().mean().backward()
+            optimizer.step()
+    (text,) = messages_with(warned, "not scored at step 2")
+    assert (
+        "A gradient of exactly zero: '*.gate' (2 layers), '*.up' (2 layers), '*.down' (2 layers). "
+    ) in text
+    assert "No gradient" not in text and "not finite" not in text
+    assert "set a higher `density` or `layer_density`, or a smaller `block_size`" in text
+    assert all(
+        torch.equal(layer.topology.mask, before[name]) for name, layer in sparsifier.layers.items()
+    )
+
+
+def test_layers_that_are_cut_off_grow_the_blocks_that_connect_them() -> None:
+    """Gate and up have gradients only at absent blocks, which are the ones to grow."""
+    model = nn.Sequential(Gated())
+    sparsifier = Sparsifier(
+        model,
+        4,
+        block_size=16,
+        density=0.25,
+        drop_fraction=0.5,
+        update={"every_n_steps": 2, "until": 1.0},
+        floor={"row": 0, "column": 0},
+    )
+    (block,) = model
+    block.gate.topology.assign_(torch.tensor([[0, 0], [0, 1]]))
+    block.up.topology.assign_(torch.tensor([[1, 0], [1, 1]]))
+    block.down.topology.assign_(torch.tensor([[0, 0], [1, 1]]))  # reads what both could compute
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 32)).square().mean().backward()
+            assert not block.gate.values.grad.any() and not block.up.values.grad.any()
+            optimizer.step()
+    live = block.gate.topology.mask.any(1) & block.up.topology.mask.any(1)
+    assert live.tolist() == [True, True, False, False]
+    (text,) = messages_with(warned, "not scored at step 2")
+    assert "A gradient of exactly zero: '0.down'." in text
 
 
 def test_a_layer_that_never_comes_back_is_named_at_the_end() -> None:

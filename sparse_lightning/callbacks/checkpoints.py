@@ -122,19 +122,20 @@ def start_from_dense_weights(checkpoint: Mapping[str, Any], sparsifier: Sparsifi
             "without the callback's state. To start a new training from its weights, omit "
             "`ckpt_path`, call `sparsify`, and load checkpoint['state_dict'] before the fit."
         )
-    init = sparsifier.config.init
+    init, floor = sparsifier.config.init, sparsifier.config.floor
     trained = []
     for name, layer in layers.items():
         weight = dense[f"{name}.weight"]
         if discards_training(weight, layer.density, init):
             trained.append(name)
-        initialize_from_dense(layer, weight, init)
+        initialize_from_dense(layer, weight, init, floor=floor)
     if trained:
         rank_zero_warn(describe_trained(trained))
     for name, source in sparsifier.follows.items():
         copy = sparsifier.model.get_submodule(name)
         assert isinstance(copy, BlockSparseLinear)
-        initialize_from_dense(copy, dense[f"{name}.weight"], init, layers[source])
+        weight = dense[f"{name}.weight"]
+        initialize_from_dense(copy, weight, init, layers[source], floor=floor)
     rank_zero_info(
         "Block-sparse training starts from the dense weights of the checkpoint. Its optimizer "
         "states, its progress and its callback states are ignored."

@@ -193,7 +193,7 @@ class SparsityCallback(Callback):
         """Return the block masks, which a notebook shows as pictures and `print` as text.
 
         Args:
-            layers: name patterns of layers, as in `include`.
+            layers: name patterns of layers, as in `include`; by default four of all layers.
 
         Raises:
             RuntimeError: before the first fit, which swaps the layers.
@@ -212,7 +212,8 @@ class SparsityCallback(Callback):
                 f"`layers` must match block-sparse layers; got {list(layers)!r}, which match none "
                 f"of {list_names(self.sparsifier.layers)}."
             )
-        return MaskGallery(masks)
+        is_all = tuple(layers) == ("*",)
+        return MaskGallery(masks) if is_all else MaskGallery(masks, limit=len(masks))
 
     # Fit start: the layers are swapped before the optimizer and the strategy see the model.
 

@@ -1,8 +1,9 @@
 """Integrations with Hugging Face's Transformers, loaded only together with Transformers.
 
 `transformers` drives a `Sparsifier` from the `Trainer`, and is imported when its callback is first
-accessed, with `reporters`, which serves the Trainer's loggers. `pretrained` makes `save_pretrained`
-and `from_pretrained` support block-sparse layers; it is imported as soon as Transformers is.
+accessed, with `reporters`, which serves the Trainer's loggers, and `notices`, which tells its user
+what a training does. `pretrained` makes `save_pretrained` and `from_pretrained` support
+block-sparse layers; it is imported as soon as Transformers is.
 """
 
 from __future__ import annotations

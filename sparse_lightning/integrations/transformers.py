@@ -6,7 +6,9 @@ It makes no decisions of its own: it forwards the Trainer's events to the `Spars
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -19,11 +21,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparse_lightning import ranks
-from sparse_lightning.config import build_config
+from sparse_lightning.config import MonitorOptions, build_config
 from sparse_lightning.export.files import write_checkpoint
+from sparse_lightning.integrations.notices import TrainerSummary, describe_start, show, summarise
 from sparse_lightning.integrations.reporters import report_options, report_summary
 from sparse_lightning.kernels import measuring
-from sparse_lightning.savings import measure_savings
+from sparse_lightning.policy.schedules import Timetable
+from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.selection import select_layers
 from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.stepping import unwrap_optimizer
@@ -40,7 +44,10 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     gets a file `sparsity.pt`, and `train(resume_from_checkpoint=...)` resumes bit for bit. Another
     `train()` of the same model continues the schedule where it ended. The logs get
     `sparsity/density`, and at the end a summary. The active run of W&B gets the options and the
-    summary, too, and so does TensorBoard at the end.
+    summary, too, and so does TensorBoard at the end. The main process prints a line about layers
+    and schedule when a training starts, and one with the summary when it has ended, unless
+    Transformers' verbosity is that of errors. There is no history of the block masks, and hence no
+    run page.
 
     If `model_init` builds the model, or the callback is added later, the layers are swapped when
     `train()` begins. On several ranks, and in order to resume, `model_init` must call `sparsify`
@@ -49,11 +56,12 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
 
     Args:
         options: keywords of `SparsityCallback`; `monitor` has no effect, except that None keeps
-            options and summary from loggers.
+            options and summary from loggers. A warning names its keys that were set.
 
     Attributes:
         config: all options, validated.
         sparsifier: the `Sparsifier` that trains the layers, once the Trainer is created.
+        summary: `TrainerSummary` of the latest training, once it has ended normally.
 
     Raises:
         ValueError, TypeError: if an argument is out of range, naming it. The Trainer's events raise
@@ -68,15 +76,26 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
         self.sparsifier: Sparsifier | None = None
         self._optimizer: ref[Optimizer] | None = None
         self._training = False
-        self._summary: dict[str, float] = {}  # of the latest training, by key of loggers
+        self.summary: TrainerSummary | None = None
         # Digest of the topology at the end of the last training, to which the optimizer's state
         # belongs.
         self._last_digest = ""
+        _warn_of_monitor(self.config.monitor)
 
     @property
     def report(self) -> SparsityReport | None:
         """The swap report, or None before the swap."""
         return None if self.sparsifier is None else self.sparsifier.report
+
+    @property
+    def last_update(self) -> ModelUpdate | None:
+        """The latest topology update, or None before the first."""
+        return None if self.sparsifier is None else self.sparsifier.last_update
+
+    @property
+    def timetable(self) -> Timetable | None:
+        """The resolved steps of the schedule, once training has started."""
+        return None if self.sparsifier is None else self.sparsifier.timetable
 
     # Creating the Trainer. The layers must be swapped before it builds the optimizer.
 
@@ -101,7 +120,7 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     ) -> None:
         _check_arguments(args)
         self._detach()  # The previous training may have been interrupted.
-        self._summary = {}
+        self.summary = None
         sparsifier = self._sparsifier_for(kwargs["model"], state.global_step > 0)
         optimizer = unwrap_optimizer(kwargs["optimizer"])
         # If the training resumes, the Trainer has already loaded the model, optimizer and step.
@@ -138,6 +157,8 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
             (layer.topology, dtype or layer.values.dtype) for layer in sparsifier.layers.values()
         )
         self._optimizer, self._training = ref(optimizer), True
+        if state.is_world_process_zero:
+            show(describe_start(sparsifier))
 
     def _sparsifier_for(self, model: nn.Module, resumed: bool) -> Sparsifier:
         """Return the sparsifier for a model that is about to train with an existing optimizer.
@@ -198,33 +219,27 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
         # The Trainer logs "total_flos" after the last step, and may then load the best model, whose
         # layers may have more slots. An attached sparsifier's layers cannot change their capacity.
         if "total_flos" in logs:
-            if self._training and self.config.monitor is not None:
-                self._summary = self._summarise(self.sparsifier)
-                for entry in entries:
-                    entry.update(self._summary)
+            if self._training:
+                optimizer = None if self._optimizer is None else self._optimizer()
+                held = [] if optimizer is None else [optimizer]
+                self.summary = summarise(self.sparsifier, held)
+                if self.config.monitor is not None:
+                    for entry in entries:
+                        entry.update(_logged(self.summary))
             self._detach()
-
-    def _summarise(self, sparsifier: Sparsifier) -> dict[str, float]:
-        """Return the summary of a training that ends, under the keys of Lightning's callback."""
-        optimizer = None if self._optimizer is None else self._optimizer()
-        optimizers = [] if optimizer is None else [optimizer]
-        saved = measure_savings(sparsifier.model, sparsifier.layers.values(), optimizers)
-        scalars = {
-            "density": sparsifier.density,
-            "updates": float(sparsifier.n_updates),
-            **saved.scalars(),
-        }
-        return {f"sparsity/summary/{name}": value for name, value in scalars.items()}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._detach()
-        if self._summary and state.is_world_process_zero:
+        if self.summary is None or not state.is_world_process_zero:
+            return
+        show(f"{self.summary}")
+        if self.config.monitor is not None:
             report_summary(
                 Path(args.output_dir or "."),
                 self._logged_options(),
-                self._summary,
+                _logged(self.summary),
                 state.global_step,
             )
 
@@ -298,6 +313,31 @@ class _PlannedSteps:
     def __call__(self, optimizer: Optimizer, steps: int) -> int:
         lost = self.before + self.state.global_step + 1 - steps
         return max(steps, self.total - max(0, lost))
+
+
+def _logged(summary: TrainerSummary) -> dict[str, float]:
+    """Return a summary under the keys of Lightning's callback."""
+    return {f"sparsity/summary/{name}": value for name, value in summary.scalars().items()}
+
+
+def _warn_of_monitor(monitor: MonitorOptions | None) -> None:
+    """Warn of options for Lightning's loggers and history that were set and have no effect."""
+    if monitor is None:
+        return
+    default = MonitorOptions()
+    names = [each.name for each in fields(MonitorOptions)]
+    changed = [
+        f"monitor.{name}={getattr(monitor, name)!r}"
+        for name in names
+        if getattr(monitor, name) != getattr(default, name)
+    ]
+    if changed and ranks.is_rank_zero():
+        warnings.warn(
+            f"`monitor` has no effect with Transformers' Trainer, except for None; got "
+            f"{', '.join(changed)}. The Trainer's logs have the density and a summary; scalars of "
+            "layers, pictures of masks and the run page need Lightning's SparsityCallback.",
+            stacklevel=3,
+        )
 
 
 def _check_arguments(args: TrainingArguments) -> None:

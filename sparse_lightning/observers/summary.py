@@ -14,7 +14,7 @@ from sparse_lightning.observers.measures import (
 )
 from sparse_lightning.savings import Savings, measure_savings, model_speedup
 from sparse_lightning.swap_report import DEAD_FEATURES
-from sparse_lightning.tables import html_table, in_bytes
+from sparse_lightning.tables import html_table
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,7 @@ class FitSummary(Savings):
             ("layers", f"{self.layers}"),
             *self._fit(),
             ("density", self._density()),
-            ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense, in the model"),
-            (
-                "memory",
-                f"{in_bytes(self.nbytes)}, {self.nbytes / max(1, self.dense_nbytes):.1%} of "
-                f"{in_bytes(self.dense_nbytes)} dense, in these layers",
-            ),
-            ("FLOPs", f"{self.flops:.1%} of dense, in all linear layers"),
+            *super().rows(),
             ("updates", f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"),
             ("ever active", f"{self.ever_active:.1%} of all blocks"),
             *((label, f"{count:,}") for label, count in self.dead.items()),

@@ -20,8 +20,9 @@ Grid = tuple[int, int]
 class Floor:
     """The minimum number of blocks that every layer keeps.
 
-    An update reaches the minima of rows and columns whenever the blocks that may be present after
-    it can reach them within the layer's budget (`exchange_blocks`).
+    The first blocks of a layer, random or the largest ones, and updates reach the minima of rows
+    and columns whenever the blocks that may be present can reach them within the layer's budget
+    (`first_blocks`, `exchange_blocks`).
 
     Attributes:
         layer: minimum density of a layer, in [0, 1].
@@ -32,6 +33,11 @@ class Floor:
     layer: float = 0.0
     row: int = 1
     column: int = 1
+
+    @property
+    def of_lines(self) -> tuple[int, int]:
+        """Minimum numbers of blocks of (each row, each column), as `exchange_blocks` takes them."""
+        return self.row, self.column
 
     def blocks(self, grid: Grid) -> int:
         """Return the minimum number of blocks of a layer under this floor; at least one.

@@ -177,6 +177,26 @@ def exchange_blocks(
     return keep
 
 
+def first_blocks(scores: Tensor, n: int, *, floor: tuple[int, int] = (0, 0)) -> Tensor:
+    """Choose the blocks with which a layer starts, as an update would that only drops blocks.
+
+    Args:
+        scores: `[out_blocks, in_blocks]`, one score per block; those that are NaN or infinite rank
+            lowest.
+        n: number of blocks, at least 1.
+        floor: as in `exchange_blocks`.
+
+    Returns:
+        bool `[out_blocks, in_blocks]` on the CPU, with exactly `n` blocks.
+
+    >>> scores = torch.tensor([[9.0, 8.0], [1.0, 2.0]])
+    >>> first_blocks(scores, 2, floor=(1, 1)).int().tolist()
+    [[1, 0], [0, 1]]
+    """
+    everywhere = torch.ones_like(scores, dtype=torch.bool)
+    return exchange_blocks(everywhere, scores, None, n, 0.0, floor=floor)
+
+
 def _preference(
     keep: Tensor, mask: Tensor, drop_scores: Tensor, grow_scores: Tensor | None
 ) -> Tensor:

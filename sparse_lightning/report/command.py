@@ -305,6 +305,7 @@ def find_histories(path: Path) -> list[Path]:
             f"`RUN_DIR` must hold a pattern.history, directly or in a subfolder; got '{path}' "
             "without one. SparsityCallback records it during training: keep the defaults of "
             "`monitor` and `monitor.record`, and give the trainer a logger or a checkpoint "
-            "callback, in whose folder it is written."
+            "callback, in whose folder it is written. A training with Transformers' Trainer or a "
+            "loop of your own has none."
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 from sparse_lightning.integrations import SparsityTrainerCallback  # noqa: E402
+from sparse_lightning.report.command import find_histories  # noqa: E402
 from tests.integrations.test_transformers import trainer  # noqa: E402
 
 SUMMARY = "sparsity/summary/"
@@ -132,3 +134,76 @@ def test_a_reporter_that_fails_is_a_warning(
     with pytest.warns(UserWarning, match=r"W&B could not store .* \(OSError: no space"):
         training.train()
     assert sparsity.sparsifier is not None and sparsity.sparsifier.steps == STEPS
+
+
+# What is printed.
+
+
+def test_a_line_at_the_start_and_one_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the default verbosity, in which Transformers shows no information."""
+    sparsity = SparsityTrainerCallback(**RIGL)
+    training = trainer(tmp_path, Net(), sparsity)
+    assert sparsity.summary is None and sparsity.last_update is None
+    training.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Block-sparse" in line]
+    start, end = lines
+    assert start.startswith(
+        "Block-sparse training: layers 2; linear layers left dense 1; density 1.000; topology "
+        "updates every 3 steps, from step 0 to 22; density moves from step 0 to 18."
+    )
+    summary, update = sparsity.summary, sparsity.last_update
+    assert summary is not None and update is not None and sparsity.sparsifier is not None
+    assert (summary.layers, summary.steps, summary.density) == (2, STEPS, 0.25)
+    assert summary.updates == sparsity.sparsifier.n_updates == update.number
+    assert end == f"{summary}"
+    assert end.startswith("Block-sparse training has ended: layers 2; steps 24; density 0.250; ")
+    assert f"parameters {summary.parameters:,} of {summary.dense_parameters:,} dense" in end
+
+
+def test_each_training_says_where_the_schedule_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparsity = SparsityTrainerCallback(**RIGL)
+    training = trainer(tmp_path, Net(), sparsity, save_strategy="steps", save_steps=10)
+    training.train()
+    capsys.readouterr()
+    resumed = trainer(tmp_path, Net(), SparsityTrainerCallback(**RIGL))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert "it continues at step 10, and the next update is at step 12" in capsys.readouterr().out
+    training.train()
+    printed = capsys.readouterr().out
+    assert "the schedule of topology updates has ended, so the blocks stay" in printed
+    assert sparsity.summary is not None and sparsity.summary.steps == 2 * STEPS
+
+
+@pytest.mark.parametrize("monitor", [None, {}])
+def test_only_errors_are_shown_if_that_is_asked_for(
+    monitor: dict[str, Any] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The summary is there all the same, and without a `monitor`, too."""
+    verbosity = transformers.logging.get_verbosity()
+    sparsity = SparsityTrainerCallback(**RIGL, monitor=monitor)
+    try:
+        trainer(tmp_path, Net(), sparsity, log_level="error").train()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    assert "Block-sparse" not in capsys.readouterr().out
+    assert sparsity.summary is not None and sparsity.summary.density == 0.25
+
+
+def test_a_folder_of_the_trainer_has_no_run_page(tmp_path: Path) -> None:
+    """The error does not only have remedies for Lightning's users."""
+    trainer(tmp_path, Net(), SparsityTrainerCallback(**RIGL)).train()
+    with pytest.raises(ValueError, match="with Transformers' Trainer or a loop of your own has no"):
+        find_histories(tmp_path)
+
+
+def test_options_of_monitor_without_an_effect_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"`monitor` has no effect .* got monitor\.layers='all'\."):
+        SparsityTrainerCallback(**RIGL, monitor={"layers": "all", "images": 8})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for monitor in (None, {}):
+            SparsityTrainerCallback(**RIGL, monitor=monitor)
