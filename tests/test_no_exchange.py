@@ -123,7 +123,7 @@ def test_transformers_trainer_warns_too(tmp_path: Path) -> None:
         {"update": {"begin": 100, "until": 200}},
         {"steps": 1},
     ],
-    ids=str,
+    ids=" ".join,  # the names of the options
 )
 @pytest.mark.parametrize("run", [by_sparsifier, by_callback])
 def test_it_is_silent_if_blocks_change_or_are_to_stay(run: Any, options: dict[str, Any]) -> None:
