@@ -23,6 +23,8 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 COLUMNS = 100
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# What begins a line anew: the cursor goes to its start or up, or the line is erased.
+_REWRITE = re.compile(r"\r|\x1b\[[0-9]*[AK]")
 
 
 def run_in_terminal() -> str:
@@ -54,13 +56,17 @@ def select_lines(output: str) -> list[str]:
     """Return the lines to show, with their colours: the table, the last bar, and the panel."""
     lines = []
     for line in output.split("\n"):
-        written = [part for part in line.split("\r") if _ESCAPE.sub("", part).strip()]
+        written = [part for part in _REWRITE.split(line) if _ESCAPE.sub("", part).strip()]
         # A progress bar rewrites its line; only the last version stays on the screen.
         lines.append(written[-1] if written else "")
     plain = [_ESCAPE.sub("", line) for line in lines]
 
     def find(start: str) -> int:
-        return next(i for i, line in enumerate(plain) if line.startswith(start))
+        found = (i for i, line in enumerate(plain) if line.startswith(start))
+        line = next(found, None)
+        if line is None:
+            raise RuntimeError(f"No line begins with {start!r}:\n{output!r}")
+        return line
 
     bar = max(i for i, line in enumerate(plain) if line.startswith("Epoch"))
     # Other lines follow the bar without a line break.
