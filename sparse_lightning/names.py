@@ -124,11 +124,15 @@ def list_names(names: Iterable[str]) -> str:
 
 
 def list_reasons(reasons: Mapping[str, str]) -> str:
-    """Return names of layers with a reason each, for a message; similar ones share an entry.
+    """Return names of layers with a reason each; if they are many, similar ones share an entry.
 
-    >>> list_reasons({"net.0": "frozen", "net.1": "frozen", "head": "excluded"})
-    'net.* (2 layers): frozen; head: excluded'
+    >>> list_reasons({"net.0": "frozen", "head": "excluded"})
+    'net.0: frozen; head: excluded'
+    >>> list_reasons({f"net.{i}": "frozen" for i in range(9)})
+    'net.* (9 layers): frozen'
     """
+    if len(reasons) <= _MOST_NAMES:
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     rows = merge_similar((name, (reason,)) for name, reason in reasons.items())
     return _join(
         (

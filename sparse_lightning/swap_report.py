@@ -273,9 +273,8 @@ a higher `density` or `layer_density`, or a smaller `block_size`, or `exclude` t
 def describe_trained(names: Sequence[str]) -> str:
     """Return sentences that name layers with random blocks of trained weights, and the remedy.
 
-    >>> print(describe_trained(["layers.0.up", "layers.1.up"]).split(". ")[0])
-    Block-sparse layers start with random blocks of weights that look trained: 'layers.*.up' (2 \
-layers)
+    >>> print(describe_trained(["up", "down"]).split(". ")[0])
+    Block-sparse layers start with random blocks of weights that look trained: up, down
     """
     return (
         "Block-sparse layers start with random blocks of weights that look trained: "

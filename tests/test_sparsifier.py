@@ -653,7 +653,7 @@ def test_a_layer_without_a_gradient_waits_for_its_next_step_with_one(name: str, 
                 assert torch.equal(masks(model)[name], before)
     (text,) = messages_with(warned, "not scored")
     assert "not scored at step 4, so their blocks stay until a step scores them. " in text
-    assert f" No gradient of the loss that was applied: '{name}'." in text
+    assert f" No gradient of the loss that was applied: {name}." in text
     assert "not finite" not in text and "zero" not in text
     (other,) = {"net.0", "net.2"} - {name}
     late = [4 + away] if away != 4 else []  # otherwise it is due again then
@@ -702,9 +702,7 @@ def test_layers_that_are_cut_off_are_named_with_a_remedy() -> None:
             model(torch.randn(8, 32)).square().mean().backward()
             optimizer.step()
     (text,) = messages_with(warned, "not scored at step 2")
-    assert (
-        "A gradient of exactly zero: '*.gate' (2 layers), '*.up' (2 layers), '*.down' (2 layers). "
-    ) in text
+    assert ("A gradient of exactly zero: 0.gate, 0.up, 0.down, 1.gate, 1.up, 1.down. ") in text
     assert "No gradient" not in text and "not finite" not in text
     assert "set a higher `density` or `layer_density`, or a smaller `block_size`" in text
     assert all(
@@ -740,7 +738,7 @@ def test_layers_that_are_cut_off_grow_the_blocks_that_connect_them() -> None:
     live = block.gate.topology.mask.any(1) & block.up.topology.mask.any(1)
     assert live.tolist() == [True, True, False, False]
     (text,) = messages_with(warned, "not scored at step 2")
-    assert "A gradient of exactly zero: '0.down'." in text
+    assert "A gradient of exactly zero: 0.down." in text
 
 
 def test_a_layer_that_never_comes_back_is_named_at_the_end() -> None:

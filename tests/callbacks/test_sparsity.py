@@ -287,9 +287,7 @@ def test_nan_scores_change_nothing_and_do_not_crash() -> None:
     sparsity, model = SparsityCallback(block_size=16, update={"every_n_steps": 4}), Broken()
     sparsify(model, block_size=16)
     masks = {name: layer.topology.mask for name, layer in sparse(model).items()}
-    with pytest.warns(
-        UserWarning, match=r"at step 4.*not finite: 'net\.\*' \(2 layers"
-    ) as warnings:
+    with pytest.warns(UserWarning, match=r"at step 4.*not finite: net\.0, net\.2\.") as warnings:
         _, record = fit(sparsity, model, max_steps=8)
     assert sum("not scored" in str(w.message) for w in warnings) == 1
     # The updates change nothing, and the density is as configured.
@@ -520,9 +518,7 @@ def test_steps_work_with_an_unknown_length() -> None:
 
 
 def test_no_layer_matched_is_an_error_before_training() -> None:
-    with pytest.raises(
-        ValueError, match=r"`include` must match at least one.*net\.\* \(2 layers\)"
-    ):
+    with pytest.raises(ValueError, match=r"`include` must match at least one.*net\.0: .*net\.2: "):
         trainer(SparsityCallback(block_size=16, include=["nothing*"])).fit(Classifier(), loader())
 
 
