@@ -392,6 +392,21 @@ def test_init_magnitude_respects_the_floors_that_are_set(
         assert torch.equal(mask, norms >= norms.flatten().topk(n_blocks).values.min())
 
 
+def test_floors_do_not_exchange_weights_for_zeros() -> None:
+    """A row or column of zeros is dead in the dense layer already."""
+    model, _ = concentrated()
+    with torch.no_grad():
+        model[0].weight[:, 16:32] = 0
+    sparsify(model, block_size=16, density=0.25, init="magnitude")
+    mask = model[0].topology.mask
+    assert mask.any(0).tolist() == [True, False, True, True] and bool(mask.any(1).all())
+    with torch.no_grad():
+        model = nn.Sequential(nn.Linear(64, 256))
+        model[0].weight[:, 16:] = 0
+    sparsify(model, block_size=16, density=0.25, init="magnitude")
+    assert bool(model[0].topology.mask[:, 0].all())
+
+
 @pytest.mark.parametrize("floor", [Floor(), Floor(row=0, column=0), Floor(row=1, column=4)])
 def test_dense_weights_that_arrive_later_give_the_blocks_of_a_swap(floor: Floor) -> None:
     """As with a dense checkpoint: the floors hold for its largest blocks, too."""

@@ -181,8 +181,9 @@ def first_blocks(scores: Tensor, n: int, *, floor: tuple[int, int] = (0, 0)) -> 
     """Choose the blocks with which a layer starts, as an update would that only drops blocks.
 
     Args:
-        scores: `[out_blocks, in_blocks]`, one score per block; those that are NaN or infinite rank
-            lowest.
+        scores: `[out_blocks, in_blocks]`, one score per block. Blocks of which it is not positive,
+            such as those without any weight, are chosen only if there are too few others, and no
+            floor asks for them.
         n: number of blocks, at least 1.
         floor: as in `exchange_blocks`.
 
@@ -193,8 +194,10 @@ def first_blocks(scores: Tensor, n: int, *, floor: tuple[int, int] = (0, 0)) -> 
     >>> first_blocks(scores, 2, floor=(1, 1)).int().tolist()
     [[1, 0], [0, 1]]
     """
-    everywhere = torch.ones_like(scores, dtype=torch.bool)
-    return exchange_blocks(everywhere, scores, None, n, 0.0, floor=floor)
+    useful = scores > 0  # not where it is NaN
+    if int(useful.sum()) < n:
+        useful = torch.ones_like(useful)
+    return exchange_blocks(useful, scores, None, n, 0.0, floor=floor)
 
 
 def _preference(
