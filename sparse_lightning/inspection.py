@@ -22,7 +22,7 @@ from sparse_lightning.export.state_dicts import SavedLayer, describe_layers, fin
 from sparse_lightning.masks import mask_image, mask_text
 from sparse_lightning.names import group_similar
 from sparse_lightning.swap_report import DEAD_FEATURES
-from sparse_lightning.tables import Section, range_of, show
+from sparse_lightning.tables import Section, counted, range_of, show
 from sparse_lightning.topology import count_dead
 
 # What `SparsityTrainerCallback` writes into a checkpoint of Transformers' Trainer.
@@ -133,7 +133,7 @@ def print_training(state: Mapping[str, Any]) -> None:
     for optimizer in state["courses"]:
         next_update = optimizer["next_update"]
         when = "none left" if next_update is None else f"the next after step {next_update}"
-        updates = f"{state['n_updates']} topology update{'' if state['n_updates'] == 1 else 's'}"
+        updates = counted(state["n_updates"], "topology update")
         print(f"Step {optimizer['steps']}, {updates}, {when}")
     for key, value in state["config"].items():
         print(f"  {key}: {value}")

@@ -548,6 +548,16 @@ class Sparsifier:
         remaining = (t.next_update is not None or t.waiting for t in owners)
         return self._has_begun and not any(remaining)
 
+    def describe_schedule(self) -> str:
+        """Return which topology updates a training that starts now will make."""
+        if self.has_ended:
+            return "the schedule of topology updates has ended, so the blocks stay"
+        text = f"{self.timetable}"
+        if self.steps and self.next_update is not None:
+            text += f"; it continues at step {self.steps}, and the next update is at step "
+            text += f"{self.next_update}"
+        return text
+
     @property
     def window(self) -> int:
         """Number of steps, ending with an update, in which dense gradients are gathered."""

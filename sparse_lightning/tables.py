@@ -50,6 +50,15 @@ def range_of(cells: Iterable[str]) -> str:
     return ordered[0] if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with what is counted.
+
+    >>> counted(1, "run"), counted(1200, "update")
+    ('1 run', '1,200 updates')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def in_bytes(number: float) -> str:
     """Return a number of bytes in MB, or in kB where that would be 0.0 MB.
 

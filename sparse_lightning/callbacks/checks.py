@@ -84,12 +84,13 @@ def check_no_shared_layers(model: nn.Module, configs: Sequence[SparsityConfig]) 
         for config in configs:
             found = select_layers(model, config.swap_options)
             layers |= found.layers.keys() | found.follows.keys()
-    for pair in itertools.combinations(configs, 2):
+    named = [(config, config.swap_options.named(model)) for config in configs]
+    for pair in itertools.combinations(named, 2):
         for name in sorted(layers):
-            if all(config.swap_options.named(model).selects(name) for config in pair):
+            if all(options.selects(name) for _, options in pair):
                 patterns = " and ".join(
                     f"include={list(config.include)} with exclude={list(config.exclude)}"
-                    for config in pair
+                    for config, _ in pair
                 )
                 raise ValueError(
                     "`include` and `exclude` must leave each layer to one SparsityCallback; got "

@@ -77,17 +77,10 @@ def describe_start(sparsifier: Sparsifier) -> str:
         sparsifier: the engine, attached to the optimizer.
     """
     report = sparsifier.report
-    schedule = f"{sparsifier.timetable}"
-    if sparsifier.has_ended:
-        schedule = "the schedule of topology updates has ended, so the blocks stay"
-    elif sparsifier.steps and sparsifier.next_update is not None:
-        schedule += (
-            f"; it continues at step {sparsifier.steps:,}, and the next update is at step "
-            f"{sparsifier.next_update:,}"
-        )
     line = (
         f"Block-sparse training: layers {len(sparsifier.layers)}; linear layers left dense "
-        f"{len(report.skipped)}; density {sparsifier.density:.3f}; {schedule}."
+        f"{len(report.skipped)}; density {sparsifier.density:.3f}; "
+        f"{sparsifier.describe_schedule()}."
     )
     return " ".join(part for part in (line, report.coverage_note) if part)
 

@@ -89,22 +89,14 @@ def show_schedule(sparsifier: Sparsifier, callback: str = "") -> None:
         callback: description of the `SparsityCallback` if the trainer has several, else "".
     """
     suffix = f" ({callback})" if callback else ""
-    rank_zero_info(f"Block-sparse training{suffix}: {_schedule(sparsifier)}.")
-
-
-def _schedule(sparsifier: Sparsifier) -> str:
+    text = sparsifier.describe_schedule()
     if sparsifier.has_ended:
         density = f"{sparsifier.density:.3f}"
-        return (
-            f"the schedule of topology updates has ended, so the blocks stay at density {density}. "
-            "To move them again, fit this model, without `ckpt_path`, with a new SparsityCallback "
-            f"whose densities are at most {density}"
+        text += (
+            f" at density {density}. To move them again, fit this model, without `ckpt_path`, with "
+            f"a new SparsityCallback whose densities are at most {density}"
         )
-    text = f"{sparsifier.timetable}"
-    if sparsifier.steps and sparsifier.next_update is not None:
-        text += f"; it continues at step {sparsifier.steps}, and the next update is at step "
-        text += f"{sparsifier.next_update}"
-    return text
+    rank_zero_info(f"Block-sparse training{suffix}: {text}.")
 
 
 def show_summary(summary: FitSummary, callback: str = "") -> None:

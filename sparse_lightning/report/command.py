@@ -15,7 +15,7 @@ from sparse_lightning.files import check_writable
 from sparse_lightning.history import History, read_history
 from sparse_lightning.report.film import write_film
 from sparse_lightning.report.page import write_comparison, write_report
-from sparse_lightning.tables import in_bytes, text_table
+from sparse_lightning.tables import counted, in_bytes, text_table
 
 _HISTORIES = "pattern*.history"
 _NUMBERED = re.compile(r"pattern-(\d+)\.")  # with the number of one of several callbacks
@@ -111,8 +111,8 @@ def run(options: argparse.Namespace) -> None:
 def _print_written(output: Path, history: Path, data: Mapping[str, Any]) -> None:
     first, last = data["steps"]
     print(
-        f"Wrote {output}: {_count(len(data['layers']), 'layer')}, "
-        f"{_count(data['updates'], 'update')}, steps {first:,} to {last:,}, "
+        f"Wrote {output}: {counted(len(data['layers']), 'layer')}, "
+        f"{counted(data['updates'], 'update')}, steps {first:,} to {last:,}, "
         f"{in_bytes(output.stat().st_size)}, from {history}"
     )
     if data["gaps"]:
@@ -124,7 +124,7 @@ def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> 
     data = write_comparison(named_runs(histories), output, title=title)
     runs, metric = data["runs"], data["metric"]
     size = in_bytes(output.stat().st_size)
-    print(f"Wrote {output}: {_count(len(runs), 'run')}, {size}, from {folder}")
+    print(f"Wrote {output}: {counted(len(runs), 'run')}, {size}, from {folder}")
     # What each run has, by column. A value of None is missing.
     columns: list[dict[str, Any]] = [
         dict(zip(data["options"], run["options"], strict=True))
@@ -153,10 +153,6 @@ def _write_comparison(histories: Sequence[Path], folder: Path, output: Path) -> 
     _print_list(
         "Incomplete histories:", [f"{run['name']}: {run['gaps']}" for run in runs if run["gaps"]]
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _print_list(title: str, lines: Sequence[str]) -> None:
