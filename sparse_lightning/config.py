@@ -22,6 +22,7 @@ from sparse_lightning.names import (
     check_patterns,
     layer_densities,
 )
+from sparse_lightning.nm_pattern import check_nm
 from sparse_lightning.patching import INITS
 from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.criteria import (
@@ -163,6 +164,7 @@ class SparsityConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     density: Any = 0.25
+    nm: Any = None  # YAML reads an unquoted 2:4 as a number
     distribution: Any = "uniform"
     layer_density: Any = None
     floor: Floor = field(default_factory=Floor)
@@ -172,6 +174,7 @@ class SparsityConfig:
     drop: Any = "magnitude"
     grow: Any = "gradient"
     regrow: bool = True
+    regrow_inner: bool = True
     rule: Any = None
     token_stride: int = 1
     init: str = "random"
@@ -189,6 +192,7 @@ class SparsityConfig:
             self.monitor = _coerce(MonitorOptions, self.monitor, "monitor")
 
         check_block_size(self.block_size)
+        self.nm = check_nm(self.nm)
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
         self.include, self.exclude = tuple(self.include), tuple(self.exclude)
@@ -196,7 +200,7 @@ class SparsityConfig:
         find("drop", self.drop, DROP_CRITERIA)
         find("grow", self.grow, GROW_CRITERIA)
         check_option("init", self.init, INITS)
-        for key in ("regrow", "shrink"):
+        for key in ("regrow", "regrow_inner", "shrink"):
             _check_bool(key, getattr(self, key))
         _check_int("token_stride", self.token_stride, 1)
         _check_int("seed", self.seed, 0)
@@ -307,6 +311,7 @@ class SparsityConfig:
             self.seed,
             self.floor,
             self.follow,
+            self.nm,
         )
 
     @property

@@ -134,6 +134,16 @@ def unattached_optimizer(names: Sequence[str], optimizer: Optimizer) -> str:
     )
 
 
+def unscored_weights(names: Sequence[str]) -> str:
+    """Return a warning about layers whose pattern within blocks could not evolve."""
+    return (
+        "An update could not exchange weights within the 2:4 sparse blocks of these layers: "
+        f"{list_names(names)}. The gradient of whole blocks was missing or not finite in its step. "
+        "A step that a CUDA graph replays, as with torch.compile(mode='reduce-overhead'), does not "
+        "pass it on; set `regrow_inner=False` to keep the patterns, or train without CUDA graphs."
+    )
+
+
 def loaded_blocks(names: Sequence[str]) -> str:
     """Warn about layers into which other blocks were loaded, without their optimizer state."""
     return (

@@ -1,7 +1,8 @@
 """Gathering of the statistics by which criteria score blocks, while a model trains.
 
 Only what the update rule needs is gathered: norms of the dense gradient in the steps that lead up
-to an update, and the work (w * g) of the present blocks in every step.
+to an update, and the work (w * g) of the present blocks in every step. Where 2:4 patterns within
+blocks evolve, the whole gradient of the present blocks is gathered in the step of the update.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from sparse_lightning import ranks
+from sparse_lightning.kernels import block_gradients
 from sparse_lightning.kernels.block_work import BlockWork, WorkSums
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.policy.criteria import MOMENTUM_DECAY, MOMENTUM_STEPS, BlockScores
@@ -39,7 +41,10 @@ class NormAccumulator:
     """Accumulates a layer's squared block norms over the backward passes of one step.
 
     While armed, the layer's backward returns them as the gradient of `layer.block_norms`, so they
-    accumulate exactly when gradients accumulate into `values.grad`. Gradients that are cleared
+    accumulate exactly when gradients accumulate into `values.grad`. If the layer is 2:4 sparse and
+    its pattern evolves, the gradient of all weights of the present blocks is accumulated, too.
+
+    Gradients that are cleared
     before the step, such as those that a critic receives while its generator is trained, must not
     count. So `values.grad` is checked at the step, and in each backward before anything is
     accumulated: if it is None, or all zero although what has been accumulated was not, the norms
@@ -49,11 +54,24 @@ class NormAccumulator:
     Args:
         layer: layer whose backward computes the norms.
         values: parameter of the layer as the optimizer holds it: sharded under `fully_shard`.
+        needs_norms: whether to accumulate norms.
+        needs_blocks: whether to accumulate the gradient of whole blocks.
     """
 
-    def __init__(self, layer: BlockSparseLinear, values: nn.Parameter) -> None:
+    def __init__(
+        self,
+        layer: BlockSparseLinear,
+        values: nn.Parameter,
+        needs_norms: bool = True,
+        needs_blocks: bool = False,
+    ) -> None:
         self.layer, self.values = layer, values
+        self.needs_norms = needs_norms
+        self.needs_blocks = needs_blocks and layer.topology.positions is not None
         self.armed = False
+        # Positions by which the gradient of blocks is recorded, and its sum, at least in fp32.
+        self._positions: Tensor | None = None
+        self._blocks: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         self._backward = -1
         # Whether the backward passes so far had a gradient of `values` that is not zero: a bool
@@ -65,8 +83,15 @@ class NormAccumulator:
         if is_armed == self.armed:
             return
         self.armed = is_armed
-        self.layer.arm(is_armed)
-        self.layer.block_norms.grad = self._had_gradient = None
+        self.layer.arm(is_armed and self.needs_norms)
+        self.layer.block_norms.grad = self._had_gradient = self._blocks = None
+        if self._positions is not None:
+            block_gradients.stop(self._positions)
+            self._positions = None
+        if is_armed and self.needs_blocks:
+            self._positions = self.layer.topology.positions
+            assert self._positions is not None
+            block_gradients.start(self._positions, self._add_blocks)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -79,16 +104,25 @@ class NormAccumulator:
             ):
                 self._handles.append(leaf.register_hook(hook))
 
-    def collect(self) -> Tensor | None:
-        """Return the squared norms for the step that was just taken, and clear them.
+    def collect(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return what was accumulated for the step that was just taken, and clear it.
 
         Returns:
-            fp32 `[out_blocks, in_blocks]`; None if there are none, or the step had no gradient.
+            The squared norms, fp32 `[out_blocks, in_blocks]`, and the gradient of whole blocks,
+            `[capacity, B, B]`; None for what there is none of, or if the step had no gradient.
         """
         self._discard_if_cleared()
         norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
+        blocks, self._blocks = self._blocks, None
         self._had_gradient = None
-        return norms
+        return norms, blocks
+
+    @torch.no_grad()
+    def _add_blocks(self, blocks: Tensor) -> None:
+        """Add one product of the gradient of whole blocks, before `values` accumulates its part."""
+        self._begin_backward()
+        blocks = blocks.detach().to(torch.promote_types(blocks.dtype, torch.float32))
+        self._blocks = blocks if self._blocks is None else self._blocks + blocks
 
     @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
     @torch.no_grad()
@@ -100,6 +134,9 @@ class NormAccumulator:
 
     @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
     def _on_gradient(self, gradient: Tensor) -> None:
+        self._begin_backward()
+
+    def _begin_backward(self) -> None:
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
@@ -109,17 +146,20 @@ class NormAccumulator:
     def _discard_if_cleared(self) -> None:
         """Discard the norms if the gradients that they belong to were cleared."""
         gradient, norms = self.values.grad, self.layer.block_norms.grad
-        if norms is None:
+        if norms is None and self._blocks is None:
             return
         if gradient is None:
-            self.layer.block_norms.grad = self._had_gradient = None
+            self.layer.block_norms.grad = self._had_gradient = self._blocks = None
         elif not is_sharded(gradient):  # a shard may be zero while the whole gradient is not
             is_cleared = ~gradient.any()
             if self._had_gradient is not None:
                 is_cleared &= self._had_gradient
                 self._had_gradient = self._had_gradient & ~is_cleared
             # `where` evaluates the condition on the device, without a synchronisation.
-            self.layer.block_norms.grad = torch.where(is_cleared, 0.0, norms)
+            if norms is not None:
+                self.layer.block_norms.grad = torch.where(is_cleared, 0.0, norms)
+            if self._blocks is not None:
+                self._blocks = torch.where(is_cleared, 0.0, self._blocks)
 
 
 class Gatherer:
@@ -133,20 +173,32 @@ class Gatherer:
         layers: layers by name; the dictionary may change later.
         needs: names of the statistics to gather, from `criteria.GATHERED`.
         token_stride: dense gradients are computed from every `token_stride`-th token.
+        needs_blocks: whether to gather the gradient of whole blocks for 2:4 sparse layers.
     """
 
     def __init__(
-        self, layers: Mapping[str, BlockSparseLinear], needs: frozenset[str], token_stride: int = 1
+        self,
+        layers: Mapping[str, BlockSparseLinear],
+        needs: frozenset[str],
+        token_stride: int = 1,
+        needs_blocks: bool = False,
     ) -> None:
         self.layers, self.needs = layers, needs
+        self.needs_blocks = needs_blocks and any(
+            layer.topology.positions is not None for layer in layers.values()
+        )
         for layer in layers.values():
             layer.token_stride = token_stride
         # Number of steps, ending with the update, in which the dense gradient is gathered.
-        self.window = MOMENTUM_STEPS if "momentum" in needs else int("gradient" in needs)
+        self._needs_norms = not needs.isdisjoint(("momentum", "gradient"))
+        self.window = (
+            MOMENTUM_STEPS if "momentum" in needs else int(self._needs_norms or self.needs_blocks)
+        )
         # Whether `read_gradients` must be called.
         self.reads_gradients = not needs.isdisjoint(_PER_SLOT)
         self._accumulators: dict[str, NormAccumulator] = {}
         self._norms: dict[str, Tensor] = {}
+        self._blocks: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._sums: dict[str, WorkSums] = {}
         # Number of steps in each layer's sums, since the last update.
@@ -170,7 +222,9 @@ class Gatherer:
                     accumulator.arm(False)
                 if name not in names:
                     continue
-                accumulator = NormAccumulator(self.layers[name], values)
+                accumulator = NormAccumulator(
+                    self.layers[name], values, self._needs_norms, self.needs_blocks
+                )
                 self._accumulators[name] = accumulator
             accumulator.arm(name in names)
 
@@ -194,7 +248,14 @@ class Gatherer:
             loss_scale: factor of the loss in this step's backward passes. Without dividing by it,
                 a momentum over steps of different scales would be dominated by the largest scale.
         """
-        found = {name: self._accumulators[name].collect() for name in names}
+        found = {}
+        for name in names:
+            found[name], blocks = self._accumulators[name].collect()
+            self._blocks.pop(name, None)
+            if blocks is not None:
+                self._blocks[name] = blocks
+        if not self._needs_norms:
+            return
         if ranks.world_size() > 1:
             found = self._sum_norms_over_ranks(found)
         if loss_scale != 1:
@@ -342,6 +403,24 @@ class Gatherer:
         statistics = self._statistics_of(name, self.needs)
         return "missing" if statistics is None else _flaw_of(statistics) or "missing"
 
+    @torch.no_grad()
+    def gradient_of_blocks(self, name: str) -> Tensor | None:
+        """Return the gradient of all weights of a layer's blocks, `[capacity, B, B]`.
+
+        It is the sum over ranks, every one of which must call this. None if no rank has any, or if
+        it is not finite, as after an overflow.
+        """
+        layer, own = self.layers[name], self._blocks.get(name)
+        device = layer.values.device
+        if not ranks.any_over_ranks([own is not None], device)[0]:
+            return None
+        if own is None:
+            capacity, block_size, _ = layer.topology.values_shape
+            dtype = torch.promote_types(layer.values.dtype, torch.float32)
+            own = torch.zeros(capacity, block_size, block_size, dtype=dtype, device=device)
+        blocks = ranks.sum_over_ranks(own)
+        return blocks if bool(blocks.isfinite().all()) else None
+
     def _statistics_of(self, name: str, needs: Collection[str]) -> dict[str, Tensor] | None:
         """Return a layer's statistics, each `[out_blocks, in_blocks]`; None if one is missing."""
         layer, statistics = self.layers[name], {}
@@ -376,6 +455,7 @@ class Gatherer:
             for name in updates:
                 self._n_steps.pop(name, None)
                 self._norms.pop(name, None)
+                self._blocks.pop(name, None)
                 self._momentum.pop(name, None)
             for name, slots in changed.items():
                 sums = self._sums[name]
@@ -407,7 +487,10 @@ class Gatherer:
     def reset(self) -> None:
         """Disarm all layers and discard everything, including the number of slots per layer."""
         self.disarm()
-        for state in (self._accumulators, self._norms, self._momentum, self._sums, self._n_steps):
+        for state in (
+            *(self._accumulators, self._norms, self._blocks, self._momentum),
+            *(self._sums, self._n_steps),
+        ):
             state.clear()
         self._unconfirmed.clear()
 
@@ -472,4 +555,5 @@ def copy_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _values_in_grid_order(layer: BlockSparseLinear) -> Tensor:
     """Return the weights of the present blocks, in row-major order of the grid."""
     slots = layer.topology.slots.flatten()
-    return gather_whole(layer.values.detach())[slots[slots >= 0].long()]
+    values = layer.topology.expand(gather_whole(layer.values.detach()))
+    return values[slots[slots >= 0].long()]

@@ -15,14 +15,14 @@ from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.kernels import choice, ops
 from sparse_lightning.kernels.operands import LayerOperands
 from sparse_lightning.policy.criteria import block_magnitudes, dense_block_norms
-from sparse_lightning.policy.updates import TopologyUpdate, first_blocks
+from sparse_lightning.policy.updates import TopologyUpdate, difference, first_blocks
 from sparse_lightning.sharding import (
     gather_slots,
     gather_whole,
     is_sharded,
     local_part,
     local_slots,
-    to_local_slots,
+    prepare_slot_change,
 )
 from sparse_lightning.topology import BlockTopology, block_grid, count_blocks
 
@@ -35,7 +35,7 @@ _ATTRIBUTES = (
     "block_norms",
     "token_stride",
     "_is_locked",
-    "_coords_before_load",
+    "_topology_before_load",
     "_label",
     "_lineage",
     "_has_trained",
@@ -65,11 +65,15 @@ class BlockSparseLinear(nn.Module):
 
     The blocks of a new layer are uniformly random. Its values are initialized as those of
     `nn.Linear`, scaled to the average number of inputs per output: uniform within
-    +-sqrt(1 / (density * in_features)).
+    +-sqrt(1 / (weight_density * in_features)).
+
+    With `nm="2:4"`, present blocks keep two of each four neighbouring weights of a row, at first
+    random ones.
 
     Attributes:
         values: parameter `[capacity, block_size, block_size]`, the blocks by slot, each in the
-            `[out, in]` orientation of W. Empty slots hold zeros.
+            `[out, in]` orientation of W; `[capacity, block_size, block_size / 2]` with `nm="2:4"`,
+            as `sparse_lightning.nm_pattern` describes. Empty slots hold zeros.
         bias: parameter `[out_features]`, or None.
         topology: `BlockTopology`, the block in each slot. It is part of the state dict.
         block_norms: fp32 `[out_blocks, in_blocks]` of zeros, an autograd leaf that is neither a
@@ -86,7 +90,9 @@ class BlockSparseLinear(nn.Module):
         bias: whether to add a bias.
         block_size: 16, 32, 64 or 128.
         density: present blocks / all blocks, in (0, 1].
-        topology: the present blocks, instead of `density`; its block size overrides `block_size`.
+        nm: "2:4" to keep two of each four weights within blocks; None to keep all.
+        topology: the present blocks, instead of `density`; its block size overrides `block_size`,
+            and its pattern `nm`.
         device, dtype: as for `nn.Linear`; the dtype is fp64, fp32, bf16 or fp16.
 
     Raises:
@@ -109,9 +115,9 @@ class BlockSparseLinear(nn.Module):
     # True while an optimizer holds `values`. State dicts of another capacity are then refused,
     # because the optimizer state would not fit.
     _is_locked: bool
-    # Coordinates of the slots before a state dict with other blocks was loaded while an optimizer
-    # holds `values`, whose state then still belongs to these; None if there is nothing to adapt.
-    _coords_before_load: Tensor | None
+    # The topology before a state dict with other blocks was loaded while an optimizer holds
+    # `values`, whose state then still belongs to it, on the CPU; None if there is nothing to adapt.
+    _topology_before_load: BlockTopology | None
     # Name of the layer in the model in which it was swapped, for messages.
     _label: str
     # Identifier shared with copies, and with layers whose weights were equal at the swap.
@@ -130,6 +136,7 @@ class BlockSparseLinear(nn.Module):
         *,
         block_size: int = 64,
         density: float | None = None,
+        nm: str | None = None,
         topology: BlockTopology | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -138,13 +145,12 @@ class BlockSparseLinear(nn.Module):
         if (density is None) == (topology is None):
             raise ValueError("Exactly one of `density` and `topology` must be given.")
         if topology is None:
-            topology = BlockTopology.random(out_features, in_features, block_size, density)
+            topology = BlockTopology.random(out_features, in_features, block_size, density, nm=nm)
         _check_fits(topology, out_features, in_features)
         dtype = dtype or torch.get_default_dtype()
         check_dtype(dtype)
         self.in_features, self.out_features = in_features, out_features
-        shape = (topology.capacity, topology.block_size, topology.block_size)
-        self.values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(topology.values_shape, device=device, dtype=dtype))
         self.register_parameter(
             "bias",
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None,
@@ -160,6 +166,7 @@ class BlockSparseLinear(nn.Module):
         *,
         block_size: int = 64,
         density: float | None = None,
+        nm: str | None = None,
         topology: BlockTopology | None = None,
     ) -> BlockSparseLinear:
         """Build the layer from a dense one, keeping the weights of the present blocks.
@@ -170,7 +177,8 @@ class BlockSparseLinear(nn.Module):
             block_size: 16, 32, 64 or 128.
             density: share of blocks to keep; those of largest Frobenius norm are kept, even where
                 that leaves a block row or column without any, unlike in `sparsify`.
-            topology: the blocks to keep, instead of `density`.
+            nm: "2:4" to keep the two largest of each four weights within blocks; None to keep all.
+            topology: the blocks and weights to keep, instead of `density` and `nm`.
         """
         if (density is None) == (topology is None):
             raise ValueError("Exactly one of `density` and `topology` must be given.")
@@ -180,7 +188,7 @@ class BlockSparseLinear(nn.Module):
             assert density is not None
             grid = block_grid(out_features, in_features, block_size)
             mask = largest_blocks(weight, grid, count_blocks(density, grid[0] * grid[1]))
-            topology = BlockTopology.from_mask(mask, block_size)
+            topology = BlockTopology.from_mask(mask, block_size).with_largest_positions(nm, weight)
         layer = cls.__new__(cls)
         # On meta nothing is drawn, so the random number generator keeps its state.
         cls.__init__(
@@ -207,7 +215,7 @@ class BlockSparseLinear(nn.Module):
             return
         bound = 1 / math.sqrt(self.in_features)
         with torch.no_grad():
-            self.values.uniform_(-bound, bound).mul_(max(self.density, 1e-12) ** -0.5)
+            self.values.uniform_(-bound, bound).mul_(max(self.weight_density, 1e-12) ** -0.5)
             self._zero_empty_slots()
             if self.bias is not None:
                 self.bias.uniform_(-bound, bound)
@@ -281,6 +289,7 @@ class BlockSparseLinear(nn.Module):
             topology.col_offsets,
             topology.col_entries,
             topology.slots,
+            topology.positions,
             norms,
             armed,
             self.token_stride,
@@ -363,6 +372,16 @@ class BlockSparseLinear(nn.Module):
         """Present blocks / all blocks."""
         return self.topology.density
 
+    @property
+    def nm(self) -> str | None:
+        """The pattern within blocks, "2:4"; None if blocks are whole."""
+        return self.topology.nm
+
+    @property
+    def weight_density(self) -> float:
+        """Kept weights / all weights; half of `density` with `nm="2:4"`."""
+        return self.topology.weight_density
+
     def dense_weight(self) -> Tensor:
         """Return W as a new dense tensor `[out_features, in_features]`, detached."""
         return self.topology.unpack(gather_whole(self.values.detach()))
@@ -406,8 +425,7 @@ class BlockSparseLinear(nn.Module):
         the source. If `values` is sharded, every rank must call this.
         """
         mine, theirs = self.topology, source.topology
-        same_slots = (mine.capacity, mine.block_size) == (theirs.capacity, theirs.block_size)
-        if same_slots and torch.equal(mine.coords, theirs.coords.to(mine.device)):
+        if mine.equals(theirs):
             return
         values = gather_whole(source.values.detach())
         if mine.block_size == theirs.block_size:
@@ -416,14 +434,18 @@ class BlockSparseLinear(nn.Module):
             rows, cols = theirs.coords.long().clamp_min(0).unbind(1)
             slots = mine.slots.to(theirs.device)[rows, cols].long()
             slots = slots.masked_fill(~present, -1).to(device)
-            is_common = (slots >= 0).view(-1, 1, 1)
-            values = torch.where(is_common, own_values.to(values)[slots.clamp_min(0)], values)
+            is_own = (slots >= 0).view(-1, 1, 1)
+            own = mine.expand(own_values.to(values))[slots.clamp_min(0)]
+            if mine.positions is not None:
+                kept = mine.expand(torch.ones_like(own_values, dtype=torch.bool, device=device))
+                is_own = is_own & theirs.compress(kept[slots.clamp_min(0)])
+            values = torch.where(is_own, theirs.compress(own), values)
         with deferred_signals():
             self._set_topology(theirs)
             local_part(self.values).copy_(values[local_slots(self.values)])
 
     def apply_update(self, update: TopologyUpdate) -> None:
-        """Apply a topology update: changed slots become zero, in value and in gradient."""
+        """Apply a topology update: changed weights become zero, in value and in gradient."""
         write = self._prepare_update(update)
         with deferred_signals():
             write()
@@ -433,17 +455,18 @@ class BlockSparseLinear(nn.Module):
 
         All allocation happens here, so that an update of many layers can be all or nothing.
         """
-        changed = to_local_slots(update.changed, self.values)
-        write_topology = self.topology._prepare_assign(update.coords)
+        writes = [
+            prepare_slot_change(tensor.detach(), update.changed, update.moves)
+            for tensor in (self.values, self.values.grad)
+            if tensor is not None
+        ]
+        writes.append(self.topology._prepare_assign(update.coords, update.positions))
 
-        @torch.no_grad()
-        def write() -> None:
-            for tensor in (self.values, self.values.grad):
-                if tensor is not None:
-                    local_part(tensor).index_fill_(0, changed, 0)
-            write_topology()
+        def write_all() -> None:
+            for write in writes:
+                write()
 
-        return write
+        return write_all
 
     def shrink(self, capacity: int) -> Tensor:
         """Remove empty slots to free their memory; the blocks stay.
@@ -490,7 +513,7 @@ class BlockSparseLinear(nn.Module):
             )
         present = old.coords[:, 0] >= 0
         kept = (~present).int().argsort(stable=True)[:capacity].sort().values
-        topology = BlockTopology(old.coords[kept], old.grid, old.block_size)
+        topology = old.select(kept)
         values = self.values
         data = values.detach()[kept]
         grad = None if values.grad is None else values.grad[kept]
@@ -508,7 +531,7 @@ class BlockSparseLinear(nn.Module):
         # training uses are left out and recreated: a spawned process needs all tensors of the
         # state to be alive when it unpickles them.
         state = {**self.__dict__, "armed": False, "_is_locked": False, "_has_trained": False}
-        state["_coords_before_load"] = None
+        state["_topology_before_load"] = None
         return {k: v for k, v in state.items() if k not in ("block_norms", "_armed_flag")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -523,6 +546,7 @@ class BlockSparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, block_size={self.block_size}, "
             f"blocks={self.topology.n_blocks}/{self.topology.grid[0] * self.topology.grid[1]}"
+            + ("" if self.nm is None else f", nm={self.nm!r}")
         )
 
     def _move_attributes(self) -> None:
@@ -546,8 +570,7 @@ class BlockSparseLinear(nn.Module):
             self.topology.share_memory_()
         elif self.is_shared and not self.values.is_shared():
             # A conversion of the dtype has moved the values out of shared memory.
-            old = self.topology
-            self.topology = BlockTopology(old.coords, old.grid, old.block_size)
+            self.topology = self.topology.clone()
         return self
 
     @property
@@ -595,8 +618,8 @@ class BlockSparseLinear(nn.Module):
         """Set the topology from a state; its values are loaded before or after this call."""
         topology = BlockTopology.from_state(state)
         _check_fits(topology, self.out_features, self.in_features)
-        shape = (topology.capacity, topology.block_size, topology.block_size)
-        if self.values.shape == shape and topology.capacity != self.topology.capacity:
+        shape = topology.values_shape
+        if self.values.shape == shape and shape != self.topology.values_shape:
             # A loader has already replaced `values`, without calling `_load_from_state_dict`.
             self.topology = topology
             self._move_attributes()
@@ -692,7 +715,7 @@ class BlockSparseLinear(nn.Module):
             weight = weight.T if self._is_transposed else weight
             values = state_dict[prefix + "values"] = topology.pack(weight)
             state_dict.setdefault(prefix + "_extra_state", topology.to_state())
-        expected = (topology.capacity, topology.block_size, topology.block_size)
+        expected = topology.values_shape
         if values is not None and values.shape != expected:
             raise ValueError(
                 f"`values` must have shape {list(expected)} to match the saved topology; "
@@ -704,34 +727,34 @@ class BlockSparseLinear(nn.Module):
     def _set_topology(self, topology: BlockTopology) -> None:
         """Set the topology; `values` becomes zero if its shape changes."""
         old = self.topology
-        if (topology.capacity, topology.block_size) == (old.capacity, old.block_size):
-            coords = topology.coords.to(old.device)
-            if not torch.equal(coords, old.coords):
-                before = old.coords.to("cpu", copy=True)
-                changed = (coords != old.coords).any(1).nonzero().squeeze(1)
-                slots = to_local_slots(changed, self.values)
-                write_topology = old._prepare_assign(coords)
+        if topology.values_shape == old.values_shape:
+            if not old.equals(topology):
+                before = old.clone().to_(torch.device("cpu"))
+                update = difference(before, topology)
+                writes = [old._prepare_assign(*_on_device(topology, old.device))]
+                if self.values.grad is not None:  # of the weights that are replaced
+                    grad = self.values.grad
+                    writes.append(prepare_slot_change(grad, update.changed, update.moves))
                 with deferred_signals():
-                    if self._is_locked and self._coords_before_load is None:
-                        self._coords_before_load = before
-                    if self.values.grad is not None:  # of the blocks that are replaced
-                        local_part(self.values.grad).index_fill_(0, slots, 0)
-                    write_topology()
+                    if self._is_locked and self._topology_before_load is None:
+                        self._topology_before_load = before
+                    for write in writes:
+                        write()
             return
         if self._is_locked:
             raise RuntimeError(
-                f"A layer in training must keep its capacity {old.capacity} and block "
-                f"size {self.block_size}; the state dict has {topology.capacity} and "
-                f"{topology.block_size}. Load it before the optimizer is built; a training that is "
-                "to be rolled back while it runs needs shrink=False."
+                f"A layer in training must keep its capacity {old.capacity}, block size "
+                f"{self.block_size} and pattern nm={old.nm!r}; the state dict has "
+                f"{topology.capacity}, {topology.block_size} and {topology.nm!r}. Load it before "
+                "the optimizer is built; a training that is to be rolled back while it runs needs "
+                "shrink=False."
             )
-        self._coords_before_load = None
-        self.topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
+        self._topology_before_load = None
+        self.topology = topology.clone()
         self.block_size = topology.block_size
         self.block_norms = _zero_norms(topology.grid, self.block_norms.device)
         # The parameter object stays, so tied modules and optimizers without state still hold it.
-        shape = (topology.capacity, topology.block_size, topology.block_size)
-        _set_data(self.values, self.values.detach().new_zeros(shape))
+        _set_data(self.values, self.values.detach().new_zeros(topology.values_shape))
         self._move_attributes()
 
 
@@ -812,8 +835,7 @@ def _new_attributes(topology: BlockTopology, device: torch.device) -> dict[str, 
     # averaging callbacks average integer buffers, and DDP's broadcast of buffers would hide a rank
     # whose topology has diverged.
     device = torch.device("cpu") if device.type == "meta" else device
-    topology = BlockTopology(topology.coords, topology.grid, topology.block_size)
-    topology.to_(device)
+    topology = topology.clone().to_(device)
     return {
         "topology": topology,
         "block_size": topology.block_size,
@@ -822,7 +844,7 @@ def _new_attributes(topology: BlockTopology, device: torch.device) -> dict[str, 
         "block_norms": _zero_norms(topology.grid, device),
         "token_stride": 1,
         "_is_locked": False,
-        "_coords_before_load": None,
+        "_topology_before_load": None,
         "_label": "",
         "_lineage": uuid.uuid4().hex,
         "_has_trained": False,
@@ -899,6 +921,12 @@ def largest_blocks(
         floor: minimum number of blocks of (each row, each column), as in `exchange_blocks`.
     """
     return first_blocks(dense_block_norms(weight, grid).cpu(), n_blocks, floor=floor)
+
+
+def _on_device(topology: BlockTopology, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the coordinates and the positions of a topology on a device."""
+    positions = topology.positions
+    return topology.coords.to(device), None if positions is None else positions.to(device)
 
 
 def _zero_norms(grid: tuple[int, int], device: torch.device) -> Tensor:

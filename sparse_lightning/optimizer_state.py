@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparse_lightning import linear, ranks
+from sparse_lightning.nm_pattern import Moves
 from sparse_lightning.sharding import (
     gather_slots,
     is_sharded,
     local_part,
     local_slots,
-    to_local_slots,
+    prepare_slot_change,
 )
 from sparse_lightning.stepping import not_compiled
 
@@ -44,7 +45,7 @@ class StateRule:
 
     Attributes:
         tensors: names of the state that follows the slots. These are tensors of the shape of
-            `values`, `[capacity, block_size, block_size]`; of that shape with some of the last two
+            `values`, `[capacity, rows, columns]`; of that shape with some of the last two
             sizes left out or 1, such as means over rows; or of that shape flattened. Tensors that
             an option turns off may be missing. State that is not named is left unchanged.
         second_moments: names among `tensors` that are running means of g^2.
@@ -260,19 +261,27 @@ def _why_it_cannot_follow(name: str, value: object, parameter: nn.Parameter) -> 
 
 def _has_slots(tensor: Tensor, parameter: nn.Parameter) -> bool:
     """Return whether a tensor has the shape of per-slot state, as `StateRule.tensors` describes."""
-    slots, block_size, _ = parameter.shape
     if tensor.dim() == 1 and tensor.numel() == parameter.numel():
         return not is_sharded(tensor)  # its shards would split blocks
-    if tensor.dim() not in (1, 2, 3) or tensor.shape[0] != slots:
+    if tensor.dim() not in (1, 2, 3) or tensor.shape[0] != parameter.shape[0]:
         return False
-    return all(size in (1, block_size) for size in tensor.shape[1:])
+    return _has_sizes_of_blocks(tensor, parameter)
+
+
+def _has_sizes_of_blocks(tensor: Tensor, parameter: nn.Parameter) -> bool:
+    """Return whether the sizes after the first are 1 or those of a block, in part or in full."""
+    rows, columns = parameter.shape[1:]
+    sizes = tensor.shape[1:]
+    if len(sizes) == 2:
+        return sizes[0] in (1, rows) and sizes[1] in (1, columns)
+    return all(size in (1, rows, columns) for size in sizes)
 
 
 def _is_ambiguous(name: str, tensor: Tensor, parameter: nn.Parameter) -> bool:
     """Return whether the first dimension of a tensor may index rows of a block, not slots."""
-    slots, block_size, _ = parameter.shape
+    slots, *block = parameter.shape
     is_small = tensor.dim() < 3 and tensor.numel() < parameter.numel()
-    return slots == block_size and is_small and "row" not in name and "col" not in name
+    return slots in block and is_small and "row" not in name and "col" not in name
 
 
 def _tensors_by_name(
@@ -362,9 +371,7 @@ def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> No
 
 def _has_other_slots(tensor: Tensor, parameter: nn.Parameter) -> bool:
     """Return whether a tensor would have slots if `values` had another capacity."""
-    if tensor.dim() != 3 or tensor.shape[0] == 1:
-        return False
-    return all(size in (1, parameter.shape[1]) for size in tensor.shape[1:])
+    return tensor.dim() == 3 and tensor.shape[0] > 1 and _has_sizes_of_blocks(tensor, parameter)
 
 
 def discard_dense_state(
@@ -428,8 +435,9 @@ def _state_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     shapes = {shape, (math.prod(shape),), (n,), *((size, size) for size in shape)}
     if len(shape) == 2:
         return shapes | {(n, 1), (1, *rest), (*rest,)}
-    size = rest[0]
-    return shapes | {(n, size), (n, 1), (n, size, 1), (n, 1, size), (n, 1, 1)}
+    rows, columns = rest
+    means = {(n, rows), (n, columns), (n, 1), (n, rows, 1), (n, 1, columns), (n, 1, 1)}
+    return shapes | means
 
 
 # The earlier shapes of parameters, by current shape, and the number of changes. The parameters
@@ -494,32 +502,38 @@ def _discard_outdated_state(
 
 
 def prepare_reset(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Tensor
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    slots: Tensor,
+    moves: Moves | None = None,
 ) -> Callable[[], None]:
     """Return a function that resets some slots to the optimizer's initial state, in place.
 
     Args:
         optimizer: optimizer that holds `parameter`.
-        parameter: `[capacity, block_size, block_size]`.
+        parameter: `[capacity, rows, columns]`.
         slots: int64 `[n]`.
+        moves: moves of weights within other slots, whose state moves with them; new weights get the
+            initial state. Means over the rows or columns of these blocks stay.
 
     Raises:
         ValueError: as `state_rule`.
     """
     rule = state_rule(optimizer, parameter)
-    parts = []
+    writes = []
     for name, tensor in _slot_state(rule, optimizer, parameter).items():
         option = rule.starts_at.get(name)
         start = 0 if option is None else float(_options(optimizer, parameter)[option])
-        parts.append((_by_slot(tensor, parameter), to_local_slots(slots, tensor), start))
+        is_by_weight = tensor.numel() == parameter.numel()
+        if is_by_weight and tensor.dim() < 3:
+            tensor = tensor.view(parameter.shape)
+        writes.append(prepare_slot_change(tensor, slots, moves if is_by_weight else None, start))
 
-    @torch.no_grad()
-    def write() -> None:
-        for part, indices, start in parts:
-            # `part[indices] = start` would synchronise with the GPU.
-            part.index_fill_(0, indices, start)
+    def write_all() -> None:
+        for write in writes:
+            write()
 
-    return write
+    return write_all
 
 
 @torch.no_grad()
@@ -575,20 +589,26 @@ def warm_start(
     Args:
         optimizer: optimizer that holds `parameter`.
         group: parameter group of `parameter`.
-        parameter: `[capacity, block_size, block_size]`, with its gradient.
-        pending: bool `[capacity]`, the grown slots that have not had a gradient yet.
+        parameter: `[capacity, rows, columns]`, with its gradient.
+        pending: bool, the grown slots that have not had a gradient yet, `[capacity]`, or the grown
+            weights, in the shape of `parameter`. Means over the rows or columns of a block are
+            initialised only where all of its weights are pending.
         grad_scale: scale that the gradient still carries (a fused optimizer under a GradScaler);
             1 otherwise.
 
     Returns:
-        The slots that are still pending because their gradient was zero or not finite.
+        The slots or weights that are still pending, in the shape of `pending`, because the
+        gradient of their slot was zero or not finite.
     """
     if parameter.grad is None:
         return pending
     rule, state = state_rule(optimizer, parameter), optimizer.state.get(parameter, {})
     squared = (local_part(parameter.grad) / grad_scale).square()
     mean = squared.mean((1, 2), keepdim=True)
-    ready = pending[local_slots(parameter)] & (mean.flatten() > 0) & mean.flatten().isfinite()
+    has_gradient = ((mean > 0) & mean.isfinite()).flatten()
+    local = pending[local_slots(parameter)].flatten(1) if pending.dim() > 1 else None
+    whole = pending[local_slots(parameter)] if local is None else local.all(1)
+    ready = whole & has_gradient
     for name, tensor in _slot_state(rule, optimizer, parameter).items():
         if name in rule.second_moments:
             moment = torch.maximum(squared, mean)
@@ -601,8 +621,11 @@ def warm_start(
             part = _by_slot(tensor, parameter)
             moment = _reduce_to_shape(moment, part.shape, name)
             is_ready = ready.view(-1, *[1] * (part.dim() - 1))
+            if local is not None and part.numel() == moment.numel() == local.numel():
+                is_ready = (local & has_gradient.unsqueeze(1)).view(part.shape)
             part.copy_(torch.where(is_ready, moment, part))
-    return pending & ~gather_slots(ready, parameter)
+    had_gradient = gather_slots(has_gradient, parameter)
+    return pending & ~had_gradient.view(-1, *[1] * (pending.dim() - 1))
 
 
 def _options(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
@@ -648,7 +671,7 @@ def _bias_correction(group: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
 def _reduce_to_shape(moment: Tensor, shape: torch.Size, name: str) -> Tensor:
     """Reduce a moment, `[slots, block_size, block_size]`, to the means stored in a shape.
 
-    Rows and columns have the same size, so only the name shows which of them the state keeps.
+    If rows and columns have the same size, only the name shows which of them the state keeps.
     """
     if len(shape) == 3:
         reduced = [d for d, size in enumerate(shape) if size != moment.shape[d]]
@@ -657,6 +680,9 @@ def _reduce_to_shape(moment: Tensor, shape: torch.Size, name: str) -> Tensor:
         return moment.mean((1, 2))
     if shape[1] == moment[0].numel():
         return moment.flatten(1)
+    rows, columns = moment.shape[1:]
+    if shape[1] > 1 and rows != columns:
+        return moment.mean(2 if shape[1] == rows else 1)
     if shape[1] > 1 and "col" in name:
         return moment.mean(1)
     if shape[1] > 1 and "row" in name:

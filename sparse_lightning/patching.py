@@ -28,6 +28,7 @@ from sparse_lightning.names import (
     check_option,
     layer_densities,
 )
+from sparse_lightning.nm_pattern import check_nm
 from sparse_lightning.policy.budgets import LayerBudgets
 from sparse_lightning.policy.criteria import seeded_generator
 from sparse_lightning.policy.dead_features import DeadFeatures, find_dead_features
@@ -67,6 +68,7 @@ def sparsify(
     *,
     block_size: int = 64,
     density: float = 0.25,
+    nm: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     distribution: str | Distribution = "uniform",
@@ -99,6 +101,8 @@ def sparsify(
         model: model to change in place.
         block_size: 16, 32, 64 or 128.
         density: present blocks / all blocks of the swapped layers, in (0, 1].
+        nm: "2:4" to keep two of each four neighbouring weights of a row within blocks, so that half
+            of the weights of present blocks remain; None to keep all.
         include: patterns of layers to swap. A pattern without a dot matches the last part of a
             module's name, one with a dot the whole name; `*` and `?` are wildcards, "re:..." is a
             regular expression that must match the whole name. A layer named in full must be
@@ -112,9 +116,10 @@ def sparsify(
             take part even if they are already block-sparse.
         layer_density: densities of individual layers, by pattern as in `include`; the other layers
             share `density`.
-        init: "random" keeps random blocks, scaled by density ** -0.5 to preserve the variance of
-            the output; "magnitude" keeps the largest blocks, unscaled. Both keep at least one block
-            in each block row and column if the density allows.
+        init: "random" keeps random blocks, and with `nm` random weights in them, scaled by the
+            share of weights ** -0.5 to preserve the variance of the output; "magnitude" keeps the
+            largest, unscaled. Both keep at least one block in each block row and column if the
+            density allows.
         seed: seed of the random blocks; each layer draws its own, depending on its name.
         max_density: highest density that the model will ever reach, which determines the number of
             slots of each layer; `density` if None.
@@ -149,7 +154,9 @@ def sparsify(
     own = {} if layer_density is None else layer_density
     check_layer_density(own)
 
-    options = SwapOptions(block_size, include, exclude, init, seed, follow=follow or {})
+    options = SwapOptions(
+        block_size, include, exclude, init, seed, follow=follow or {}, nm=check_nm(nm)
+    )
 
     def budgets(grids: Mapping[str, Grid]) -> tuple[LayerBudgets, dict[str, int]]:
         check_layer_density_matches(own, grids)
@@ -220,7 +227,9 @@ def swap_layers(
     trained = tuple(
         name
         for name, (topology, _) in starts.items()
-        if discards_training(dense_weight_of(found.layers[name]), topology.density, options.init)
+        if discards_training(
+            dense_weight_of(found.layers[name]), topology.weight_density, options.init
+        )
     )
     # Layers are described now, as that takes memory, and a swap must not fail when it is complete.
     reports = {name: LayerReport.from_layer(layer) for name, layer in sparse_layers(model)}
@@ -285,29 +294,27 @@ def _initial_topology(
     linear: nn.Module, name: str, grid: Grid, n_blocks: int, capacity: int, options: SwapOptions
 ) -> tuple[BlockTopology, float]:
     """Return the initial blocks of a layer, and the factor by which to scale their values."""
-    floor = options.floor.of_lines
+    floor, size = options.floor.of_lines, options.block_size
     if options.init == "magnitude" and next(linear.parameters()).device.type != "meta":
-        mask = largest_blocks(dense_weight_of(linear), grid, n_blocks, floor=floor)
-        scale = 1.0
-    else:
-        # The dtype is explicit, as a half-precision default would change the draw and cause ties.
-        drawn = torch.rand(
-            grid,
-            generator=seeded_generator(options.seed, 0, name),
-            dtype=torch.float32,
-            device="cpu",
-        )
-        mask = first_blocks(drawn, n_blocks, floor=floor)
-        scale = (n_blocks / (grid[0] * grid[1])) ** -0.5
-    return BlockTopology.from_mask(mask, options.block_size, capacity=capacity), scale
+        weight = dense_weight_of(linear)
+        mask = largest_blocks(weight, grid, n_blocks, floor=floor)
+        topology = BlockTopology.from_mask(mask, size, capacity=capacity)
+        return topology.with_largest_positions(options.nm, weight), 1.0
+    generator = seeded_generator(options.seed, 0, name)
+    # The dtype is explicit, as a half-precision default would change the draw and cause ties.
+    drawn = torch.rand(grid, generator=generator, dtype=torch.float32, device="cpu")
+    mask = first_blocks(drawn, n_blocks, floor=floor)
+    topology = BlockTopology.from_mask(mask, size, capacity=capacity)
+    topology = topology.with_random_positions(options.nm, generator)
+    return topology, topology.weight_density**-0.5
 
 
 def discards_training(weight: Tensor, density: float, init: str) -> bool:
-    """Return whether a layer keeps only random blocks of a dense weight that looks trained.
+    """Return whether a layer keeps only random parts of a dense weight that looks trained.
 
     Args:
         weight: weight of the dense layer, `[out_features, in_features]`.
-        density: initial density of the layer.
+        density: share of the weights that the layer keeps at first.
         init: as in `sparsify`.
     """
     return init == "random" and density < 1 and looks_trained(weight)
@@ -334,7 +341,7 @@ def initialize_from_dense(
     weight = weight.T if layer._is_transposed else weight
     if source is not None:
         layer._adopt_blocks_of(source)
-    topology, scale = layer.topology, layer.density**-0.5
+    topology, scale = layer.topology, layer.weight_density**-0.5
     if init == "magnitude" and source is not None:
         scale = 1.0
     elif init == "magnitude":
@@ -342,7 +349,8 @@ def initialize_from_dense(
         mask = largest_blocks(weight, grid, n_blocks, floor=floor.of_lines)
         scale = 1.0
         largest = BlockTopology.from_mask(mask, topology.block_size, capacity=topology.capacity)
-        topology.assign_(largest.coords)
+        largest = largest.with_largest_positions(topology.nm, weight)
+        topology.assign_(largest.coords, largest.positions)
     layer.values.copy_(topology.pack(weight.to(layer.values)) * scale)
 
 

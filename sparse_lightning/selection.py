@@ -53,6 +53,7 @@ class SwapOptions:
     seed: int = 0
     floor: Floor = field(default_factory=Floor)
     follow: Mapping[str, str] = field(default_factory=dict)
+    nm: str | None = None
 
     def selects(self, name: str) -> bool:
         """Return whether `include` and `exclude` select a name."""

@@ -6,10 +6,13 @@ All functions also accept plain tensors, so callers need not distinguish the two
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from sparse_lightning.nm_pattern import Moves, moved_pairs
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -114,3 +117,45 @@ def to_local_slots(slots: Tensor, tensor: Tensor) -> Tensor:
     local = local_slots(tensor)
     indices: Tensor = slots[(slots >= local.start) & (slots < local.stop)] - local.start
     return indices.to(device)
+
+
+@torch.no_grad()
+def prepare_slot_change(
+    tensor: Tensor, slots: Tensor, moves: Moves | None = None, start: float = 0.0
+) -> Callable[[], None]:
+    """Return a function that resets some slots of a tensor, and moves weights within others.
+
+    The returned function only writes in place.
+
+    Args:
+        tensor: `[slots, ...]`; of the shape of `values` if there are moves.
+        slots: int64 `[n]`, slots to reset.
+        moves: moves of weights within slots that are not reset.
+        start: content of the slots that are reset, and of new weights.
+    """
+    part, indices = local_part(tensor), to_local_slots(slots, tensor)
+    pairs, local = None, None
+    if moves is not None and len(moves.groups):
+        local = _to_local_moves(moves, tensor)
+        pairs = moved_pairs(part, local, start)
+
+    @torch.no_grad()
+    def write() -> None:
+        # `part[indices] = start` would synchronise with the GPU.
+        part.index_fill_(0, indices, start)
+        if pairs is not None and local is not None:
+            part.view(-1, 2).index_copy_(0, local.groups, pairs)
+
+    return write
+
+
+def _to_local_moves(moves: Moves, tensor: Tensor) -> Moves:
+    """Return the moves in the local part of a tensor, on its device."""
+    device = local_part(tensor).device
+    if not is_sharded(tensor):
+        return Moves(*(part.to(device) for part in moves))
+    slots, groups_per_slot = local_slots(tensor), tensor.shape[1] * tensor.shape[2] // 2
+    first, end = slots.start * groups_per_slot, slots.stop * groups_per_slot
+    is_local = (moves.groups >= first) & (moves.groups < end)
+    local = Moves(moves.groups[is_local] - first, moves.sources[is_local])
+    return Moves(*(part.to(device) for part in local))

@@ -29,6 +29,7 @@ from sparse_lightning.gathering import Gatherer, copy_to_cpu
 from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.linear import BlockSparseLinear, density_of
 from sparse_lightning.names import check_layer_density_matches
+from sparse_lightning.nm_pattern import random_positions
 from sparse_lightning.optimizer_state import has_slot_state
 from sparse_lightning.patching import swap_layers
 from sparse_lightning.policy.budgets import LayerBudgets
@@ -37,9 +38,16 @@ from sparse_lightning.policy.distributions import Grid
 from sparse_lightning.policy.lookup import calling
 from sparse_lightning.policy.rules import UpdateRequest, check_decision, check_is_data, check_rule
 from sparse_lightning.policy.schedules import Timetable, should_shrink
-from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate, place_blocks
+from sparse_lightning.policy.updates import (
+    ModelUpdate,
+    TopologyUpdate,
+    difference,
+    place_blocks,
+    with_positions,
+)
+from sparse_lightning.policy.weights import exchange_weights
 from sparse_lightning.selection import sparse_layers
-from sparse_lightning.sharding import is_sharded, local_part
+from sparse_lightning.sharding import gather_whole, is_sharded, local_part
 from sparse_lightning.stepping import (
     GlobalStepWatch,
     StepWatch,
@@ -48,6 +56,7 @@ from sparse_lightning.stepping import (
     unwrap_optimizer,
 )
 from sparse_lightning.swap_report import SparsityReport, describe_trained
+from sparse_lightning.topology import BlockTopology
 from sparse_lightning.tracked_optimizer import TrackedOptimizer, name_layer_in_errors
 
 # Within this many steps, every layer that trains should have had a gradient.
@@ -142,7 +151,9 @@ class Sparsifier:
         self._swapped = [n for n, layer in self.layers.items() if id(layer) not in sparse_before]
         self._is_broadcast = False
         self._broadcast_from_rank_zero()
-        self._gatherer = Gatherer(self.layers, needs, self.config.token_stride)
+        self._gatherer = Gatherer(
+            self.layers, needs, self.config.token_stride, self.config.regrow_inner
+        )
         self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self._tracked: list[TrackedOptimizer] = []
         self._grown_at = self._initial_grown_at()
@@ -151,9 +162,9 @@ class Sparsifier:
         self._rewrap: Callable[[], None] | None = None
         self._planned: Callable[[Optimizer, int], int] | None = None
         self._may_shrink = True
-        # For layers whose blocks a loaded state dict has replaced since the last step: the
-        # coordinates to which the optimizer's state still belongs.
-        self._loaded_over: dict[str, Tensor] = {}
+        # For layers whose blocks a loaded state dict has replaced since the last step: the topology
+        # to which the optimizer's state still belongs.
+        self._loaded_over: dict[str, BlockTopology] = {}
         self._global_watch: GlobalStepWatch | None = None
         self._warned: set[str] = set()
 
@@ -199,9 +210,10 @@ class Sparsifier:
         for layer in [*self.layers.values(), *map(self._followers.get_layer, self.follows)]:
             # Sharded values were initialised per rank, and values on meta are not initialised yet.
             has_values = layer.values.device.type != "meta" and not is_sharded(layer.values)
-            own = layer.topology.coords.cpu(), layer.values.detach().cpu() if has_values else None
-            coords, values = ranks.broadcast_from_rank_zero(own)
-            layer.topology.assign_(coords)
+            own = layer.topology.to_state(), layer.values.detach().cpu() if has_values else None
+            state, values = ranks.broadcast_from_rank_zero((own[0].cpu(), own[1]))
+            topology = BlockTopology.from_state(state).to_(layer.topology.device)
+            layer.topology.assign_(topology.coords, topology.positions)
             if values is not None:
                 layer.values.copy_(values)
             elif layer.values.device.type != "meta":
@@ -730,20 +742,20 @@ class Sparsifier:
 
     def _find_loaded_blocks(self) -> None:
         """Discard what was gathered about replaced blocks, and make copies follow."""
-        loaded = [n for n, layer in self.layers.items() if layer._coords_before_load is not None]
+        loaded = [n for n, layer in self.layers.items() if layer._topology_before_load is not None]
         for tracked in self._attached() if loaded else ():
             self._find_held(tracked)
             for name in tracked.owned.keys() & set(loaded):
-                before = self.layers[name]._coords_before_load
+                before = self.layers[name]._topology_before_load
                 assert before is not None
                 self._loaded_over.setdefault(name, before)
-                update = _difference(before, self.layers[name].topology.coords.cpu())
+                update = difference(before, self.layers[name].topology)
                 self._gatherer.prepare_clear({name: update})()
                 self._grown_at[name][update.changed] = tracked.steps
         for name in loaded:
             for copy in self._followers.copies_of(name):
                 copy._adopt_blocks_of(self.layers[name])
-            self.layers[name]._coords_before_load = None
+            self.layers[name]._topology_before_load = None
 
     @torch.no_grad()
     def _reset_state_of_loaded_blocks(self) -> None:
@@ -755,15 +767,15 @@ class Sparsifier:
             is_loaded = optimizer.state is not tracked.state_at_last_step
             for name in tracked.held.keys() & self._loaded_over.keys():
                 before, topology = self._loaded_over[name], self.layers[name].topology
-                if len(before) != topology.capacity:  # loaded while no optimizer was attached
-                    continue
-                update = _difference(before, topology.coords.cpu())
+                if before.values_shape != topology.values_shape:
+                    continue  # loaded while no optimizer was attached
+                update = difference(before, topology)
                 if is_loaded and name in tracked.pending:  # of the replaced blocks
                     tracked.pending[name][update.changed] = False
-                elif len(update.changed) and not is_loaded:
+                elif not update.is_empty and not is_loaded:
                     if has_slot_state(optimizer, tracked.held[name]):
                         reset.add(name)
-                    tracked.prepare_block_update(name, update, topology.capacity)()
+                    tracked.prepare_block_update(name, update, topology)()
         self._loaded_over.clear()
         self._warn_about(sorted(reset), diagnostics.loaded_blocks)
 
@@ -887,16 +899,48 @@ class Sparsifier:
         for layer_scores in scores.values():
             compared += [layer_scores.mask, layer_scores.magnitude]
             compared += layer_scores.gathered.values()
-        self._check_ranks(compared, step)
         updates = {}
         for name in scores:
             with name_layer_in_errors(name):
                 mask = decision.masks.get(name, scores[name].mask)
                 updates[name] = place_blocks(self.layers[name].topology, mask)
+        self._check_ranks(compared, step)
+        updates = self._choose_weights(updates, fraction, step)
         magnitudes = {name: layer_scores.magnitude for name, layer_scores in scores.items()}
         return ModelUpdate(
             step, self.n_updates + 1, updates, decision.drop_scores, magnitudes, density
         )
+
+    def _choose_weights(
+        self, updates: dict[str, TopologyUpdate], fraction: float, step: int
+    ) -> dict[str, TopologyUpdate]:
+        """Return updates that also say which weights 2:4 sparse blocks keep from now on.
+
+        Within blocks that stay, weights are exchanged; grown blocks keep random ones.
+        """
+        chosen, unscored = dict(updates), []
+        for name, update in updates.items():
+            layer, before = self.layers[name], self.layers[name].topology.positions
+            if before is None:
+                continue
+            after = before
+            if fraction and self.config.regrow_inner:
+                gradient = self._gatherer.gradient_of_blocks(name)
+                if gradient is None:
+                    unscored.append(name)
+                else:
+                    stays = update.coords[:, 0] >= 0
+                    stays[update.grown] = False
+                    values = gather_whole(layer.values.detach())
+                    after = exchange_weights(values, before, gradient, stays, fraction)
+            if len(update.grown):
+                generator = seeded_generator(self.config.seed, step, f"{name} weights")
+                drawn = random_positions(len(update.grown), layer.block_size, generator)
+                after = after.index_copy(0, update.grown.to(after.device), drawn.to(after.device))
+            chosen[name] = with_positions(update, before, after)
+        self._warn_about(unscored, diagnostics.unscored_weights, once="unscored weights")
+        self._check_ranks((u.positions for u in chosen.values() if u.positions is not None), step)
+        return chosen
 
     def _is_only_dropping(
         self, budgets: LayerBudgets, progress: float, names: Iterable[str]
@@ -917,7 +961,7 @@ class Sparsifier:
         writes += [
             self._prepare_layer_update(name, layer_update, tracked.steps)
             for name, layer_update in update.layers.items()
-            if len(layer_update.changed)
+            if not layer_update.is_empty
         ]
         progress = max(tracked.progress, tracked.timetable.density_progress(tracked.steps))
 
@@ -939,7 +983,7 @@ class Sparsifier:
             copy._adopt_blocks_of(layer)  # `load_state_dict` may have loaded other blocks
             writes.append(copy._prepare_update(update))
         writes += [
-            tracked.prepare_block_update(name, update, layer.topology.capacity)
+            tracked.prepare_block_update(name, update, layer.topology)
             for tracked in self._attached()
             if name in tracked.held
         ]
@@ -1192,14 +1236,6 @@ def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             f"{got}. Restore the earlier values, or start a new training from the saved weights: "
             "load only the model's state dict, after `sparsify`."
         )
-
-
-def _difference(before: Tensor, after: Tensor) -> TopologyUpdate:
-    """Return the update that leads from some coordinates, int32 `[capacity, 2]`, to others."""
-    differs = (before != after).any(1)
-    was_present, is_present = before[:, 0] >= 0, after[:, 0] >= 0
-    dropped, grown = ((differs & mask).nonzero().squeeze(1) for mask in (was_present, is_present))
-    return TopologyUpdate(after, dropped, grown, int(was_present.sum()))
 
 
 @contextlib.contextmanager

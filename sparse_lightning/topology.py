@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_lightning import nm_pattern
+
 BLOCK_SIZES = (16, 32, 64, 128)
 
 # The state vector is [format, block_size, out_blocks, in_blocks, capacity, row, col, row, ...]. The
-# format is negative if the dense weight is stored transposed, as in Transformers' `Conv1D`.
+# format is negative if the dense weight is stored transposed, as in Transformers' `Conv1D`. In
+# format 2 the positions of a 2:4 pattern follow, with two bytes in each number: means of equal
+# state dicts, in fp32, then stay exact.
 STATE_FORMAT = 1
+_STATE_FORMAT_NM = 2
 _STATE_HEADER = 5
 # Largest grid accepted from a state vector: 17 billion weights in the smallest blocks.
 _MAX_BLOCKS = 2**26
@@ -30,6 +35,7 @@ class Indices(NamedTuple):
     col_offsets: Tensor
     col_entries: Tensor
     slots: Tensor
+    positions: Tensor | None
 
 
 class BlockTopology:
@@ -40,6 +46,9 @@ class BlockTopology:
     each slot; the other index tensors are derived from it. `assign_` updates all of them in place,
     so compiled graphs and CUDA graphs stay valid.
 
+    With `positions`, blocks are 2:4 sparse: `values` is `[capacity, block_size, block_size / 2]`
+    and holds two of each four neighbouring weights of a row.
+
     Attributes:
         coords: int32 `[capacity, 2]`, (block row, block column) of each slot; (-1, -1) if empty.
         row_offsets: int32 `[out_blocks + 1]`, where each block row begins in `row_entries`.
@@ -49,6 +58,8 @@ class BlockTopology:
         col_entries: int32 `[capacity, 2]`, the (block row, slot) of each block, sorted by column
             and then row; empty slots follow as (-1, slot).
         slots: int32 `[out_blocks, in_blocks]`, the slot of each block; -1 if the block is absent.
+        positions: uint8 `[capacity, block_size, block_size / 8]`, which weights of each block are
+            kept, as `sparse_lightning.nm_pattern` describes; None if blocks are whole.
         grid: (out_blocks, in_blocks).
         block_size: number of rows and columns of a block.
         n_blocks: number of present blocks.
@@ -57,6 +68,7 @@ class BlockTopology:
         coords: integer `[capacity, 2]`, as above. The tensor is copied.
         grid: (out_blocks, in_blocks).
         block_size: 16, 32, 64 or 128.
+        positions: as above. The tensor is copied.
 
     Raises:
         ValueError: if a coordinate is outside the grid or appears twice, or if the block size is
@@ -69,7 +81,13 @@ class BlockTopology:
     [[0, 0], [1, 1]]
     """
 
-    def __init__(self, coords: Tensor, grid: tuple[int, int], block_size: int) -> None:
+    def __init__(
+        self,
+        coords: Tensor,
+        grid: tuple[int, int],
+        block_size: int,
+        positions: Tensor | None = None,
+    ) -> None:
         check_block_size(block_size)
         if coords.dim() != 2 or coords.shape[1] != 2:
             raise ValueError(
@@ -91,6 +109,10 @@ class BlockTopology:
         self.col_offsets, self.col_entries = empty(in_blocks + 1), empty(capacity, 2)
         self.row_offsets[0] = self.col_offsets[0] = 0
         self.slots = empty(out_blocks, in_blocks)
+        self.positions: Tensor | None = None
+        if positions is not None:
+            _check_positions(positions, capacity, block_size)
+            self.positions = positions.to(device, copy=True)
         self._shared = False
         self.assign_(coords)
 
@@ -136,6 +158,7 @@ class BlockTopology:
         *,
         n_blocks: int | None = None,
         capacity: int | None = None,
+        nm: str | None = None,
         generator: torch.Generator | None = None,
     ) -> BlockTopology:
         """Draw the present blocks uniformly, without replacement.
@@ -147,6 +170,7 @@ class BlockTopology:
             density: present blocks / all blocks, in (0, 1]; rounded to at least one block.
             n_blocks: the exact number of blocks, instead of `density`.
             capacity: number of slots; the number of blocks if None.
+            nm: "2:4" to keep two random weights of each four within blocks; None to keep all.
             generator: CPU generator; PyTorch's default generator if None.
 
         Raises:
@@ -164,7 +188,43 @@ class BlockTopology:
             raise ValueError(f"`n_blocks` must be in 0..{total}; got {n_blocks}.")
         mask = torch.zeros(total, dtype=torch.bool, device="cpu")
         mask[torch.randperm(total, generator=generator, device="cpu")[:n_blocks]] = True
-        return cls.from_mask(mask.view(grid), block_size, capacity=capacity)
+        topology = cls.from_mask(mask.view(grid), block_size, capacity=capacity)
+        return topology.with_random_positions(nm, generator)
+
+    def with_random_positions(
+        self, nm: str | None, generator: torch.Generator | None = None
+    ) -> BlockTopology:
+        """Return the same blocks with the pattern `nm`, each pair of weights being equally likely.
+
+        Args:
+            nm: "2:4"; or None, which returns this topology.
+            generator: CPU generator; PyTorch's default generator if None.
+        """
+        if nm_pattern.check_nm(nm) is None:
+            return self
+        positions = nm_pattern.random_positions(self.capacity, self.block_size, generator)
+        return BlockTopology(self.coords, self.grid, self.block_size, positions)
+
+    def with_largest_positions(self, nm: str | None, weight: Tensor) -> BlockTopology:
+        """Return the same blocks with the pattern `nm`, keeping the largest weights of each four.
+
+        Args:
+            nm: "2:4"; or None, which returns this topology.
+            weight: `[out_features, in_features]`.
+        """
+        if nm_pattern.check_nm(nm) is None:
+            return self
+        positions = nm_pattern.largest_positions(self._blocks_of(weight))
+        return BlockTopology(self.coords, self.grid, self.block_size, positions)
+
+    def clone(self) -> BlockTopology:
+        """Return a copy, whose indices are not in shared memory."""
+        return BlockTopology(self.coords, self.grid, self.block_size, self.positions)
+
+    def select(self, slots: Tensor) -> BlockTopology:
+        """Return the topology that consists of these slots, int64 `[n]`, in their order."""
+        positions = None if self.positions is None else self.positions[slots]
+        return BlockTopology(self.coords[slots], self.grid, self.block_size, positions)
 
     @classmethod
     def from_state(cls, state: Tensor) -> BlockTopology:
@@ -175,9 +235,11 @@ class BlockTopology:
         """
         is_vector = isinstance(state, Tensor) and state.dim() == 1 and state.dtype == torch.int32
         header = state[:_STATE_HEADER].tolist() if is_vector else []
-        if len(header) < _STATE_HEADER or abs(header[0]) != STATE_FORMAT:
+        formats = STATE_FORMAT, _STATE_FORMAT_NM
+        if len(header) < _STATE_HEADER or abs(header[0]) not in formats:
             raise ValueError(
-                f"The saved topology must be an int32 vector of format {STATE_FORMAT}; "
+                f"The saved topology must be an int32 vector of format {STATE_FORMAT} or "
+                f"{_STATE_FORMAT_NM}; "
                 f"got header {header}. "
                 "Load it with the version of sparse_lightning that wrote it."
             )
@@ -187,13 +249,25 @@ class BlockTopology:
                 f"The saved topology must have a grid of 1..{_MAX_BLOCKS} blocks; "
                 f"got {out_blocks}x{in_blocks}. The checkpoint is damaged."
             )
-        coords = state[_STATE_HEADER:].cpu()
-        if coords.numel() != 2 * capacity:
+        has_positions = abs(header[0]) == _STATE_FORMAT_NM
+        per_slot = 2 + (block_size**2 // 16 if has_positions else 0)
+        body = state[_STATE_HEADER:].cpu()
+        if body.numel() != per_slot * capacity:
             raise ValueError(
                 f"The saved topology must hold {capacity} slots by its header; "
-                f"got {coords.numel() // 2}. The checkpoint is damaged."
+                f"got {body.numel() // max(1, per_slot)}. The checkpoint is damaged."
             )
-        return cls(coords.view(capacity, 2), (out_blocks, in_blocks), block_size)
+        coords, rest = body[: 2 * capacity].view(capacity, 2), body[2 * capacity :]
+        positions = None
+        if has_positions:
+            positions = torch.stack([rest & 255, rest >> 8], -1).to(torch.uint8)
+            positions = positions.view(capacity, block_size, block_size // 8)
+            if not nm_pattern.are_valid(positions):
+                raise ValueError(
+                    "The saved topology must keep two of each four weights of a block; got another "
+                    "number. The checkpoint is damaged."
+                )
+        return cls(coords, (out_blocks, in_blocks), block_size, positions)
 
     def to_state(self, transposed: bool = False) -> Tensor:
         """Return the topology as one int32 vector whose length depends only on the capacity.
@@ -202,9 +276,10 @@ class BlockTopology:
             transposed: whether the dense weight is stored as `[in_features, out_features]`. The
                 vector records this for code that builds dense weights from a state dict.
         """
+        number = STATE_FORMAT if self.positions is None else _STATE_FORMAT_NM
         header = torch.tensor(
             [
-                -STATE_FORMAT if transposed else STATE_FORMAT,
+                -number if transposed else number,
                 self.block_size,
                 *self.grid,
                 self.capacity,
@@ -212,22 +287,28 @@ class BlockTopology:
             dtype=torch.int32,
             device=self.device,
         )
-        return torch.cat([header, self.coords.flatten()])
+        if self.positions is None:
+            return torch.cat([header, self.coords.flatten()])
+        low, high = self.positions.flatten().int().view(-1, 2).unbind(1)
+        return torch.cat([header, self.coords.flatten(), low | high << 8])
 
-    def assign_(self, coords: Tensor) -> BlockTopology:
+    def assign_(self, coords: Tensor, positions: Tensor | None = None) -> BlockTopology:
         """Assign new coordinates to the slots and rebuild the indices, in place.
 
         Args:
             coords: integer `[capacity, 2]`; (-1, -1) for an empty slot.
+            positions: new positions of the weights in blocks; None to leave them.
 
         Raises:
             ValueError: if the capacity differs, a coordinate is outside the grid, or two slots
                 hold the same block. The topology is then unchanged.
         """
-        self._prepare_assign(coords)()
+        self._prepare_assign(coords, positions)()
         return self
 
-    def _prepare_assign(self, coords: Tensor) -> Callable[[], None]:
+    def _prepare_assign(
+        self, coords: Tensor, positions: Tensor | None = None
+    ) -> Callable[[], None]:
         """Validate the coordinates and return a function that performs the assignment.
 
         All allocation and validation happens here. The returned function only writes in place, so
@@ -265,6 +346,11 @@ class BlockTopology:
             block_entries = torch.stack([is_present.nonzero()[:, 1], slot_of[is_present]], 1)
             writes.append((entries, torch.cat([block_entries, empty_entries])))
             writes.append((offsets[1:], is_present.sum(1).cumsum(0)))
+        if positions is not None:
+            if self.positions is None:
+                raise ValueError("`positions` must be None for whole blocks; got some.")
+            _check_positions(positions, self.capacity, self.block_size)
+            writes.append((self.positions, positions))
         # A copy between devices that also converts the dtype would allocate memory.
         writes = [(target, source.to(target.dtype)) for target, source in writes]
 
@@ -309,14 +395,18 @@ class BlockTopology:
         return self
 
     def pack(self, weight: Tensor) -> Tensor:
-        """Return the present blocks of a dense weight by slot, with zeros in empty slots.
+        """Return the kept weights of a dense weight by slot, with zeros in empty slots.
 
         Args:
             weight: `[out_features, in_features]`, any dtype.
 
         Returns:
-            `[capacity, block_size, block_size]`, with the dtype and device of `weight`.
+            Tensor of `values_shape`, with the dtype and device of `weight`.
         """
+        return self.compress(self._blocks_of(weight))
+
+    def _blocks_of(self, weight: Tensor) -> Tensor:
+        """Return the present blocks of a dense weight as `[capacity, block_size, block_size]`."""
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(
                 f"`weight` must have shape [{self.out_features}, {self.in_features}]; "
@@ -327,20 +417,48 @@ class BlockTopology:
         return blocks.masked_fill((rows < 0).view(-1, 1, 1), 0)
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Return the dense weight made of the blocks in `values`, with zeros at absent blocks.
+        """Return the dense weight made of the blocks in `values`, with zeros at absent weights.
 
         Args:
-            values: `[capacity, block_size, block_size]`, any dtype.
+            values: tensor of `values_shape`, any dtype.
 
         Returns:
             `[out_features, in_features]`, with the dtype and device of `values`.
         """
+        values = self.expand(values)
         weight = values.new_zeros(self.out_features, self.in_features)
         coords = self.coords.to(values.device).long()
         slots = (coords[:, 0] >= 0).nonzero().squeeze(1)
         rows, cols = coords[slots].unbind(1)
         _as_blocks(weight, self.grid, self.block_size)[rows, cols] = values[slots]
         return weight
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Return whole blocks, `[capacity, block_size, block_size]`, of a tensor of `values_shape`.
+
+        Weights that the pattern does not keep are zero. Without a pattern it returns the tensor.
+        """
+        if self.positions is None:
+            return values
+        return nm_pattern.expand(values, self.positions.to(values.device))
+
+    def compress(self, blocks: Tensor) -> Tensor:
+        """Return the weights that the pattern keeps of whole blocks; the inverse of `expand`."""
+        if self.positions is None:
+            return blocks
+        return nm_pattern.compress(blocks, self.positions.to(blocks.device))
+
+    def equals(self, other: BlockTopology) -> bool:
+        """Return whether both have the same blocks and weights, slot by slot, on any devices."""
+        if (self.grid, self.values_shape) != (other.grid, other.values_shape):
+            return False
+        return all(
+            mine is None or theirs is None or torch.equal(mine, theirs.to(mine.device))
+            for mine, theirs in (
+                (self.coords, other.coords),
+                (self.positions, other.positions),
+            )
+        )
 
     def scatter(self, slot_values: Tensor, fill: float) -> Tensor:
         """Arrange one number per slot on the block grid.
@@ -366,7 +484,24 @@ class BlockTopology:
             self.col_offsets,
             self.col_entries,
             self.slots,
+            self.positions,
         )
+
+    @property
+    def nm(self) -> str | None:
+        """The pattern within blocks, "2:4"; None if blocks are whole."""
+        return None if self.positions is None else "2:4"
+
+    @property
+    def values_shape(self) -> tuple[int, int, int]:
+        """Shape of `values`: `[capacity, block_size, block_size]`, half as wide for 2:4."""
+        width = self.block_size if self.positions is None else self.block_size // 2
+        return self.capacity, self.block_size, width
+
+    @property
+    def weights_per_block(self) -> int:
+        """Number of weights that a present block keeps."""
+        return self.values_shape[1] * self.values_shape[2]
 
     @property
     def mask(self) -> Tensor:
@@ -384,6 +519,11 @@ class BlockTopology:
         return self.n_blocks / (self.grid[0] * self.grid[1])
 
     @property
+    def weight_density(self) -> float:
+        """Kept weights / all weights."""
+        return self.density * self.weights_per_block / self.block_size**2
+
+    @property
     def out_features(self) -> int:
         return self.grid[0] * self.block_size
 
@@ -399,7 +539,8 @@ class BlockTopology:
         return (
             f"BlockTopology({self.out_features}x{self.in_features}, "
             f"block_size={self.block_size}, "
-            f"n_blocks={self.n_blocks}/{self.grid[0] * self.grid[1]}, capacity={self.capacity})"
+            f"n_blocks={self.n_blocks}/{self.grid[0] * self.grid[1]}, capacity={self.capacity}"
+            + (")" if self.nm is None else f", nm={self.nm!r})")
         )
 
 
@@ -462,6 +603,16 @@ def count_dead(mask: Tensor) -> tuple[int, int]:
     (0, 1)
     """
     return int((~mask.any(1)).sum()), int((~mask.any(0)).sum())
+
+
+def _check_positions(positions: Tensor, capacity: int, block_size: int) -> None:
+    """Raise ValueError unless positions are uint8 `[capacity, block_size, block_size / 8]`."""
+    expected = capacity, block_size, block_size // 8
+    if positions.dtype != torch.uint8 or tuple(positions.shape) != expected:
+        raise ValueError(
+            f"`positions` must be uint8 {list(expected)}; "
+            f"got {positions.dtype} {list(positions.shape)}."
+        )
 
 
 def _is_shared(tensor: Tensor) -> bool:

@@ -24,8 +24,9 @@ from sparse_lightning.optimizer_state import (
 )
 from sparse_lightning.policy.schedules import Timetable
 from sparse_lightning.policy.updates import TopologyUpdate
-from sparse_lightning.sharding import check_whole_blocks
+from sparse_lightning.sharding import check_whole_blocks, prepare_slot_change
 from sparse_lightning.stepping import StepWatch
+from sparse_lightning.topology import BlockTopology
 
 
 @dataclass(eq=False)
@@ -42,7 +43,8 @@ class TrackedOptimizer:
         progress: progress of the density in [0, 1]; it never decreases, even if `end` grows.
         skipped: number of steps that did not count.
         waiting: layers whose due update is postponed until a step yields their scores.
-        pending: bool `[capacity]` per layer, grown slots that have not had a gradient yet.
+        pending: bool per layer, grown slots that have not had a gradient yet, `[capacity]`, or
+            grown weights, in the shape of `values`, for a 2:4 sparse layer.
         optimizer: the optimizer while attached, else None.
         watch: watch on the steps of `optimizer`.
         state_at_last_step: `optimizer.state` in the latest step; `load_state_dict` replaces this
@@ -221,15 +223,25 @@ class TrackedOptimizer:
         return self.without_gradient if self.observed_steps == n_steps else set()
 
     def prepare_block_update(
-        self, name: str, update: TopologyUpdate, capacity: int
+        self, name: str, update: TopologyUpdate, topology: BlockTopology
     ) -> Callable[[], None]:
-        """Return a function that applies a layer's update to the optimizer state, in place."""
+        """Return a function that applies a layer's update to the optimizer state, in place.
+
+        Args:
+            name: name of the layer.
+            update: update of the layer.
+            topology: its topology, which may already be the new one.
+        """
         assert self.optimizer is not None
         with name_layer_in_errors(name):
-            reset = prepare_reset(self.optimizer, self.held[name], update.changed)
-        pending = torch.zeros(capacity, dtype=torch.bool, device="cpu")
+            values, moves = self.held[name], update.moves
+            reset = prepare_reset(self.optimizer, values, update.changed, moves)
+        shape = topology.values_shape[: 1 if topology.nm is None else 3]
+        pending = torch.zeros(shape, dtype=torch.bool, device="cpu")
         if name in self.pending:
             pending.copy_(self.pending[name])
+        if update.moves is not None:
+            prepare_slot_change(pending, update.dropped, update.moves, start=True)()
         pending[update.dropped] = False
         pending[update.grown] = True
         has_pending = bool(pending.any())

@@ -16,6 +16,7 @@ ROOT = Path(sparse_lightning.__file__).parent
 # Every module or folder directly under the package, and how high it stands. A room may import from
 # itself and from lower floors; rooms of one floor, as policy and kernels, never see each other.
 FLOORS = {
+    "nm_pattern": -1,
     "history": 0,
     "interrupts": 0,
     "ranks": 0,

@@ -510,7 +510,7 @@ def test_disarming_discards_norms_and_hooks() -> None:
     assert not fc.values._backward_hooks and not fc.block_norms._backward_hooks
     accumulator.arm(True)
     accumulator.arm(True)
-    assert accumulator.collect() is None, "no backward since"
+    assert accumulator.collect() == (None, None), "no backward since"
 
 
 # -- scores of blocks -----------------------------------------------------------------------------

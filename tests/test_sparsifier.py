@@ -362,8 +362,7 @@ def state_of_absent_blocks(model: Net, optimizer: Optimizer, before: dict[str, T
 @pytest.mark.parametrize("then", ["load", "reattach", "save"])
 def test_state_of_replaced_blocks_is_reset_whatever_follows(then: str) -> None:
     model, sparsifier, optimizer, saved = rolled_back()
-    before = {n: layer._coords_before_load for n, layer in sparse(model).items()}
-    assert all(coords is not None for coords in before.values())
+    before = {n: layer._topology_before_load.coords for n, layer in sparse(model).items()}
     assert state_of_absent_blocks(model, optimizer, before) > 0
     if then == "load":
         sparsifier.load_state_dict(saved)

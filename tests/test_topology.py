@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparse_lightning import BlockTopology
 from sparse_lightning.topology import Indices, block_grid, count_blocks
 
-INDICES = Indices._fields
+INDICES = [name for name in Indices._fields if name != "positions"]
 B = 16
 EMPTY = (-1, -1)
 

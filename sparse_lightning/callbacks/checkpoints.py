@@ -126,7 +126,7 @@ def start_from_dense_weights(checkpoint: Mapping[str, Any], sparsifier: Sparsifi
     trained = []
     for name, layer in layers.items():
         weight = dense[f"{name}.weight"]
-        if discards_training(weight, layer.density, init):
+        if discards_training(weight, layer.weight_density, init):
             trained.append(name)
         initialize_from_dense(layer, weight, init, floor=floor)
     if trained:

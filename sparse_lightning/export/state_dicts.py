@@ -22,7 +22,7 @@ class SavedLayer:
 
     Attributes:
         topology: the layer's topology, on the device of `values`.
-        values: the blocks by slot, `[capacity, block_size, block_size]`.
+        values: the blocks by slot, of the topology's `values_shape`.
         bias: the bias `[out_features]`, or None.
         transposed: whether the dense weight is stored as `[in_features, out_features]`, like
             that of Transformers' `Conv1D`.
@@ -239,7 +239,7 @@ def _saved_layer(
     prefix: str, vector: Tensor, blocks: Tensor, state_dict: Mapping[str, Any]
 ) -> SavedLayer:
     topology = BlockTopology.from_state(vector)
-    expected = [topology.capacity, topology.block_size, topology.block_size]
+    expected = [*topology.values_shape]
     if list(blocks.shape) != expected:
         raise ValueError(
             f"`{prefix}values` must have shape {expected} to match the saved topology; "
@@ -253,8 +253,8 @@ def _is_blocks(value: object) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and value.dim() == 3
-        and value.shape[1] == value.shape[2]
         and value.shape[1] in BLOCK_SIZES
+        and value.shape[2] in (value.shape[1], value.shape[1] // 2)  # whole or 2:4 sparse
     )
 
 
@@ -263,9 +263,7 @@ def _is_topology(value: object) -> TypeGuard[Tensor]:
 
 
 def _is_tied(a: SavedLayer, b: SavedLayer) -> bool:
-    is_same_layout = a.transposed == b.transposed and torch.equal(
-        a.topology.slots, b.topology.slots
-    )
+    is_same_layout = a.transposed == b.transposed and a.topology.equals(b.topology)
     return is_same_layout and is_same(a.values, b.values)
 
 
@@ -282,7 +280,7 @@ def _to_bsr(layer: SavedLayer) -> Tensor:
     return torch.sparse_bsr_tensor(
         topology.row_offsets.long(),
         columns,
-        layer.values[slots],
+        topology.expand(layer.values)[slots],
         size=(topology.out_features, topology.in_features),
         check_invariants=True,
     )

@@ -189,7 +189,7 @@ class BlockSparseQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 )
             topology = layer.topology
             shapes = {
-                "values": (topology.capacity, topology.block_size, topology.block_size),
+                "values": topology.values_shape,
                 "bias": (topology.out_features,),
             }
             loaded = {

@@ -32,6 +32,8 @@ from sparse_lightning.kernels.speedups import (
     tokens_bucket,
     tuned_file,
 )
+from sparse_lightning.nm_pattern import compress as compress
+from sparse_lightning.nm_pattern import expand as expand
 from sparse_lightning.topology import Indices
 
 METHODS = ("by block", "batched", "densify")

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparse_lightning.kernels import choice, densified
+from sparse_lightning.kernels import choice, densified, nm_blocks
 from sparse_lightning.kernels.epilogues import STORE, Epilogue
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.launch import packed, row_pitch
@@ -109,6 +109,18 @@ def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor
     launchers = _norms_launchers(x.dtype, block_size, grid, x.shape[0], device)
     launchers.norms(dy, x, armed, norms, device)
     return norms
+
+
+def expand(values: Tensor, positions: Tensor) -> Tensor:
+    """Return whole blocks of 2:4 sparse ones; see `ops.Backend`."""
+    _common_device(values, positions)
+    return nm_blocks.expand(values, positions)
+
+
+def compress(blocks: Tensor, positions: Tensor) -> Tensor:
+    """Return the kept weights of whole blocks; see `ops.Backend`."""
+    _common_device(blocks, positions)
+    return nm_blocks.compress(blocks, positions)
 
 
 def _norms_launchers(

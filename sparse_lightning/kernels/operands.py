@@ -47,16 +47,17 @@ class LayerOperands(NamedTuple):
     col_offsets: Tensor
     col_entries: Tensor
     slots: Tensor
+    positions: Tensor | None
     norms: Tensor | None
     armed: Tensor | None
     token_stride: int
 
     @property
     def indices(self) -> Indices:
-        """The six index tensors."""
-        return Indices(*self[2:8])
+        """The index tensors."""
+        return Indices(*self[2:9])
 
     @property
     def norm_operands(self) -> tuple[Tensor | None, Tensor | None, int]:
         """`norms`, `armed` and `token_stride`."""
-        return self[8:]
+        return self[9:]

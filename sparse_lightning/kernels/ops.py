@@ -25,7 +25,8 @@ less of it for the backward:
     block_linear_dx_add  dx = dy W + other
 
 `x` is `[..., in_features]`, `dy` and `y` are `[..., out_features]`, `values` and `dW` are
-`[capacity, B, B]`. The indices are int32, as in `BlockTopology`. The activation f is one of
+`[capacity, B, B]`. The indices are as in `BlockTopology`; with `positions`, `values` and `dW` are
+`[capacity, B, B / 2]`, the kept weights of 2:4 sparse blocks. The activation f is one of
 `activations.ACTIVATIONS`. `block_norms` returns fp32 `[out_blocks, in_blocks]`; `armed` is a 0-dim
 bool tensor on the device of `x`.
 
@@ -61,7 +62,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
-from sparse_lightning.kernels import activations
+from sparse_lightning.kernels import activations, block_gradients
 from sparse_lightning.kernels.epilogues import (
     STORE,
     Activated,
@@ -77,7 +78,9 @@ from sparse_lightning.topology import Indices
 NAMESPACE = "sparse_lightning"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_INDICES = ", ".join(f"Tensor {name}" for name in Indices._fields)
+_INDICES = ", ".join(
+    f"Tensor{'?' if name == 'positions' else ''} {name}" for name in Indices._fields
+)
 _NORM_OPERANDS = "Tensor? norms, Tensor? armed, int token_stride"
 _library.define(
     f"block_linear(Tensor x, Tensor values, Tensor? bias, {_INDICES}, {_NORM_OPERANDS}) -> Tensor"
@@ -95,7 +98,10 @@ _library.define(
     f"block_linear_glu(Tensor x, Tensor values, Tensor? bias, {_INDICES}, Tensor gate, "
     "str activation) -> (Tensor, Tensor)"
 )
-_COLUMNS = "Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries, Tensor slots"
+_COLUMNS = (
+    "Tensor dy, Tensor values, Tensor col_offsets, Tensor col_entries, Tensor slots, "
+    "Tensor? positions"
+)
 _library.define(
     f"block_linear_dh({_COLUMNS}, Tensor h, str activation, bool recompute) -> (Tensor, Tensor)"
 )
@@ -107,7 +113,7 @@ _library.define(f"block_linear_dx_add({_COLUMNS}, Tensor other) -> Tensor")
 _LAYER = (
     "Tensor {0}_values, Tensor? {0}_bias, Tensor {0}_coords, Tensor {0}_row_offsets, "
     "Tensor {0}_row_entries, Tensor {0}_col_offsets, Tensor {0}_col_entries, Tensor {0}_slots, "
-    "Tensor? {0}_norms, Tensor? {0}_armed, int {0}_token_stride"
+    "Tensor? {0}_positions, Tensor? {0}_norms, Tensor? {0}_armed, int {0}_token_stride"
 )
 _library.define(
     f"block_mlp(Tensor x, {_LAYER.format('up')}, {_LAYER.format('down')}, str activation) -> Tensor"
@@ -170,9 +176,22 @@ class Backend(Protocol):
     def block_norms(self, dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
         """Return the squared norms of the blocks of dy^T x; zeros if not `armed`."""
 
+    def expand(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Return whole blocks, `[capacity, B, B]`, as `nm_pattern.expand`."""
+
+    def compress(self, blocks: Tensor, positions: Tensor) -> Tensor:
+        """Return the kept weights of whole blocks, as `nm_pattern.compress`."""
+
 
 def implement(dispatch_key: str, backend: Backend) -> None:
-    """Register a backend for all ops."""
+    """Register a backend for all ops.
+
+    Backends multiply whole blocks. Those of a 2:4 sparse layer are made here, for one product at a
+    time: kept between forward and backward, they would take more memory than the layer.
+    """
+
+    def whole(values: Tensor, positions: Tensor | None) -> Tensor:
+        return values if positions is None else backend.expand(values, positions)
 
     def block_linear(
         x: Tensor,
@@ -184,10 +203,11 @@ def implement(dispatch_key: str, backend: Backend) -> None:
         col_offsets: Tensor,
         col_entries: Tensor,
         slots: Tensor,
+        positions: Tensor | None,
         *norm_operands: Any,
     ) -> Tensor:
         lists = BlockLists(row_offsets, row_entries, slots)
-        return backend.multiply(x, values, bias, lists, forward=True)[0]
+        return backend.multiply(x, whole(values, positions), bias, lists, forward=True)[0]
 
     def block_linear_dx(
         dy: Tensor,
@@ -198,42 +218,56 @@ def implement(dispatch_key: str, backend: Backend) -> None:
         col_offsets: Tensor,
         col_entries: Tensor,
         slots: Tensor,
+        positions: Tensor | None,
         *norm_operands: Any,
     ) -> Tensor:
         lists = BlockLists(col_offsets, col_entries, slots)
-        return backend.multiply(dy, values, None, lists, forward=False)[0]
+        return backend.multiply(dy, whole(values, positions), None, lists, forward=False)[0]
 
-    def block_linear_dw(dy: Tensor, x: Tensor, *indices: Tensor) -> Tensor:
-        return backend.weight_gradient(dy, x, Indices(*indices))
+    def block_linear_dw(dy: Tensor, x: Tensor, *args: Any) -> Tensor:
+        indices = Indices(*args)
+        blocks = backend.weight_gradient(dy, x, indices)
+        if indices.positions is None:
+            return blocks
+        block_gradients.record(indices.positions, blocks)
+        return backend.compress(blocks, indices.positions)
+
+    def multiply_rows(
+        x: Tensor, values: Tensor, bias: Tensor | None, args: Sequence[Any], epilogue: Epilogue
+    ) -> Any:
+        indices = Indices(*args)
+        lists, values = BlockLists.of(indices, forward=True), whole(values, indices.positions)
+        return backend.multiply(x, values, bias, lists, forward=True, epilogue=epilogue)
 
     def block_linear_act(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Any:
-        lists, epilogue = BlockLists.of(Indices(*args[:-1]), forward=True), Activated(args[-1])
-        return backend.multiply(x, values, bias, lists, forward=True, epilogue=epilogue)
+        *indices, activation = args
+        return multiply_rows(x, values, bias, indices, Activated(activation))
 
     def block_linear_glu(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Any:
         *indices, gate, activation = args
-        lists, epilogue = BlockLists.of(Indices(*indices), forward=True), Gated(activation, gate)
-        return backend.multiply(x, values, bias, lists, forward=True, epilogue=epilogue)
+        return multiply_rows(x, values, bias, indices, Gated(activation, gate))
 
-    def multiply_columns(dy: Tensor, values: Tensor, lists: Any, epilogue: Epilogue) -> Any:
+    def multiply_columns(dy: Tensor, values: Tensor, columns: Any, epilogue: Epilogue) -> Any:
+        *lists, positions = columns
+        values = whole(values, positions)
         lists = BlockLists(*lists)
         return backend.multiply(dy, values, None, lists, forward=False, epilogue=epilogue)
 
     def block_linear_dh(dy: Tensor, values: Tensor, *args: Any) -> Any:
-        *lists, h, activation, recompute = args
+        *columns, h, activation, recompute = args
         epilogue = ActivationGradient(activation, h, recompute)
-        found = multiply_columns(dy, values, lists, epilogue)
+        found = multiply_columns(dy, values, columns, epilogue)
         return found if recompute else (*found, h.new_empty(0))
 
     def block_linear_dglu(dy: Tensor, values: Tensor, *args: Any) -> Any:
-        *lists, gate, u, activation, recompute = args
+        *columns, gate, u, activation, recompute = args
         epilogue = GatedGradient(activation, gate, u, recompute)
-        found = multiply_columns(dy, values, lists, epilogue)
+        found = multiply_columns(dy, values, columns, epilogue)
         return found if recompute else (*found, u.new_empty(0))
 
-    def block_linear_dx_add(dy: Tensor, values: Tensor, *args: Tensor) -> Any:
-        *lists, other = args
-        return multiply_columns(dy, values, lists, Added(other))[0]
+    def block_linear_dx_add(dy: Tensor, values: Tensor, *args: Any) -> Any:
+        *columns, other = args
+        return multiply_columns(dy, values, columns, Added(other))[0]
 
     implementations: dict[str, Callable[..., Any]] = {
         "block_linear": block_linear,
@@ -325,6 +359,7 @@ _REVERSE_MODE_ONLY = (
 _NormOperands = tuple[Tensor | None, Tensor | None, int]
 _N_INDICES = len(Indices._fields)
 _NO_INDEX_GRADIENTS = (None,) * _N_INDICES
+_SLOTS = Indices._fields.index("slots")
 _N_LAYER_OPERANDS = len(LayerOperands._fields)
 # Position of `norms` relative to that of `values`; `block_linear_dx` takes no bias.
 _NORMS_OFFSET = LayerOperands._fields.index("norms")
@@ -384,11 +419,11 @@ class _BlockLinearDx(_Formula):
             if requested[0]:
                 dy_gradient = block_linear(gradient, values, None, *indices, *ctx.norm_operands)
             if requested[1]:
-                values_gradient = block_linear_dw(dy, gradient, *indices)
+                values_gradient = _values_gradient(ctx, 1, dy, gradient, indices)
             # The gradient of `values` from a gradient penalty counts towards the norms, too.
             positions = 1, 1 + _DX_NORMS_OFFSET
             norms_gradient = _norms_gradient(
-                ctx, requested, positions, dy, gradient, indices[-1], ctx.norm_operands
+                ctx, requested, positions, dy, gradient, indices[_SLOTS], ctx.norm_operands
             )
         return (
             *(dy_gradient, values_gradient, *_NO_INDEX_GRADIENTS),
@@ -451,8 +486,8 @@ class _BlockMlp(_Formula):
                     da = block_linear_dx(dy, down, *down_indices, *down_norms)
                     dh = activations.activation_backward_differentiable(da, h, ctx.activation)
             elif needs_dh:
-                lists = BlockLists.of(down_indices, forward=False)
-                dh, a = block_linear_dh(dy, down, *lists, h, ctx.activation, needs_a)
+                columns = _columns(down_indices)
+                dh, a = block_linear_dh(dy, down, *columns, h, ctx.activation, needs_a)
             elif needs_a:
                 a = activations.activate(h, ctx.activation)
             down_gradients = _layer_gradients(
@@ -505,8 +540,8 @@ class _BlockGlu(_Formula):
                     dg = activations.activation_backward_differentiable(da * u, g, activation)
                     du = da * activated
             elif needs_hidden:
-                lists = BlockLists.of(down_indices, forward=False)
-                dg, du, a = block_linear_dglu(dy, down, *lists, g, u, activation, needs_a)
+                columns = _columns(down_indices)
+                dg, du, a = block_linear_dglu(dy, down, *columns, g, u, activation, needs_a)
             elif needs_a:
                 a = activations.activate(g, activation) * u
             down_gradients = _layer_gradients(
@@ -519,8 +554,7 @@ class _BlockGlu(_Formula):
                 if torch.is_grad_enabled():
                     dx = dx + block_linear_dx(dg, gate, *gate_indices, *gate_norms)
                 else:
-                    lists = BlockLists.of(gate_indices, forward=False)
-                    dx = block_linear_dx_add(dg, gate, *lists, dx)
+                    dx = block_linear_dx_add(dg, gate, *_columns(gate_indices), dx)
         return dx, *gate_gradients, *up_gradients, *down_gradients, None
 
 
@@ -614,6 +648,11 @@ def _split_indices(tensors: Sequence[Tensor]) -> list[Indices]:
     return [Indices(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
 
 
+def _columns(indices: Indices) -> tuple[Tensor | None, ...]:
+    """Return the indices that the ops take which multiply by W without its transpose."""
+    return (*BlockLists.of(indices, forward=False), indices.positions)
+
+
 def _needs_input(requested: Sequence[bool], position: int) -> bool:
     """Return whether a layer's gradients depend on its input; `position` is that of its values."""
     return requested[position] or requested[position + _NORMS_OFFSET]
@@ -659,7 +698,7 @@ def _layer_gradients(
     position: int,
     dy: Tensor,
     x: Tensor,
-    indices: Sequence[Tensor],
+    indices: Sequence[Any],
     norm_operands: _NormOperands,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of a layer's operands; only values, bias and norms have one.
@@ -668,12 +707,30 @@ def _layer_gradients(
     """
     dvalues = dbias = None
     if requested[position]:
-        dvalues = block_linear_dw(dy, x, *indices)
+        dvalues = _values_gradient(ctx, position, dy, x, indices)
     if requested[position + 1]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
     positions = position, position + _NORMS_OFFSET
-    dnorms = _norms_gradient(ctx, requested, positions, dy, x, indices[-1], norm_operands)
+    dnorms = _norms_gradient(ctx, requested, positions, dy, x, indices[_SLOTS], norm_operands)
     return dvalues, dbias, *_NO_INDEX_GRADIENTS, dnorms, None, None
+
+
+def _values_gradient(
+    ctx: Any, position: int, dy: Tensor, x: Tensor, indices: Sequence[Any]
+) -> Tensor:
+    """Return the gradient of `values`, whose position among the arguments is given.
+
+    Whole blocks of it are recorded if they are wanted, but not for `autograd.grad`, which does not
+    accumulate what it returns. Compiled code cannot tell.
+    """
+    is_recorded = (
+        torch.compiler.is_compiling()
+        or not block_gradients.is_recording()
+        or _is_accumulated(ctx, position)
+    )
+    with contextlib.nullcontext() if is_recorded else block_gradients.paused():
+        gradient: Tensor = block_linear_dw(dy, x, *indices)
+    return gradient
 
 
 def _norms_gradient(
@@ -871,8 +928,10 @@ def _fake_block_linear_dglu(
 
 
 def _fake_block_linear_dw(dy: Tensor, x: Tensor, coords: Tensor, *indices: Tensor) -> Tensor:
-    block_size = x.shape[-1] // indices[-1].shape[1]
-    return x.new_empty(coords.shape[0], block_size, block_size)
+    *_, slots, positions = indices
+    block_size = x.shape[-1] // slots.shape[1]
+    width = block_size if positions is None else block_size // 2
+    return x.new_empty(coords.shape[0], block_size, width)
 
 
 def _fake_block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:

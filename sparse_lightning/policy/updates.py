@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from sparse_lightning.nm_pattern import Moves, find_moves
 from sparse_lightning.topology import BlockTopology
 
 
@@ -21,16 +22,34 @@ class TopologyUpdate:
         dropped: int64 `[n_dropped]`, slots whose block was dropped; grown blocks may reuse them.
         grown: int64 `[n_grown]`, slots that hold a grown block.
         n_before: number of present blocks before the update.
+        positions: uint8 `[capacity, block_size, block_size / 8]`, the new positions of the weights
+            in 2:4 sparse blocks, on any device; None if they stay or if blocks are whole.
+        moves: how weights move within the blocks that stay, on the device of `positions`; None if
+            they stay where they are.
     """
 
     coords: Tensor
     dropped: Tensor
     grown: Tensor
     n_before: int
+    positions: Tensor | None = None
+    moves: Moves | None = None
 
     def __repr__(self) -> str:
         changed = f"dropped={len(self.dropped)}, grown={len(self.grown)}"
+        if self.moves is not None:
+            changed += f", new_weights={self.new_weights}"
         return f"TopologyUpdate(blocks={self.n_before} -> {self.n_after}, {changed})"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the update changes nothing."""
+        return not len(self.changed) and not (self.moves is not None and len(self.moves.groups))
+
+    @functools.cached_property
+    def new_weights(self) -> int:
+        """Number of weights that were taken in within blocks that stay, each for another one."""
+        return 0 if self.moves is None else int(self.moves.is_new.sum())
 
     @property
     def n_after(self) -> int:
@@ -257,6 +276,31 @@ def place_blocks(topology: BlockTopology, mask: Tensor) -> TopologyUpdate:
     return TopologyUpdate(coords, dropped, grown, n_before)
 
 
+def difference(before: BlockTopology, after: BlockTopology) -> TopologyUpdate:
+    """Return the update that leads from one topology to another of equal slots, on the CPU."""
+    coords, old = after.coords.cpu(), before.coords.cpu()
+    differs = (old != coords).any(1)
+    was_present, is_present = old[:, 0] >= 0, coords[:, 0] >= 0
+    dropped, grown = ((differs & mask).nonzero().squeeze(1) for mask in (was_present, is_present))
+    update = TopologyUpdate(coords, dropped, grown, int(was_present.sum()))
+    if before.positions is None or after.positions is None:
+        return update
+    return with_positions(update, before.positions.cpu(), after.positions.cpu())
+
+
+def with_positions(update: TopologyUpdate, before: Tensor, after: Tensor) -> TopologyUpdate:
+    """Return an update that also changes the positions of the weights within blocks.
+
+    Args:
+        update: update of the blocks.
+        before, after: uint8 `[capacity, block_size, block_size / 8]`, on one device.
+    """
+    # The weights of dropped and grown blocks are reset, so that it does not matter where they were.
+    changed = update.changed.to(before.device)
+    compared = before.index_copy(0, changed, after[changed])
+    return replace(update, positions=after, moves=find_moves(compared, after))
+
+
 def update_topology(
     topology: BlockTopology,
     drop_scores: Tensor,
@@ -330,7 +374,7 @@ def choose_blocks(
     cover = torch.zeros_like(candidates)
     while True:
         n_cover = int(cover.sum())
-        best = cover | _best(scores, candidates & ~cover, n - n_cover)
+        best = cover | best_of(scores, candidates & ~cover, n - n_cover)
         missing = _cover(scores, candidates & ~best, n - n_cover, floor, chosen | best)
         if not missing.any():
             break
@@ -339,7 +383,7 @@ def choose_blocks(
         # The cover has used all `n` blocks, but relied on best blocks that it then replaced. Cover
         # every row and column from the start.
         cover = _cover(scores, candidates, n, floor, chosen)
-        best = cover | _best(scores, candidates & ~cover, n - int(cover.sum()))
+        best = cover | best_of(scores, candidates & ~cover, n - int(cover.sum()))
     return chosen | best
 
 
@@ -394,7 +438,7 @@ def _greedy_cover(
         best_of_row = torch.zeros_like(picked).scatter(1, eligible.argmax(1, keepdim=True), True)
         best_of_col = torch.zeros_like(picked).scatter(0, eligible.argmax(0, keepdim=True), True)
         best = best_of_row & best_of_col if both else best_of_row & rows | best_of_col & cols
-        picked |= _best(scores, best & useful, n)
+        picked |= best_of(scores, best & useful, n)
         n -= int((picked & ~covered).sum())
     return picked
 
@@ -448,7 +492,7 @@ def _has_floor(mask: Tensor, floor: tuple[int, int], possible: Tensor) -> bool:
     return bool((rows <= least_rows).all() and (cols <= least_cols).all())
 
 
-def _best(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
+def best_of(scores: Tensor, candidates: Tensor, n: int) -> Tensor:
     """Return the `n` candidates with the highest scores; ties go to the lower index (row-major)."""
     if n >= int(candidates.sum()):
         return candidates

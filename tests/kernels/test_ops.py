@@ -121,7 +121,7 @@ def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype, device: str) 
 
 
 def test_opcheck_without_bias_and_norms() -> None:
-    x, values, _, *indices = op_arguments("block_linear", torch.float32, requires_grad=True)[:9]
+    x, values, _, *indices = op_arguments("block_linear", torch.float32, requires_grad=True)[:10]
     op = torch.ops.sparse_lightning.block_linear.default
     results = torch.library.opcheck(op, (x, values, None, *indices, None, None, 1))
     assert set(results.values()) == {"SUCCESS"}
