@@ -135,12 +135,12 @@ def _missing_requirement(
     task: str, options: argparse.Namespace, device: torch.device
 ) -> str | None:
     """Return what a task lacks, with the remedy; None if it can run."""
-    if task == "fashion" and not options.fashion_mnist.is_dir():
+    if task.startswith("fashion") and not options.fashion_mnist.is_dir():
         return (
             f"Fashion-MNIST in '{options.fashion_mnist}'. Install the Debian package "
             "'dataset-fashion-mnist', or give --fashion-mnist a folder with its four .gz files."
         )
-    if task == "gpt" and device.type != "cuda":
+    if task in ("gpt", "gpt-nm") and device.type != "cuda":
         return "a GPU. On a CPU, use gpt-tiny to test it."
     return None
 

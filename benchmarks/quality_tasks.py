@@ -34,6 +34,8 @@ Metrics = dict[str, float]
 
 DENSE, SMALL_DENSE, EQUAL_FLOPS = "dense", "small dense", "dense, equal FLOPs"
 COLD_START, LARGE_DROPS = "rigl, cold start", "rigl, drop .3"
+STATIC_NM, WEIGHTS_NM = "static, 2:4", "static blocks, evolving 2:4"
+BLOCKS_NM, RIGL_NM = "rigl, fixed 2:4", "rigl, evolving 2:4"
 
 # Keywords of `SparsityCallback` for each sparse method; `callback_keywords` adds the shared ones.
 METHODS: dict[str, dict[str, Any]] = {
@@ -47,6 +49,20 @@ METHODS: dict[str, dict[str, Any]] = {
         "drop_fraction": {"schedule": "cosine", "initial": 0.3, "final": 0.0},
     },
     "granet": {"density": {"schedule": "cubic", "initial": 0.5}, "grow": "gradient"},
+    STATIC_NM: {
+        "density": {"schedule": "constant"},
+        "grow": "none",
+        "drop_fraction": 0,
+        "nm": "2:4",
+    },
+    WEIGHTS_NM: {"density": {"schedule": "constant"}, "grow": "none", "nm": "2:4"},
+    BLOCKS_NM: {
+        "density": {"schedule": "constant"},
+        "grow": "gradient",
+        "nm": "2:4",
+        "regrow_inner": False,
+    },
+    RIGL_NM: {"density": {"schedule": "constant"}, "grow": "gradient", "nm": "2:4"},
 }
 # The same for pretrained networks. "finetune" is the preset of that name.
 RANDOM, LARGEST, FINETUNE = "random blocks", "largest blocks", "finetune"
@@ -70,7 +86,8 @@ class Task:
     Attributes:
         description: one line for the help.
         methods: keys of `METHODS` and baselines; the rows of a table.
-        sizes: (block size, density) pairs of the sparse networks; the columns of a table.
+        sizes: (block size, share of weights) pairs of the sparse networks; the columns of a table.
+            The share is the density, except for methods that keep half of the weights in blocks.
         steps: optimizer steps of a run.
         metrics: title and number of decimals of each metric; each metric has a table.
     """
@@ -82,6 +99,7 @@ class Task:
     metrics: dict[str, tuple[str, int]]
 
 
+_NM_METHODS = (DENSE, "static", "rigl", STATIC_NM, WEIGHTS_NM, BLOCKS_NM, RIGL_NM)
 _FINETUNING_SIZES = ((16, 0.25), (16, 0.1))
 _GPT = Task(
     description="a byte-level GPT, 512 wide, 8 layers, sparse MLPs, on Python's library; for a GPU",
@@ -89,6 +107,13 @@ _GPT = Task(
     sizes=((32, 0.1), (64, 0.25)),
     steps=750,
     metrics={"bits_per_byte": ("held-out bits per byte", 3)},
+)
+_FASHION = Task(
+    description="an MLP, 784-512-512-10, classifies Fashion-MNIST",
+    methods=(DENSE, SMALL_DENSE, "static", "set", "rigl", "granet", LARGE_DROPS),
+    sizes=tuple((b, d) for b in (16, 32) for d in (0.02, 0.05, 0.1, 0.25)),
+    steps=6 * 469,  # epochs x batches of 128
+    metrics={"accuracy": ("test accuracy, %", 2)},
 )
 TASKS = {
     "planted": Task(
@@ -101,14 +126,20 @@ TASKS = {
             "loss": ("held-out loss / that of the teacher", 2),
         },
     ),
-    "fashion": Task(
-        description="an MLP, 784-512-512-10, classifies Fashion-MNIST",
-        methods=(DENSE, SMALL_DENSE, "static", "set", "rigl", "granet", LARGE_DROPS),
-        sizes=tuple((b, d) for b in (16, 32) for d in (0.02, 0.05, 0.1, 0.25)),
-        steps=6 * 469,  # epochs x batches of 128
-        metrics={"accuracy": ("test accuracy, %", 2)},
+    "fashion": _FASHION,
+    "fashion-nm": replace(
+        _FASHION,
+        description="the same with 2:4 patterns within blocks, beside whole blocks",
+        methods=_NM_METHODS,
+        sizes=((16, 0.125), (16, 0.25)),
     ),
     "gpt": _GPT,
+    "gpt-nm": replace(
+        _GPT,
+        description="the same with 2:4 patterns within blocks, beside whole blocks; for a GPU",
+        methods=_NM_METHODS,
+        sizes=((64, 0.125), (64, 0.25)),
+    ),
     "gpt-tiny": replace(
         _GPT, description="the same, 128 wide, 2 layers, as a test; seconds on a CPU", steps=100
     ),
@@ -142,8 +173,8 @@ class Run:
     Attributes:
         task: a key of `TASKS`.
         method: one of the task's methods.
-        block_size, density: size of the sparse network, or of the one that a baseline matches; both
-            are 1 for `DENSE`, which matches none.
+        block_size, density: block size, and share of the weights, of the sparse network or of the
+            one that a baseline matches; both are 1 for `DENSE`, which matches none.
         seed: seed of the weights, the blocks and the order of the data.
         steps: number of optimizer steps.
     """
@@ -195,7 +226,10 @@ def callback_keywords(run: Run) -> dict[str, Any]:
         "drop_fraction": {"schedule": "cosine", "initial": 0.1, "final": 0.0},
         "drop": "magnitude",
         **method,
-        "density": {**method["density"], "final": run.density},
+        "density": {
+            **method["density"],
+            "final": run.density * (2 if method.get("nm") == "2:4" else 1),
+        },
         "block_size": run.block_size,
         "distribution": "uniform",
         "update": {"every_n_steps": max(1, run.steps // _UPDATES), "until": 0.75},
@@ -221,7 +255,7 @@ def train(run: Run, device: torch.device, fashion_mnist: Path) -> tuple[Metrics,
     with quiet():
         if run.task == "planted":
             metrics = train_planted(run, device)
-        elif run.task == "fashion":
+        elif run.task.startswith("fashion"):
             metrics = train_fashion(run, device, fashion_mnist)
         elif run.task in _PRETRAINED:
             metrics = finetune(run, device)
@@ -355,6 +389,7 @@ class GPTSize:
 
 GPT_SIZES = {
     "gpt": GPTSize(width=512, layers=8, heads=8, context=512, batch=16, windows=1024),
+    "gpt-nm": GPTSize(width=512, layers=8, heads=8, context=512, batch=16, windows=1024),
     "gpt-tiny": GPTSize(width=128, layers=2, heads=2, context=64, batch=8, windows=64),
 }
 _MLPS = ("blocks.*.mlp.*",)

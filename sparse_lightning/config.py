@@ -418,11 +418,13 @@ class SparsityConfig:
 
     @property
     def expects_exchange(self) -> bool:
-        """Whether the default rule is to exchange blocks at a constant density.
+        """Whether updates are pointless unless the default rule exchanges blocks.
 
         A drop fraction that is always 0, as in the preset "static", says that the blocks stay.
         """
         is_default = self.rule is None and self.density_is_constant
+        if self.nm is not None and self.regrow_inner:
+            return False  # weights are exchanged within blocks, whether blocks are or not
         return is_default and any(self.drop_fraction_at(k / _SAMPLES) for k in range(_SAMPLES + 1))
 
     def explain_no_exchange(self, budgets: LayerBudgets, timetable: Timetable) -> str | None:

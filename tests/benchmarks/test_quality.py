@@ -20,6 +20,7 @@ import torch
 import yaml
 from quality import Result, main
 from quality_tasks import (
+    BLOCKS_NM,
     COLD_START,
     DENSE,
     EQUAL_FLOPS,
@@ -29,8 +30,11 @@ from quality_tasks import (
     LARGEST,
     METHODS,
     RANDOM,
+    RIGL_NM,
     SMALL_DENSE,
+    STATIC_NM,
     TASKS,
+    WEIGHTS_NM,
     Batches,
     GPTSize,
     Run,
@@ -84,14 +88,22 @@ def test_methods_share_all_other_options() -> None:
         COLD_START: "gradient",
         LARGE_DROPS: "gradient",
         "granet": "gradient",
+        STATIC_NM: "none",
+        WEIGHTS_NM: "none",
+        BLOCKS_NM: "gradient",
+        RIGL_NM: "gradient",
     }
     assert config["granet"].density_at(0.0) == 0.5
     for method, c in config.items():
-        assert c.density_at(1.0) == 0.05 and c.block_size == 16 and c.seed == 3
+        # Methods that keep half of the weights in a block have twice the blocks.
+        density = 0.05 if c.nm is None else 0.1
+        assert c.density_at(1.0) == density and c.block_size == 16 and c.seed == 3
         assert c.update.every_n_steps == 26 and c.monitor is None
-        assert c.drop_fraction_at(0.0) == {LARGE_DROPS: 0.3, "static": 0}.get(method, 0.1)
-        assert method == "granet" or c.density_at(0.0) == 0.05
+        exchanged = {LARGE_DROPS: 0.3, "static": 0, STATIC_NM: 0}
+        assert c.drop_fraction_at(0.0) == exchanged.get(method, 0.1)
+        assert method == "granet" or c.density_at(0.0) == density
         c.grow, c.density = "none", config["static"].density
+        c.nm, c.regrow_inner = None, True
         c.drop_fraction = config["static"].drop_fraction
         assert c == config["static"]
 
@@ -333,7 +345,7 @@ def test_only_runnable_tasks_run_by_default(
     options = ("--device", "cpu", "--fashion-mnist", str(tmp_path))
     with pytest.raises(TypeError):  # there are no results
         main(options)
-    on_a_cpu = {"planted", "fashion", "finetune-digits", "finetune-gpt"}
+    on_a_cpu = {"planted", "fashion", "fashion-nm", "finetune-digits", "finetune-gpt"}
     assert {run.task for run in made[0]} == on_a_cpu
     assert "gpt is skipped: it needs a GPU" in capsys.readouterr().err
 
