@@ -353,7 +353,7 @@ def test_only_runnable_tasks_run_by_default(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("digits",), "`TASK` must be one of planted, fashion, gpt, gpt-tiny, .*; got 'digits'"),
+        (("digits",), "`TASK` must be one of planted, fashion, fashion-nm, gpt, .*; got 'digits'"),
         (("planted", "--seeds", "-1"), "`--seeds` must be at least 0; got -1"),
         (("planted", "--steps", "0"), "`--steps` must be at least 1; got 0"),
         (("planted", "--workers", "0"), "`--workers` must be at least 1; got 0"),
