@@ -153,6 +153,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     sparse("--rule", choices=(DENSE, *RULES), default=DENSE, help="default: dense")
     sparse("--block-size", type=int, choices=BLOCK_SIZES, default=64, help="default: 64")
     sparse("--density", type=float, default=0.25, metavar="D", help="default: .25")
+    sparse("--nm", choices=("2:4",), help="pattern within blocks; default: none")
     sparse("--sparse", choices=tuple(PATTERNS), default="mlps",
         help="which layers are sparse; default: mlps")  # fmt: skip
     sparse("--updates", type=int, default=30, metavar="N",
@@ -311,6 +312,7 @@ def make_settings(
         rule=options.rule,
         block_size=options.block_size if is_sparse else None,
         density=options.density if is_sparse else None,
+        nm=options.nm if is_sparse else None,
         sparse=options.sparse if is_sparse else None,
         updates=options.updates if is_sparse else None,
         drop_fraction=options.drop_fraction if is_sparse else None,

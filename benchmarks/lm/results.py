@@ -94,7 +94,8 @@ Variant = list[Result]  # one result per seed
 def group(results: Sequence[Result]) -> dict[str, dict[str, Variant]]:
     """Return the variants of each model by label, in order of appearance, without searches.
 
-    Trainings of one variant that take different numbers of steps are separate.
+    Trainings of one variant that take different numbers of steps are separate. Of several learning
+    rates, a variant has the one with the lowest loss at its first seed.
     """
     models: dict[str, dict[tuple[str, int], Variant]] = {}
     for result in results:
@@ -103,9 +104,20 @@ def group(results: Sequence[Result]) -> dict[str, dict[str, Variant]]:
             variants = models.setdefault(_model_title(settings), {})
             variants.setdefault((settings.label, settings.steps), []).append(result)
     return {
-        title: {_distinct(label, steps, variants): v for (label, steps), v in variants.items()}
+        title: {
+            _distinct(label, steps, variants): with_best_lr(v)
+            for (label, steps), v in variants.items()
+        }
         for title, variants in models.items()
     }
+
+
+def with_best_lr(variant: Variant) -> Variant:
+    """Return the results with the learning rate whose loss is the lowest at the first seed."""
+    seed = min(result.settings.seed for result in variant)
+    first = [result for result in variant if result.settings.seed == seed]
+    best = min(first, key=lambda result: result.curve[-1].held_out_loss).settings.lr
+    return [result for result in variant if result.settings.lr == best]
 
 
 def _model_title(settings: Settings) -> str:

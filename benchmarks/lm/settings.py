@@ -50,6 +50,7 @@ class Settings:
         steps: optimizer steps.
         rule: `DENSE`, or a key of `RULES`.
         block_size, density: size of the sparse layers; None if dense, as the next three.
+        nm: pattern within blocks, "2:4"; None for whole blocks.
         sparse: which layers are sparse, a key of `PATTERNS`.
         updates: intervals between topology updates per training.
         drop_fraction: share of the blocks that the first update exchanges.
@@ -91,6 +92,7 @@ class Settings:
     log_every: int
     held_out: int
     is_search: bool
+    nm: str | None = None  # has a default because older results lack it
 
     @property
     def tokens_per_step(self) -> int:
@@ -111,6 +113,8 @@ class Settings:
         if self.rule != DENSE:
             assert self.block_size is not None and self.density is not None
             parts.append(size_label(self.block_size, self.density))
+        if self.nm is not None:
+            parts.append(self.nm)
         if self.sparse == "all":
             parts.append("all layers")
         if self.mlp_width != 1:
@@ -140,6 +144,7 @@ def callback_keywords(settings: Settings) -> dict[str, Any]:
         "include": [PATTERNS[settings.sparse]],
         "density": {**rule["density"], "final": settings.density},
         "block_size": settings.block_size,
+        "nm": settings.nm,
         "update": {"every_n_steps": max(1, settings.steps // settings.updates), "until": 0.75},
         "drop_fraction": {"schedule": "cosine", "initial": settings.drop_fraction, "final": 0.0},
         # Trained weights are worth keeping where they are large; random ones need no choice.

@@ -399,6 +399,15 @@ def test_lengths_of_one_variant_are_told_apart() -> None:
     assert list(variants) == ["dense, 1 M tokens", "dense, 3 M tokens"]
 
 
+def test_of_several_learning_rates_the_best_one_counts() -> None:
+    trainings = [
+        by_hand([9.0, loss], seconds=10, lr=lr, seed=seed)
+        for lr, seed, loss in ((1e-3, 0, 4.0), (2e-3, 0, 3.0), (2e-3, 1, 5.0), (1e-3, 1, 2.0))
+    ]
+    (variants,) = results.group(trainings).values()
+    assert [r.settings.lr for r in variants["dense"]] == [2e-3, 2e-3], "chosen at the first seed"
+
+
 def test_the_plot_is_drawn(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     image = file.with_name("lm.png")
