@@ -33,7 +33,7 @@ from sparse_lightning.kernels.speedups import (
     tuned_file,
 )
 from sparse_lightning.nm_pattern import compress as compress
-from sparse_lightning.nm_pattern import expand as expand
+from sparse_lightning.nm_pattern import expand
 from sparse_lightning.topology import Indices
 
 METHODS = ("by block", "batched", "densify")
@@ -139,12 +139,16 @@ def multiply(
     *,
     forward: bool,
     epilogue: Epilogue = STORE,
+    positions: Tensor | None = None,
     method: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Return x W^T + bias or x W, or what an epilogue makes of it; see `ops.Backend`.
 
+    2:4 sparse blocks are made whole for the product.
+
     `method` is one of `METHODS`; if None, it is chosen.
     """
+    values = values if positions is None else expand(values, positions)
     return epilogue.compute(_multiply(x, values, bias, lists, forward, method))
 
 

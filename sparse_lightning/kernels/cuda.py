@@ -10,6 +10,7 @@ has run, which loads its kernels.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -21,6 +22,7 @@ from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.launch import packed, row_pitch
 from sparse_lightning.kernels.operands import BlockLists
 from sparse_lightning.kernels.portable import launchers as portable
+from sparse_lightning.kernels.portable.programs import multiplies_kept_weights
 from sparse_lightning.topology import Indices, block_grid
 
 LAUNCHERS: dict[str, ModuleType] = {
@@ -39,15 +41,20 @@ def multiply(
     *,
     forward: bool,
     epilogue: Epilogue = STORE,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return x W^T + bias or x W, or what an epilogue makes of it; see `ops.Backend`."""
+    """Return x W^T + bias or x W, or what an epilogue makes of it; see `ops.Backend`.
+
+    2:4 sparse blocks are made whole for the product, except by the kernels for few tokens, which
+    are bound by reading W.
+    """
     capacity, block_size, _ = values.shape
     grid = lists.slots.shape[0], lists.slots.shape[1]
     n_out, n_in = grid if forward else grid[::-1]
     in_features, out_features = n_in * block_size, n_out * block_size
     if x.shape[-1] != in_features:
         raise ValueError(f"The input must have {in_features} features; got {list(x.shape)}.")
-    device = _common_device(x, values, *lists, bias, *epilogue.operands)
+    device = _common_device(x, values, *lists, bias, positions, *epilogue.operands)
     if x.dtype != values.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(
             f"The input must have the dtype of values and bias, {values.dtype}; got {x.dtype}."
@@ -66,6 +73,10 @@ def multiply(
     op, tokens = "fwd" if forward else "dx", x.numel() // in_features
     kind = choice.choose(op, x.dtype, block_size, capacity, grid, tokens, device)
     linear = LAUNCHERS[kind].linear
+    if positions is not None and multiplies_kept_weights(x.dtype, tokens):
+        kind, linear = choice.PORTABLE, partial(portable.linear, positions=positions)
+    elif positions is not None:
+        values = nm_blocks.expand(values, positions)
     # The kernels, but not cuBLAS, fuse epilogues in half precision.
     if epilogue is not STORE and kind != choice.DENSE and x.dtype.itemsize == 2:
         epilogue = epilogue.map_operands(packed)
@@ -109,12 +120,6 @@ def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor
     launchers = _norms_launchers(x.dtype, block_size, grid, x.shape[0], device)
     launchers.norms(dy, x, armed, norms, device)
     return norms
-
-
-def expand(values: Tensor, positions: Tensor) -> Tensor:
-    """Return whole blocks of 2:4 sparse ones; see `ops.Backend`."""
-    _common_device(values, positions)
-    return nm_blocks.expand(values, positions)
 
 
 def compress(blocks: Tensor, positions: Tensor) -> Tensor:

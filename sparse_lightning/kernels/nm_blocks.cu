@@ -23,15 +23,15 @@ struct Arguments {
 LAUNCH_FACTS(expand, 256, 0, OFFSETS);
 LAUNCH_FACTS(compress, 256, 0, OFFSETS);
 
-constexpr int at_most_16(int bytes) { return bytes < 16 ? bytes : 16; }
+constexpr int KEPT_BYTES = 4 * sizeof(T), WHOLE_BYTES = 8 * sizeof(T);
 
 // The kept weights of two groups.
-struct alignas(at_most_16(4 * sizeof(T))) Kept {
+struct alignas(KEPT_BYTES < 16 ? KEPT_BYTES : 16) Kept {
   T element[4];
 };
 
 // The two groups.
-struct alignas(at_most_16(8 * sizeof(T))) Whole {
+struct alignas(WHOLE_BYTES < 16 ? WHOLE_BYTES : 16) Whole {
   T element[8];
 };
 

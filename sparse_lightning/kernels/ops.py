@@ -155,43 +155,38 @@ class Backend(Protocol):
         *,
         forward: bool,
         epilogue: Epilogue = STORE,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute x W^T + bias (`forward`), or x W.
 
         Args:
             x: `[..., features]`; dy for the product x W.
-            values: `[capacity, B, B]`.
+            values: `[capacity, B, B]`, or `[capacity, B, B / 2]` with `positions`.
             bias: `[out_features]`; None for the product x W.
             lists: the blocks by output block: by row of W if `forward`, else by column.
             forward: whether to multiply by the transposed weight.
             epilogue: what to do with the product.
+            positions: the weights that 2:4 sparse blocks keep; None for whole blocks.
 
         Returns:
             The product alone, or what the epilogue's `compute` makes of it.
         """
 
     def weight_gradient(self, dy: Tensor, x: Tensor, indices: Indices) -> Tensor:
-        """Return the present blocks of dy^T x, `[capacity, B, B]`, with zeros in empty slots."""
+        """Return the present blocks of dy^T x, with zeros in empty slots.
+
+        They are whole, `[capacity, B, B]`, even for a 2:4 sparse layer.
+        """
 
     def block_norms(self, dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor:
         """Return the squared norms of the blocks of dy^T x; zeros if not `armed`."""
-
-    def expand(self, values: Tensor, positions: Tensor) -> Tensor:
-        """Return whole blocks, `[capacity, B, B]`, as `nm_pattern.expand`."""
 
     def compress(self, blocks: Tensor, positions: Tensor) -> Tensor:
         """Return the kept weights of whole blocks, as `nm_pattern.compress`."""
 
 
 def implement(dispatch_key: str, backend: Backend) -> None:
-    """Register a backend for all ops.
-
-    Backends multiply whole blocks. Those of a 2:4 sparse layer are made here, for one product at a
-    time: kept between forward and backward, they would take more memory than the layer.
-    """
-
-    def whole(values: Tensor, positions: Tensor | None) -> Tensor:
-        return values if positions is None else backend.expand(values, positions)
+    """Register a backend for all ops."""
 
     def block_linear(
         x: Tensor,
@@ -207,7 +202,7 @@ def implement(dispatch_key: str, backend: Backend) -> None:
         *norm_operands: Any,
     ) -> Tensor:
         lists = BlockLists(row_offsets, row_entries, slots)
-        return backend.multiply(x, whole(values, positions), bias, lists, forward=True)[0]
+        return backend.multiply(x, values, bias, lists, forward=True, positions=positions)[0]
 
     def block_linear_dx(
         dy: Tensor,
@@ -222,7 +217,7 @@ def implement(dispatch_key: str, backend: Backend) -> None:
         *norm_operands: Any,
     ) -> Tensor:
         lists = BlockLists(col_offsets, col_entries, slots)
-        return backend.multiply(dy, whole(values, positions), None, lists, forward=False)[0]
+        return backend.multiply(dy, values, None, lists, forward=False, positions=positions)[0]
 
     def block_linear_dw(dy: Tensor, x: Tensor, *args: Any) -> Tensor:
         indices = Indices(*args)
@@ -236,8 +231,10 @@ def implement(dispatch_key: str, backend: Backend) -> None:
         x: Tensor, values: Tensor, bias: Tensor | None, args: Sequence[Any], epilogue: Epilogue
     ) -> Any:
         indices = Indices(*args)
-        lists, values = BlockLists.of(indices, forward=True), whole(values, indices.positions)
-        return backend.multiply(x, values, bias, lists, forward=True, epilogue=epilogue)
+        lists, positions = BlockLists.of(indices, forward=True), indices.positions
+        return backend.multiply(
+            x, values, bias, lists, forward=True, epilogue=epilogue, positions=positions
+        )
 
     def block_linear_act(x: Tensor, values: Tensor, bias: Tensor | None, *args: Any) -> Any:
         *indices, activation = args
@@ -249,9 +246,15 @@ def implement(dispatch_key: str, backend: Backend) -> None:
 
     def multiply_columns(dy: Tensor, values: Tensor, columns: Any, epilogue: Epilogue) -> Any:
         *lists, positions = columns
-        values = whole(values, positions)
-        lists = BlockLists(*lists)
-        return backend.multiply(dy, values, None, lists, forward=False, epilogue=epilogue)
+        return backend.multiply(
+            dy,
+            values,
+            None,
+            BlockLists(*lists),
+            forward=False,
+            epilogue=epilogue,
+            positions=positions,
+        )
 
     def block_linear_dh(dy: Tensor, values: Tensor, *args: Any) -> Any:
         *columns, h, activation, recompute = args

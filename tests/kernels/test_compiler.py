@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lightning.kernels import block_work, compiler, densified, launch
+from sparse_lightning.kernels import block_work, compiler, densified, launch, nm_blocks
 from sparse_lightning.kernels.hopper import launchers as hopper
 from sparse_lightning.kernels.hopper import programs as hopper_programs
 from sparse_lightning.kernels.portable import launchers as portable
@@ -69,6 +69,7 @@ def programs_for(capability: tuple[int, int]) -> list[Program]:
             densified.PROGRAM,
         ]
         programs += map(block_work.program, DTYPES)
+        programs += map(nm_blocks.program, (2, 4, 8))
     if capability > hopper_programs.CAPABILITY:
         programs = [
             p
@@ -153,8 +154,8 @@ BFLOAT16 = torch.bfloat16
 @pytest.mark.parametrize(
     "module, builder, arguments",
     [
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1, 8, 1)),
-        (portable, "_linear_kernel", (BFLOAT16, 64, True, 0, 1000, 1)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 1, 8, 1, False)),
+        (portable, "_linear_kernel", (BFLOAT16, 64, True, 0, 1000, 1, False)),
         (portable, "_dw_kernels", (BFLOAT16, 64, 16)),
         (portable, "_dw_kernels", (BFLOAT16, 64, 1000)),
         (portable, "norms_kernel", (BFLOAT16,)),
@@ -166,6 +167,8 @@ BFLOAT16 = torch.bfloat16
         (densified, "_kernel", ("pack_blocks",)),
         (densified, "_kernel", ("unpack_blocks",)),
         (block_work, "_kernel", (BFLOAT16,)),
+        (nm_blocks, "_kernel", ("expand", 2)),
+        (nm_blocks, "_kernel", ("compress", 2)),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

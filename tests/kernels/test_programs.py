@@ -17,10 +17,11 @@ def test_every_dtype_and_block_size_has_its_programs() -> None:
     # Blocks of 16 have one program for 32 and for 64 tokens.
     tilings, fp32, fp64 = 6 * 4 - 1, 2 * (2 * 4), 2 * (2 * 4)
     plain, epilogues = 2 * 2 * tilings, 2 * (2 + 3) * tilings
+    nm = 2 * 2 * 3 * 4
     dw = 2 * 3 * 4 + 2 * 4
     for clusters, linear in (
-        (False, plain + epilogues + fp32 + fp64),
-        (True, 2 * plain + epilogues + 2 * fp32 + fp64),
+        (False, plain + epilogues + nm + fp32 + fp64),
+        (True, 2 * plain + epilogues + nm + 2 * fp32 + fp64),
     ):
         programs = list(portable_programs.all_programs(clusters=clusters))
         assert len(programs) == len(set(programs)) == 4 + dw + linear

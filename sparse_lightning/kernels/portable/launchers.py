@@ -33,7 +33,7 @@ from sparse_lightning.kernels.portable.programs import (
 from sparse_lightning.kernels.programs import TiledProgram
 from sparse_lightning.topology import Indices
 
-LINEAR_LAYOUT = f"PPPPPPqii{epilogues.LAYOUT}"  # of the argument that `launch_linear` packs
+LINEAR_LAYOUT = f"PPPPPPPqii{epilogues.LAYOUT}"  # of the argument that `launch_linear` packs
 
 
 def linear(
@@ -47,17 +47,22 @@ def linear(
     forward: bool,
     epilogue: Epilogue = STORE,
     extra: tuple[Tensor, ...] = (),
+    positions: Tensor | None = None,
 ) -> None:
     """Fill `y` with x W^T + bias if `forward`, else with x W.
 
     For two-byte dtypes, an epilogue may change the results; `extra` are the tensors that it stores
-    besides y. All its tensors are contiguous like y.
+    besides y. All its tensors are contiguous like y. With `positions`, `values` has the kept
+    weights of 2:4 sparse blocks, where `multiplies_kept_weights`.
     """
     (capacity, block_size, _), n_out = values.shape, lists.offsets.shape[0] - 1
     tokens = x.numel() // x.shape[-1]
     variant = linear_variant(x.dtype, block_size, tokens, capacity, n_out, device)
-    kernel = _linear_kernel(x.dtype, block_size, forward, epilogue.KIND, *variant, device)
-    launch_linear(kernel, x, values, bias, lists, y, epilogue, extra)
+    has_positions = positions is not None
+    kernel = _linear_kernel(
+        x.dtype, block_size, forward, epilogue.KIND, *variant, has_positions, device
+    )
+    launch_linear(kernel, x, values, bias, lists, y, epilogue, extra, positions)
 
 
 def launch_linear(
@@ -69,6 +74,7 @@ def launch_linear(
     y: Tensor,
     epilogue: Epilogue = STORE,
     extra: tuple[Tensor, ...] = (),
+    positions: Tensor | None = None,
 ) -> None:
     """Launch a kernel of `linear`."""
     block_size, n_out, in_features = values.shape[1], lists.offsets.shape[0] - 1, x.shape[-1]
@@ -83,6 +89,7 @@ def launch_linear(
         y.data_ptr(),
         lists.offsets.data_ptr(),
         lists.entries.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
         tokens,
         in_features,
         n_out,
@@ -184,10 +191,17 @@ def _linear_kernel(
     epilogue: int,
     tokens: int,
     splits: int,
+    nm: bool,
     device: int,
 ) -> Kernel[TiledProgram]:
     program = linear_program(
-        dtype, block_size, forward=forward, epilogue=epilogue, tokens=tokens, splits=splits
+        dtype,
+        block_size,
+        forward=forward,
+        epilogue=epilogue,
+        tokens=tokens,
+        splits=splits,
+        nm=nm,
     )
     return Kernel(program, "block_linear", LINEAR_LAYOUT, device)
 

@@ -23,16 +23,17 @@ struct Arguments {
   T* y;
   const int* offsets;
   const int2* entries;
+  const unsigned char* positions;  // of the weights that 2:4 sparse blocks keep, else null
   long long tokens;
   int in_features;
   int out_blocks;
   EPILOGUE_ARGUMENTS;
 };
 
-#define LINEAR_LAUNCH_FACTS(THREADS, SHARED_BYTES)                                               \
-  LAUNCH_FACTS(block_linear, THREADS, SHARED_BYTES, MEMBER(x), MEMBER(values), MEMBER(bias),     \
-               MEMBER(y), MEMBER(offsets), MEMBER(entries), MEMBER(tokens), MEMBER(in_features), \
-               MEMBER(out_blocks), EPILOGUE_MEMBERS)
+#define LINEAR_LAUNCH_FACTS(THREADS, SHARED_BYTES)                                             \
+  LAUNCH_FACTS(block_linear, THREADS, SHARED_BYTES, MEMBER(x), MEMBER(values), MEMBER(bias),   \
+               MEMBER(y), MEMBER(offsets), MEMBER(entries), MEMBER(positions), MEMBER(tokens), \
+               MEMBER(in_features), MEMBER(out_blocks), EPILOGUE_MEMBERS)
 
 // Stores 16 bytes of results, with an epilogue for two-byte dtypes only.
 template <typename T>

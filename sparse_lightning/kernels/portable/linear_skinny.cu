@@ -19,6 +19,12 @@
 //   r
 //
 // WORDS is 4, of 32 outputs; or 2 where a block has only 16.
+//
+// With NM, `values` holds two of each four neighbouring elements of a row, [capacity, B, B / 2],
+// and `positions` says which, [capacity, B, B / 8]: a byte has four bits for each of two groups,
+// the first in its low half, and of these the low two are the column of the first element and the
+// high two that of the second. A load then reads half of the bytes, and `spread` puts the elements
+// of a group in their columns, with zeros between them, once they are needed.
 
 #include "portable/linear.cuh"
 #include "product_mma.cuh"
@@ -27,6 +33,7 @@ constexpr int STAGES = CONFIG_STAGES, WARPS = CONFIG_GROUPS_K, THREADS = 32 * WA
 constexpr int WORKERS = SPLITS * WARPS;
 constexpr int STEP_BLOCKS = B < 32 ? 32 / B : 1, BLOCK_STEPS = B < 32 ? 1 : B / 32;
 constexpr int WORDS = B < 32 ? 2 : 4;
+constexpr bool NM = CONFIG_NM;
 constexpr int MMAS_M = TN / 16, MMAS_N = TM / 8;
 static_assert(TK == 32, "a k-step is 32");
 static_assert(TN % 16 == 0 && TM % 8 == 0, "mma.sync computes 16 outputs x 8 tokens");
@@ -41,8 +48,10 @@ LINEAR_LAUNCH_FACTS(THREADS, SHARED_BYTES);
 
 // Loads N words that no other thread block of the tile's tokens needs, past L1.
 template <int N>
-__device__ void load_streaming(unsigned (&out)[4], const T* address) {
-  if constexpr (N == 4)
+__device__ void load_streaming(unsigned (&out)[N], const T* address) {
+  if constexpr (N == 1)
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out[0]) : "l"(address));
+  else if constexpr (N == 4)
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                  : "l"(address));
@@ -59,9 +68,93 @@ __device__ inline unsigned transpose_8x8(unsigned word) {
   return out;
 }
 
+// Puts two elements in their columns of a group of four, two words with zeros elsewhere. `columns`
+// has two bits for the column of each.
+__device__ inline void spread(unsigned (&out)[2], unsigned elements, unsigned columns) {
+  // The bytes to select for the four columns, four bits each: 4 is zero, 0 and 1 are the first
+  // element, 2 and 3 the second.
+  const unsigned selector =
+      0x44444444u ^ 0x54u << ((columns & 3) * 8) ^ 0x76u << ((columns >> 2 & 3) * 8);
+  out[0] = __byte_perm(elements, 0, selector);
+  out[1] = __byte_perm(elements, 0, selector >> 16);
+}
+
+// A load of W stands for LOAD_WORDS words.
+constexpr int LOAD_WORDS = FORWARD ? 4 : WORDS, LOADS = 8 * MMAS_M / LOAD_WORDS;
+
+// Where a lane's loads of a k-step begin.
+struct FirstLoad {
+  const T* values;
+  const unsigned char* positions;
+  int shift;  // of the lane's bits in a byte of positions
+
+  __device__ FirstLoad(const Arguments& a, int slot, int row, int col) {
+    const long long element = ((long long)slot * B + row) * B + col;
+    values = a.values + (NM ? element / 2 : element);
+    positions = NM ? a.positions + element / 8 : nullptr;
+    shift = col & 4;
+  }
+};
+
+// The words of W that a lane has of a k-step, by mma, half of the k-step, and place in the mma.
+typedef unsigned Fragments[MMAS_M][2][4];
+
+__device__ inline void place(Fragments& w, int load, const unsigned (&words)[LOAD_WORDS]) {
+#pragma unroll
+  for (int r = 0; r < LOAD_WORDS; ++r) {
+    if (FORWARD)
+      w[load / 2][r / 2][load % 2 + r % 2 * 2] = words[r];
+    else
+      w[load / 4 * (WORDS / 2) + r / 2][load % 4 / 2][load % 2 * 2 + r % 2] = words[r];
+  }
+}
+
+// A lane's words of W for one k-step. Loads are `offset` elements after the first, and give zeros
+// unless they exist.
+template <bool NM_>
+struct Weights;
+
+template <>
+struct Weights<false> {
+  Fragments w;
+  __device__ void load(int index, const FirstLoad& first, int offset, int slot) {
+    unsigned words[LOAD_WORDS] = {};
+    if (slot >= 0) load_streaming(words, first.values + offset);
+    place(w, index, words);
+  }
+  __device__ const Fragments& fragments(Fragments&) const { return w; }
+};
+
+template <>
+struct Weights<true> {
+  unsigned kept[LOADS][LOAD_WORDS / 2], columns[LOADS];
+  __device__ void load(int index, const FirstLoad& first, int offset, int slot) {
+    unsigned words[LOAD_WORDS / 2] = {};
+    if (slot >= 0) load_streaming(words, first.values + offset / 2);
+#pragma unroll
+    for (int i = 0; i < LOAD_WORDS / 2; ++i) kept[index][i] = words[i];
+    columns[index] = slot >= 0 ? __ldg(first.positions + offset / 8) >> first.shift : 0;
+  }
+  __device__ const Fragments& fragments(Fragments& w) const {
+#pragma unroll
+    for (int index = 0; index < LOADS; ++index) {
+      unsigned words[LOAD_WORDS];
+#pragma unroll
+      for (int group = 0; group < LOAD_WORDS / 2; ++group) {
+        unsigned pair[2];
+        spread(pair, kept[index][group], columns[index] >> (4 * group));
+        words[2 * group] = pair[0];
+        words[2 * group + 1] = pair[1];
+      }
+      place(w, index, words);
+    }
+    return w;
+  }
+};
+
 // The operands of a warp for one k-step, as loaded.
 struct Step {
-  unsigned w[MMAS_M][2][4];
+  Weights<NM> w;
   uint4 x[MMAS_N];
 };
 
@@ -95,30 +188,15 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) block_linear(const
     const int in_block = __shfl_sync(~0u, held.x, first_held + k_block);
     const int k_slot = __shfl_sync(~0u, held.y, first_held + k_block);
     if (FORWARD) {
-      const T* block = a.values + ((long long)k_slot * B + tile.first_out) * B + k;
+      const FirstLoad from(a, k_slot, tile.first_out, k);
 #pragma unroll
-      for (int m = 0; m < MMAS_M; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          unsigned words[4] = {};
-          if (k_slot >= 0) load_streaming<4>(words, block + (16 * m + 8 * half + g) * B);
-#pragma unroll
-          for (int r = 0; r < 4; ++r) out.w[m][r / 2][half + r % 2 * 2] = words[r];
-        }
+      for (int l = 0; l < LOADS; ++l) out.w.load(l, from, (8 * l + g) * B, k_slot);
     } else {
       const int row = g / 2 * 8 + g % 2, row_block = STEP_BLOCKS == 1 ? 0 : row / B;
       const int slot = __shfl_sync(~0u, held.y, first_held + row_block);
-      const T* block =
-          a.values + ((long long)slot * B + first_k + row % B) * B + tile.first_out + 2 * WORDS * t;
+      const FirstLoad from(a, slot, first_k + row % B, tile.first_out + 2 * WORDS * t);
 #pragma unroll
-      for (int m = 0; m < MMAS_M; m += WORDS / 2)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          unsigned words[4] = {};
-          if (slot >= 0) load_streaming<WORDS>(words, block + 2 * i * B + 16 * m);
-#pragma unroll
-          for (int r = 0; r < WORDS; ++r) out.w[m + r / 2][i / 2][i % 2 * 2 + r % 2] = words[r];
-        }
+      for (int l = 0; l < LOADS; ++l) out.w.load(l, from, l % 4 * 2 * B + l / 4 * 8 * WORDS, slot);
     }
 #pragma unroll
     for (int n = 0; n < MMAS_N; ++n) {
@@ -131,6 +209,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) block_linear(const
 
   float acc[MMAS_M][MMAS_N][4] = {};
   auto multiply = [&](const Step& step) {
+    Fragments spread_out;
+    const Fragments& fragments = step.w.fragments(spread_out);
 #pragma unroll
     for (int m = 0; m < MMAS_M; ++m)
 #pragma unroll
@@ -138,7 +218,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS) block_linear(const
         unsigned w[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          w[i] = FORWARD ? step.w[m][half][i] : transpose_8x8(step.w[m][half][i]);
+          w[i] = FORWARD ? fragments[m][half][i] : transpose_8x8(fragments[m][half][i]);
 #pragma unroll
         for (int n = 0; n < MMAS_N; ++n) {
           const unsigned x[2] = {half ? step.x[n].z : step.x[n].x,

@@ -130,15 +130,27 @@ def linear_program(
     epilogue: int = 0,
     tokens: int = MANY,
     splits: int = 1,
+    nm: bool = False,
 ) -> TiledProgram:
     """Return the program of `block_linear` for a number of tokens, and of thread blocks per tile.
 
     It computes y = x W^T (forward) or dx = dy W. `epilogue` is the `KIND` of an epilogue, 0 for
-    none.
+    none. With `nm`, it takes the kept weights of 2:4 sparse blocks; see `multiplies_kept_weights`.
     """
     check_block_size(block_size)
     tiling = replace(_linear_tiling(dtype, block_size, tokens), splits=splits)
-    return tiled_linear_program(dtype, block_size, tiling, forward=forward, epilogue=epilogue)
+    return tiled_linear_program(
+        dtype, block_size, tiling, forward=forward, epilogue=epilogue, nm=nm
+    )
+
+
+def multiplies_kept_weights(dtype: torch.dtype, tokens: int) -> bool:
+    """Return whether a program multiplies by 2:4 sparse blocks without expanding them first.
+
+    >>> multiplies_kept_weights(torch.bfloat16, 16), multiplies_kept_weights(torch.float32, 16)
+    (True, False)
+    """
+    return _has_mma(dtype) and tokens <= _SKINNY_TILE
 
 
 def linear_splits(
@@ -205,13 +217,21 @@ def _is_skinny(dtype: torch.dtype, tiling: Tiling) -> bool:
 
 
 def tiled_linear_program(
-    dtype: torch.dtype, block_size: int, tiling: Tiling, *, forward: bool, epilogue: int = 0
+    dtype: torch.dtype,
+    block_size: int,
+    tiling: Tiling,
+    *,
+    forward: bool,
+    epilogue: int = 0,
+    nm: bool = False,
 ) -> TiledProgram:
     """Return the program of `block_linear` with a tiling."""
     skinny = "_skinny" if _is_skinny(dtype, tiling) else ""
     source = f"portable/linear{skinny}.cu"
     options = {"B": block_size, "FORWARD": int(forward), "EPILOGUE": epilogue}
     options |= {"GROUPS_K": tiling.groups_k, "SPLITS": tiling.splits}
+    if skinny:
+        options["NM"] = int(nm)
     return _program(source, dtype, tiling, options)
 
 
@@ -272,6 +292,8 @@ def all_programs(*, clusters: bool) -> Iterator[TiledProgram]:
                         linear(epilogue=kind, tokens=most, splits=splits)
                         for most in _linear_tilings(dtype)
                     )
+                kept = [most for most in _LINEAR_MMA if multiplies_kept_weights(dtype, most)]
+                yield from (linear(tokens=most, nm=True) for most in kept)
 
 
 _TILES_PER_SM = 3
