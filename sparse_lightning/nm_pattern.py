@@ -40,9 +40,10 @@ def check_nm(nm: object) -> str | None:
         nm = _SEXAGESIMAL.get(nm, nm)
     if nm is None or nm in PATTERNS:
         return nm
+    hint = " In YAML, write it in quotes." if isinstance(nm, int) else ""
     raise ValueError(
         "`nm` must be '2:4', which keeps two of each four weights within blocks, or None; got "
-        f"{nm!r}."
+        f"{nm!r}.{hint}"
     )
 
 
