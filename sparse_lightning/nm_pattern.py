@@ -47,6 +47,15 @@ def check_nm(nm: object) -> str | None:
     )
 
 
+def kept_share(nm: str | None) -> float:
+    """Return the share of the weights of a block that a pattern keeps.
+
+    >>> kept_share("2:4"), kept_share(None)
+    (0.5, 1.0)
+    """
+    return 1.0 if nm is None else 2 / GROUP
+
+
 def to_columns(positions: Tensor) -> Tensor:
     """Return the column within its group of each kept weight.
 

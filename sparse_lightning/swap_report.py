@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
 from sparse_lightning.names import group_similar, list_names, merge_similar
+from sparse_lightning.nm_pattern import kept_share
 from sparse_lightning.policy.dead_features import DeadFeatures
 from sparse_lightning.tables import html_table, range_of, text_table
 from sparse_lightning.topology import BlockTopology, count_dead
@@ -191,9 +192,11 @@ class SparsityReport:
     @property
     def weight_density_text(self) -> str:
         """The same for the share of weights; the final one is known if layers are alike in it."""
-        kept = {1.0 if r.nm is None else 0.5 for r in self.layers.values()}
-        is_known = self.final_density is not None and len(kept) == 1
-        return _falling(self.weight_density, self.final_density * kept.pop() if is_known else None)
+        kept = {kept_share(r.nm) for r in self.layers.values()}
+        final = None
+        if self.final_density is not None and len(kept) == 1:
+            final = self.final_density * kept.pop()
+        return _falling(self.weight_density, final)
 
     def table(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
         """Return a header and rows of cells, followed by a row of totals.

@@ -212,7 +212,7 @@ class WandbAdapter(LoggerAdapter):
     def _log_table(self, header: list[str], rows: list[list[Any]], step: int) -> None:
         import wandb
 
-        table = wandb.Table(columns=header, data=rows)
+        table = wandb.Table(columns=[*header], data=rows)
         self._log_metrics({self._key(_TABLE): table}, step)
 
 
