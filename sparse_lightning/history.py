@@ -85,15 +85,23 @@ class LayerHistory:
     Attributes:
         grid: (out_blocks, in_blocks).
         block_size: block size of the layer.
+        nm: "2:4" if two of each four weights within blocks are kept; None if blocks are whole, as
+            in all files of earlier versions.
         scores: drop scores by index of the frame, float32 `[out_blocks, in_blocks]`; NaN where a
             block is absent or not scored.
     """
 
     grid: tuple[int, int]
     block_size: int
+    nm: str | None
     scores: Mapping[int, Floats]
     _reader: _FrameReader = field(repr=False)
     _index: int = field(repr=False)
+
+    @property
+    def weights_per_block(self) -> int:
+        """Number of weights that a present block keeps."""
+        return self.block_size**2 // (1 if self.nm is None else 2)
 
     def mask(self, frame: int) -> Bools:
         """Return the mask of a frame, bool `[out_blocks, in_blocks]`; -1 is the last."""
@@ -158,6 +166,7 @@ class HistoryWriter:
         register_after_fork(self, lambda writer: writer.close())
         _lock(self._file, path)
         self._layers: dict[str, int] = {}
+        self._patterns: dict[str, str] = {}
         self._masks: dict[str, Bools] = {}
         self._frame = 0, 0  # step and number
         self.run, self._since = _new_run(), 0
@@ -183,6 +192,7 @@ class HistoryWriter:
         masks: Mapping[str, Bools],
         block_sizes: Mapping[str, int],
         about: Mapping[str, Any],
+        patterns: Mapping[str, str | None] | None = None,
     ) -> None:
         """Write all masks when a training starts, or resumes at a step.
 
@@ -191,7 +201,9 @@ class HistoryWriter:
             masks: masks by layer, bool `[out_blocks, in_blocks]`.
             block_sizes: block sizes by layer.
             about: facts about the training, as primitives by key.
+            patterns: patterns of weights within blocks, "2:4", by layer; None if blocks are whole.
         """
+        self._patterns = {name: nm for name, nm in (patterns or {}).items() if nm is not None}
         self.run, self._since = _new_run(), step
         self._layers = {name: block_sizes[name] for name in masks}
         self._append_masks(step, 0, masks, {"about": about})
@@ -231,6 +243,8 @@ class HistoryWriter:
         self._masks = {name: np.array(masks[name], dtype=bool) for name in self._layers}
         self._frame = step, number
         layers = [[name, *mask.shape, self._layers[name]] for name, mask in self._masks.items()]
+        if self._patterns:  # in each record, as no record needs another
+            more = {**more, "patterns": [self._patterns.get(name) for name in self._layers]}
         packed = [np.packbits(mask) for mask in self._masks.values()]
         self._append("masks", step, {"number": number, "layers": layers, **more}, packed)
 
@@ -326,14 +340,17 @@ def _add_masks(history: History, reader: _FrameReader, record: _Record) -> bool:
     head = record.head
     history.about = head.pop("about", history.about)
     layers = head.pop("layers")
-    if layers != reader.layers:
+    patterns = head.pop("patterns", None) or [None] * len(layers)
+    if (layers, patterns) != (reader.layers, reader.patterns):
         if reader.layers:  # another model
             reader.keep(0)
             history.frames, history.gaps = [], []
             history.metrics = [m for m in history.metrics if m.step < head["step"]]
-        reader.layers = layers
+        reader.layers, reader.patterns = layers, patterns
         history.layers = {
-            name: LayerHistory((rows, columns), block_size, _LayerScores(reader, i), reader, i)
+            name: LayerHistory(
+                (rows, columns), block_size, patterns[i], _LayerScores(reader, i), reader, i
+            )
             for i, (name, rows, columns, block_size) in enumerate(reader.layers)
         }
     is_resumed = head["number"] == 0 and len(history.frames) > 0
@@ -366,6 +383,7 @@ class _FrameReader:
     Attributes:
         file: the open file, which stays the same if another takes its path.
         layers: name, rows, columns and block size of each layer.
+        patterns: pattern within the blocks of each layer, or None.
         frames: records of the frames' masks.
         scores: records of scores, by frame.
     """
@@ -374,6 +392,7 @@ class _FrameReader:
         self.file = _open(path)
         weakref.finalize(self, self.file.close)
         self.layers: list[list[Any]] = []
+        self.patterns: list[str | None] = []
         self.frames: list[_Record] = []
         self.scores: dict[int, _Record] = {}
 

@@ -21,7 +21,7 @@ from sparse_lightning.export.files import (
 from sparse_lightning.export.state_dicts import SavedLayer, describe_layers, find_layers
 from sparse_lightning.masks import mask_image, mask_text
 from sparse_lightning.names import group_similar
-from sparse_lightning.swap_report import DEAD_FEATURES
+from sparse_lightning.swap_report import DEAD_FEATURES, WEIGHT_DENSITY, blocks_text
 from sparse_lightning.tables import Section, counted, range_of, show
 from sparse_lightning.topology import count_dead
 
@@ -88,7 +88,8 @@ def print_layers(layers: Mapping[str, SavedLayer], every: bool = False) -> None:
 
     Layers whose names differ only in numbers, and that have the same shape, block size and dtype,
     share a row with the sums of their blocks and features and the norms of all their blocks; there
-    is a column for their number then. With `every`, each layer has its own row.
+    is a column for their number then. With `every`, each layer has its own row. If blocks of a
+    layer keep only some of their weights, there is a column for the share of weights.
     """
     keyed = [(name, _kind(layer)) for name, layer in layers.items()]
     groups = [(name, [name], kind) for name, kind in keyed] if every else group_similar(keyed)
@@ -97,12 +98,16 @@ def print_layers(layers: Mapping[str, SavedLayer], every: bool = False) -> None:
     def number(count: int) -> list[str]:
         return [f"{count}"] if is_repeated else []
 
+    def share(density: str) -> list[str]:
+        return [density] if report.has_patterns else []
+
+    report = describe_layers(layers)
     header = (
         "layer", *(["number"] if is_repeated else []), "shape", "blocks", "density",
-        *DEAD_FEATURES, "dtype", "min norm", "median", "max",
+        *share(WEIGHT_DENSITY), *DEAD_FEATURES, "dtype", "min norm", "median", "max",
     )  # fmt: skip
     rows = []
-    for label, names, (out_features, in_features, size, dtype) in groups:
+    for label, names, (out_features, in_features, size, nm, dtype) in groups:
         topologies = [layers[name].topology for name in names]
         dead = [count_dead(topology.mask) for topology in topologies]
         norms = torch.cat([_block_norms(layers[name]) for name in names])
@@ -112,17 +117,21 @@ def print_layers(layers: Mapping[str, SavedLayer], every: bool = False) -> None:
                 label,
                 *number(len(names)),
                 f"{out_features}x{in_features}",
-                f"{sum(topology.n_blocks for topology in topologies):,} of {size}x{size}",
+                f"{sum(topology.n_blocks for topology in topologies):,} of {blocks_text(size, nm)}",
                 range_of(f"{topology.density:.3f}" for topology in topologies),
+                *share(range_of(f"{topology.weight_density:.3f}" for topology in topologies)),
                 *(f"{sum(counts) * size:,}" for counts in zip(*dead, strict=True)),
                 str(dtype).removeprefix("torch."),
                 *(f"{float(norm):.3g}" for norm in quantiles),
                 *("-" for _ in range(3 - len(quantiles))),
             )
         )
-    report = describe_layers(layers)
-    present = sum(entry.n_blocks * entry.block_size**2 for entry in report.layers.values())
-    totals = (f"{present:,} weights", f"{report.density:.3f}")
+    weights = sum(entry.weights for entry in report.layers.values())
+    totals = (
+        f"{weights:,} weights",
+        f"{report.density:.3f}",
+        *share(f"{report.weight_density:.3f}"),
+    )
     rows.append(("total", *number(len(layers)), "", *totals, *[""] * 6))
     show([Section("Block-sparse layers", header, rows)])
 
@@ -145,7 +154,9 @@ def mask_title(name: str, layer: SavedLayer) -> str:
     size, (rows, columns) = topology.block_size, topology.grid
     return (
         f"{name}: {topology.out_features}x{topology.in_features}, {topology.n_blocks} of "
-        f"{rows}x{columns} blocks of {size}x{size}, density {topology.density:.3f}"
+        f"{rows}x{columns} blocks of {blocks_text(size, topology.nm)}, density "
+        f"{topology.density:.3f}"
+        + (f", {WEIGHT_DENSITY} {topology.weight_density:.3f}" if topology.nm else "")
     )
 
 
@@ -163,10 +174,11 @@ def _read(path: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     ]
 
 
-def _kind(layer: SavedLayer) -> tuple[int, int, int, torch.dtype]:
+def _kind(layer: SavedLayer) -> tuple[int, int, int, str | None, torch.dtype]:
     """Return what layers that share a row have in common."""
     topology = layer.topology
-    return topology.out_features, topology.in_features, topology.block_size, layer.values.dtype
+    shape = topology.out_features, topology.in_features
+    return *shape, topology.block_size, topology.nm, layer.values.dtype
 
 
 def _block_norms(layer: SavedLayer) -> Tensor:

@@ -40,10 +40,20 @@ def check_nm(nm: object) -> str | None:
         nm = _SEXAGESIMAL.get(nm, nm)
     if nm is None or nm in PATTERNS:
         return nm
+    hint = " In YAML, write it in quotes." if isinstance(nm, int) else ""
     raise ValueError(
         "`nm` must be '2:4', which keeps two of each four weights within blocks, or None; got "
-        f"{nm!r}."
+        f"{nm!r}.{hint}"
     )
+
+
+def kept_share(nm: str | None) -> float:
+    """Return the share of the weights of a block that a pattern keeps.
+
+    >>> kept_share("2:4"), kept_share(None)
+    (0.5, 1.0)
+    """
+    return 1.0 if nm is None else 2 / GROUP
 
 
 def to_columns(positions: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.optimizer_state import find_optimizer
 from sparse_lightning.selection import sparse_layers
 from sparse_lightning.tables import in_bytes
+from sparse_lightning.topology import BlockTopology
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Savings:
         dense_parameters: parameters of the whole model with every layer dense.
         nbytes: bytes of the layers' weights, gradients, optimizer state and indices.
         dense_nbytes: the same, without indices, if the layers were dense.
-        flops: FLOPs of all linear layers, relative to dense ones.
+        flops: FLOPs of all linear layers, relative to dense ones, as `relative_flops` counts them.
+        weight_density: kept weights / all weights of the layers if blocks keep only some of their
+            weights (`nm`); None if they are whole.
     """
 
     parameters: int
@@ -31,19 +34,29 @@ class Savings:
     nbytes: int
     dense_nbytes: int
     flops: float
+    weight_density: float | None
 
     def rows(self) -> list[tuple[str, str]]:
         """Return lines about the sizes, as pairs of a label and a text."""
         share = f"{self.nbytes / max(1, self.dense_nbytes):.1%}"
+        flops = f"{self.flops:.1%} of dense, in all linear layers"
+        if self.weight_density is not None:
+            flops += ", counting kept weights (kernels multiply whole blocks)"
         return [
+            *self._weight_rows(),
             ("parameters", f"{self.parameters:,} of {self.dense_parameters:,} dense, in the model"),
             (
                 "memory",
                 f"{in_bytes(self.nbytes)}, {share} of {in_bytes(self.dense_nbytes)} dense, in "
                 "these layers",
             ),
-            ("FLOPs", f"{self.flops:.1%} of dense, in all linear layers"),
+            ("FLOPs", flops),
         ]
+
+    def _weight_rows(self) -> list[tuple[str, str]]:
+        if self.weight_density is None:
+            return []
+        return [("weight density", f"{self.weight_density:.3f}, with 2:4 patterns within blocks")]
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers by name, for loggers."""
@@ -53,6 +66,7 @@ class Savings:
             "bytes": float(self.nbytes),
             "dense_bytes": float(self.dense_nbytes),
             "flops": self.flops,
+            **({} if self.weight_density is None else {"weight_density": self.weight_density}),
         }
 
 
@@ -62,6 +76,7 @@ def measure_savings(
     optimizers: Collection[torch.optim.Optimizer],
 ) -> Savings:
     """Return the sizes of a model, and the bytes of some of its layers in training."""
+    layers = [*layers]
     present_weights, dense_weights = linear_weights(model)
     parameters = count_parameters(model)
     sizes = [training_bytes(layer, optimizers) for layer in layers]
@@ -71,24 +86,31 @@ def measure_savings(
         nbytes=sum(sparse for sparse, _ in sizes),
         dense_nbytes=sum(dense for _, dense in sizes),
         flops=relative_flops(model),
+        weight_density=weight_density_of(layer.topology for layer in layers),
     )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model, without the contents of empty slots."""
+    """Return the number of parameters of a model, without the contents of empty slots.
+
+    Of blocks with a 2:4 pattern, only the weights that they keep count.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     for _, layer in sparse_layers(model):
         empty = layer.topology.capacity - layer.topology.n_blocks
-        total -= empty * layer.block_size**2
+        total -= empty * layer.topology.weights_per_block
     return total
 
 
 def linear_weights(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of present and of dense weights in linear layers, without biases."""
+    """Return the numbers of present and of dense weights in linear layers, without biases.
+
+    Of blocks with a 2:4 pattern, only the weights that they keep are present.
+    """
     present = dense = 0
     for module in model.modules():
         if isinstance(module, BlockSparseLinear):
-            present += module.topology.n_blocks * module.block_size**2
+            present += module.topology.n_blocks * module.topology.weights_per_block
         elif isinstance(module, nn.Linear):
             present += module.in_features * module.out_features
         else:
@@ -98,9 +120,23 @@ def linear_weights(model: nn.Module) -> tuple[int, int]:
 
 
 def relative_flops(model: nn.Module) -> float:
-    """Return the FLOPs per token of a model's linear layers, relative to dense ones."""
+    """Return the FLOPs per token of a model's linear layers, relative to dense ones.
+
+    These are the FLOPs of the present weights, which a product needs. Of blocks with a 2:4 pattern
+    they are those of the weights that are kept, although today's kernels multiply whole blocks and
+    hence take the time of whole blocks.
+    """
     present, dense = linear_weights(model)
     return present / max(1, dense)
+
+
+def weight_density_of(topologies: Iterable[BlockTopology]) -> float | None:
+    """Return kept weights / all weights over several layers; None if all blocks are whole."""
+    topologies = [*topologies]
+    if all(topology.nm is None for topology in topologies):
+        return None
+    kept = sum(topology.n_blocks * topology.weights_per_block for topology in topologies)
+    return kept / sum(topology.out_features * topology.in_features for topology in topologies)
 
 
 def training_bytes(
@@ -108,8 +144,9 @@ def training_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of a layer's weight in training, and those of a dense weight.
 
-    They include gradient and optimizer state, and the indices of the sparse layer; for a sharded
-    layer they are the sum over all ranks.
+    They include gradient and optimizer state, and the indices of the sparse layer with the
+    positions of a 2:4 pattern; for a sharded layer they are the sum over all ranks. What a product
+    or an update needs for a moment, such as whole blocks made of 2:4 sparse ones, is not included.
     """
     tensors = [layer.values] * (2 if layer.values.requires_grad else 1)
     found = find_optimizer(optimizers, layer.values)

@@ -13,12 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from sparse_lightning.linear import BlockSparseLinear, is_conv1d
 from sparse_lightning.names import group_similar, list_names, merge_similar
+from sparse_lightning.nm_pattern import kept_share
 from sparse_lightning.policy.dead_features import DeadFeatures
 from sparse_lightning.tables import html_table, range_of, text_table
 from sparse_lightning.topology import BlockTopology, count_dead
 
 # What features without a block are called, wherever they are shown.
 DEAD_FEATURES = ("dead outputs", "unread inputs")
+# What the share of weights is called where it is not the density, wherever it is shown.
+WEIGHT_DENSITY = "weight density"
 
 _EXPERTS = "3-D parameters (experts)"
 # The first entry that contains the class of a parameter's module names the parameter's kind.
@@ -40,9 +43,11 @@ class LayerReport:
         n_blocks: number of present blocks.
         density: present blocks / all blocks.
         parameters_before: parameters of the dense layer, with its bias.
-        parameters_after: parameters in present blocks, and the bias.
+        parameters_after: `weights`, and the bias.
         dead_outputs: output features whose block rows have no block, so that they are constant.
         unread_inputs: input features whose block columns have no block.
+        weights: number of weights in present blocks; of 2:4 sparse ones, those that are kept.
+        nm: "2:4" if two of each four weights within blocks are kept; None if blocks are whole.
     """
 
     shape: tuple[int, int]
@@ -53,21 +58,31 @@ class LayerReport:
     parameters_after: int
     dead_outputs: int
     unread_inputs: int
+    weights: int
+    nm: str | None
+
+    @property
+    def weight_density(self) -> float:
+        """Kept weights / all weights, which is `density` if blocks are whole."""
+        return self.weights / (self.shape[0] * self.shape[1])
 
     @classmethod
     def from_topology(cls, topology: BlockTopology, bias: Tensor | None) -> LayerReport:
         """Describe a layer with these blocks and this bias."""
         size, n_bias = topology.block_size, 0 if bias is None else bias.numel()
         dead_rows, dead_columns = count_dead(topology.mask)
+        weights = topology.n_blocks * topology.weights_per_block
         return cls(
             shape=(topology.out_features, topology.in_features),
             block_size=size,
             n_blocks=topology.n_blocks,
             density=topology.density,
             parameters_before=topology.out_features * topology.in_features + n_bias,
-            parameters_after=topology.n_blocks * size**2 + n_bias,
+            parameters_after=weights + n_bias,
             dead_outputs=dead_rows * size,
             unread_inputs=dead_columns * size,
+            weights=weights,
+            nm=topology.nm,
         )
 
     @classmethod
@@ -148,25 +163,52 @@ class SparsityReport:
 
     @property
     def density(self) -> float:
-        """Present weights / all weights, over all swapped layers."""
+        """Share of the weights that are in present blocks, over all swapped layers."""
         present = sum(r.n_blocks * r.block_size**2 for r in self.layers.values())
-        return present / max(1, sum(r.shape[0] * r.shape[1] for r in self.layers.values()))
+        return present / max(1, self._dense_weights)
+
+    @property
+    def weight_density(self) -> float:
+        """Kept weights / all weights, over all swapped layers.
+
+        It is less than `density` if blocks keep only some of their weights.
+        """
+        return sum(r.weights for r in self.layers.values()) / max(1, self._dense_weights)
+
+    @property
+    def _dense_weights(self) -> int:
+        return sum(r.shape[0] * r.shape[1] for r in self.layers.values())
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether blocks of any layer keep only some of their weights."""
+        return any(r.nm is not None for r in self.layers.values())
 
     @property
     def density_text(self) -> str:
         """The density, followed by the final one while that differs, as in the progress bar."""
-        now = f"{self.density:.3f}"
-        final = now if self.final_density is None else f"{self.final_density:.3f}"
-        return now if now == final else f"{now} → {final}"
+        return _falling(self.density, self.final_density)
+
+    @property
+    def weight_density_text(self) -> str:
+        """The same for the share of weights; the final one is known if layers are alike in it."""
+        kept = {kept_share(r.nm) for r in self.layers.values()}
+        final = None
+        if self.final_density is not None and len(kept) == 1:
+            final = self.final_density * kept.pop()
+        return _falling(self.weight_density, final)
 
     def table(self) -> tuple[Sequence[str], Sequence[tuple[str, ...]]]:
         """Return a header and rows of cells, followed by a row of totals.
 
         Layers whose names differ only in numbers, and that have the same shape and block size,
         share a row with their sums; there is a column for their number then. There are columns of
-        dead outputs and of unread inputs if a layer has some.
+        dead outputs and of unread inputs if a layer has some, and of the share of weights if blocks
+        keep only some of theirs.
         """
-        groups = group_similar((name, (r.shape, r.block_size)) for name, r in self.layers.items())
+        groups = group_similar(
+            (name, (r.shape, r.block_size, r.nm)) for name, r in self.layers.items()
+        )
         is_repeated = any(len(names) > 1 for _, names, _ in groups)
         reports = [*self.layers.values()]
         dead = [bool(sum(kind)) for kind in _dead_features(reports)]
@@ -182,23 +224,28 @@ class SparsityReport:
         def number(count: int) -> list[str]:
             return [f"{count}"] if is_repeated else []
 
+        def share(text: str) -> list[str]:
+            return [text] if self.has_patterns else []
+
         titles = [title for title, shown in zip(DEAD_FEATURES, dead, strict=True) if shown]
         header = ("layer", *(["number"] if is_repeated else []), "shape", "blocks", "density",
-                  *titles, "parameters", "before")  # fmt: skip
+                  *share(WEIGHT_DENSITY), *titles, "parameters", "before")  # fmt: skip
         rows = []
-        for label, names, ((out_features, in_features), size) in groups:
+        for label, names, ((out_features, in_features), size, nm) in groups:
             layers = [self.layers[name] for name in names]
             rows.append(
                 (
                     label,
                     *number(len(layers)),
                     f"{out_features}x{in_features}",
-                    f"{sum(r.n_blocks for r in layers):,} of {size}x{size}",
+                    f"{sum(r.n_blocks for r in layers):,} of {blocks_text(size, nm)}",
                     range_of(f"{r.density:.3f}" for r in layers),
+                    *share(range_of(f"{r.weight_density:.3f}" for r in layers)),
                     *sums(layers),
                 )
             )
-        rows.append(("total", *number(len(reports)), "", "", self.density_text, *sums(reports)))
+        shares = self.density_text, *share(self.weight_density_text)
+        rows.append(("total", *number(len(reports)), "", "", *shares, *sums(reports)))
         return header, rows
 
     def left_dense(self) -> list[tuple[str, str]]:
@@ -228,6 +275,22 @@ class SparsityReport:
         }
         paragraphs = ["\n".join([title, *lines]) for title, lines in lists.items() if lines]
         return [*paragraphs, *filter(None, (self.dead_note, self.coverage_note))]
+
+
+def blocks_text(block_size: int, nm: str | None) -> str:
+    """Return the size of blocks, and their pattern if they have one.
+
+    >>> blocks_text(16, None), blocks_text(16, "2:4")
+    ('16x16', '16x16 at 2:4')
+    """
+    size = f"{block_size}x{block_size}"
+    return size if nm is None else f"{size} at {nm}"
+
+
+def _falling(now: float, final: float | None) -> str:
+    """Return a density, followed by the final one if that is known and differs."""
+    first, last = f"{now:.3f}", f"{now if final is None else final:.3f}"
+    return first if first == last else f"{first} → {last}"
 
 
 def _dead_features(layers: Sequence[LayerReport]) -> tuple[list[int], list[int]]:

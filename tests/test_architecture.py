@@ -136,6 +136,17 @@ def test_the_table_lists_the_rooms_that_there_are() -> None:
     assert {room for room, _ in rooms(ROOT)} == set(FLOORS)
 
 
+def test_architecture_md_has_the_same_floors() -> None:
+    page = (ROOT.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (-?\d+) \| ((?:`[\w./]+` ?)+) \|", page, flags=re.M)
+    named = {
+        room.removesuffix(".py").removesuffix("/"): int(floor)
+        for floor, rooms_of_row in rows
+        for room in re.findall(r"`([^`]+)`", rooms_of_row)
+    }
+    assert named == {room: floor for room, floor in FLOORS.items() if room != "__init__"}
+
+
 def test_the_walk_sees_the_imports_of_the_package() -> None:
     """Else the floors would hold of an empty house."""
     seen = {

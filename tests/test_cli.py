@@ -26,6 +26,7 @@ KEYWORDS: dict[str, Any] = {
     "include": ["fc*", "re:.*mlp"],
     "exclude": ["out"],
     "density": {"schedule": "cubic", "initial": 0.9, "final": 0.1, "begin": 0.1, "until": 0.5},
+    "nm": "2:4",
     "distribution": "erdos_renyi",
     "layer_density": {"blocks.0.*": 0.5},
     "floor": {"layer": 0.05, "row": 2, "column": 0},
@@ -34,6 +35,7 @@ KEYWORDS: dict[str, Any] = {
     "drop": "sparse_lightning.policy.criteria.movement",
     "grow": "random",
     "regrow": False,
+    "regrow_inner": False,
     "rule": None,  # an alternative to `drop` and `grow`
     "token_stride": 2,
     "init": "magnitude",
@@ -105,6 +107,7 @@ def test_defaults(cli) -> None:
         ({"update": {"begin": 200, "until": 1e3}}, "update", UpdateSchedule(100, 200, 1000)),
         ({"update": {"until": 1.0}}, "update", UpdateSchedule(100, 0, 1.0)),
         ({"exclude": []}, "exclude", ()),
+        ({"nm": 124}, "nm", "2:4"),  # without quotes
     ],
 )
 def test_values_in_the_file(cli, keywords: dict, key: str, expected: object) -> None:

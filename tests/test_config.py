@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from sparse_lightning import (
@@ -115,6 +116,8 @@ def test_the_highest_density_fixes_the_capacity(density: dict, highest: float) -
         {"update": {"times": (20, 10, 20)}},
         {"update": {"times": "tests.extensions.every_tenth_part"}},
         {"distribution": "tests.extensions.first_full"},
+        {"nm": "2:4", "regrow_inner": False},
+        {"nm": "2:4", "density": 1.0},
         {"density": {"schedule": "tests.extensions.quadratic"}},
         {"drop_fraction": {"schedule": lambda progress, initial, final: 0.2}},
         {"rule": "tests.extensions.Still", "drop": "magnitude", "drop_fraction": 0.5},
@@ -160,6 +163,8 @@ BAD_TIMES = [-1, -0.5, 1.5, NAN, INF]
             refused("update.times", t, update={"times": [10, t]})
             for t in (0, -1, 2.0, 0.5, True, "20", None, NAN)
         ),
+        *(refused("nm", nm, nm=nm) for nm in ("1:4", "2:4 ", "", 0, 2.4, True, (2, 4), ["2:4"])),
+        *(refused("regrow_inner", r, TypeError, regrow_inner=r) for r in [1, "yes", None]),
         refused("rule", "rigl", rule="rigl"),
         *(refused("rule", r, rule=r) for r in (3, True, ["a.b"], "no.such", "os.path")),
         # Patterns.
@@ -229,6 +234,14 @@ BAD_TIMES = [-1, -0.5, 1.5, NAN, INF]
 def test_refused(arguments: dict, error, says: str) -> None:
     with pytest.raises(error, match=says):
         SparsityConfig(**arguments)
+
+
+def test_a_pattern_that_yaml_reads_as_a_number() -> None:
+    assert yaml.safe_load("nm: 2:4") == {"nm": 124}
+    assert SparsityConfig(nm=124) == SparsityConfig(nm="2:4")
+    assert SparsityConfig(nm=124).training_options()["nm"] == "2:4"
+    with pytest.raises(ValueError, match=r"`nm` must be '2:4'.*got 123\. In YAML, .* in quotes"):
+        SparsityConfig(**yaml.safe_load("nm: 2:3"))
 
 
 @pytest.mark.parametrize("argument", ["density", "update"])

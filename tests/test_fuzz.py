@@ -59,6 +59,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
         NUMBERS,
         some_of(schedule=SCHEDULES, initial=NUMBERS, final=NUMBERS, begin=NUMBERS, until=NUMBERS),
     ),
+    "nm": st.sampled_from(["2:4", 124, None, "1:4", "", 2.4, True, ["2:4"]]),
     "distribution": names(
         *("uniform", "erdos_renyi", "global"),
         *(f"{OWN}.{shares}" for shares in ("first_full", "back_and_forth", "one_too_few")),
@@ -78,6 +79,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "drop": names("magnitude", "gradient", "saliency", "movement", "random"),
     "grow": names("gradient", "momentum", "random", "none"),
     "regrow": names("x") | st.booleans(),
+    "regrow_inner": names("x") | st.booleans(),
     "rule": names(f"{OWN}.Still", f"{OWN}.still", f"{OWN}.fewest", f"{OWN}.Demanding"),
     "token_stride": COUNTS,
     "init": names("random", "magnitude"),

@@ -404,6 +404,28 @@ def test_different_layers_start_a_new_history(tmp_path: Path) -> None:
     assert list(history.layers) == ["c"] and [f.step for f in history.frames] == [5]
 
 
+def test_patterns_within_blocks_are_known_from_any_record(tmp_path: Path) -> None:
+    path = tmp_path / "pattern.history"
+    writer = HistoryWriter(path)
+    writer.start(0, masks(0), SIZES, {}, {"a": "2:4", "b": None})
+    start = path.stat().st_size
+    writer.update(10, 1, masks(1))
+    writer.close()
+    layers = read_history(path).layers
+    assert (layers["a"].nm, layers["b"].nm) == ("2:4", None)
+    assert layers["a"].weights_per_block == SIZES["a"] ** 2 // 2
+    assert layers["b"].weights_per_block == SIZES["b"] ** 2
+    data = bytearray(path.read_bytes())
+    data[start - 1] ^= 1  # the record of the start
+    path.write_bytes(data)
+    damaged = read_history(path)
+    assert masks_and_steps(damaged) == [10] and damaged.layers["a"].nm == "2:4"
+    # The same layers with another pattern are other layers; those of before had none.
+    HistoryWriter(path).start(20, masks(2), SIZES, {})
+    history = read_history(path)
+    assert masks_and_steps(history) == [20] and history.layers["a"].nm is None
+
+
 def test_another_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other"
     path.write_text("a text")

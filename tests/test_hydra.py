@@ -172,6 +172,21 @@ def test_overrides_of_the_dynamics() -> None:
     assert (config.regrow, config.shrink) == (False, False)
 
 
+@pytest.mark.parametrize("text", ["2:4", '"2:4"', "'2:4'"])
+def test_a_pattern_needs_no_quotes(text: str, tmp_path: Path) -> None:
+    """Neither in a file, where YAML reads a number, nor on the command line."""
+    assert config_of(f"callbacks.sparsity.nm={text}").nm == "2:4"
+    mine = f"callbacks:\n  sparsity: {{nm: {text}, regrow_inner: false}}\n"
+    (tmp_path / "config.yaml").write_text(USERS_CONFIG + mine)
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        config = instantiate(compose("config").callbacks.sparsity).config
+        again = instantiate(
+            compose("config", overrides=["callbacks.sparsity.nm=null"]).callbacks.sparsity
+        ).config
+    assert (config.nm, config.regrow_inner) == ("2:4", False)
+    assert (again.nm, again.regrow_inner) == (None, False)
+
+
 def test_overrides() -> None:
     config = config_of(
         "callbacks/sparsity=cubic",
@@ -301,6 +316,7 @@ def test_errors_while_composing(override: str, says: list[str]) -> None:
             ["`distribution` must be one of 'uniform', 'erdos_renyi'", "got 'foo'"],
         ),
         ("callbacks.sparsity.block_size=48", ["`block_size` must", "16, 32, 64, 128", "got 48"]),
+        ("callbacks.sparsity.nm=1:4", ["`nm` must be '2:4'", "or None", "got '1:4'"]),
         ("callbacks.sparsity.density=1.5", ["`density", "(0, 1]", "got 1.5"]),
         ("callbacks.sparsity.density=null", ["`density` must", "got None"]),
         ("callbacks.sparsity.update.begin=1", ["`update.begin` must", "Write 1.0 or a step >= 2"]),

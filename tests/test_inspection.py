@@ -36,6 +36,32 @@ def test_layers(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [cell.strip() for cell in row] == expected.split(", ")
 
 
+def test_a_pattern_within_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = BlockTopology.from_mask(MASK, 16, capacity=5)
+    layers = [
+        BlockSparseLinear(64, 48, topology=whole),
+        BlockSparseLinear(64, 48, topology=whole.with_random_positions("2:4")),
+    ]
+    for layer in layers:
+        nn.init.constant_(layer.values, 1.0)
+    path = tmp_path / "model.pt"
+    torch.save(nn.Sequential(*layers).state_dict(), path)
+    assert main(["inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header, _, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:])
+    shown = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    columns = "layer", "blocks", "density", "weight density", "max"
+    assert [tuple(row[column] for column in columns) for row in shown] == [
+        ("0", "3 of 16x16", "0.250", "0.250", "16"),
+        ("1", "3 of 16x16 at 2:4", "0.250", "0.125", "11.3"),  # the norm of 128 ones
+        ("total", f"{3 * 256 + 3 * 128:,} weights", "0.250", "0.188", ""),
+    ]
+    assert main(["inspect", str(path), "--layer", "1"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "1: 48x64, 3 of 3x4 blocks of 16x16 at 2:4, density 0.250, weight density 0.125\n"
+    )
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_repeated_layers(every: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def layer(columns: int, value: float) -> BlockSparseLinear:

@@ -119,6 +119,24 @@ def test_repeated_layers_share_a_row() -> None:
     ]
 
 
+def test_a_pattern_within_blocks_has_a_column_and_counts_in_the_parameters() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(64, 64), "down": nn.Linear(64, 32, bias=False)})
+    sparsify(model, block_size=16, density=0.25, include=["up"])
+    report = sparsify(model, block_size=16, density=0.5, nm="2:4", include=["up", "down"])
+    assert str(report).splitlines()[1:] == [
+        "layer  shape             blocks  density  weight density  parameters  before",
+        "----------------------------------------------------------------------------",
+        "up     64x64         4 of 16x16    0.250           0.250       1,088   4,160",
+        "down   32x64  4 of 16x16 at 2:4    0.500           0.250         512   2,048",
+        "----------------------------------------------------------------------------",
+        "total                              0.333           0.250       1,600   6,208",
+    ]
+    up, down = report.layers["up"], report.layers["down"]
+    assert (up.nm, up.weights, up.weight_density) == (None, 1024, 0.25)
+    assert (down.nm, down.weights, down.density, down.weight_density) == ("2:4", 512, 0.5, 0.25)
+    assert (report.density, report.weight_density) == (pytest.approx(1 / 3), 0.25)
+
+
 @pytest.mark.parametrize(
     ("model", "options"),
     [("Mixtral", {"num_local_experts": 4}), ("Qwen3Moe", {"num_experts": 4})],

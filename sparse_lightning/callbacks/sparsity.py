@@ -98,14 +98,14 @@ class SparsityCallback(Callback):
             (SET), "none", or a function or its dotted path.
         regrow: whether an update may grow a block that it has just dropped, which then keeps its
             weights (as in RigL).
-        regrow_inner: whether updates also exchange weights within the blocks that stay, with `nm`:
-            the drop fraction of them, by magnitude and gradient.
+        regrow_inner: whether an update also exchanges weights within blocks that stay, in the same
+            share; it has no effect without `nm`.
         rule: an `UpdateRule`, or its dotted path, that decides the whole update in place of `drop`
             and `grow`.
         token_stride: dense gradients use only every `token_stride`-th token, which makes updates
             proportionally faster.
         init: "random" keeps random blocks of the initial weights, rescaled; "magnitude" keeps the
-            blocks of largest norm.
+            blocks of largest norm, and with `nm` the largest weights in them.
         shrink: whether memory is released as the density falls, at most five times per fit. Turn
             it off if you capture a CUDA graph yourself.
         seed: seed of random blocks and random growth.
@@ -130,7 +130,7 @@ class SparsityCallback(Callback):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
         density: float | DensitySchedule | Mapping[str, Any] = 0.25,
-        nm: str | None = None,
+        nm: str | int | None = None,  # YAML reads an unquoted 2:4 as a number
         distribution: str | Distribution = "uniform",
         layer_density: Mapping[str, float] | None = None,
         floor: Floor | Mapping[str, Any] = _FLOOR,

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from transformers.utils import logging
 
-from sparse_lightning.savings import Savings, measure_savings
+from sparse_lightning.savings import Savings, measure_savings, weight_density_of
 from sparse_lightning.sparsifier import Sparsifier
+from sparse_lightning.swap_report import WEIGHT_DENSITY
 from sparse_lightning.tables import html_table
 
 
@@ -77,9 +78,11 @@ def describe_start(sparsifier: Sparsifier) -> str:
         sparsifier: the engine, attached to the optimizer.
     """
     report = sparsifier.report
+    share = weight_density_of(layer.topology for layer in sparsifier.layers.values())
+    weights = "" if share is None else f"{WEIGHT_DENSITY} {share:.3f}; "
     line = (
         f"Block-sparse training: layers {len(sparsifier.layers)}; linear layers left dense "
-        f"{len(report.skipped)}; density {sparsifier.density:.3f}; "
+        f"{len(report.skipped)}; density {sparsifier.density:.3f}; {weights}"
         f"{sparsifier.describe_schedule()}."
     )
     return " ".join(part for part in (line, report.coverage_note) if part)

@@ -28,6 +28,7 @@ from sparse_lightning.integrations.reporters import report_options, report_summa
 from sparse_lightning.kernels import measuring
 from sparse_lightning.policy.schedules import Timetable
 from sparse_lightning.policy.updates import ModelUpdate
+from sparse_lightning.savings import weight_density_of
 from sparse_lightning.selection import select_layers
 from sparse_lightning.sparsifier import Sparsifier
 from sparse_lightning.stepping import unwrap_optimizer
@@ -43,11 +44,11 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
     there is an optimizer; topology updates then run in the hooks of the optimizer. Each checkpoint
     gets a file `sparsity.pt`, and `train(resume_from_checkpoint=...)` resumes bit for bit. Another
     `train()` of the same model continues the schedule where it ended. The logs get
-    `sparsity/density`, and at the end a summary. The active run of W&B gets the options and the
-    summary, too, and so does TensorBoard at the end. The main process prints a line about layers
-    and schedule when a training starts, and one with the summary when it has ended, unless
-    Transformers' verbosity is that of errors. There is no history of the block masks, and hence no
-    run page.
+    `sparsity/density`, with `nm` also `sparsity/weight_density`, and at the end a summary. The
+    active run of W&B gets the options and the summary, too, and so does TensorBoard at the end. The
+    main process prints a line about layers and schedule when a training starts, and one with the
+    summary when it has ended, unless Transformers' verbosity is that of errors. There is no history
+    of the block masks, and hence no run page.
 
     If `model_init` builds the model, or the callback is added later, the layers are swapped when
     `train()` begins. On several ranks, and in order to resume, `model_init` must call `sparsify`
@@ -214,8 +215,11 @@ class SparsityTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ign
             return
         # The Trainer has already appended a copy of the logs to its history.
         entries = (logs, *state.log_history[-1:])
+        share = weight_density_of(layer.topology for layer in self.sparsifier.layers.values())
         for entry in entries:
             entry["sparsity/density"] = self.sparsifier.density
+            if share is not None:
+                entry["sparsity/weight_density"] = share
         # The Trainer logs "total_flos" after the last step, and may then load the best model, whose
         # layers may have more slots. An attached sparsifier's layers cannot change their capacity.
         if "total_flos" in logs:

@@ -21,10 +21,12 @@ T = TypeVar("T")
 
 _PREFIX = "sparsity/"
 _TABLE = "sparsity/layers"
-_COLUMNS = {field.name: field.name.replace("_", " ") for field in dataclasses.fields(LayerRow)}
+_COLUMNS = [field.name for field in dataclasses.fields(LayerRow)]
 # Summaries that W&B computes over a run, for metrics where the last value is not enough.
 _SUMMARIES = {
     "sparsity/density": "last,min",
+    "sparsity/weight_density": "last,min",
+    "sparsity/weight_churn": "max,mean",
     "sparsity/survival": "min,mean",
     "sparsity/churn": "max,mean",
     "sparsity/dead_rows": "last,max",
@@ -113,8 +115,11 @@ class LoggerAdapter:
             self.logger.log_metrics(scalars, step=step)
 
     def log_table(self, rows: Sequence[LayerRow], step: int) -> None:
-        """Log a table with one row per layer."""
-        self._try(lambda: self._log_table([dataclasses.astuple(row) for row in rows], step))
+        """Log a table with one row per layer; a column that is None in all of them is left out."""
+        empty = {key for key in _COLUMNS if rows and all(getattr(r, key) is None for r in rows)}
+        shown = [key for key in _COLUMNS if key not in empty]
+        cells = [[getattr(row, key) for key in shown] for row in rows]
+        self._try(lambda: self._log_table([key.replace("_", " ") for key in shown], cells, step))
 
     def _key(self, name: str) -> str:
         return _labelled(name, self._label)
@@ -127,7 +132,7 @@ class LoggerAdapter:
         """Log media, or return those to be logged in one call with the scalars."""
         return {}
 
-    def _log_table(self, rows: Sequence[tuple[Any, ...]], step: int) -> None:
+    def _log_table(self, header: list[str], rows: list[list[Any]], step: int) -> None:
         pass
 
     def _try(self, call: Callable[[], T]) -> T | None:
@@ -204,10 +209,10 @@ class WandbAdapter(LoggerAdapter):
                 media[f"block_norms/{name}"] = wandb.Histogram(np_histogram=bins)
         return media
 
-    def _log_table(self, rows: Sequence[tuple[Any, ...]], step: int) -> None:
+    def _log_table(self, header: list[str], rows: list[list[Any]], step: int) -> None:
         import wandb
 
-        table = wandb.Table(columns=list(_COLUMNS.values()), data=[list(row) for row in rows])
+        table = wandb.Table(columns=[*header], data=rows)
         self._log_metrics({self._key(_TABLE): table}, step)
 
 
@@ -234,12 +239,12 @@ class TensorBoardAdapter(LoggerAdapter):
                 writer.add_histogram(f"block_norms/{name}", layer.norms, step)
         return {}
 
-    def _log_table(self, rows: Sequence[tuple[Any, ...]], step: int) -> None:
+    def _log_table(self, header: list[str], rows: list[list[Any]], step: int) -> None:
         cells = [
             [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
             for row in rows
         ]
-        lines = [list(_COLUMNS.values()), ["---"] * len(_COLUMNS), *cells]
+        lines = [header, ["---"] * len(header), *cells]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         self.logger.experiment.add_text(self._key(_TABLE), text, step)
 

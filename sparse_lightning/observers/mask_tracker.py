@@ -22,6 +22,8 @@ class MaskTracker:
         present: masks of the same shape, the blocks that are present now.
         before: masks of the same shape, the blocks that were present before the latest update.
         grown: number of blocks grown by all updates together.
+        exchanged: number of weights that all updates together have exchanged within blocks.
+        block_weights: for each layer, how many weights a present block keeps, and of how many.
     """
 
     def __init__(self) -> None:
@@ -29,13 +31,18 @@ class MaskTracker:
         self.ever: dict[str, Tensor] = {}
         self.present: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}
-        self.grown = 0
+        self.grown = self.exchanged = 0
+        self.block_weights: dict[str, tuple[int, int]] = {}
 
     def start(self, layers: Mapping[str, BlockSparseLinear]) -> None:
         """Read the present blocks; keep `first` and `ever` of layers that are already known."""
         slots = copy_to_cpu([layer.topology.slots for layer in layers.values()])
         self.present = {name: grid >= 0 for name, grid in zip(layers, slots, strict=True)}
         self.before = dict(self.present)
+        self.block_weights = {
+            name: (layer.topology.weights_per_block, layer.block_size**2)
+            for name, layer in layers.items()
+        }
         self.first = {name: self.first.get(name, mask) for name, mask in self.present.items()}
         self.ever = {name: self.ever.get(name, mask) | mask for name, mask in self.present.items()}
 
@@ -50,12 +57,15 @@ class MaskTracker:
         self.before = dict(self.present)
         self.present.update(present)
         self.grown += sum(len(change.grown) for change in update.layers.values())
+        self.exchanged += sum(change.new_weights for change in update.layers.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return what cannot be read from the layers: CPU tensors and primitives."""
-        return {"first": dict(self.first), "ever": dict(self.ever), "grown": self.grown}
+        counts = {"grown": self.grown, "exchanged": self.exchanged}
+        return {"first": dict(self.first), "ever": dict(self.ever), **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.first, self.ever = dict(state["first"]), dict(state["ever"])
         self.grown = state["grown"]
+        self.exchanged = state.get("exchanged", 0)  # earlier versions exchanged none

@@ -92,7 +92,11 @@ def update_scalars(
     Over-Parameterization"); a block row or column is dead if it has no block, so that its outputs
     are dead or its inputs unread; a threshold is the smallest score of a block that stayed, omitted
     if there is none. `parameters` counts the present weights of the whole model; `flops_per_token`
-    is relative to the same model with all its linear layers dense.
+    is relative to the same model with all its linear layers dense, as `relative_flops` counts them.
+
+    If blocks keep only some of their weights (`nm`), `weight_density` is the share of weights;
+    `weights_exchanged` counts those that the update has exchanged within blocks that stayed, and
+    `weight_churn` is their share of the weights of these blocks.
     """
     changes = [*update.layers.values()]
     dropped = sum(len(change.dropped) for change in changes)
@@ -110,6 +114,10 @@ def update_scalars(
         "sparsity/parameters": float(count_parameters(model)),
         "sparsity/flops_per_token": relative_flops(model),
     }
+    if (density := weight_density(masks)) is not None:
+        scalars["sparsity/weight_density"] = density
+        scalars["sparsity/weights_exchanged"] = float(sum(c.new_weights for c in changes))
+        scalars["sparsity/weight_churn"] = _weight_churn(changes)
     if update.density_target is not None:
         scalars["sparsity/density_target"] = update.density_target
     for label, names in ({n: [n] for n in update.layers} if series is None else series).items():
@@ -127,6 +135,8 @@ def update_scalars(
             "dead_rows": float(sum(count_dead(mask)[0] for mask in present)),
             "dead_columns": float(sum(count_dead(mask)[1] for mask in present)),
         }
+        if any(change.positions is not None for change in changes):
+            metrics["weight_churn"] = _weight_churn(changes)
         if found := [threshold for threshold in thresholds if threshold is not None]:
             metrics["threshold"] = min(found)
         scalars |= {f"sparsity_{metric}/{label}": value for metric, value in metrics.items()}
@@ -141,6 +151,28 @@ def model_churn(update: ModelUpdate) -> float:
 def _churn(changes: Sequence[TopologyUpdate]) -> float:
     grown = sum(len(change.grown) for change in changes)
     return grown / max(1, sum(change.n_after for change in changes))
+
+
+def _weight_churn(changes: Sequence[TopologyUpdate]) -> float:
+    """Return the share of the weights of 2:4 sparse blocks that stayed which were exchanged."""
+    kept = 0
+    for change in changes:
+        if change.positions is not None:
+            _, rows, columns = change.positions.shape
+            kept += len(change.stayed) * rows * 4 * columns  # a byte describes four kept weights
+    return sum(change.new_weights for change in changes) / max(1, kept)
+
+
+def weight_density(masks: MaskTracker) -> float | None:
+    """Return kept weights / all weights of the layers; None if all blocks are whole."""
+    if all(kept == every for kept, every in masks.block_weights.values()):
+        return None
+    present = total = 0
+    for name, mask in masks.present.items():
+        kept, every = masks.block_weights[name]
+        present += int(mask.sum()) * kept
+        total += mask.numel() * every
+    return present / max(1, total)
 
 
 def _survival(changes: Sequence[TopologyUpdate]) -> float:
@@ -181,7 +213,10 @@ def drop_threshold(update: TopologyUpdate, drop_scores: Tensor | None) -> float 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer at the end of a training; parameter counts include the bias."""
+    """A layer at the end of a training; parameter counts include the bias.
+
+    `weight_density` is None if blocks are whole.
+    """
 
     name: str
     shape: str
@@ -194,6 +229,7 @@ class LayerRow:
     initial_left: float
     parameters_before: int
     parameters_after: int
+    weight_density: float | None = None
 
 
 def layer_row(name: str, layer: BlockSparseLinear, masks: MaskTracker) -> LayerRow:
@@ -216,6 +252,7 @@ def layer_row(name: str, layer: BlockSparseLinear, masks: MaskTracker) -> LayerR
         initial_left=int((first & present).sum()) / max(1, int(first.sum())),
         parameters_before=report.parameters_before,
         parameters_after=report.parameters_after,
+        weight_density=None if report.nm is None else report.weight_density,
     )
 
 

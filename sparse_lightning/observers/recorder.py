@@ -72,10 +72,11 @@ class MaskRecorder(Observer):
             "config": dict(self.config),
         }
         sizes = {name: layer.block_size for name, layer in fit.layers.items()}
+        patterns = {name: layer.nm for name, layer in fit.layers.items()}
         with self._stop_on_error():
             path = folder / (f"pattern-{fit.label}.history" if fit.label else HISTORY)
             self._writer = self._open(path.resolve(), fit.step)
-            self._writer.start(fit.step, _masks(fit), sizes, about)
+            self._writer.start(fit.step, _masks(fit), sizes, about, patterns)
             self.history = {"file": str(self._writer.path), "run": self._writer.run}
 
     def _open(self, path: Path, step: int) -> HistoryWriter:

@@ -35,6 +35,7 @@ class FitSummary(Savings):
         fit_updates: number of these that the latest fit made.
         dropped: number of blocks that these updates dropped.
         grown: number of blocks that these updates grew.
+        exchanged: number of weights that these updates exchanged within blocks that stayed.
         ever_active: blocks that were ever present / all blocks.
         dead: how many "dead outputs" and "unread inputs" these layers have at the end, if any.
         speedup: predicted dense time / time of these layers on this GPU; None if unknown.
@@ -50,6 +51,7 @@ class FitSummary(Savings):
     fit_updates: int
     dropped: int
     grown: int
+    exchanged: int
     ever_active: float
     dead: Mapping[str, int]
     speedup: float | None
@@ -61,13 +63,19 @@ class FitSummary(Savings):
             *self._fit(),
             ("density", self._density()),
             *super().rows(),
-            ("updates", f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"),
+            ("updates", self._updates()),
             ("ever active", f"{self.ever_active:.1%} of all blocks"),
             *((label, f"{count:,}") for label, count in self.dead.items()),
         ]
         if self.speedup is not None:
             rows.append(("predicted speed-up", f"{self.speedup:.2f} of these layers"))
         return rows
+
+    def _updates(self) -> str:
+        text = f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"
+        if self.weight_density is None:
+            return text
+        return f"{text}, {self.exchanged:,} weights exchanged within others"
 
     def _fit(self) -> list[tuple[str, str]]:
         """Return a line about the latest fit, if the other lines cover more than it."""
@@ -99,6 +107,8 @@ class FitSummary(Savings):
             "blocks_grown": self.grown,
             "ever_active": self.ever_active,
         }
+        if self.weight_density is not None:
+            found["weights_exchanged"] = self.exchanged
         found |= {kind.replace(" ", "_"): self.dead.get(kind, 0) for kind in DEAD_FEATURES}
         if self.speedup is not None:
             found["predicted_speedup"] = self.speedup
@@ -136,6 +146,7 @@ def summarise(fit: Fit) -> FitSummary:
         fit_updates=fit.n_updates - fit.earlier_updates,
         dropped=count_set(first) + masks.grown - count_set(present),
         grown=masks.grown,
+        exchanged=masks.exchanged,
         ever_active=share_set([*masks.ever.values()]),
         dead=count_dead_features(fit.layers, masks),
         speedup=speedup,

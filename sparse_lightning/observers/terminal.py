@@ -16,7 +16,7 @@ from sparse_lightning.observers.measures import count_dead_features, model_churn
 from sparse_lightning.observers.summary import FitSummary
 from sparse_lightning.policy.updates import ModelUpdate
 from sparse_lightning.sparsifier import Sparsifier
-from sparse_lightning.swap_report import DEAD_FEATURES, SparsityReport
+from sparse_lightning.swap_report import DEAD_FEATURES, WEIGHT_DENSITY, SparsityReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,10 +70,12 @@ def show_report(report: SparsityReport, callback: str = "") -> None:
     header, rows = report.table()
     totals = dict(zip(header, rows[-1], strict=True))
     suffix = f" ({callback})" if callback else ""
-    dead = "".join(f"; {name} {totals[name]}" for name in DEAD_FEATURES if name in totals)
+    more = "".join(
+        f"; {name} {totals[name]}" for name in (WEIGHT_DENSITY, *DEAD_FEATURES) if name in totals
+    )
     line = (
         f"Block-sparse layers{suffix}: {len(report.layers)}; linear layers left dense: "
-        f"{len(report.skipped)}; density {report.density_text}{dead}; parameters "
+        f"{len(report.skipped)}; density {report.density_text}{more}; parameters "
         f"{totals['before']} -> {totals['parameters']}."
     )
     copies = "; ".join(f"{copy} follows {source}" for copy, source in report.follows.items())

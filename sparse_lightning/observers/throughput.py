@@ -76,8 +76,8 @@ class Throughput:
 
         Model FLOPs utilisation (MFU) is relative to the peak FLOP/s of the device. A token takes 6
         FLOPs per weight of a linear layer: two each for the forward pass, the gradient of the input
-        and the gradient of the weight. `mfu` counts present weights; `mfu_dense` counts the weights
-        of the dense model, as if it ran at the same speed.
+        and the gradient of the weight. `mfu` counts present weights, as `linear_weights` does;
+        `mfu_dense` counts the weights of the dense model, as if it ran at the same speed.
 
         Args:
             weights: numbers of present and dense weights in linear layers from now on.

@@ -10,6 +10,7 @@ import torch
 from sparse_lightning.arguments import find_builder, find_device
 from sparse_lightning.bench.environment import describe_environment, environment_line
 from sparse_lightning.names import DEFAULT_EXCLUDE
+from sparse_lightning.nm_pattern import PATTERNS
 from sparse_lightning.planning.measure import PRECISIONS
 from sparse_lightning.planning.planner import CHECKS, DENSITIES, DISTRIBUTIONS, plan
 from sparse_lightning.tables import show
@@ -30,6 +31,8 @@ examples:
   only the MLPs, with blocks of 64 and 128; and measure the fastest setting:
     sparse-lightning plan project.model:build --input 8,2048,int64 \\
         --include "re:.*mlp.*" --block-sizes 64 128 --check
+  memory with only two of each four weights within blocks:
+    sparse-lightning plan project.model:build --nm 2:4
   the error of the expected step for one setting of a model with two inputs:
     sparse-lightning plan project.model:build --input 64,3,224,224 --input 64,10 \\
         --block-sizes 32 --densities .1 --check
@@ -50,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--densities", type=float, nargs="+", default=DENSITIES, metavar="D",
         help="densities in (0, 1]; "
         f"default: {' '.join(f'{d:g}' for d in DENSITIES)}")  # fmt: skip
+    add("--nm", choices=PATTERNS, default=None,
+        help="keep two of each four weights within blocks, which halves parameters and memory; the "
+        "expected time is about that of whole blocks, which kernels multiply")  # fmt: skip
     add("--include", nargs="+", default=("*",), metavar="PATTERN",
         help="layers to make block-sparse, as in the callback; default: all")  # fmt: skip
     add("--exclude", nargs="*", default=DEFAULT_EXCLUDE, metavar="PATTERN",
@@ -83,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
         options.input,
         block_sizes=options.block_sizes,
         densities=options.densities,
+        nm=options.nm,
         include=options.include,
         exclude=options.exclude,
         distribution=options.distribution,

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparse_lightning.kernels.speedups import Shape
 from sparse_lightning.linear import dense_shape
+from sparse_lightning.nm_pattern import kept_share
 from sparse_lightning.selection import linear_layers
 
 # Tensors in memory per parameter: a trained one has a gradient and AdamW's two moments.
@@ -153,6 +154,7 @@ def model_cost(
     block_size: int = 1,
     n_blocks: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
+    nm: str | None = None,
 ) -> Cost:
     """Return the cost, except time, of a model in which some layers may be block-sparse.
 
@@ -161,12 +163,15 @@ def model_cost(
         block_size: block size of those layers.
         n_blocks: number of present blocks by layer.
         dtype: dtype to which floating-point parameters are cast; None keeps theirs.
+        nm: "2:4" if only two of each four weights within blocks are kept, and count; else None.
 
     >>> layer = nn.Sequential(nn.Linear(32, 32, bias=False))
     >>> model_cost(layer)
     Cost(parameters=1024, trained=1024, memory=16384, flops=6144, step=None, peak=None)
     >>> model_cost(layer, block_size=16, n_blocks={"0": 1})
     Cost(parameters=256, trained=256, memory=4096, flops=1536, step=None, peak=None)
+    >>> model_cost(layer, block_size=16, n_blocks={"0": 1}, nm="2:4")
+    Cost(parameters=128, trained=128, memory=2048, flops=768, step=None, peak=None)
     """
 
     def memory(parameter: nn.Parameter, numel: int) -> int:
@@ -179,7 +184,7 @@ def model_cost(
     total = sum(memory(p, p.numel()) for p in model.parameters())
     shapes = [dense_shape(layer) for _, layer in linear_layers(model)]
     weights = sum(rows * columns for rows, columns in shapes)
-    for weight, absent in _absent_weights(model, block_size, present):
+    for weight, absent in _absent_weights(model, block_size, present, nm):
         parameters -= absent
         trained -= absent if weight.requires_grad else 0
         total -= memory(weight, absent)
@@ -188,28 +193,32 @@ def model_cost(
 
 
 def gradient_bytes(
-    model: nn.Module, block_size: int, n_blocks: Mapping[str, int], dtype: torch.dtype | None
+    model: nn.Module,
+    block_size: int,
+    n_blocks: Mapping[str, int],
+    dtype: torch.dtype | None,
+    nm: str | None = None,
 ) -> int:
-    """Return the bytes of gradients that the absent blocks of layers would have.
+    """Return the bytes of gradients that the absent weights of layers would have.
 
     Args:
-        model, block_size, n_blocks, dtype: as for `model_cost`.
+        model, block_size, n_blocks, dtype, nm: as for `model_cost`.
     """
     return sum(
         absent * (dtype or weight.dtype).itemsize
-        for weight, absent in _absent_weights(model, block_size, n_blocks)
+        for weight, absent in _absent_weights(model, block_size, n_blocks, nm)
         if weight.requires_grad
     )
 
 
 def _absent_weights(
-    model: nn.Module, block_size: int, n_blocks: Mapping[str, int]
+    model: nn.Module, block_size: int, n_blocks: Mapping[str, int], nm: str | None
 ) -> Iterator[tuple[nn.Parameter, int]]:
     """Yield the weight of each block-sparse layer, and how many of its elements are absent."""
     for name, blocks in n_blocks.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        yield weight, weight.numel() - blocks * block_size**2
+        yield weight, weight.numel() - round(blocks * block_size**2 * kept_share(nm))
 
 
 def expected_step(
@@ -218,12 +227,15 @@ def expected_step(
     densities: Mapping[str, float],
     speedup: Callable[[Product, float], float],
     trained_share: float,
+    kept: float = 1.0,
+    whole_blocks: Callable[[str, Product], float] = lambda name, product: 0.0,
 ) -> float:
     """Return the expected seconds of a step with block-sparse layers.
 
     In the dense step, the dense products of these layers are replaced by block-sparse ones, and
     activations between two of them are fused. The time of casts scales with the density, and that
-    of the optimizer with the trained parameters.
+    of the optimizer with the trained parameters. Kernels multiply whole blocks, also of layers that
+    keep only some of the weights of a block.
 
     Args:
         dense: times of the dense model.
@@ -231,6 +243,9 @@ def expected_step(
         densities: densities of the block-sparse layers by name.
         speedup: function that returns dense time / block-sparse time of a product at a density.
         trained_share: share of the trained parameters that remain.
+        kept: share of the weights of present blocks that are kept, and cast.
+        whole_blocks: function that returns the seconds in which a product of a layer, given by its
+            name, makes whole blocks of the kept weights, or takes these out of whole blocks.
 
     >>> fwd = Product("fwd", (8, 16, 16), torch.float32)
     >>> times = DenseTimes(step=10.0, optimizer=2.0, launch=0.0, products={fwd: 3.0}, casts={})
@@ -242,10 +257,11 @@ def expected_step(
     for name, density in densities.items():
         casts = dense.casts.get(name, 0.0)
         before += casts
-        after += casts * density
+        after += casts * density * kept
         for product, count in counts[name].items():
             before += count * dense.products[product]
-            after += count * dense.products[product] / speedup(product, density)
+            seconds = dense.products[product] / speedup(product, density)
+            after += count * (seconds + whole_blocks(name, product))
     for names, saved in dense.fusions.items():
         if all(name in densities for name in names):
             before += saved
@@ -259,11 +275,12 @@ def expected_peak(
     """Return the most bytes that a step with block-sparse layers is expected to allocate.
 
     The peak is at the end of the forward or in the optimizer's step, whichever is higher, and some
-    bytes above it, which stay the same.
+    bytes above it, which stay the same. The whole blocks that one product makes of kept weights are
+    not included.
 
     Args:
         dense: memory of the dense model.
-        densities: densities of the block-sparse layers by name.
+        densities: shares of the weights that the block-sparse layers keep, by name.
         absent: bytes of absent weights, of their gradients and moments.
         absent_gradients: bytes of their gradients, which do not exist during the forward.
 

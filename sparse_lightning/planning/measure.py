@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from sparse_lightning.arguments import Input, random_inputs
 from sparse_lightning.bench.problem import Problem
 from sparse_lightning.fusion import find_parts
-from sparse_lightning.kernels import choice, measuring
+from sparse_lightning.kernels import choice, cpu, cuda, measuring
 from sparse_lightning.kernels.timing import device_times, speedup
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.mlp import MLPParts, activation_name
+from sparse_lightning.nm_pattern import random_positions
 from sparse_lightning.planning.costs import (
     DenseMemory,
     DenseTimes,
@@ -370,6 +371,38 @@ class ProductSpeedups:
             measured = Product(op, product.shape, product.dtype)
             ratio = speedup(samples[i], samples[i + len(dense)])
             self._cache[measured, block_size, density] = ratio
+
+
+class WholeBlocks:
+    """Seconds in which products make whole blocks of 2:4 sparse ones, or the reverse, measured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cache: dict[tuple[int, int, torch.dtype], tuple[float, float]] = {}
+
+    def seconds(self, product: Product, block_size: int, n_blocks: int) -> float:
+        """Return the seconds that a product of a layer with these blocks takes for it.
+
+        The forward and dX make whole blocks of the kept weights; dW, whose result is whole blocks,
+        takes the gradients of the kept weights out of them.
+        """
+        key = (block_size, n_blocks, product.dtype)
+        if key not in self._cache:
+            self._cache[key] = self._measure(*key)
+        expand, compress = self._cache[key]
+        return compress if product.op == "dw" else expand
+
+    def _measure(self, size: int, n_blocks: int, dtype: torch.dtype) -> tuple[float, float]:
+        backend = cuda if self._device.type == "cuda" else cpu
+        positions = random_positions(n_blocks, size).to(self._device)
+        blocks = torch.zeros(n_blocks, size, size, dtype=dtype, device=self._device)
+        values = backend.compress(blocks, positions)
+        functions: list[Callable[[], object]] = [
+            lambda: backend.expand(values, positions),
+            lambda: backend.compress(blocks, positions),
+        ]
+        expand, compress = _median_seconds(functions, self._device)
+        return expand, compress
 
 
 def _uses_tables(product: Product) -> bool:

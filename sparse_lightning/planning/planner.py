@@ -14,6 +14,7 @@ from torch import nn
 from sparse_lightning.arguments import Input, find_device
 from sparse_lightning.linear import dense_shape
 from sparse_lightning.names import DEFAULT_EXCLUDE, check_follow, check_option
+from sparse_lightning.nm_pattern import check_nm, kept_share
 from sparse_lightning.patching import sparsify
 from sparse_lightning.planning.costs import (
     Check,
@@ -28,6 +29,7 @@ from sparse_lightning.planning.measure import (
     PRECISIONS,
     ProductSpeedups,
     Training,
+    WholeBlocks,
     count_tokens,
     dense_memory,
     dense_times,
@@ -52,6 +54,7 @@ def plan(
     *,
     block_sizes: Sequence[int] = BLOCK_SIZES,
     densities: Sequence[float] = DENSITIES,
+    nm: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     distribution: str = "uniform",
@@ -68,12 +71,19 @@ def plan(
     that kernels fuse are taken to cost less than half as much as separate ones. Copies, such as the
     layers of a target network, have the density of their source layers.
 
+    With `nm`, parameters, memory and FLOPs are those of the weights that blocks keep. The step is
+    that of whole blocks, which today's kernels multiply, and the time in which each product makes
+    whole blocks of the kept weights, or takes these out of whole blocks, which is measured on the
+    device. The expected peak lacks the whole blocks that one product makes.
+
     Args:
         model: dense model, of which a copy is measured, or a function that builds it, which avoids
             the copy. Without inputs the function runs on the meta device, if possible.
         inputs: inputs of its `forward`: sizes and an optional dtype, as "8,128,int64", one string
             per input. Without them nothing is measured.
         block_sizes, densities: block sizes and densities to compare.
+        nm: "2:4" to keep two of each four weights within blocks, as for `sparsify`; None to keep
+            all.
         include, exclude: name patterns of layers, as for `sparsify`.
         distribution: distribution of the budget among layers, as for `sparsify`.
         follow: copies that cannot be recognised by their weights, as for `sparsify`; on the meta
@@ -99,6 +109,7 @@ def plan(
     follow = follow or {}
     check_follow(follow)
     _check(specs, block_sizes, densities, distribution, precision, check)
+    nm = check_nm(nm)
     dtype = PRECISIONS[precision][0]
 
     with _restored_state(device):
@@ -108,6 +119,7 @@ def plan(
         layers, follows, skipped, unfit = _find_layers(
             dense, sorted({*block_sizes}), include, exclude, follow
         )
+        layer_blocks: dict[Setting, dict[str, int]] = {}
         layer_densities: dict[Setting, dict[str, float]] = {}
         absent_gradients: dict[Setting, int] = {}
         for block_size in sorted({*block_sizes} - unfit.keys()):
@@ -122,12 +134,12 @@ def plan(
                 for name, source in follows.items():
                     if source in grids:
                         blocks[name], own[name] = blocks[source], own[source]
-                cost = model_cost(dense, block_size, blocks, dtype)
+                cost = model_cost(dense, block_size, blocks, dtype, nm)
                 setting = Setting(
                     **vars(cost), block_size=block_size, density=density, speedup=None
                 )
-                layer_densities[setting] = own
-                absent_gradients[setting] = gradient_bytes(dense, block_size, blocks, dtype)
+                layer_blocks[setting], layer_densities[setting] = blocks, own
+                absent_gradients[setting] = gradient_bytes(dense, block_size, blocks, dtype, nm)
         result = Plan(
             model=type(dense).__name__,
             layers=layers,
@@ -137,12 +149,13 @@ def plan(
             precision=precision,
             dense=model_cost(dense, dtype=dtype),
             settings=[*layer_densities],
+            nm=nm,
         )
         if not specs:
             return result
         try:
             training = Training(dense, specs, precision, device)
-            result = _add_steps(result, layer_densities, absent_gradients, training)
+            result = _add_steps(result, layer_blocks, layer_densities, absent_gradients, training)
             del dense, training
 
             def check_setting(setting: Setting) -> Check:
@@ -152,6 +165,7 @@ def plan(
                     sparse,
                     block_size=setting.block_size,
                     density=setting.density,
+                    nm=nm,
                     include=include,
                     exclude=exclude,
                     distribution=distribution,
@@ -181,6 +195,7 @@ def plan(
 
 def _add_steps(
     result: Plan,
+    layer_blocks: Mapping[Setting, Mapping[str, int]],
     layer_densities: Mapping[Setting, Mapping[str, float]],
     absent_gradients: Mapping[Setting, int],
     training: Training,
@@ -190,7 +205,8 @@ def _add_steps(
     fused = dict(fused_layers(training.model, names))
     times, counts = dense_times(training, names, fused)
     memory = dense_memory(training, names, counts, fused)
-    speedups = ProductSpeedups(training.device)
+    speedups, whole = ProductSpeedups(training.device), WholeBlocks(training.device)
+    kept = kept_share(result.nm)
     speedups.prepare(
         (product, setting.block_size)
         for setting, densities in layer_densities.items()
@@ -203,12 +219,18 @@ def _add_steps(
         def speedup(product: Product, density: float, size: int = setting.block_size) -> float:
             return speedups.get(product, size, density)
 
+        def whole_blocks(name: str, product: Product, setting: Setting = setting) -> float:
+            if result.nm is None:
+                return 0.0
+            return whole.seconds(product, setting.block_size, layer_blocks[setting][name])
+
         trained_share = setting.trained / result.dense.trained
-        step = expected_step(times, counts, densities, speedup, trained_share)
+        step = expected_step(times, counts, densities, speedup, trained_share, kept, whole_blocks)
         peak = None
         if memory is not None:
             absent = result.dense.memory - setting.memory
-            peak = expected_peak(memory, densities, absent, absent_gradients[setting])
+            shares = {name: kept * density for name, density in densities.items()}
+            peak = expected_peak(memory, shares, absent, absent_gradients[setting])
         settings.append(replace(setting, step=step, speedup=times.step / step, peak=peak))
     layers = {
         name: replace(layer, tokens=count_tokens(counts[name]))

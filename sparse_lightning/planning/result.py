@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparse_lightning.names import merge_similar
+from sparse_lightning.nm_pattern import kept_share
 from sparse_lightning.planning.costs import Check, Cost, Setting
+from sparse_lightning.swap_report import WEIGHT_DENSITY
 from sparse_lightning.tables import Section, as_text
 
 
@@ -43,6 +45,7 @@ class Plan:
             all come from tables for the GPU.
         checks: comparisons of expected with measured steps.
         follows: copies that would have the blocks of one of `layers`: `{copy: source}`.
+        nm: "2:4" if only two of each four weights within blocks are kept; None if all are.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Plan:
     measured: bool | None = None
     checks: Sequence[Check] = ()
     follows: Mapping[str, str] = field(default_factory=dict)
+    nm: str | None = None
 
     @property
     def best(self) -> Setting | None:
@@ -121,15 +125,25 @@ class Plan:
 
     def _cost_section(self) -> Section:
         timed = self.launch is not None
-        rows = [("dense", "", *_cells(self.dense), *(["1.00", ""] if timed else []))]
+        blank = ("",) if self.nm is None else ("", "")
+        rows = [("dense", *blank, *_cells(self.dense), *(["1.00", ""] if timed else []))]
         for setting in self.settings:
             speedup = [f"{setting.speedup:.2f}", self._remark(setting)] if setting.speedup else []
-            label = f"blocks of {setting.block_size}"
-            rows.append((label, f"{setting.density:g}", *_cells(setting), *speedup))
+            rows.append((*self._setting_cells(setting), *_cells(setting), *speedup))
         peak = ("peak memory",) if self.dense.peak else ()
-        header = ("layers", "density", "parameters", "memory", "FLOPs")
+        header = (*self._setting_header, "parameters", "memory", "FLOPs")
         times = ("step", *peak, "speed-up", "remark") if timed else ()
         return Section("Cost of the model", header + times, rows, self._remarks())
+
+    @property
+    def _setting_header(self) -> tuple[str, ...]:
+        return "layers", "density", *([] if self.nm is None else [WEIGHT_DENSITY])
+
+    def _setting_cells(self, setting: Setting | Check) -> list[str]:
+        label, density = f"blocks of {setting.block_size}", f"{setting.density:g}"
+        if self.nm is None:
+            return [label, density]
+        return [f"{label} at {self.nm}", density, f"{setting.density * kept_share(self.nm):g}"]
 
     def _remark(self, setting: Setting) -> str:
         if setting.speedup is None or setting.speedup < 1:
@@ -148,6 +162,12 @@ class Plan:
             "layers in forward and backward: 6 per weight for a token, or for a sample that has no "
             "tokens."
         ]
+        if self.nm is not None:
+            remarks.append(
+                f"Blocks keep two of each four weights ({self.nm}): parameters, memory and FLOPs "
+                "are those of the kept weights, and which ones these are takes two bits more for "
+                "each. Kernels multiply whole blocks, so FLOPs do not tell the time."
+            )
         if self.dense.peak:
             remarks.append(
                 "Peak memory is the most that a step allocates, with activations: measured for the "
@@ -167,6 +187,11 @@ class Plan:
                 f"by block-sparse ones ({products}) and AdamW's time in proportion to the "
                 "parameters."
             )
+            if self.nm is not None:
+                remarks.append(
+                    "The expected steps include the measured time in which products make whole "
+                    "blocks of the kept weights."
+                )
             if self.launch:
                 remarks.append(
                     f"The host takes {_milliseconds(self.launch)} to launch a step; no step is "
@@ -181,13 +206,12 @@ class Plan:
         return Section(
             "Expected and measured steps",
             (
-                *("layers", "density", "expected", "measured", "error", "speed-up"),
+                *(*self._setting_header, "expected", "measured", "error", "speed-up"),
                 *(("peak, expected", "measured", "error") if self.dense.peak else ()),
             ),
             [
                 (
-                    f"blocks of {check.block_size}",
-                    f"{check.density:g}",
+                    *self._setting_cells(check),
                     _milliseconds(check.expected),
                     _milliseconds(check.measured),
                     f"{check.error:+.1%}",

@@ -138,7 +138,8 @@ function showCell() {
   $("readout").setAttribute("aria-live", state.playing ? "off" : "polite");
   if (state.cell === null) {
     $("readout").replaceChildren(element("span",
-      `Point at a block or tap it. Each block is ${layer.block_size} × ${layer.block_size} weights.`));
+      `Point at a block or tap it. Each block is ${layer.block_size} × ${layer.block_size} weights`
+        + `${layer.nm === null ? "" : `, of which two of each four in a row are kept (${layer.nm})`}.`));
     return;
   }
   const [row, column] = state.cell;
@@ -511,14 +512,18 @@ function buildMetrics() {
 
 // -- the table ------------------------------------------------------------------------------------
 
+/** Whether blocks of any layer keep only some of their weights. */
+const PATTERNS = data.layers.some((layer) => layer.nm !== null);
+
 const COLUMNS = [
   ["Layer", groupName, (value) => value],
   ["Shape", (layer) => layer.grid[0] * layer.grid[1] * layer.block_size ** 2,
     (_, layer) => layer.grid.map((n) => n * layer.block_size).join("×")],
-  ["Block size", (layer) => layer.block_size, whole],
+  ["Block size", (layer) => layer.block_size, (n, { nm }) => (nm === null ? whole(n) : `${whole(n)} at ${nm}`)],
   ["Blocks", (layer) => layer.row.present,
     (n, { grid, layers }) => `${whole(n)} of ${whole(grid[0] * grid[1] * layers.length)}`],
   ["Density", (layer) => layer.row.density, percent],
+  ...(PATTERNS ? [["Weight density", (layer) => layer.row.weight_density ?? layer.row.density, percent]] : []),
   ["Ever active", (layer) => layer.row.ever, percent],
   ["Dead outputs", (layer) => layer.row.dead_outputs, whole],
   ["Unread inputs", (layer) => layer.row.unread_inputs, whole],
@@ -557,12 +562,13 @@ function buildHeader() {
   const { weights, layers, updates, frames, recorded } = data;
   $("title").textContent = data.title;
   const changed = data.layers.some((layer) => layer.row.replaced > 0 || layer.row.ever !== layer.row.density);
-  const first = weights.first / weights.dense;
-  const end = weights.last / weights.dense;
-  const density = percent(first) === percent(end)
-    ? `stayed at ${percent(end)}` : `went from ${percent(first)} to ${percent(end)}`;
+  const told = (first, end) => (percent(first) === percent(end)
+    ? `stayed at ${percent(end)}` : `went from ${percent(first)} to ${percent(end)}`);
+  const density = told(...data.density);
   $("lede").textContent = `How the weight blocks of ${many(layers.length, "layer")} changed. The density ${density} in `
-    + `${many(updates, "update")}.`;
+    + `${many(updates, "update")}.`
+    + (PATTERNS ? " Blocks keep two of each four weights in a row (2:4), so the share of weights "
+      + `${told(weights.first / weights.dense, weights.last / weights.dense)}.` : "");
   $("gaps").textContent = data.gaps;
   $("gaps").hidden = data.gaps === "";
   const facts = [

@@ -213,6 +213,7 @@ def page_data(history: History, title: str) -> dict[str, Any]:
                 "name": name,
                 "grid": list(layer.grid),
                 "block_size": layer.block_size,
+                "nm": layer.nm,
                 "row": _table_row([layer], [counts], ages[-1:]),
                 "animation": animation(layer, shown),
                 "scores": _scores(layer, scored, shown, steps),
@@ -227,6 +228,7 @@ def page_data(history: History, title: str) -> dict[str, Any]:
         "seconds": [min(m.seconds for m in moments), max(m.seconds for m in moments)],
         "updates": sum(frame.number > 0 for frame in history.frames),
         "gaps": gaps_text(history.gaps),
+        "density": _density(history, layer_counts),
         "weights": _weights(history, layer_counts),
         "recorded": len(steps),
         "frames": [
@@ -253,16 +255,18 @@ def _groups(
     """Return the layers that are alike in all but the numbers in their names, and their row."""
     layers = list(history.layers.values())
     index = {name: i for i, name in enumerate(history.layers)}
-    kinds = [(name, (layer.grid, layer.block_size)) for name, layer in history.layers.items()]
+    kinds = [
+        (name, (layer.grid, layer.block_size, layer.nm)) for name, layer in history.layers.items()
+    ]
     groups = []
-    for label, names, (grid, block_size) in group_similar(kinds):
+    for label, names, (grid, block_size, nm) in group_similar(kinds):
         members = [index[name] for name in names]
         row = _table_row(
             [layers[i] for i in members],
             [layer_counts[i] for i in members],
             [ages[i] for i in members],
         )
-        kind = {"grid": list(grid), "block_size": block_size}
+        kind = {"grid": list(grid), "block_size": block_size, "nm": nm}
         groups.append({"name": label, "layers": members, **kind, "row": row})
     return groups
 
@@ -277,9 +281,12 @@ def _table_row(
     finite = scores[np.isfinite(scores)]
     present_ages = np.concatenate(ages)[masks]
     total = sum_counts(layer_counts)
+    density = total.present[-1] / masks.size
+    kept = layers[0].weights_per_block / layers[0].block_size ** 2
     return {
         "present": total.present[-1],
-        "density": rounded(total.present[-1] / masks.size),
+        "density": rounded(density),
+        **({} if layers[0].nm is None else {"weight_density": rounded(density * kept)}),
         "ever": rounded(total.ever[-1] / masks.size),
         "dead_outputs": total.dead_outputs[-1],
         "unread_inputs": total.unread_inputs[-1],
@@ -313,13 +320,28 @@ def _scores(
 
 
 def _weights(history: History, layer_counts: list[BlockCounts]) -> dict[str, int]:
-    """Return the number of weights if dense, at the first frame, and at the last."""
+    """Return the number of weights if dense, and of those kept at the first frame and the last."""
     pairs = list(zip(history.layers.values(), layer_counts, strict=True))
     return {
-        "dense": sum(math.prod(layer.grid) * layer.block_size**2 for layer, _ in pairs),
-        "first": sum(counts.present[0] * layer.block_size**2 for layer, counts in pairs),
-        "last": sum(counts.present[-1] * layer.block_size**2 for layer, counts in pairs),
+        "dense": count_dense_weights(history),
+        "first": sum(counts.present[0] * layer.weights_per_block for layer, counts in pairs),
+        "last": sum(counts.present[-1] * layer.weights_per_block for layer, counts in pairs),
     }
+
+
+def _density(history: History, layer_counts: list[BlockCounts]) -> list[float]:
+    """Return the share of the weights that present blocks cover at the first frame and the last."""
+    pairs = list(zip(history.layers.values(), layer_counts, strict=True))
+    dense = max(1, count_dense_weights(history))
+    return [
+        sum(counts.present[i] * layer.block_size**2 for layer, counts in pairs) / dense
+        for i in (0, -1)
+    ]
+
+
+def count_dense_weights(history: History) -> int:
+    """Return the number of weights of the layers if they were dense."""
+    return sum(math.prod(layer.grid) * layer.block_size**2 for layer in history.layers.values())
 
 
 def _metrics(history: History) -> list[dict[str, Any]]:

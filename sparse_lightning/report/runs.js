@@ -177,7 +177,7 @@ function drawMasks() {
     masks.draw(canvas);
     const [outputs, inputs] = masks.layer.grid.map((n) => whole(n * masks.layer.block_size));
     text.textContent = `${percent(masks.count().present / masks.blocks)} since step ${whole(run.frames[frame])} · `
-      + `${outputs}×${inputs} in blocks of ${masks.layer.block_size}`;
+      + `${outputs}×${inputs} in blocks of ${masks.layer.block_size}${masks.layer.nm === null ? "" : ` at ${masks.layer.nm}`}`;
   }
 }
 
@@ -195,6 +195,7 @@ function begin() {
   const [low, high] = [Math.min(...densities), Math.max(...densities)].map(percent);
   $("lede").textContent = `${many(runs.length, "run")}, with ${many(data.options.length, "option")} in which they differ. `
     + `Their final density is ${low === high ? low : `${low} to ${high}`}.`;
+  $("patterns").hidden = !runs.some((run) => Object.values(run.layers).some((layer) => layer.nm !== null));
   const gaps = runs.filter((run) => run.gaps).map((run) => `${run.name}: ${run.gaps}`);
   $("gaps").textContent = gaps.join(" ");
   $("gaps").hidden = gaps.length === 0;

@@ -21,6 +21,7 @@ from sparse_lightning.report.page_data import (
     animation,
     as_text,
     count_blocks,
+    count_dense_weights,
     curves,
     evenly_spaced,
     flatten,
@@ -92,7 +93,7 @@ def run_data(history: History, n_frames: int) -> dict[str, Any]:
     layer_counts = [count_blocks(layer, steps)[0] for layer in history.layers.values()]
     total = curves(sum_counts(layer_counts), n_blocks)
     weights = present_weights(history, layer_counts)
-    dense = sum(math.prod(layer.grid) * layer.block_size**2 for layer in history.layers.values())
+    dense = count_dense_weights(history)
     seconds = max(m.seconds for m in moments) - min(m.seconds for m in moments)
     points = evenly_spaced(len(steps), MAX_POINTS)
     shown = frames_by_progress(steps, first, last, n_frames)
@@ -115,6 +116,7 @@ def run_data(history: History, n_frames: int) -> dict[str, Any]:
             name: {
                 "grid": list(layer.grid),
                 "block_size": layer.block_size,
+                "nm": layer.nm,
                 "animation": animation(layer, shown),
             }
             for name, layer in history.layers.items()
@@ -187,9 +189,12 @@ def best_is(metric: str) -> str:
 
 
 def present_weights(history: History, layer_counts: Sequence[BlockCounts]) -> list[int]:
-    """Return the number of present weights of all layers at each frame."""
+    """Return the number of present weights of all layers at each frame.
+
+    Of blocks with a 2:4 pattern, only the weights that they keep are present.
+    """
     of_layers = [
-        [n * layer.block_size**2 for n in counts.present]
+        [n * layer.weights_per_block for n in counts.present]
         for layer, counts in zip(history.layers.values(), layer_counts, strict=True)
     ]
     return [sum(values) for values in zip(*of_layers, strict=True)] or [0] * len(history.frames)

@@ -157,5 +157,5 @@ def assert_valid(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer, blo
     held = {"values": layer.values.detach(), **optimizer.state[layer.values]}
     for name, tensor in held.items():
         if tensor.dim():
-            assert tensor.shape == (topology.capacity, size, size), name
+            assert tensor.shape == topology.values_shape, name
             assert not tensor[empty.to(tensor.device)].any(), name

@@ -160,6 +160,21 @@ def test_a_line_at_the_start_and_one_at_the_end(
     assert end == f"{summary}"
     assert end.startswith("Block-sparse training has ended: layers 2; steps 24; density 0.250; ")
     assert f"parameters {summary.parameters:,} of {summary.dense_parameters:,} dense" in end
+    assert "weight" not in start + end
+
+
+def test_the_share_of_weights_is_told_where_blocks_have_a_pattern(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparsity = SparsityTrainerCallback(**RIGL, nm="2:4")
+    training = trainer(tmp_path, Net(), sparsity)
+    training.train()
+    out = capsys.readouterr().out
+    assert "density 1.000; weight density 0.500; topology updates" in out
+    assert "; density 0.250; weight density 0.125, with 2:4 patterns within blocks; " in out
+    log = training.state.log_history
+    assert log[-1]["sparsity/weight_density"] == 0.125
+    assert all(e["sparsity/weight_density"] == e["sparsity/density"] / 2 for e in log)
 
 
 def test_each_training_says_where_the_schedule_stands(

@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from sparse_lightning import BlockSparseLinear, BlockTopology, SparsityCallback
 from sparse_lightning.masks import mask_image
 from sparse_lightning.observers import monitor, throughput
+from sparse_lightning.observers.loggers import LoggerAdapter
 from sparse_lightning.observers.mask_tracker import MaskTracker
 from sparse_lightning.observers.measures import layer_row, layer_series, update_scalars
 from sparse_lightning.observers.throughput import Throughput
-from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate
+from sparse_lightning.policy.updates import ModelUpdate, TopologyUpdate, with_positions
 from sparse_lightning.savings import (
     count_parameters,
     linear_weights,
@@ -101,6 +103,42 @@ def test_scalars_by_hand() -> None:
     )
 
 
+def patterned_example() -> tuple[nn.Module, ModelUpdate, MaskTracker]:
+    """The same with a 2:4 pattern, of which the update has changed a group in slot 1, (0, 1)."""
+    model, update, _ = worked_example()
+    old = torch.full((4, 16, 2), 0b0100_0100, dtype=torch.uint8)
+    new = old.clone()
+    new[1, 0, 0] = 0b0100_1101  # in place of the weights 0 and 1 of its first four, 1 and 3
+    now, first = model[0].topology, topology(".xx.", "x..x")
+    masks = MaskTracker()
+    layer = BlockTopology(first.coords, first.grid, 16, old)
+    masks.start({"0": BlockSparseLinear(64, 32, topology=layer)})
+    layer = BlockTopology(now.coords, now.grid, 16, new)
+    model = nn.Sequential(BlockSparseLinear(64, 32, topology=layer), nn.Linear(32, 4))
+    update = replace(update, layers={"0": with_positions(update.layers["0"], old, new)})
+    masks.update(update)
+    return model, update, masks
+
+
+def test_scalars_of_a_pattern_by_hand() -> None:
+    whole, patterned = worked_example(), patterned_example()
+    parameters, weights = 3 * 128 + 32 + 4 * 32 + 4, (3 * 128 + 4 * 32, 32 * 64 + 4 * 32)
+    assert count_parameters(patterned[0]) == parameters
+    assert linear_weights(patterned[0]) == weights
+    scalars = update_scalars(*patterned)
+    # One weight is new, of 128 in each of the two blocks that stayed.
+    expected = {
+        "sparsity/weight_density": 3 * 128 / (8 * 256),
+        "sparsity/weights_exchanged": 1,
+        "sparsity/weight_churn": 1 / (2 * 128),
+        "sparsity_weight_churn/0": 1 / (2 * 128),
+        "sparsity/parameters": parameters,
+        "sparsity/flops_per_token": weights[0] / weights[1],
+    }
+    assert scalars == pytest.approx({**update_scalars(*whole), **expected})
+    assert patterned[2].exchanged == 1
+
+
 def test_thresholds_ignore_scores_that_are_not_finite() -> None:
     model, update, masks = worked_example()
     scores = update.drop_scores["0"]
@@ -119,14 +157,33 @@ def test_a_row_of_the_table_by_hand() -> None:
     assert (row.parameters_before, row.parameters_after) == (32 * 64 + 32, 3 * 256 + 32)
 
 
-def test_bytes_by_hand() -> None:
-    model, _, _ = worked_example()
+def test_the_table_has_the_share_of_weights_if_blocks_have_a_pattern() -> None:
+    class Table(LoggerAdapter):
+        def _log_table(self, header: list[str], rows: list[list[Any]], step: int) -> None:
+            self.seen = [dict(zip(header, row, strict=True)) for row in rows]
+
+    (whole, _, masks), (patterned, _, _) = worked_example(), patterned_example()
+    rows = [layer_row("0", model[0], masks) for model in (whole, patterned)]
+    table = Table(CSVLogger("."))
+    table.log_table(rows, 1)
+    assert [row["weight density"] for row in table.seen] == [None, 3 / 16]
+    assert [row["parameters after"] for row in table.seen] == [3 * 256 + 32, 3 * 128 + 32]
+    table.log_table(rows[:1], 1)
+    assert "weight density" not in table.seen[0] and table.seen[0]["density"] == 3 / 8
+
+
+@pytest.mark.parametrize(
+    ("example", "weights", "positions"),
+    [(worked_example, 256, 0), (patterned_example, 128, 4 * 16 * 2)],
+)
+def test_bytes_by_hand(example: Any, weights: int, positions: int) -> None:
+    model, _, _ = example()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 64)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()  # the gradient counts although it is None now
     tensors, indices = 4, 4 * (8 + 3 + 8 + 5 + 8 + 8)  # bytes of int32
-    sparse = tensors * 4 * (4 * 256) + indices + 4 * 8
+    sparse = tensors * 4 * (4 * weights) + indices + positions + 4 * 8
     assert training_bytes(model[0], [optimizer]) == (sparse, tensors * 4 * 32 * 64)
     assert training_bytes(model[0].requires_grad_(False), [])[1] == 4 * 32 * 64
 
@@ -781,6 +838,30 @@ def exchanging(**options: Any) -> SparsityCallback:
 def saved_masks(callback: SparsityCallback) -> dict[str, Any]:
     found: dict[str, Any] = callback.state_dict()["patterns"]
     return found
+
+
+def test_exchanged_weights_are_counted_over_a_resume(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            (sparsity,) = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]
+            update = sparsity.last_update
+            if update is not None and update.step == trainer.global_step:
+                seen.append(sum(change.new_weights for change in update.layers.values()))
+
+    for steps, path in ((10, None), (20, tmp_path / "last.ckpt")):
+        callback = exchanging(nm="2:4")
+        fitting = trainer(callback, Record(), max_steps=steps, root=tmp_path)
+        fitting.fit(Classifier(), loader(), ckpt_path=path)
+        fitting.save_checkpoint(tmp_path / "last.ckpt")
+    summary = callback.summary
+    assert summary.exchanged == sum(seen) > 0 and len(seen) == summary.updates
+    assert summary.scalars()["weights_exchanged"] == sum(seen)
+    assert (
+        f" grown, {sum(seen):,} weights exchanged within others" in dict(summary.rows())["updates"]
+    )
+    assert summary.scalars()["weight_density"] == 0.125
 
 
 def test_what_was_ever_active_survives_a_resume(tmp_path: Path) -> None:

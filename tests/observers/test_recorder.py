@@ -40,12 +40,13 @@ class Watch(L.Callback):
 
 def fit(folder: Path, ckpt_path: Path | None = None, **options: Any) -> Watch:
     """Train for 24 steps, with updates after steps 4, 8, 12, 16 and 18."""
-    monitor = options.pop("monitor", {"every_n_updates": 2})
+    monitor, nm = options.pop("monitor", {"every_n_updates": 2}), options.pop("nm", None)
     sparsity = SparsityCallback(
         block_size=16,
         density={"schedule": "cubic", "initial": 1.0, "final": 0.25},
         update={"every_n_steps": 4},
         monitor=monitor,
+        nm=nm,
     )
     watch = Watch(sparsity)
     options = {"logger": CSVLogger(folder, name="csv", version=0), **options}
@@ -65,6 +66,7 @@ def test_a_fit_leaves_its_history(tmp_path: Path) -> None:
             assert (layer.mask(i) == masks[name]).all()
     assert all(layer.mask(0).all() for layer in history.layers.values())
     assert history.about["config"]["density.final"] == 0.25
+    assert {layer.nm for layer in history.layers.values()} == {None}
     # Scores are recorded at every second update: the magnitudes of kept blocks only.
     (layer, *_) = history.layers.values()
     assert set(layer.scores) == {1, 3, 5}
@@ -74,6 +76,14 @@ def test_a_fit_leaves_its_history(tmp_path: Path) -> None:
     assert not known[grown].any() and known[mask & ~grown].all()
     # The loss of the only validation, at the end, is written once.
     assert [(m.step, [*m.values]) for m in history.metrics] == [(24, ["val_loss"])]
+
+
+def test_a_fit_with_a_pattern_leaves_it_in_its_history(tmp_path: Path) -> None:
+    watch = fit(tmp_path, nm="2:4")
+    history = read_history(tmp_path / "csv" / "version_0" / HISTORY)
+    assert {layer.nm for layer in history.layers.values()} == {"2:4"}
+    assert [frame.step for frame in history.frames] == [0, *watch.masks]
+    assert history.about["config"]["nm"] == "2:4"
 
 
 class Plateaus(Classifier):

@@ -132,6 +132,26 @@ def test_the_summary_by_hand() -> None:
     ], "where the density begins, and where it is to end"
 
 
+def test_the_share_of_weights_is_said_if_blocks_have_a_pattern(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    callback = sparsity(nm="2:4")
+    trainer(callback).fit(Classifier(), loader())
+    first, *_, last = (line for line in caplog.messages if "density" in line)
+    assert "; density 1.000 → 0.250; weight density 0.500 → 0.125; parameters" in first
+    assert "density 1.000 -> 0.250; weight density 0.125, with 2:4 patterns within blocks; " in last
+    assert "% of dense, in all linear layers, counting kept weights (kernels multiply" in last
+    summary, head = callback.summary, 64 * 4 + 4
+    assert summary.parameters == 2 * 8 * 128 + 128 + 64 + head
+    assert summary.flops == pytest.approx((2 * 8 * 128 + 64 * 4) / (2 * 64 * 128 + 64 * 4))
+    positions, indices = 8 * 16 * 2, 4 * (16 + 9 + 16 + 5 + 16 + 32) + 4 * 32
+    assert summary.nbytes == 2 * (4 * 4 * 8 * 128 + positions + indices)
+    assert str(callback.report).splitlines()[6].split()[1:] == [
+        *("1.000", "→", "0.250", "0.500", "→", "0.125", "8,384", "16,576")
+    ]
+
+
 def test_a_constant_density_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     callback = SparsityCallback(block_size=16, update={"every_n_steps": 4})

@@ -62,10 +62,11 @@ def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
     assert model_cost(net, 16, {"0": 1, "1": 1}) == Cost(512, 256, 256 * (4 + 16), 6 * 512, None)
 
 
-def test_parameters_equal_those_after_sparsify() -> None:
+@pytest.mark.parametrize("nm", [None, "2:4"])
+def test_parameters_equal_those_after_sparsify(nm: str | None) -> None:
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
-    planned = model_cost(net, 16, {"0": 8, "2": 8})
-    sparsify(net, block_size=16, density=0.25)
+    planned = model_cost(net, 16, {"0": 8, "2": 8}, nm=nm)
+    sparsify(net, block_size=16, density=0.25, nm=nm)
     assert planned.parameters == sum(parameter.numel() for parameter in net.parameters())
 
 
@@ -76,6 +77,22 @@ def test_a_step_by_hand() -> None:
         times(), COUNTS, {"up": 0.5, "down": 0.5}, lambda *_: 2.0, trained_share=1 / 3
     )
     assert step == pytest.approx(11 + 15 + 1.5 + 2)
+
+
+def test_a_pattern_saves_casts_and_the_optimizers_time_but_not_that_of_products() -> None:
+    """As above, with half of the weights: casts take 0.25 + 0.5. Making whole blocks takes time in
+    the 2 + 6 products."""
+    counted: list[tuple[str, str]] = []
+
+    def whole_blocks(name: str, product: Product) -> float:
+        counted.append((name, product.op))
+        return 0.125
+
+    half = {"up": 0.5, "down": 0.5}
+    step = expected_step(times(), COUNTS, half, lambda *_: 2.0, 1 / 3, 0.5, whole_blocks)
+    assert step == pytest.approx(11 + 15 + 0.75 + 2 + 8 * 0.125)
+    products = [("up", "fwd"), ("up", "dw"), *(("down", op) for op in ("fwd", "dx", "dw"))]
+    assert sorted(counted) == sorted(products)
 
 
 def test_only_block_sparse_layers_change() -> None:
@@ -140,3 +157,4 @@ def test_gradients_of_absent_blocks() -> None:
     blocks = {"0": 1, "1": 2, "2": 1}
     assert gradient_bytes(net, 16, blocks, None) == 768 * 4 + 512 * 2
     assert gradient_bytes(net, 16, blocks, torch.bfloat16) == (768 + 512) * 2
+    assert gradient_bytes(net, 16, blocks, None, "2:4") == (1024 - 128) * 4 + (1024 - 256) * 2

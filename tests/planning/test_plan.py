@@ -20,12 +20,13 @@ import sparse_lightning
 from sparse_lightning import BlockSparseMLP, sparsify
 from sparse_lightning.cli import main
 from sparse_lightning.export import Input
-from sparse_lightning.kernels import choice, measuring
+from sparse_lightning.kernels import choice, cpu, measuring
 from sparse_lightning.planning import measure
 from sparse_lightning.planning.costs import Product, StepMemory
 from sparse_lightning.planning.measure import (
     ProductSpeedups,
     Training,
+    WholeBlocks,
     count_tokens,
     dense_times,
     fused_layers,
@@ -183,6 +184,24 @@ def test_a_plan_and_its_check(run, quick) -> None:
     ]
     assert len([row for row in checks if row and row[0].startswith("blocks of")]) == 4
     assert "measured one by one" in " ".join(out.split()) and f"torch {torch.__version__}" in out
+
+
+def test_a_pattern_halves_weights_and_memory(run, quick) -> None:
+    status, out, _ = run(
+        "project.model:build", "--input", "4,16,int64", "--densities", ".25", "--check", "all",
+        "--block-sizes", "16", "--nm", "2:4", "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    weights, rest = 4 * 128 * 256 + 48 * 128, 2 * 48 + 768 + 48 + 2 + 256
+    (dense,) = [row for row in lines if row and row[0] == "dense"]
+    planned, checked = [row for row in lines if row and row[0] == "blocks of 16 at 2:4"]
+    assert dense[1:4] == ["", "", f"{weights + rest:,}"]
+    assert planned[1:4] == ["0.25", "0.125", f"{weights // 8 + rest:,}"]
+    assert checked[1:3] == ["0.25", "0.125"] and len(checked) == 7
+    text = " ".join(out.split())
+    assert "Kernels multiply whole blocks, so FLOPs do not tell the time." in text
+    assert "measured time in which products make whole blocks" in text
 
 
 def test_the_bytes_of_a_training() -> None:
@@ -387,6 +406,7 @@ def test_a_model_that_cannot_be_copied() -> None:
         ({"distribution": "global"}, "`distribution` must be one of"),
         ({"block_sizes": []}, "`block_sizes` must hold at least one"),
         ({"block_sizes": [48]}, "`block_size` must be"),
+        ({"nm": "1:4"}, "`nm` must be '2:4'.*got '1:4'"),
         ({"check": "some", "inputs": "8,32"}, "`check` must be one of"),
     ],
 )
@@ -569,6 +589,48 @@ def test_pairs_of_layers_whose_activation_is_fused() -> None:
     assert not list(dict(fused_layers(glu, names[:2])))
     sparsify(net, block_size=16, density=1.0)
     assert [type(module) for module in net.values()] == [BlockSparseMLP, BlockSparseMLP, Own]
+
+
+def test_the_steps_of_a_pattern_have_the_speedups_of_whole_blocks(
+    quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They differ in the time of making whole blocks, which depends on the product."""
+    asked: dict[str | None, set[float]] = {None: set(), "2:4": set()}
+    whole: list[tuple[str, int, int]] = []
+
+    def seconds(_: WholeBlocks, product: Product, block_size: int, n_blocks: int) -> float:
+        whole.append((product.op, block_size, n_blocks))
+        return 1.0 if product.op == "dw" else 10.0
+
+    net, steps = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)), {}
+    monkeypatch.setattr(WholeBlocks, "seconds", seconds)
+    for nm, densities in asked.items():
+
+        def speedup(_: ProductSpeedups, product: Product, size: int, density: float) -> float:
+            densities.add(density)  # noqa: B023
+            return 1.0
+
+        monkeypatch.setattr(ProductSpeedups, "get", speedup)
+        found = sparse_lightning.plan(
+            net, "8,64", block_sizes=[32], densities=[0.25], device="cpu", nm=nm
+        )
+        steps[nm] = found.settings[0].step
+    assert asked[None] == asked["2:4"] == {0.25}
+    # The first layer's input needs no gradient. What else differs is measured in microseconds.
+    products = [("fwd", 32, 2), ("dw", 32, 2), ("fwd", 32, 2), ("dx", 32, 2), ("dw", 32, 2)]
+    assert sorted(whole) == sorted(products)
+    assert steps["2:4"] - steps[None] == pytest.approx(3 * 10 + 2 * 1, abs=1)
+
+
+def test_making_whole_blocks_is_measured_once(quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(cpu, "expand", lambda *of: calls.append("expand"))
+    whole = WholeBlocks(CPU)
+    for op in ("fwd", "dx", "dw"):
+        assert whole.seconds(Product(op, (16, 64, 32), torch.float32), 16, 4) > 0
+    n_calls = len(calls)
+    assert whole.seconds(Product("fwd", (99, 64, 32), torch.float32), 16, 4) > 0
+    assert len(calls) == n_calls > 0
 
 
 def test_without_a_table_speedups_are_measured(quick) -> None:

@@ -40,11 +40,13 @@ def record(
     *,
     moves: bool = True,
     metrics: bool = True,
+    nm: str | None = None,
 ) -> Path:
     generator = np.random.default_rng(0)
     now = {name: generator.random(grid) < 0.5 for name, grid in grids.items()}
     writer = HistoryWriter(path)
-    writer.start(0, now, dict.fromkeys(grids, 16), {"torch": EVIL, "config": {"seed": 3}})
+    about = {"torch": EVIL, "config": {"seed": 3}}
+    writer.start(0, now, dict.fromkeys(grids, 16), about, dict.fromkeys(grids, nm))
     for number in range(1, updates + 1):
         if moves:
             now = {n: m ^ (generator.random(m.shape) < 0.2) for n, m in now.items()}
@@ -347,6 +349,28 @@ def test_many_repeated_layers_share_names_and_rows(show, tmp_path: Path) -> None
     )
     page.pdf(format="A4")
     assert page.evaluate("printed") == 27 and rows.count() == 3
+
+
+@pytest.mark.parametrize("nm", [None, "2:4"])
+def test_a_pattern_within_blocks_is_told(show, tmp_path: Path, nm: str | None) -> None:
+    page = show(record(tmp_path / "h", {"up": (2, 2), "down": (3, 1)}, 2, moves=False, nm=nm))
+    lede, table = text(page, "#lede"), text(page, "#layers")
+    history = read_history(tmp_path / "h")
+    present = [int(layer.mask(-1).sum()) for layer in history.layers.values()]
+    kept = 256 if nm is None else 128
+    assert f"{sum(present) * kept} of 1.79K dense" in text(page, "#facts")
+    row = page.evaluate("[...document.querySelectorAll('#layers tbody tr')[0].cells]"
+                        ".map((cell) => cell.innerText.replace('\\xa0', ' '))")  # fmt: skip
+    density = f"{100 * present[0] / 4:g} %"
+    if nm is None:
+        assert "2:4" not in lede + table + text(page, "#readout") and "Weight density" not in table
+        assert row[2:5] == ["16", f"{present[0]} of 4", density]
+        return
+    assert f"The density stayed at {100 * sum(present) / 7:.1f} %" in lede
+    assert f"the share of weights stayed at {50 * sum(present) / 7:.1f} %" in lede
+    assert "Weight density" in table
+    assert row[2:6] == ["16 at 2:4", f"{present[0]} of 4", density, f"{50 * present[0] / 4:g} %"]
+    assert "two of each four in a row are kept (2:4)" in text(page, "#readout")
 
 
 def test_light_and_dark(show, history: Path) -> None:

@@ -92,6 +92,7 @@ def test_all_data_of_the_page(small: History) -> None:
         "dead_outputs": 16, "unread_inputs": 16, "replaced": 1, "age": 15, "score": 3,
     }  # fmt: skip
     assert b["row"]["age"] == 30 and b["row"]["score"] is None and b["row"]["replaced"] == 0
+    assert data["density"] == [(3 * 256 + 1024) / 2560, (2 * 256 + 1024) / 2560]
     assert data["weights"] == {
         "dense": 6 * 256 + 1024,
         "first": 3 * 256 + 1024,
@@ -123,6 +124,26 @@ def test_repeated_layers_have_a_row_together(tmp_path: Path) -> None:
     }  # fmt: skip
     for group, index in ((down, 1), (other_shape, 3)):
         assert group["layers"] == [index] and group["row"] == data["layers"][index]["row"]
+
+
+def test_the_weights_of_a_pattern_are_those_that_are_kept(tmp_path: Path) -> None:
+    """The density stays the share of blocks, and rows say the share of weights as well."""
+    writer = HistoryWriter(tmp_path / "h")
+    masks = {"a": np.ones((2, 2), dtype=bool), "b": np.ones((1, 1), dtype=bool)}
+    writer.start(0, masks, {"a": 16, "b": 32}, {}, {"a": "2:4"})
+    masks["a"] = np.array([[1, 0], [0, 1]], dtype=bool)
+    writer.update(10, 1, masks)
+    data = page_data(read_history(tmp_path / "h"), "")
+    assert data["density"] == [1, (2 * 256 + 1024) / (4 * 256 + 1024)]
+    assert data["weights"] == {
+        "dense": 4 * 256 + 1024,
+        "first": 4 * 128 + 1024,
+        "last": 2 * 128 + 1024,
+    }
+    for rows in (data["layers"], data["groups"]):
+        a, b = rows
+        assert (a["nm"], a["row"]["density"], a["row"]["weight_density"]) == ("2:4", 0.5, 0.25)
+        assert b["nm"] is None and "weight_density" not in b["row"]
 
 
 def test_scores_start_at_their_frame(small: History) -> None:

@@ -76,6 +76,22 @@ def test_the_values_of_a_run(falling: Path) -> None:
     assert (loss["last"], loss["best"]) == (2, 1)
 
 
+def test_weights_and_flops_of_a_pattern_are_those_that_are_kept(tmp_path: Path) -> None:
+    for name, nm in (("whole", None), ("half", "2:4")):
+        writer = HistoryWriter(tmp_path / name)
+        mask, about = bools([1, 0], [0, 1]), {"config": {"nm": nm}}
+        writer.start(0, {"a": mask}, {"a": 16}, about, {"a": nm})
+        writer.metrics(10, {"val/loss": 1.0})
+    paths = {name: tmp_path / name for name in ("whole", "half")}
+    data = runs_data(paths, "")
+    whole, half = data["runs"]
+    assert data["options"] == ["nm"] and [whole["options"], half["options"]] == [["None"], ["2:4"]]
+    assert (whole["density"], whole["weights"], whole["flops"]) == (0.5, 2 * 256, 0.5)
+    assert (half["density"], half["weights"], half["flops"]) == (0.5, 2 * 128, 0.25)
+    assert half["dense_weights"] == whole["dense_weights"] == 4 * 256
+    assert (whole["layers"]["a"]["nm"], half["layers"]["a"]["nm"]) == (None, "2:4")
+
+
 def test_runs_with_nothing_in_common(falling: Path, started: Path) -> None:
     data = runs_data({"one": falling, "two": started}, "a title")
     assert data["title"] == "a title" and data["layers"] == ["a", "b", "c"]

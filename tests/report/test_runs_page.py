@@ -23,6 +23,7 @@ def record(
     *,
     metric: float | None = None,
     option: str = "x",
+    nm: str | None = None,
 ) -> Path:
     generator = np.random.default_rng(seed)
     writer = HistoryWriter(path)
@@ -31,7 +32,7 @@ def record(
     def masks() -> dict[str, np.ndarray]:
         return {name: generator.random(grid) < seed / 10 for name, grid in layers.items()}
 
-    writer.start(0, masks(), dict.fromkeys(layers, 16), config)
+    writer.start(0, masks(), dict.fromkeys(layers, 16), config, dict.fromkeys(layers, nm))
     for number in range(1, updates + 1):
         writer.update(100 * number, number, masks())
         if metric is not None:
@@ -95,6 +96,20 @@ def test_the_table_shows_what_differs_and_sorts(compare, histories: dict[str, Pa
     assert [row[0] for row in cells(page)[1:]] == ["bare", EVIL, "second", "first"]
     page.click("#runs th:nth-child(3) button")  # a text: not every run's is a number
     assert [row[2] for row in cells(page)[1:]][-1] == "x"
+
+
+def test_a_pattern_within_blocks_is_told_in_a_comparison(compare, tmp_path: Path) -> None:
+    runs = {str(nm): record(tmp_path / str(nm), 5, {"up": (4, 4)}, nm=nm) for nm in (None, "2:4")}
+    page = compare({"None": runs["None"]})
+    assert page.locator("#patterns").is_hidden()
+    page = compare(runs)
+    assert "take the time of whole blocks" in page.inner_text("#patterns")
+    header, whole, half = cells(page)
+    assert whole[header.index("Density")] == half[header.index("Density")]
+    for column in ("weights", "flops"):
+        assert page.evaluate(f"data.runs[1].{column} / data.runs[0].{column}") == 0.5
+    shown = page.inner_text("#masks")
+    assert "in blocks of 16 at 2:4" in shown and shown.count("in blocks of 16") == 2
 
 
 def test_the_quality_is_shown_over_each_cost(compare, histories: dict[str, Path]) -> None:
