@@ -102,14 +102,7 @@ class Problem:
         """Return the contender that calls this package's ops."""
         layer, x, dy = self.layer, self.x, self.dy
         topology, values = layer.topology, layer.values.detach()
-        indices = (
-            topology.coords,
-            topology.row_offsets,
-            topology.row_entries,
-            topology.col_offsets,
-            topology.col_entries,
-            topology.slots,
-        )
+        indices = topology.indices
         armed = torch.ones((), dtype=torch.bool, device=x.device)
         step = Contender(self._step(layer), lambda out: out)
         return {
