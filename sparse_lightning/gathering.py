@@ -72,6 +72,9 @@ class NormAccumulator:
         # Positions by which the gradient of blocks is recorded, and its sum, at least in fp32.
         self._positions: Tensor | None = None
         self._blocks: Tensor | None = None
+        # What backward passes have recorded but not yet accumulated in `values.grad`, by their
+        # number. Reentrant checkpoints run one within another.
+        self._unfinished: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._backward = -1
         # Whether the backward passes so far had a gradient of `values` that is not zero: a bool
@@ -87,6 +90,7 @@ class NormAccumulator:
         self.armed = is_armed
         self.layer.arm(is_armed and self.needs_norms)
         self.layer.block_norms.grad = self._had_gradient = self._blocks = None
+        self._unfinished.clear()
         if self._positions is not None:
             block_gradients.stop(self._positions)
         self._positions = positions
@@ -114,6 +118,7 @@ class NormAccumulator:
         self._discard_if_cleared()
         norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
         blocks, self._blocks = self._blocks, None
+        self._unfinished.clear()  # of a backward that failed
         self._had_gradient = None
         return norms, blocks
 
@@ -122,12 +127,18 @@ class NormAccumulator:
         """Add one product of the gradient of whole blocks, before `values` accumulates its part."""
         self._begin_backward()
         blocks = blocks.detach().to(torch.promote_types(blocks.dtype, torch.float32))
-        self._blocks = blocks if self._blocks is None else self._blocks + blocks
+        if is_sharded(self.values):  # backward does not see `values` itself
+            self._blocks = _sum_of(self._blocks, blocks)
+        else:
+            self._unfinished[self._backward] = _sum_of(self._unfinished.get(self._backward), blocks)
 
     @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
     @torch.no_grad()
     def _on_values_gradient(self, gradient: Tensor) -> None:
         self._on_gradient(gradient)
+        blocks = self._unfinished.pop(self._backward, None)
+        if blocks is not None:
+            self._blocks = _sum_of(self._blocks, blocks)
         has_gradient = gradient.any()
         before = self._had_gradient
         self._had_gradient = has_gradient if before is None else before | has_gradient
@@ -160,6 +171,10 @@ class NormAccumulator:
                 self.layer.block_norms.grad = torch.where(is_cleared, 0.0, norms)
             if self._blocks is not None:
                 self._blocks = torch.where(is_cleared, 0.0, self._blocks)
+
+
+def _sum_of(before: Tensor | None, new: Tensor) -> Tensor:
+    return new if before is None else before + new
 
 
 class Gatherer:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, Sparsifier
+from sparse_lightning.gathering import NormAccumulator
 from sparse_lightning.kernels import block_gradients
 from sparse_lightning.policy.updates import ModelUpdate
 from tests.callbacks.test_resume import assert_identical
@@ -82,3 +83,151 @@ def test_a_pattern_that_a_state_dict_brings_evolves(grow: str) -> None:
     updates = updates_of(sparsifier)
     train(model, optimizer, range(4))
     assert len(updates) == 2 and all(all(new_weights(update).values()) for update in updates)
+
+
+def dense_gradients(model: Net, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of each layer's dense weight, by autograd on dense weights."""
+    layers = sparse(model)
+    weights = {name: layer.dense_weight().requires_grad_() for name, layer in layers.items()}
+
+    def forward(x: Tensor) -> Tensor:
+        for name, layer in layers.items():
+            x = nn.functional.linear(x, weights[name], layer.bias).relu()
+        return model.head(x)  # type: ignore[no-any-return]
+
+    gradients = torch.autograd.grad(loss(forward), [*weights.values()])
+    return dict(zip(weights, gradients, strict=True))
+
+
+class Step:
+    """What happens between two steps of the optimizer; returns the loss that counts."""
+
+    def __init__(self, model: Net, optimizer: Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def plain(self) -> Any:
+        loss_of(self.model, 1).backward()
+        return entropy(1)
+
+    def micro_batches(self) -> Any:
+        for number in range(3):
+            loss_of(self.model, number).backward()
+        return lambda net: sum(entropy(number)(net) for number in range(3))
+
+    def cleared(self, set_to_none: bool = True) -> Any:
+        """As a critic does, whose gradients are first filled by its generator."""
+        loss_of(self.model, 5).backward()
+        self.optimizer.zero_grad(set_to_none)
+        loss_of(self.model, 1).backward()
+        return entropy(1)
+
+    def zeroed(self) -> Any:
+        return self.cleared(set_to_none=False)
+
+    def of_the_input(self) -> Any:
+        """A gradient that is returned, and one that is accumulated in the input alone, are none."""
+        x, y = batch(1)
+        x.requires_grad_()
+        torch.autograd.grad(self.model(x).sum(), x)
+        torch.autograd.grad(self.model(x).sum(), [*self.model.parameters()])
+        self.model(x).sum().backward(inputs=[x])
+        nn.functional.cross_entropy(self.model(x), y).backward()
+        return entropy(1)
+
+    def by_names(self) -> Any:
+        loss_of(self.model, 1).backward(inputs=[*self.model.parameters()])
+        return entropy(1)
+
+    def kept_graph(self) -> Any:
+        loss = loss_of(self.model, 1)
+        loss.backward(retain_graph=True)
+        (2 * loss).backward()
+        return lambda net: 3 * entropy(1)(net)
+
+    def penalty(self) -> Any:
+        def loss(net: Any) -> Tensor:
+            x, _ = batch(1)
+            x.requires_grad_()
+            (dx,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            return entropy(1)(net) + dx.square().sum()
+
+        loss(self.model).backward()
+        return loss
+
+    def checkpointed(self, use_reentrant: bool = False) -> Any:
+        x, y = batch(1)
+        hidden = checkpoint(self.model.net, x.requires_grad_(), use_reentrant=use_reentrant)
+        nn.functional.cross_entropy(self.model.head(hidden), y).backward()
+        return entropy(1)
+
+    def reentrant(self) -> Any:
+        return self.checkpointed(use_reentrant=True)
+
+    def failed(self) -> Any:
+        """A backward runs out of memory, and the batch is tried again."""
+        x, y = batch(1)
+        x.requires_grad_().register_hook(out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            nn.functional.cross_entropy(self.model(x), y).backward(inputs=[x])
+        with pytest.raises(torch.OutOfMemoryError):
+            nn.functional.cross_entropy(self.model(x), y).backward()
+        self.optimizer.zero_grad()
+        return self.plain()
+
+    def compiled(self) -> Any:
+        torch.compiler.reset()
+        x, y = batch(1)
+        output = torch.compile(self.model, backend="aot_eager", fullgraph=True)(x)
+        nn.functional.cross_entropy(output, y).backward()
+        return entropy(1)
+
+
+def out_of_memory(gradient: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("simulated")
+
+
+def entropy(number: int) -> Callable[[Any], Tensor]:
+    x, y = batch(number)
+    return lambda net: nn.functional.cross_entropy(net(x), y)
+
+
+def test_a_layer_in_and_around_a_reentrant_checkpoint() -> None:
+    """The backward of the checkpoint runs, and accumulates, within that of the whole."""
+    layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, nm="2:4", dtype=torch.float64)
+    weight = layer.dense_weight().requires_grad_()
+    accumulator = NormAccumulator(layer, layer.values, needs_norms=False, needs_blocks=True)
+    accumulator.arm(True)
+    x = torch.randn(8, 64, dtype=torch.float64, requires_grad=True)
+    dense = lambda x: nn.functional.linear(x, weight, layer.bias).tanh()  # noqa: E731
+    ours = lambda x: layer(x).tanh()  # noqa: E731
+    ours(checkpoint(ours, ours(x), use_reentrant=True)).square().sum().backward()
+    dense(dense(dense(x))).square().sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(accumulator.collect()[1], layer.topology._blocks_of(weight.grad))
+
+
+@pytest.mark.parametrize("what", [name for name in vars(Step) if not name.startswith("_")])
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_the_gradient_of_whole_blocks_is_that_of_the_step(
+    what: str, grow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the gradient of dense weights, for everything that the step applies."""
+    seen: dict[str, Tensor] = {}
+
+    def exchange(values: Tensor, positions: Tensor, gradient: Tensor, *_: Any) -> Tensor:
+        seen[f"{len(seen)}"] = gradient
+        return positions
+
+    monkeypatch.setattr("sparse_lightning.sparsifier.exchange_weights", exchange)
+    model, _, optimizer = start(grow=grow, update=EVERY_STEP, drop_fraction=1e-9)
+    train(model, optimizer, [0])
+    seen.clear()
+    expected = dense_gradients(model, getattr(Step(model, optimizer), what)())
+    optimizer.step()
+    assert len(seen) == 2
+    for gradient, (name, layer) in zip(seen.values(), sparse(model).items(), strict=True):
+        topology = layer.topology
+        torch.testing.assert_close(
+            gradient, topology._blocks_of(expected[name]), rtol=1e-4, atol=1e-7
+        )
+        assert gradient.any(-1).any(-1).sum() >= topology.n_blocks - 1
