@@ -59,6 +59,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
         NUMBERS,
         some_of(schedule=SCHEDULES, initial=NUMBERS, final=NUMBERS, begin=NUMBERS, until=NUMBERS),
     ),
+    "nm": names("2:4", "4:8") | st.sampled_from([None, 124, 2.4, True]),
     "distribution": names(
         *("uniform", "erdos_renyi", "global"),
         *(f"{OWN}.{shares}" for shares in ("first_full", "back_and_forth", "one_too_few")),
@@ -78,6 +79,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "drop": names("magnitude", "gradient", "saliency", "movement", "random"),
     "grow": names("gradient", "momentum", "random", "none"),
     "regrow": names("x") | st.booleans(),
+    "regrow_inner": names("x") | st.booleans(),
     "rule": names(f"{OWN}.Still", f"{OWN}.still", f"{OWN}.fewest", f"{OWN}.Demanding"),
     "token_stride": COUNTS,
     "init": names("random", "magnitude"),

@@ -82,6 +82,8 @@ class SparsityCallback(Callback):
         exclude: name patterns of layers that stay dense, in addition to output layers; see
             `sparsify`.
         density: present blocks / all blocks: a number, or a `DensitySchedule`.
+        nm: "2:4" to keep two of each four neighbouring weights of a row within blocks, so that half
+            of the weights of present blocks remain; None to keep all.
         distribution: how the budget is shared among layers: "uniform", "erdos_renyi", "global" (by
             the drop scores of all layers together while the density falls), or a function.
         layer_density: final densities of individual layers, by name pattern as in `include`; the
@@ -96,6 +98,8 @@ class SparsityCallback(Callback):
             (SET), "none", or a function or its dotted path.
         regrow: whether an update may grow a block that it has just dropped, which then keeps its
             weights (as in RigL).
+        regrow_inner: whether updates also exchange weights within the blocks that stay, where `nm`
+            keeps some of them only: dropped by magnitude, grown by the gradient.
         rule: an `UpdateRule`, or its dotted path, that decides the whole update in place of `drop`
             and `grow`.
         token_stride: dense gradients use only every `token_stride`-th token, which makes updates
@@ -126,6 +130,7 @@ class SparsityCallback(Callback):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
         density: float | DensitySchedule | Mapping[str, Any] = 0.25,
+        nm: str | None = None,
         distribution: str | Distribution = "uniform",
         layer_density: Mapping[str, float] | None = None,
         floor: Floor | Mapping[str, Any] = _FLOOR,
@@ -134,6 +139,7 @@ class SparsityCallback(Callback):
         drop: str | Criterion = "magnitude",
         grow: str | Criterion = "gradient",
         regrow: bool = True,
+        regrow_inner: bool = True,
         rule: str | UpdateRule | None = None,
         token_stride: int = 1,
         init: str = "random",
@@ -147,6 +153,7 @@ class SparsityCallback(Callback):
             include=include,
             exclude=exclude,
             density=density,
+            nm=nm,
             distribution=distribution,
             layer_density=layer_density,
             floor=floor,
@@ -155,6 +162,7 @@ class SparsityCallback(Callback):
             drop=drop,
             grow=grow,
             regrow=regrow,
+            regrow_inner=regrow_inner,
             rule=rule,
             token_stride=token_stride,
             init=init,
