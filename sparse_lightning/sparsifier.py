@@ -1233,7 +1233,9 @@ def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             f"The saved state of the sparsity must hold {', '.join(map(repr, missing))}; got none. "
             "Resume with the version of sparse_lightning that wrote it."
         )
-    before, now = saved["config"], current["config"]
+    # The saved state may come from before an option existed.
+    before = {**SparsityConfig().training_options(), **saved["config"]}
+    now = current["config"]
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
         got = ", ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in differing)

@@ -403,6 +403,14 @@ def test_another_pattern_is_refused_when_resuming() -> None:
         sparsifier.load_state_dict(state)
 
 
+def test_a_training_from_before_patterns_existed_resumes() -> None:
+    state = make(24)[1].state_dict()
+    del state["config"]["nm"], state["config"]["regrow_inner"]
+    make(24)[1].load_state_dict(state)
+    with pytest.raises(ValueError, match=r"got nm='2:4' \(was None\)"):
+        make(24, nm="2:4")[1].load_state_dict(state)
+
+
 # -- all or nothing -------------------------------------------------------------------------------
 
 
