@@ -19,7 +19,7 @@ class Savings:
     """The sizes of a model and of its training, and what they would be if it were dense.
 
     Attributes:
-        parameters: parameters of the whole model, without absent blocks.
+        parameters: parameters of the whole model, without absent blocks and weights.
         dense_parameters: parameters of the whole model with every layer dense.
         nbytes: bytes of the layers' weights, gradients, optimizer state and indices.
         dense_nbytes: the same, without indices, if the layers were dense.
@@ -62,12 +62,16 @@ def measure_savings(
     optimizers: Collection[torch.optim.Optimizer],
 ) -> Savings:
     """Return the sizes of a model, and the bytes of some of its layers in training."""
-    present_weights, dense_weights = linear_weights(model)
     parameters = count_parameters(model)
+    absent = 0
+    for _, layer in sparse_layers(model):
+        topology = layer.topology
+        absent += layer.out_features * layer.in_features
+        absent -= topology.n_blocks * topology.weights_per_block
     sizes = [training_bytes(layer, optimizers) for layer in layers]
     return Savings(
         parameters=parameters,
-        dense_parameters=parameters + dense_weights - present_weights,
+        dense_parameters=parameters + absent,
         nbytes=sum(sparse for sparse, _ in sizes),
         dense_nbytes=sum(dense for _, dense in sizes),
         flops=relative_flops(model),
@@ -79,12 +83,15 @@ def count_parameters(model: nn.Module) -> int:
     total = sum(parameter.numel() for parameter in model.parameters())
     for _, layer in sparse_layers(model):
         empty = layer.topology.capacity - layer.topology.n_blocks
-        total -= empty * layer.block_size**2
+        total -= empty * layer.topology.weights_per_block
     return total
 
 
 def linear_weights(model: nn.Module) -> tuple[int, int]:
-    """Return the numbers of present and of dense weights in linear layers, without biases."""
+    """Return the numbers of weights in present blocks and in dense layers, without biases.
+
+    Products compute with whole blocks, also where a pattern keeps half of their weights.
+    """
     present = dense = 0
     for module in model.modules():
         if isinstance(module, BlockSparseLinear):

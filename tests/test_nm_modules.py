@@ -27,6 +27,7 @@ from sparse_lightning.export import bsr_state_dict, dense_state_dict
 from sparse_lightning.kernels import ops
 from sparse_lightning.nm_pattern import random_positions
 from sparse_lightning.policy.updates import update_topology, with_positions
+from sparse_lightning.savings import measure_savings
 from tests.test_compile import assert_same, run
 from tests.test_second_derivatives import (
     OBJECTIVES,
@@ -263,6 +264,18 @@ def test_a_layer_on_meta_is_initialized_later() -> None:
     layer.to_empty(device="cpu").reset_parameters()
     bound = (layer.weight_density * 64) ** -0.5
     assert 0.9 * bound < layer.values.abs().max() <= bound
+
+
+def test_savings_count_the_weights_that_are_kept() -> None:
+    model = sequential()
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    sparsify(model, block_size=16, density=0.5, max_density=0.75, nm="2:4")
+    savings = measure_savings(model, [model[0], model[2]], [])
+    assert savings.parameters == dense - 2 * 64 * 128 * 3 // 4
+    assert savings.dense_parameters == dense
+    assert savings.flops == 0.5, "products compute with whole blocks"
+    # Slots hold three eighths of the weights and of their gradients; then there are the indices.
+    assert 0.375 < savings.nbytes / savings.dense_nbytes < 0.45
 
 
 # -- exports --------------------------------------------------------------------------------------
