@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -236,6 +238,53 @@ def test_the_gradient_of_whole_blocks_is_that_of_the_step(
             gradient, topology._blocks_of(expected[name]), rtol=1e-4, atol=1e-7
         )
         assert gradient.any(-1).any(-1).sum() >= topology.n_blocks - 1
+
+
+ACTIONS = ("backward", "none", "zeros", "returned", "input", "failed", "named", "twice", "step")
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.sampled_from(ACTIONS), min_size=2, max_size=10))
+def test_any_sequence_records_what_a_dense_gradient_would_hold(actions: list[str]) -> None:
+    """The accumulator is compared, at each step, with `grad` of a dense weight."""
+    torch.manual_seed(0)
+    layer = BlockSparseLinear(32, 32, block_size=16, density=0.5, nm="2:4", dtype=torch.float64)
+    weight = layer.dense_weight().requires_grad_()
+    accumulator = NormAccumulator(layer, layer.values, needs_blocks=True)
+    accumulator.arm(True)
+    leaves = layer.values, weight
+    models = layer, lambda x: nn.functional.linear(x, weight, layer.bias.detach())
+    for action in [*actions, "step"]:
+        drawn = torch.randn(5, 32, dtype=torch.float64)
+        for leaf, model in zip(leaves, models, strict=True):
+            x = drawn.clone().requires_grad_()
+            y = model(x).square().sum() if action in ACTIONS[:1] + ACTIONS[3:8] else x.sum()
+            if action == "backward":
+                y.backward()
+            elif action == "none":
+                leaf.grad = None
+            elif action == "zeros" and leaf.grad is not None:
+                leaf.grad.zero_()
+            elif action == "returned":
+                torch.autograd.grad(y, [leaf, x])
+            elif action == "input":
+                y.backward(inputs=[x])
+            elif action == "failed":
+                x.register_hook(out_of_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    y.backward(inputs=[x])
+            elif action == "named":
+                y.backward(inputs=[leaf])
+            elif action == "twice":
+                y.backward(retain_graph=True)
+                (3 * y).backward()
+        if action == "step":
+            _, blocks = accumulator.collect()
+            expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            expected = layer.topology._blocks_of(expected)
+            found = torch.zeros_like(expected) if blocks is None else blocks
+            torch.testing.assert_close(found, expected)
+            layer.values.grad = weight.grad = None
 
 
 # -- scaling and precision ------------------------------------------------------------------------
