@@ -170,6 +170,13 @@ class Step:
     def reentrant(self) -> Any:
         return self.checkpointed(use_reentrant=True)
 
+    def autocast(self) -> Any:
+        """A cast is between the parameter and the product."""
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(self.model, 1)
+        loss.backward()
+        return entropy(1)
+
     def failed(self) -> Any:
         """A backward runs out of memory, and the batch is tried again."""
         x, y = batch(1)
@@ -213,6 +220,7 @@ def test_a_layer_in_and_around_a_reentrant_checkpoint() -> None:
     torch.testing.assert_close(accumulator.collect()[1], layer.topology._blocks_of(weight.grad))
 
 
+@pytest.mark.filterwarnings("ignore:No topology update will change a block")
 @pytest.mark.parametrize("what", [name for name in vars(Step) if not name.startswith("_")])
 @pytest.mark.parametrize("grow", ["gradient", "random"])
 def test_the_gradient_of_whole_blocks_is_that_of_the_step(
@@ -234,9 +242,9 @@ def test_the_gradient_of_whole_blocks_is_that_of_the_step(
     assert len(seen) == 2
     for gradient, (name, layer) in zip(seen.values(), sparse(model).items(), strict=True):
         topology = layer.topology
-        torch.testing.assert_close(
-            gradient, topology._blocks_of(expected[name]), rtol=1e-4, atol=1e-7
-        )
+        blocks = topology._blocks_of(expected[name])
+        error = 0.1 if what == "autocast" else 1e-5
+        assert (gradient - blocks).norm() < error * blocks.norm()
         assert gradient.any(-1).any(-1).sum() >= topology.n_blocks - 1
 
 
