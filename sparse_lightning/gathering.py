@@ -44,18 +44,18 @@ class NormAccumulator:
     accumulate exactly when gradients accumulate into `values.grad`. If the layer is 2:4 sparse and
     its pattern evolves, the gradient of all weights of the present blocks is accumulated, too.
 
-    Gradients that are cleared
-    before the step, such as those that a critic receives while its generator is trained, must not
-    count. So `values.grad` is checked at the step, and in each backward before anything is
-    accumulated: if it is None, or all zero although what has been accumulated was not, the norms
-    accumulated so far are discarded. A gradient that was zero from the start was not cleared: the
-    present blocks do not reach the loss, and the norms say which absent ones would.
+    Gradients that are cleared before the step, such as those that a critic receives while its
+    generator is trained, must not count. So `values.grad` is checked at the step, and in each
+    backward before anything is accumulated: if it is None, or all zero although what has been
+    accumulated was not, the norms accumulated so far are discarded. A gradient that was zero from
+    the start was not cleared: the present blocks do not reach the loss, and the norms say which
+    absent ones would.
 
     Args:
         layer: layer whose backward computes the norms.
         values: parameter of the layer as the optimizer holds it: sharded under `fully_shard`.
         needs_norms: whether to accumulate norms.
-        needs_blocks: whether to accumulate the gradient of whole blocks.
+        needs_blocks: whether to accumulate the gradient of whole blocks of a 2:4 sparse layer.
     """
 
     def __init__(
@@ -67,11 +67,14 @@ class NormAccumulator:
     ) -> None:
         self.layer, self.values = layer, values
         self.needs_norms = needs_norms
-        self.needs_blocks = needs_blocks and layer.topology.positions is not None
+        self.needs_blocks = needs_blocks
         self.armed = False
         # Positions by which the gradient of blocks is recorded, and its sum, at least in fp32.
         self._positions: Tensor | None = None
         self._blocks: Tensor | None = None
+        # What backward passes have recorded but not yet accumulated in `values.grad`, by their
+        # number. Reentrant checkpoints run one within another.
+        self._unfinished: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._backward = -1
         # Whether the backward passes so far had a gradient of `values` that is not zero: a bool
@@ -80,18 +83,19 @@ class NormAccumulator:
 
     def arm(self, is_armed: bool) -> None:
         """Make the layer's backward compute block norms from now on, or stop it."""
-        if is_armed == self.armed:
+        positions = self.layer.topology.positions if is_armed and self.needs_blocks else None
+        # Shrinking replaces the positions.
+        if is_armed == self.armed and positions is self._positions:
             return
         self.armed = is_armed
         self.layer.arm(is_armed and self.needs_norms)
         self.layer.block_norms.grad = self._had_gradient = self._blocks = None
+        self._unfinished.clear()
         if self._positions is not None:
             block_gradients.stop(self._positions)
-            self._positions = None
-        if is_armed and self.needs_blocks:
-            self._positions = self.layer.topology.positions
-            assert self._positions is not None
-            block_gradients.start(self._positions, self._add_blocks)
+        self._positions = positions
+        if positions is not None:
+            block_gradients.start(positions, self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -114,20 +118,27 @@ class NormAccumulator:
         self._discard_if_cleared()
         norms, self.layer.block_norms.grad = self.layer.block_norms.grad, None
         blocks, self._blocks = self._blocks, None
+        self._unfinished.clear()  # of a backward that failed
         self._had_gradient = None
         return norms, blocks
 
     @torch.no_grad()
-    def _add_blocks(self, blocks: Tensor) -> None:
+    def record_blocks(self, blocks: Tensor) -> None:
         """Add one product of the gradient of whole blocks, before `values` accumulates its part."""
         self._begin_backward()
         blocks = blocks.detach().to(torch.promote_types(blocks.dtype, torch.float32))
-        self._blocks = blocks if self._blocks is None else self._blocks + blocks
+        if is_sharded(self.values):  # backward does not see `values` itself
+            self._blocks = _sum_of(self._blocks, blocks)
+        else:
+            self._unfinished[self._backward] = _sum_of(self._unfinished.get(self._backward), blocks)
 
     @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
     @torch.no_grad()
     def _on_values_gradient(self, gradient: Tensor) -> None:
         self._on_gradient(gradient)
+        blocks = self._unfinished.pop(self._backward, None)
+        if blocks is not None:
+            self._blocks = _sum_of(self._blocks, blocks)
         has_gradient = gradient.any()
         before = self._had_gradient
         self._had_gradient = has_gradient if before is None else before | has_gradient
@@ -162,6 +173,10 @@ class NormAccumulator:
                 self._blocks = torch.where(is_cleared, 0.0, self._blocks)
 
 
+def _sum_of(before: Tensor | None, new: Tensor) -> Tensor:
+    return new if before is None else before + new
+
+
 class Gatherer:
     """Gathers the statistics that an update rule needs about the blocks of some layers.
 
@@ -184,16 +199,10 @@ class Gatherer:
         needs_blocks: bool = False,
     ) -> None:
         self.layers, self.needs = layers, needs
-        self.needs_blocks = needs_blocks and any(
-            layer.topology.positions is not None for layer in layers.values()
-        )
+        self.needs_blocks = needs_blocks
         for layer in layers.values():
             layer.token_stride = token_stride
-        # Number of steps, ending with the update, in which the dense gradient is gathered.
         self._needs_norms = not needs.isdisjoint(("momentum", "gradient"))
-        self.window = (
-            MOMENTUM_STEPS if "momentum" in needs else int(self._needs_norms or self.needs_blocks)
-        )
         # Whether `read_gradients` must be called.
         self.reads_gradients = not needs.isdisjoint(_PER_SLOT)
         self._accumulators: dict[str, NormAccumulator] = {}
@@ -207,6 +216,16 @@ class Gatherer:
         self._unconfirmed: set[str] = set()
 
     # Norms of the dense gradient.
+
+    @property
+    def window(self) -> int:
+        """Number of steps, ending with the update, in which the dense gradient is gathered."""
+        if "momentum" in self.needs:
+            return MOMENTUM_STEPS
+        if self._needs_norms or not self.needs_blocks:
+            return int(self._needs_norms)
+        # Asked anew each time, as a state dict may have brought or removed a pattern.
+        return int(any(layer.topology.positions is not None for layer in self.layers.values()))
 
     def arm(self, names: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
         """Gather dense gradients in the named layers of an optimizer, and stop in its others.

@@ -120,6 +120,16 @@ def largest_positions(blocks: Tensor) -> Tensor:
     )
 
 
+def first_positions(capacity: int, block_size: int) -> Tensor:
+    """Return the positions of the first two weights of each group, in `capacity` blocks.
+
+    >>> first_positions(1, 16)[0, 0].tolist()
+    [68, 68]
+    """
+    shape = capacity, block_size, block_size // (2 * GROUP)
+    return torch.full(shape, _PAIRS[0] | _PAIRS[0] << 4, dtype=torch.uint8, device="cpu")
+
+
 def random_positions(
     capacity: int, block_size: int, generator: torch.Generator | None = None
 ) -> Tensor:

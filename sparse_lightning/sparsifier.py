@@ -47,7 +47,7 @@ from sparse_lightning.policy.updates import (
 )
 from sparse_lightning.policy.weights import exchange_weights
 from sparse_lightning.selection import sparse_layers
-from sparse_lightning.sharding import gather_whole, is_sharded, local_part
+from sparse_lightning.sharding import gather_whole, is_sharded, local_part, prepare_slot_change
 from sparse_lightning.stepping import (
     GlobalStepWatch,
     StepWatch,
@@ -165,6 +165,8 @@ class Sparsifier:
         # For layers whose blocks a loaded state dict has replaced since the last step: the topology
         # to which the optimizer's state still belongs.
         self._loaded_over: dict[str, BlockTopology] = {}
+        # Those of them whose pending slots were loaded as well, after the blocks.
+        self._loaded_pending: set[str] = set()
         self._global_watch: GlobalStepWatch | None = None
         self._warned: set[str] = set()
 
@@ -770,13 +772,16 @@ class Sparsifier:
                 if before.values_shape != topology.values_shape:
                     continue  # loaded while no optimizer was attached
                 update = difference(before, topology)
-                if is_loaded and name in tracked.pending:  # of the replaced blocks
-                    tracked.pending[name][update.changed] = False
+                if is_loaded and name in tracked.pending:
+                    if name not in self._loaded_pending:  # those of the replaced blocks
+                        pending = tracked.pending[name]
+                        prepare_slot_change(pending, update.changed, update.moves)()
                 elif not update.is_empty and not is_loaded:
                     if has_slot_state(optimizer, tracked.held[name]):
                         reset.add(name)
                     tracked.prepare_block_update(name, update, topology)()
         self._loaded_over.clear()
+        self._loaded_pending.clear()
         self._warn_about(sorted(reset), diagnostics.loaded_blocks)
 
     # A topology update.
@@ -1192,6 +1197,7 @@ class Sparsifier:
         """
         check_same_training(state, self._current_state())
         self._find_loaded_blocks()
+        self._loaded_pending = {*self._loaded_over}
         states = {t.optimizer: t.state_at_last_step for t in self._attached()}
         self._release(self._attached())
         self.total_steps = self.total_steps or state["total_steps"]
@@ -1227,7 +1233,9 @@ def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             f"The saved state of the sparsity must hold {', '.join(map(repr, missing))}; got none. "
             "Resume with the version of sparse_lightning that wrote it."
         )
-    before, now = saved["config"], current["config"]
+    # The saved state may come from before an option existed.
+    before = {**SparsityConfig().training_options(), **saved["config"]}
+    now = current["config"]
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
         got = ", ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in differing)

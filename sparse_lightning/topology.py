@@ -205,6 +205,17 @@ class BlockTopology:
         positions = nm_pattern.random_positions(self.capacity, self.block_size, generator)
         return BlockTopology(self.coords, self.grid, self.block_size, positions)
 
+    def with_first_positions(self, nm: str | None) -> BlockTopology:
+        """Return the same blocks with the pattern `nm`, keeping the first weights of each four.
+
+        Args:
+            nm: "2:4"; or None, which returns this topology.
+        """
+        if nm_pattern.check_nm(nm) is None:
+            return self
+        positions = nm_pattern.first_positions(self.capacity, self.block_size)
+        return BlockTopology(self.coords, self.grid, self.block_size, positions)
+
     def with_largest_positions(self, nm: str | None, weight: Tensor) -> BlockTopology:
         """Return the same blocks with the pattern `nm`, keeping the largest weights of each four.
 

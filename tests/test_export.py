@@ -331,7 +331,7 @@ VECTOR = broken()["fc._extra_state"]
         ({"_extra_state": b"moved"}, "an int32 vector; got bytes"),
         ({"_extra_state": VECTOR[:-2]}, "must hold 3 slots by its header; got 2"),
         ({"_extra_state": VECTOR[:3]}, "of format 1"),
-        ({"_extra_state": VECTOR + 1}, "of format 1"),
+        ({"_extra_state": VECTOR + 7}, "of format 1"),
         ({"_extra_state": VECTOR.new_tensor([1, 16, 3, 2, 1, 3, 0])}, r"3x2 grid .* got \(3, 0\)"),
         ({"_extra_state": VECTOR.new_tensor([1, 24, 3, 2, 1, 0, 0])}, "one of .* got 24"),
         (

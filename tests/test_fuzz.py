@@ -59,7 +59,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
         NUMBERS,
         some_of(schedule=SCHEDULES, initial=NUMBERS, final=NUMBERS, begin=NUMBERS, until=NUMBERS),
     ),
-    "nm": st.sampled_from(["2:4", 124, None, "1:4", "", 2.4, True, ["2:4"]]),
+    "nm": names("2:4", "4:8") | st.sampled_from([124, None, "", 2.4, True, ["2:4"]]),
     "distribution": names(
         *("uniform", "erdos_renyi", "global"),
         *(f"{OWN}.{shares}" for shares in ("first_full", "back_and_forth", "one_too_few")),

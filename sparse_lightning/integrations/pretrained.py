@@ -39,7 +39,7 @@ class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-i
 
     Args:
         layers: "block_size", "capacity" and "shape", [out_features, in_features], of each layer, by
-            name.
+            name; and "nm" of 2:4 sparse ones.
     """
 
     def __init__(self, layers: Mapping[str, Mapping[str, Any]], **_: Any) -> None:
@@ -55,6 +55,7 @@ class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-i
                     "block_size": topology.block_size,
                     "capacity": topology.capacity,
                     "shape": [topology.out_features, topology.in_features],
+                    **({} if topology.nm is None else {"nm": topology.nm}),
                 }
                 for name, topology in topologies.items()
             }
@@ -67,13 +68,14 @@ class BlockSparseConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-i
             out_features, in_features = sizes["shape"]
             grid = block_grid(out_features, in_features, sizes["block_size"])
             coords = torch.full((sizes["capacity"], 2), -1, dtype=torch.int32, device="cpu")
+            topology = BlockTopology(coords, grid, sizes["block_size"])
+            return topology.with_first_positions(sizes.get("nm"))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                "`quantization_config` must give block_size, capacity and shape of each layer; got "
-                f"{sizes} (layer '{name}'). The folder's config.json is damaged; save the model "
-                "again with save_pretrained."
+                "`quantization_config` must give block_size, capacity and shape of each layer, "
+                f"and nm only as '2:4'; got {sizes} (layer '{name}'). The folder's config.json is "
+                "damaged; save the model again with save_pretrained."
             ) from error
-        return BlockTopology(coords, grid, sizes["block_size"])
 
 
 @register_quantizer(_METHOD)

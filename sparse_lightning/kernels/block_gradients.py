@@ -8,21 +8,32 @@ compiled code. CUDA graphs replay kernels without calling the op, so they record
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-# By the address of the layer's positions, since those are all that the op knows of a layer.
-_recorders: dict[int, Callable[[Tensor], None]] = {}
+
+class Recorder(Protocol):
+    """Receives the gradients of a layer's blocks."""
+
+    def record_blocks(self, blocks: Tensor) -> None:
+        """Receive `[capacity, B, B]`, which may be kept but not changed."""
+
+
+# By the address of the layer's positions, since those are all that the op knows of a layer. A
+# training that is abandoned is not kept alive.
+_recorders: WeakValueDictionary[int, Recorder] = WeakValueDictionary()
 _is_paused = False
 
 
-def start(positions: Tensor, recorder: Callable[[Tensor], None]) -> None:
-    """Pass the gradients of a layer's blocks to a function from now on, in each backward.
+def start(positions: Tensor, recorder: Recorder) -> None:
+    """Pass the gradients of a layer's blocks to a recorder from now on, in each backward.
 
     Args:
-        positions: positions of the layer.
-        recorder: function to call with `[capacity, B, B]`, which it may keep but not change.
+        positions: positions of the layer, which the recorder must keep alive.
+        recorder: recorder, to which only a weak reference is held.
     """
     _recorders[positions.data_ptr()] = recorder
 
@@ -58,4 +69,4 @@ def record(positions: Tensor, blocks: Tensor) -> None:
     if _recorders and not _is_paused:
         recorder = _recorders.get(positions.data_ptr())
         if recorder is not None:
-            recorder(blocks)
+            recorder.record_blocks(blocks)

@@ -295,9 +295,11 @@ def with_positions(update: TopologyUpdate, before: Tensor, after: Tensor) -> Top
         update: update of the blocks.
         before, after: uint8 `[capacity, block_size, block_size / 8]`, on one device.
     """
-    # The weights of dropped and grown blocks are reset, so that it does not matter where they were.
-    changed = update.changed.to(before.device)
-    compared = before.index_copy(0, changed, after[changed])
+    # Only weights of blocks that stay can move: those of dropped and grown blocks are reset, and
+    # empty slots have none, though a state dict may give them other positions.
+    stays = update.coords[:, 0] >= 0
+    stays[update.changed] = False
+    compared = torch.where(stays.to(before.device).view(-1, 1, 1), before, after)
     return replace(update, positions=after, moves=find_moves(compared, after))
 
 

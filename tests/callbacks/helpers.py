@@ -149,7 +149,8 @@ def assert_valid(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer, blo
     assert len(present) == len(set(present)) == topology.n_blocks == blocks
     (rows, cols), size = topology.grid, topology.block_size
     assert all(0 <= row < rows and 0 <= col < cols for row, col in present)
-    expected = BlockTopology(topology.coords.cpu(), topology.grid, size)
+    positions = None if topology.positions is None else topology.positions.cpu()
+    expected = BlockTopology(topology.coords.cpu(), topology.grid, size, positions)
     for name, tensor in vars(expected).items():
         if isinstance(tensor, Tensor):
             assert torch.equal(getattr(topology, name).cpu(), tensor), name

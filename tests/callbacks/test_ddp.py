@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -31,8 +32,13 @@ class Unseeded(Classifier):
         return super().batch(1000 * self.rank + number)
 
 
-@pytest.mark.parametrize("init", ["random", "magnitude"])
-@pytest.mark.parametrize("density", ["constant", "falling"])
+@pytest.mark.parametrize(
+    ("init", "density"),
+    [
+        *itertools.product(["random", "magnitude"], ["constant", "falling"]),
+        ("magnitude", "2:4"),  # of other weights, other positions
+    ],
+)
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
 def test_ranks_end_identical(accelerator: str, init: str, density: str, tmp_path: Path) -> None:
     run_ranks(__file__, tmp_path, accelerator, init, density)
@@ -93,7 +99,8 @@ def main(out: Path, accelerator: str, init: str, density: str, diverge: str = ""
     falling = {"schedule": "cubic", "initial": 0.75, "final": 0.25, "until": 0.5}
     sparsity = SparsityCallback(
         block_size=16,
-        density=0.25 if density == "constant" else falling,
+        density=falling if density == "falling" else 0.25,
+        nm="2:4" if density == "2:4" else None,
         update={"every_n_steps": 4},
         init=init,
     )

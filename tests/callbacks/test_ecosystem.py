@@ -53,9 +53,9 @@ class Normed(Classifier):
 
 
 class DenseAverage(L.Callback):
-    """Averages dense weights as an averaging callback averages slots, and counts changed blocks.
+    """Averages dense weights as an averaging callback averages slots, and counts changed weights.
 
-    The average of a block starts at its growth, and is zero after its drop.
+    The average of a weight starts at its growth, and is zero after its drop.
     """
 
     def __init__(self, weight_of_new: Any) -> None:
@@ -73,13 +73,11 @@ class DenseAverage(L.Callback):
 
     def follow(self, model: nn.Module) -> None:
         for name, layer in sparse(model).items():
-            mask = layer.topology.mask
+            mask = layer.topology.unpack(torch.ones_like(layer.values.detach())).bool()
             before = self.masks.get(name, mask)
             self.moved += int((mask ^ before).sum())
             if name in self.averages:
-                size = layer.block_size
-                kept = (mask & before).repeat_interleave(size, 0).repeat_interleave(size, 1)
-                self.averages[name] *= kept
+                self.averages[name] *= mask & before
             self.masks[name] = mask
 
     def check(self, model: nn.Module) -> None:
@@ -104,16 +102,17 @@ class EveryEpoch(DenseAverage):
         self.follow(pl_module)
 
 
+@pytest.mark.parametrize("nm", [None, "2:4"])
 @pytest.mark.parametrize("density", [0.25, FALLING])
 @pytest.mark.parametrize(
     ("until", "last"), [(1.0, 32), (30, 30), pytest.param(33, 32, id="after the end")]
 )
 @pytest.mark.parametrize("build", [Classifier, Normed])
 def test_swa_ends_with_the_average_of_each_block(
-    build: type[Classifier], until: float, last: int, density: Any
+    build: type[Classifier], until: float, last: int, density: Any, nm: str | None
 ) -> None:
     sparsity = SparsityCallback(
-        block_size=16, density=density, update={"every_n_steps": 5, "until": until}
+        nm=nm, block_size=16, density=density, update={"every_n_steps": 5, "until": until}
     )
     swa = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2, annealing_epochs=1)
     average = EveryEpoch(lambda taken: 1 / (taken + 1))
@@ -135,11 +134,14 @@ class EveryStep(DenseAverage):
         self.take(pl_module)
 
 
+@pytest.mark.parametrize("nm", [None, "2:4"])
 @pytest.mark.parametrize("density", [0.25, FALLING])
 @pytest.mark.parametrize("build", [Classifier, Late])
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model")
-def test_ema_ends_with_the_average_of_each_block(build: type[Classifier], density: Any) -> None:
-    sparsity = SparsityCallback(block_size=16, density=density, update=UPDATES)
+def test_ema_ends_with_the_average_of_each_block(
+    build: type[Classifier], density: Any, nm: str | None
+) -> None:
+    sparsity = SparsityCallback(block_size=16, density=density, update=UPDATES, nm=nm)
     average = EveryStep(lambda taken: 0.1 if taken else 1.0)
     model = build()
     trainer(

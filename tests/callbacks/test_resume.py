@@ -129,6 +129,18 @@ def test_resume_with_gathered_scores(rules: dict[str, Any], cut: int, tmp_path: 
     assert len(final(tmp_path / "cut")["state_dict"]["net.0.values"]) < 24, "memory has shrunk"
 
 
+@pytest.mark.parametrize("cut", [4, 5, 10])
+def test_resume_of_two_of_four_is_bit_exact(cut: int, tmp_path: Path) -> None:
+    """Right after an update, when weights within blocks and grown blocks are pending."""
+    rules = {"nm": "2:4", "grow": "momentum"}
+    run(tmp_path / "whole", rules=rules)
+    state = torch.load(tmp_path / "whole" / f"{cut}.ckpt", weights_only=True)
+    (course,) = state["callbacks"]["SparsityCallback"]["courses"]
+    assert (cut != 4) == any(pending.any() for pending in course["pending"].values())
+    run(tmp_path / "cut", tmp_path / "whole" / f"{cut}.ckpt", rules=rules)
+    assert_identical(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
 def test_a_longer_training_moves_no_density(uninterrupted: Path, tmp_path: Path) -> None:
     fitting = run(tmp_path, uninterrupted / "10.ckpt", max_steps=2 * STEPS)
     callback = next(c for c in fitting.callbacks if isinstance(c, SparsityCallback))

@@ -157,6 +157,17 @@ def test_saving_and_loading_preserves_the_model(case: str, tmp_path: Path) -> No
     assert {*layers} == {*sparse(model)}
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2", "dinov2"])
+def test_patterns_within_blocks_are_saved(case: str, tmp_path: Path) -> None:
+    model = sparse_model(case, nm="2:4")
+    loaded = reload(model, tmp_path / "once")
+    assert all(layer.nm == "2:4" for layer in sparse(loaded).values())
+    assert_same(loaded, model)
+    assert_same(reload(loaded, tmp_path / "twice"), model)
+    config = json.loads((tmp_path / "once/config.json").read_text())["quantization_config"]
+    assert {sizes["nm"] for sizes in config["layers"].values()} == {"2:4"}
+
+
 PLAIN = """
 import sys
 import torch, transformers
@@ -474,6 +485,7 @@ def test_damaged_files(change: dict[str, Tensor | None], message: str, tmp_path:
         ({"capacity": None}, "must give block_size, capacity and shape"),
         ({"capacity": -1}, "must give block_size, capacity and shape"),
         ({"block_size": 24}, "must give block_size, capacity and shape"),
+        ({"nm": "4:8"}, "and nm only as '2:4'"),
         ({"shape": [32, 32]}, "must be 32x32, as in the checkpoint; got 64x32"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
+from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology, nm_pattern
 from sparse_lightning.kernels import cpu, ops, reference
 
 
@@ -31,11 +31,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def make_layer(
-    dtype: torch.dtype = torch.float64, spare: int = 2, bias: bool = True
+    dtype: torch.dtype = torch.float64, spare: int = 2, bias: bool = True, nm: str | None = None
 ) -> BlockSparseLinear:
     """A 48x64 layer with an empty row, an empty slot and a bias."""
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
-    topology = BlockTopology.from_mask(mask, 16, capacity=5 + spare)
+    topology = BlockTopology.from_mask(mask, 16, capacity=5 + spare).with_random_positions(nm)
     return BlockSparseLinear(64, 48, bias, topology=topology, dtype=dtype)
 
 
@@ -48,15 +48,15 @@ def op_arguments(
     dtype: torch.dtype,
     requires_grad: bool = False,
     device: str = "cpu",
+    nm: str | None = None,
 ) -> tuple[Any, ...]:
-    layer = make_layer(dtype).to(device)
+    layer = make_layer(dtype, nm=nm).to(device)
     topology, values = layer.topology, layer.values.detach()
     x = torch.randn(2, 3, 64, dtype=dtype, device=device)
     dy = torch.randn(2, 3, 48, dtype=dtype, device=device)
     bias = torch.randn(48, dtype=dtype, device=device)
-    down = BlockSparseLinear(
-        48, 64, topology=BlockTopology.from_mask(topology.mask.T.cpu(), 16), dtype=dtype
-    ).to(device)
+    transposed = BlockTopology.from_mask(topology.mask.T.cpu(), 16).with_random_positions(nm)
+    down = BlockSparseLinear(48, 64, topology=transposed, dtype=dtype).to(device)
     indices = topology.indices
     armed = torch.tensor(True, device=device)
     norms, down_norms = (
@@ -64,7 +64,7 @@ def op_arguments(
     )
     stacked: list[Any] = []
     for in_features, out_features in (64, 64), (32, 48):
-        layer = BlockSparseLinear(in_features, out_features, density=0.5, block_size=16)
+        layer = BlockSparseLinear(in_features, out_features, density=0.5, block_size=16, nm=nm)
         own = layer.to(device, dtype).values.detach().requires_grad_(requires_grad)
         stacked += own, None, *layer.topology.indices, None, None, 1
     if requires_grad:
@@ -118,6 +118,41 @@ def test_opcheck(op: str, requires_grad: bool, dtype: torch.dtype, device: str) 
     results = torch.library.opcheck(getattr(torch.ops.sparse_lightning, op).default, arguments)
     assert len(results) >= 4
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("op", "requires_grad"),
+    [*((op, False) for op in ops.OPS), *((op, True) for op in DIFFERENTIABLE)],
+)
+def test_opcheck_of_two_of_four(op: str, requires_grad: bool, device: str) -> None:
+    arguments = op_arguments(op, torch.float32, requires_grad, device, nm="2:4")
+    results = torch.library.opcheck(getattr(torch.ops.sparse_lightning, op).default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", [op for op in ops.OPS if op != "block_norms"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_two_of_four_computes_what_whole_blocks_do(
+    op: str, dtype: torch.dtype, device: str
+) -> None:
+    """Bit for bit, where whole blocks hold zeros in place of the weights that are not kept."""
+    arguments = op_arguments(op, dtype, device=device, nm="2:4")
+    positions = next(t for t in arguments if isinstance(t, Tensor) and t.dtype == torch.uint8)
+    is_gradient = op == "block_linear_dw"
+    values = arguments[1]
+    whole = [
+        None
+        if tensor is positions
+        else nm_pattern.expand(values, positions)
+        if tensor is values and not is_gradient
+        else tensor
+        for tensor in arguments
+    ]
+    function = getattr(ops, op)
+    found, expected = function(*arguments), function(*whole)
+    if is_gradient:
+        expected = nm_pattern.compress(expected, positions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_opcheck_without_bias_and_norms() -> None:

@@ -66,12 +66,14 @@ class Case:
     bias: bool = True
     spare: int = 2
     seed: int = 0
+    nm: str | None = None
 
     def __str__(self) -> str:
         flags = ("" if self.contiguous else "-strided") + ("-bias" if self.bias else "")
         shape = "x".join(map(str, self.lead)) or "scalar"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{self.mask}-{self.block_size}-{name}-{shape}{flags}"
+        pattern = "" if self.nm is None else f"-{self.nm}"
+        return f"{self.mask}-{self.block_size}-{name}-{shape}{flags}{pattern}"
 
 
 def _random(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -124,6 +126,14 @@ CASES = [
         for lead in LEADS
         for contiguous, bias in ((True, False), (False, True))
     ),
+    *(
+        Case(mask, (3, 2), block_size=size, dtype=dtype, lead=(tokens,), nm="2:4")
+        for mask, tokens in (("empty_row_and_column", 1), ("random", 17), ("all", 300))
+        for size in (16, 32, 64, 128)
+        for dtype in DTYPES
+    ),
+    Case("none", spare=0, nm="2:4"),
+    Case("random", grid=(9, 11), spare=40, lead=(3, 11), contiguous=False, nm="2:4"),
     Case(grid=(1, 1), spare=0),
     Case("all", grid=(1, 7), spare=0),
     Case("all", grid=(7, 1), spare=0),
@@ -187,6 +197,7 @@ def cases(
         bias=st.booleans(),
         spare=st.integers(0, 5),
         seed=st.integers(0, 2**32),
+        nm=st.sampled_from([None, "2:4"]),
     )
 
 
@@ -210,6 +221,9 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     # The reference in fp64 gets the same numbers as the ops. Only the ops get NaN in empty slots.
     x64, dy64 = x.cpu().double(), dy.cpu().double()
     values64 = values.cpu().double().nan_to_num(0.0)
+    columns = None if topology.positions is None else columns_of(topology.positions.cpu())
+    if columns is not None:
+        values64 = values64.new_zeros(len(values), size, size).scatter_(2, columns, values64)
     bias64 = None if bias is None else bias.cpu().double()
     squares = x64.square(), dy64.square(), values64.square()
     bias2 = None if bias64 is None else bias64.square()
@@ -229,6 +243,8 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
     dw = kernels.block_linear_dw(dy, x, *indices)
     expected = reference.block_linear_dw(dy64, x64, coords, size)
     size_dw = reference.block_linear_dw(squares[1], squares[0], coords, size).sqrt()
+    if columns is not None:
+        expected, size_dw = expected.gather(2, columns), size_dw.gather(2, columns)
     assert_close("block_linear_dw", dw, expected, size_dw, case, math.prod(case.lead), fp32)
     assert dw[topology.coords[:, 0] < 0].count_nonzero() == 0, "block_linear_dw: empty slots"
 
@@ -246,6 +262,16 @@ def check_parity(case: Case, device: str, kernels: Any = ops) -> None:
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
+def columns_of(positions: Tensor) -> Tensor:
+    """Return the column within its block of each kept weight, by the bits of its position."""
+    columns = []
+    for entry in range(4 * positions.shape[-1]):
+        group, byte = entry // 2, entry // 4
+        bits = positions[..., byte].long() >> (2 * (entry % 4))
+        columns.append(4 * group + (bits & 3))
+    return torch.stack(columns, -1)
+
+
 class Problem:
     """The tensors of a case, with shuffled slots and NaN in empty slots."""
 
@@ -255,7 +281,9 @@ class Problem:
         mask = MASKS[case.mask](case.grid, generator)
         packed = BlockTopology.from_mask(mask, size, capacity=int(mask.sum()) + case.spare)
         shuffled = packed.coords[torch.randperm(packed.capacity, generator=generator)]
-        self.topology = BlockTopology(shuffled, case.grid, size).to_(torch.device(device))
+        topology = BlockTopology(shuffled, case.grid, size)
+        topology = topology.with_random_positions(case.nm, generator)
+        self.topology = topology.to_(torch.device(device))
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, case.dtype)
@@ -268,7 +296,7 @@ class Problem:
             return wide[tuple(slice(None, None, 2) for _ in range(wide.dim()))]
 
         self.x, self.dy = tokens(cols * size), tokens(rows * size)
-        self.values = normal(self.topology.capacity, size, size)
+        self.values = normal(*self.topology.values_shape)
         self.values[self.topology.coords[:, 0] < 0] = torch.nan
         self.bias = normal(rows * size) if case.bias else None
 
