@@ -77,6 +77,9 @@ class NormAccumulator:
         self._unfinished: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._backward = -1
+        # Whether a sharded `values.grad` holds the latest backward's gradient: `fully_shard` keeps
+        # those of micro-batches to itself until the one in which ranks are synchronised.
+        self._is_reduced = False
         # Whether the backward passes so far had a gradient of `values` that is not zero: a bool
         # tensor on the device; None if autograd has passed none to `values` itself.
         self._had_gradient: Tensor | None = None
@@ -107,6 +110,9 @@ class NormAccumulator:
                 (self.layer.block_norms, self._on_gradient),
             ):
                 self._handles.append(leaf.register_hook(hook))
+            if is_sharded(self.values):
+                register = self.values.register_post_accumulate_grad_hook
+                self._handles.append(register(self._on_reduced))  # type: ignore[no-untyped-call, unused-ignore]
 
     def collect(self) -> tuple[Tensor | None, Tensor | None]:
         """Return what was accumulated for the step that was just taken, and clear it.
@@ -147,11 +153,16 @@ class NormAccumulator:
     def _on_gradient(self, gradient: Tensor) -> None:
         self._begin_backward()
 
+    @unserializable_hook  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+    def _on_reduced(self, values: Tensor) -> None:
+        self._is_reduced = True
+
     def _begin_backward(self) -> None:
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
             self._discard_if_cleared()
+            self._is_reduced = False
 
     @torch.no_grad()
     def _discard_if_cleared(self) -> None:
@@ -160,7 +171,8 @@ class NormAccumulator:
         if norms is None and self._blocks is None:
             return
         if gradient is None:
-            self.layer.block_norms.grad = self._had_gradient = self._blocks = None
+            if self._is_reduced or not is_sharded(self.values):
+                self.layer.block_norms.grad = self._had_gradient = self._blocks = None
         elif not is_sharded(gradient):  # a shard may be zero while the whole gradient is not
             is_cleared = ~gradient.any()
             if self._had_gradient is not None:

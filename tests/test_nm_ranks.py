@@ -25,6 +25,8 @@ RULES: dict[str, dict[str, Any]] = {
     "random": {"density": 0.5, "grow": "random"},
 }
 
+STRATEGIES = "ddp", "fsdp", "fsdp micro-batches"
+
 
 def train(rule: str, rank: int | None, strategy: str = "") -> dict[str, Any]:
     """Return all that a training ends with; without a rank, it takes the batches of both."""
@@ -41,7 +43,7 @@ def train(rule: str, rank: int | None, strategy: str = "") -> dict[str, Any]:
         **RULES[rule],
     )
     layers = sparse(model)
-    if strategy == "fsdp":
+    if strategy.startswith("fsdp"):
         fully_shard(model)
     optimizer = adamw(model.parameters())
     wrapped = DistributedDataParallel(model) if strategy == "ddp" else model
@@ -57,12 +59,17 @@ def train(rule: str, rank: int | None, strategy: str = "") -> dict[str, Any]:
         if rank is None:
             for of in (0, 1):
                 (loss_of(double(wrapped), 2 * number + of) / 2).backward()
+        elif strategy == "fsdp micro-batches":
+            # Each rank takes both batches, in turn; only the second backward synchronises.
+            for of in (rank, 1 - rank):
+                model.set_requires_gradient_sync(of != rank)
+                (loss_of(double(model), 2 * number + of) / 2).backward()
         else:
             loss_of(double(wrapped), 2 * number + rank).backward()
         optimizer.step()
         optimizer.zero_grad()
     torch.set_default_dtype(torch.float32)
-    assert all(is_sharded(layer.values) == (strategy == "fsdp") for layer in layers.values())
+    assert all(is_sharded(layer.values) == strategy.startswith("fsdp") for layer in layers.values())
     result: dict[str, Any] = {"moved": moved}
     for name, layer in layers.items():
         assert layer.topology.positions is not None
@@ -86,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rule", RULES)
 def test_two_ranks_train_as_one(rule: str, strategy: str, folder: Path) -> None:
     expected = train(rule, None)
@@ -105,7 +112,7 @@ def test_two_ranks_train_as_one(rule: str, strategy: str, folder: Path) -> None:
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    for strategy in ("ddp", "fsdp"):
+    for strategy in STRATEGIES:
         for rule in RULES:
             torch.save(
                 train(rule, rank, strategy), Path(sys.argv[1], f"{rule}-{strategy}-{rank}.pt")
