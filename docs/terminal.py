@@ -23,6 +23,7 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 COLUMNS = 100
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_SCHEDULE = "Block-sparse training: "
 # What begins a line anew: the cursor goes to its start or up, or the line is erased.
 _REWRITE = re.compile(r"\r|\x1b\[[0-9]*[AK]")
 
@@ -55,7 +56,8 @@ def run_in_terminal() -> str:
 def select_lines(output: str) -> list[str]:
     """Return the lines to show, with their colours: the table, the last bar, and the panel."""
     lines = []
-    for line in output.split("\n"):
+    # A log line may follow a progress bar without a line break.
+    for line in output.replace(_SCHEDULE, f"\n{_SCHEDULE}").split("\n"):
         written = [part for part in _REWRITE.split(line) if _ESCAPE.sub("", part).strip()]
         # A progress bar rewrites its line; only the last version stays on the screen.
         lines.append(written[-1] if written else "")
@@ -73,7 +75,7 @@ def select_lines(output: str) -> list[str]:
     last_bar = lines[bar].partition("`Trainer.fit`")[0]
     table = lines[find("Block-sparse layers") : find("Left dense") + 1]
     panel = lines[find("╭─ Block-sparse training") : find("╰─") + 1]
-    return [*table, "", lines[find("Block-sparse training: ")], last_bar, *panel]
+    return [*table, "", lines[find(_SCHEDULE)], last_bar, *panel]
 
 
 def draw(lines: list[str]) -> str:
