@@ -134,6 +134,15 @@ def unattached_optimizer(names: Sequence[str], optimizer: Optimizer) -> str:
     )
 
 
+def whole_blocks(names: Sequence[str], nm: str) -> str:
+    """Return a warning about layers with whole blocks where a pattern is configured."""
+    return (
+        f"These layers have whole blocks, although nm={nm!r} is configured: {list_names(names)}. "
+        "They were block-sparse before, or got their blocks from a state dict, and keep what they "
+        "have. For the pattern, build the layers anew, or load dense weights."
+    )
+
+
 def unscored_weights(names: Sequence[str]) -> str:
     """Return a warning about layers whose pattern within blocks could not evolve."""
     return (

@@ -37,12 +37,13 @@ GradientFlaw = Literal["missing", "not finite", "zero"]
 _PER_SLOT = ("saliency", "movement")
 
 
-class NormAccumulator:
-    """Accumulates a layer's squared block norms over the backward passes of one step.
+class GradientAccumulator:
+    """Accumulates what updates need of a layer's gradient, over the backward passes of one step.
 
-    While armed, the layer's backward returns them as the gradient of `layer.block_norms`, so they
-    accumulate exactly when gradients accumulate into `values.grad`. If the layer is 2:4 sparse and
-    its pattern evolves, the gradient of all weights of the present blocks is accumulated, too.
+    While armed, the layer's backward returns the squared block norms as the gradient of
+    `layer.block_norms`, so they accumulate exactly when gradients accumulate into `values.grad`. If
+    the layer is 2:4 sparse and its pattern evolves, the gradient of all weights of the present
+    blocks is accumulated, too.
 
     Gradients that are cleared before the step, such as those that a critic receives while its
     generator is trained, must not count. So `values.grad` is checked at the step, and in each
@@ -217,7 +218,7 @@ class Gatherer:
         self._needs_norms = not needs.isdisjoint(("momentum", "gradient"))
         # Whether `read_gradients` must be called.
         self.reads_gradients = not needs.isdisjoint(_PER_SLOT)
-        self._accumulators: dict[str, NormAccumulator] = {}
+        self._accumulators: dict[str, GradientAccumulator] = {}
         self._norms: dict[str, Tensor] = {}
         self._blocks: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
@@ -253,7 +254,7 @@ class Gatherer:
                     accumulator.arm(False)
                 if name not in names:
                     continue
-                accumulator = NormAccumulator(
+                accumulator = GradientAccumulator(
                     self.layers[name], values, self._needs_norms, self.needs_blocks
                 )
                 self._accumulators[name] = accumulator

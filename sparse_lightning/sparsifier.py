@@ -418,6 +418,10 @@ class Sparsifier:
                 and name not in config.include
             ]
             self._warn_about(frozen, diagnostics.frozen_layers, once="frozen layers")
+            if config.nm is not None:
+                whole = [name for name, layer in self.layers.items() if layer.nm is None]
+                text = partial(diagnostics.whole_blocks, nm=config.nm)
+                self._warn_about(whole, text, once="whole blocks")
             # Only now, since a checkpoint may have replaced the weights that the swap found.
             trained = [name for name in self.report.trained if name in self.layers]
             self._warn_about(trained, describe_trained, once="trained weights")

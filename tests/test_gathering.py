@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import ranks
-from sparse_lightning.gathering import Gatherer, NormAccumulator
+from sparse_lightning.gathering import Gatherer, GradientAccumulator
 from sparse_lightning.linear import BlockSparseLinear
 from sparse_lightning.policy.criteria import (
     MOMENTUM_DECAY,
@@ -502,7 +502,7 @@ def test_ranks_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_disarming_discards_norms_and_hooks() -> None:
     fc = layer()
-    accumulator = NormAccumulator(fc, fc.values)
+    accumulator = GradientAccumulator(fc, fc.values)
     accumulator.arm(True)
     backward(fc, 0)
     accumulator.arm(False)

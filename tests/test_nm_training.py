@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from sparse_lightning import BlockSparseLinear, Sparsifier
-from sparse_lightning.gathering import NormAccumulator
+from sparse_lightning import BlockSparseLinear, Sparsifier, sparsify
+from sparse_lightning.gathering import GradientAccumulator
 from sparse_lightning.kernels import block_gradients
 from sparse_lightning.policy.updates import ModelUpdate
 from tests.callbacks.test_resume import assert_identical
@@ -209,7 +209,7 @@ def test_a_layer_in_and_around_a_reentrant_checkpoint() -> None:
     """The backward of the checkpoint runs, and accumulates, within that of the whole."""
     layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, nm="2:4", dtype=torch.float64)
     weight = layer.dense_weight().requires_grad_()
-    accumulator = NormAccumulator(layer, layer.values, needs_norms=False, needs_blocks=True)
+    accumulator = GradientAccumulator(layer, layer.values, needs_norms=False, needs_blocks=True)
     accumulator.arm(True)
     x = torch.randn(8, 64, dtype=torch.float64, requires_grad=True)
     dense = lambda x: nn.functional.linear(x, weight, layer.bias).tanh()  # noqa: E731
@@ -258,7 +258,7 @@ def test_any_sequence_records_what_a_dense_gradient_would_hold(actions: list[str
     torch.manual_seed(0)
     layer = BlockSparseLinear(32, 32, block_size=16, density=0.5, nm="2:4", dtype=torch.float64)
     weight = layer.dense_weight().requires_grad_()
-    accumulator = NormAccumulator(layer, layer.values, needs_blocks=True)
+    accumulator = GradientAccumulator(layer, layer.values, needs_blocks=True)
     accumulator.arm(True)
     leaves = layer.values, weight
     models = layer, lambda x: nn.functional.linear(x, weight, layer.bias.detach())
@@ -578,3 +578,13 @@ def test_a_frozen_copy_in_the_model_follows_whatever_pattern_it_is_given() -> No
         assert model.target[i].topology.equals(model.net[i].topology)
     both = model.target[0].dense_weight().ne(0) & known.ne(0)
     assert torch.equal(model.target[0].dense_weight()[both], known[both]) and both.any()
+
+
+def test_a_pattern_that_loaded_blocks_do_not_have_is_named() -> None:
+    plain = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    sparsify(plain, block_size=16, density=0.5)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    sparsifier = Sparsifier(model, total_steps=10, block_size=16, density=0.5, nm="2:4")
+    model.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match=r"whole blocks, although nm='2:4'.*: 0, 2\."):
+        sparsifier.attach(torch.optim.SGD(model.parameters(), 0.1))

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from sparse_lightning import BlockSparseLinear, BlockSparseMLP, BlockTopology
-from sparse_lightning.gathering import NormAccumulator
+from sparse_lightning.gathering import GradientAccumulator
 from sparse_lightning.kernels import activations, cpu, ops, reference
 
 ACTIVATIONS = {
@@ -567,7 +567,7 @@ def test_norms_of_discarded_gradients_are_dropped(named: bool) -> None:
     """The hooks of the leaf are called, as by the autograd engine."""
     model = make_chain()
     dense, x = make_dense(model), tokens(model, 7)
-    accumulator = NormAccumulator(model[1], model[1].values)
+    accumulator = GradientAccumulator(model[1], model[1].values)
     accumulator.arm(True)
     for scale in (1, 2):
         for variant in (model, dense):
