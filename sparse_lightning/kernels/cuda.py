@@ -76,7 +76,7 @@ def multiply(
     if positions is not None and multiplies_kept_weights(x.dtype, tokens):
         kind, linear = choice.PORTABLE, partial(portable.linear, positions=positions)
     elif positions is not None:
-        values = nm_blocks.expand(values, positions)
+        values = expand(values, positions)
     # The kernels, but not cuBLAS, fuse epilogues in half precision.
     if epilogue is not STORE and kind != choice.DENSE and x.dtype.itemsize == 2:
         epilogue = epilogue.map_operands(packed)
@@ -120,6 +120,12 @@ def block_norms(dy: Tensor, x: Tensor, armed: Tensor, block_size: int) -> Tensor
     launchers = _norms_launchers(x.dtype, block_size, grid, x.shape[0], device)
     launchers.norms(dy, x, armed, norms, device)
     return norms
+
+
+def expand(values: Tensor, positions: Tensor) -> Tensor:
+    """Return whole blocks of the kept weights of 2:4 sparse ones, as `nm_pattern.expand`."""
+    _common_device(values, positions)
+    return nm_blocks.expand(values, positions)
 
 
 def compress(blocks: Tensor, positions: Tensor) -> Tensor:
