@@ -19,6 +19,7 @@ from sparse_lightning.bench.kernels import Row, measure_all, table_head, table_r
 from sparse_lightning.bench.peers import PEERS, installed_peers
 from sparse_lightning.bench.problem import OPS
 from sparse_lightning.files import check_writable, write_text
+from sparse_lightning.nm_pattern import PATTERNS
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,6 +32,8 @@ EXAMPLES = """examples:
     sparse-lightning bench kernels --block-sizes 64 --plot speed.png
   few tokens, as in generation:
     sparse-lightning bench kernels --ops fwd --tokens 1 16 64 256 1024 8192 --peers none
+  2:4 sparse blocks, beside PyTorch's 2:4 sparse matrices:
+    sparse-lightning bench kernels --nm 2:4 --densities 1 .5 .25 --block-sizes 64 128
   whole layers of another shape:
     sparse-lightning bench kernels --shape 16384 2048 8192 --ops layer --densities .25 .1
 """
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block-sizes", type=int, nargs="+", choices=BLOCK_SIZES, default=BLOCK_SIZES, metavar="B")
     add("--densities", type=float, nargs="+", default=(0.5, 0.25, 0.1, 0.05), metavar="D",
         help="densities in (0, 1]")  # fmt: skip
+    add("--nm", choices=PATTERNS, help="keep two of each four weights within blocks")
     add("--dtype", choices=_DTYPES, help="default: bf16 on CUDA, fp32 on a CPU")
     add("--peers", nargs="+", choices=(*PEERS, "none"), metavar="PEER",
         help=f"other libraries to time, on CUDA: {', '.join(PEERS)}, or none; "
@@ -79,7 +83,9 @@ def run(options: argparse.Namespace) -> None:
     ops = options.ops or (["fwd", "dx", "dw"] if on_cuda else ["layer"])
     dtype_name = options.dtype or ("bf16" if on_cuda else "fp32")
     peers = (
-        [] if options.peers == ["none"] else options.peers or (installed_peers() if on_cuda else [])
+        []
+        if options.peers == ["none"]
+        else options.peers or (installed_peers(options.nm) if on_cuda else [])
     )
     tokens = options.tokens or shape[:1]
     _check(options, device, (*tokens, *shape[1:]), peers)
@@ -89,14 +95,15 @@ def run(options: argparse.Namespace) -> None:
 
     environment = describe_environment(device)
     sizes = [", ".join(map(str, tokens)), *map(str, shape[1:])]
-    title = f"{' x '.join(sizes)} (tokens x in x out), {dtype_name}"
+    pattern = "" if options.nm is None else f", {options.nm} within blocks"
+    title = f"{' x '.join(sizes)} (tokens x in x out), {dtype_name}{pattern}"
     print(environment_line(environment))
     print(f"{title}; speed-up: dense time / time, measured in the same run\n\n{table_head(peers)}")
     rows: list[Row] = []
     for row in measure_all(
         tokens, shape[1:], ops, options.block_sizes, options.densities,
         dtype=_DTYPES[dtype_name], device=device, peers=peers,
-        repeats=options.repeats, seed=options.seed,
+        repeats=options.repeats, seed=options.seed, nm=options.nm,
     ):  # fmt: skip
         rows.append(row)
         print(table_row(row), flush=True)
@@ -110,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
             "tokens": tokens,
             "features": shape[1:],
             "dtype": dtype_name,
+            "nm": options.nm,
             "repeats": options.repeats,
             "seed": options.seed,
             "rows": [row.as_dict() for row in rows],
@@ -137,7 +145,9 @@ def _check(
     if peers and device.type != "cuda":
         raise ValueError("`--peers` must be none on a CPU: these libraries run on CUDA only.")
     for name in peers:
-        if name not in installed_peers():
+        if name not in installed_peers(options.nm) and name in installed_peers("2:4"):
+            raise ValueError(f"`--peers` must multiply whole blocks; got '{name}'. Give --nm 2:4.")
+        if name not in installed_peers(options.nm):
             raise ValueError(f"`--peers` must be installed; got '{name}', which is not installed.")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:

@@ -127,11 +127,12 @@ def measure_all(
     peers: Sequence[str],
     repeats: int,
     seed: int,
+    nm: str | None = None,
 ) -> Iterator[Row]:
     """Yield the row of every case as soon as it is measured; `features` are those in and out."""
     for block_size, density in itertools.product(block_sizes, densities):
         shape = (max(tokens), *features)
-        whole = Problem(shape, block_size, density, dtype=dtype, device=device, seed=seed)
+        whole = Problem(shape, block_size, density, dtype=dtype, device=device, seed=seed, nm=nm)
         problems = [whole.with_tokens(n) for n in tokens]
         for op, problem in itertools.product(ops, problems):
             try:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_lightning.bench.problem import Contender, Problem
@@ -106,14 +108,43 @@ def blksprs(problem: Problem, op: str) -> Contender:
     return Contender(lambda: matmul(*left, *right, out_layout, size, cache), read)
 
 
+def cusparselt(problem: Problem, op: str) -> Contender:
+    """Return the product of PyTorch's 2:4 sparse tensors by cuSPARSELt, over the whole matrix."""
+    return _semi_structured(problem, op, torch.sparse.SparseSemiStructuredTensorCUSPARSELT)
+
+
+def cutlass(problem: Problem, op: str) -> Contender:
+    """Return the product of PyTorch's 2:4 sparse tensors by CUTLASS, over the whole matrix."""
+    return _semi_structured(problem, op, torch.sparse.SparseSemiStructuredTensorCUTLASS)
+
+
+def _semi_structured(problem: Problem, op: str, tensor_class: Any) -> Contender:
+    if problem.layer.nm is None:
+        raise NotImplementedError("needs 2:4 sparse blocks (--nm 2:4)")
+    if op != "fwd":
+        # PyTorch's training makes W 2:4 sparse both ways, and so another matrix, in every step.
+        raise NotImplementedError("multiplies forward only by this W")
+    weight, x = tensor_class.from_dense(problem.linear.weight.detach()), problem.x
+    return Contender(lambda: F.linear(x, weight))
+
+
 Peer = Callable[[Problem, str], Contender]
-PEERS: dict[str, Peer] = {"torch_bsr": torch_bsr, "stk": stk, "blksprs": blksprs}
+PEERS: dict[str, Peer] = {
+    "torch_bsr": torch_bsr,
+    "stk": stk,
+    "blksprs": blksprs,
+    "cusparselt": cusparselt,
+    "cutlass": cutlass,
+}
 _PACKAGES = {"torch_bsr": "triton", "stk": "stk", "blksprs": "blksprs"}
+# PyTorch has these, but only for 2:4 sparse matrices.
+_FOR_NM = ("cusparselt", "cutlass")
 
 
-def installed_peers() -> list[str]:
-    """Return the names of the peers whose package is installed."""
-    return [name for name, package in _PACKAGES.items() if importlib.util.find_spec(package)]
+def installed_peers(nm: str | None = None) -> list[str]:
+    """Return the names of the peers that are installed and multiply blocks of a pattern."""
+    found = [name for name, package in _PACKAGES.items() if importlib.util.find_spec(package)]
+    return [*found, *(_FOR_NM if nm is not None else ())]
 
 
 def _row_major(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +152,7 @@ def _row_major(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     topology = problem.layer.topology
     cols, slots = topology.row_entries.long().unbind(1)
     rows = torch.repeat_interleave(topology.row_offsets.diff().long())
-    return rows, cols, problem.layer.values.detach()[slots]
+    return rows, cols, topology.expand(problem.layer.values.detach())[slots]
 
 
 def _slot_order(problem: Problem, blocks: Tensor) -> Tensor:

@@ -65,11 +65,12 @@ class Problem:
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
+        nm: str | None = None,
     ) -> None:
         tokens, in_features, out_features = shape
         torch.manual_seed(seed)
         layer = BlockSparseLinear(
-            in_features, out_features, block_size=block_size, density=density, dtype=dtype
+            *(in_features, out_features), block_size=block_size, density=density, nm=nm, dtype=dtype
         )
         self.layer = layer.to(device)
         self.linear = self.layer.to_linear()
@@ -92,11 +93,13 @@ class Problem:
         return found
 
     def flops(self, op: str) -> float:
-        """Return the floating-point operations of an op on the present blocks (norms: on all)."""
+        """Return the floating-point operations of an op on the kept weights (norms: on all)."""
         topology = self.layer.topology
-        blocks = topology.mask.numel() if op == "norms" else topology.n_blocks
+        weights = topology.n_blocks * topology.weights_per_block
+        if op == "norms":
+            weights = topology.mask.numel() * topology.block_size**2
         products = 3 if op in ("layer", "host") else 1
-        return 2.0 * products * self.x.shape[0] * blocks * topology.block_size**2
+        return 2.0 * products * self.x.shape[0] * weights
 
     def ours(self, op: str) -> Contender:
         """Return the contender that calls this package's ops."""

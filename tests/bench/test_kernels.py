@@ -147,6 +147,27 @@ def test_a_peer_is_checked_too(peer: Any, ratio: float | None, remark: str | Non
         assert row.as_dict()["peer_times"]["stk"]["median"] > 0
 
 
+def test_products_of_a_pattern_within_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.json"
+    given = ("--ops", "fwd", "dx", "dw", "layer", "--json", str(output))
+    assert main([*ONE, "--nm", "2:4", *given]) == 0
+    assert "2:4 within blocks" in capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert written["nm"] == "2:4" and [row["op"] for row in written["rows"]] == [*given[1:5]]
+
+
+def test_peers_that_need_a_pattern_or_another_op_say_so() -> None:
+    row = kernels.measure(problem(), "fwd", ["cusparselt"], repeats=3)
+    assert row.remarks == {"cusparselt": "needs 2:4 sparse blocks (--nm 2:4)"}
+    sparse = Problem((64, 128, 96), 16, 0.4, dtype=torch.float32, device=CPU, seed=0, nm="2:4")
+    row = kernels.measure(sparse, "dx", ["cutlass"], repeats=3)
+    assert row.remarks == {"cutlass": "multiplies forward only by this W"}
+    assert not {"cusparselt", "cutlass"} & {*peers.installed_peers()}
+    assert peers.installed_peers("2:4")[-2:] == ["cusparselt", "cutlass"]
+
+
 def test_several_numbers_of_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
