@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -94,15 +95,27 @@ Variant = list[Result]  # one result per seed
 def group(results: Sequence[Result]) -> dict[str, dict[str, Variant]]:
     """Return the variants of each model by label, in order of appearance, without searches.
 
-    Trainings of one variant that take different numbers of steps are separate. Of several learning
-    rates, a variant has the one with the lowest loss at its first seed.
+    If the dense model was trained for several lengths, each of these budgets counts as a model of
+    its own, with the variants whose lengths are nearest to it. Trainings of one variant that take
+    different numbers of steps are separate. Of several learning rates, a variant has the one with
+    the lowest loss at its first seed.
     """
+    trainings = [result for result in results if not result.settings.is_search]
+    budgets: dict[str, list[float]] = {}
+    for result in trainings:
+        if result.settings.label == DENSE:
+            lengths = budgets.setdefault(_model_title(result.settings), [])
+            if result.curve[-1].tokens not in lengths:
+                lengths.append(result.curve[-1].tokens)
     models: dict[str, dict[tuple[str, int], Variant]] = {}
-    for result in results:
+    for result in trainings:
         settings = result.settings
-        if not settings.is_search:
-            variants = models.setdefault(_model_title(settings), {})
-            variants.setdefault((settings.label, settings.steps), []).append(result)
+        title = _model_title(settings)
+        if len(budgets.get(title, ())) > 1:
+            budget = min(budgets[title], key=partial(_distance, result.curve[-1].tokens))
+            title += f", budget of {budget / 1e6:.3g} M tokens"
+        variants = models.setdefault(title, {})
+        variants.setdefault((settings.label, settings.steps), []).append(result)
     return {
         title: {
             _distinct(label, steps, variants): with_best_lr(v)
@@ -110,6 +123,11 @@ def group(results: Sequence[Result]) -> dict[str, dict[str, Variant]]:
         }
         for title, variants in models.items()
     }
+
+
+def _distance(a: float, b: float) -> float:
+    """Return the distance of two lengths, as the logarithm of their ratio."""
+    return abs(math.log(a / b))
 
 
 def with_best_lr(variant: Variant) -> Variant:

@@ -394,9 +394,30 @@ def test_places_of_the_tables_are_chosen(file: Path, capsys: pytest.CaptureFixtu
 
 
 def test_lengths_of_one_variant_are_told_apart() -> None:
-    long = by_hand([9.0, 5.0, 4.0, 3.0], seconds=10, steps=150)
-    (variants,) = results.group([by_hand([9.0, 5.0], seconds=10), long]).values()
-    assert list(variants) == ["dense, 1 M tokens", "dense, 3 M tokens"]
+    long = by_hand([9.0, 5.0, 4.0, 3.0], seconds=10, steps=150, **SPARSE)
+    (variants,) = results.group([by_hand([9.0, 5.0], seconds=10, **SPARSE), long]).values()
+    assert list(variants) == [f"static, B=128, d=.25, {n} M tokens" for n in (1, 3)]
+
+
+def test_variants_belong_to_the_budget_of_the_nearest_dense_training() -> None:
+    found = results.group(
+        [
+            by_hand([9.0, 5.0], seconds=10),
+            by_hand([9.0] * 9, seconds=10, steps=400),
+            by_hand([9.0] * 7, seconds=10, steps=300, **SPARSE),
+            by_hand([9.0] * 3, seconds=10, steps=100, **SPARSE),
+        ]
+    )
+    assert [title.rpartition(", ")[2] for title in found] == [
+        "budget of 1 M tokens",
+        "budget of 8 M tokens",
+    ]
+    for (label, variant), steps in zip(
+        (item for variants in found.values() for item in variants.items()),
+        (100, 100, 400, 300),
+        strict=True,
+    ):
+        assert variant[0].settings.steps == steps and "M tokens" not in label
 
 
 def test_of_several_learning_rates_the_best_one_counts() -> None:
