@@ -43,11 +43,13 @@ from sparse_lightning.kernels.portable.launchers import (
 from sparse_lightning.kernels.portable.programs import (
     dw_program,
     linear_program,
+    multiplies_kept_weights,
     tiled_dw_program,
     tiled_linear_program,
 )
 from sparse_lightning.kernels.programs import TiledProgram, Tiling
 from sparse_lightning.kernels.timing import Function, device_times, speedup
+from sparse_lightning.nm_pattern import PATTERNS
 from sparse_lightning.topology import BLOCK_SIZES, block_grid, check_density
 
 _DTYPE = torch.bfloat16
@@ -64,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--block-sizes", type=int, nargs="+", choices=BLOCK_SIZES, default=BLOCK_SIZES)
     add("--densities", type=float, nargs="+", default=(0.25,))
     add("--products", nargs="+", choices=STEP, default=STEP)
+    add(
+        "--nm", choices=PATTERNS, help="take the kept weights of 2:4 sparse blocks: fwd and dx only"
+    )
     add("--show", type=int, default=5, help="tilings per product; default: %(default)s")
     add("--repeats", type=int, default=5, help="rounds of which the median is taken")
     return run_command(run, parser.parse_args(arguments), parser.prog)
@@ -77,6 +82,14 @@ def run(options: argparse.Namespace) -> None:
         block_grid(*options.features[::-1], block_size)
     for density in options.densities:
         check_density(density, "--densities")
+    if options.nm is not None:
+        for tokens in options.tokens:
+            if not multiplies_kept_weights(_DTYPE, tokens):
+                raise ValueError(
+                    "`--tokens` must be at most 32 with --nm, as no kernel takes kept weights of "
+                    f"more; got {tokens}."
+                )
+        options.products = [op for op in options.products if op != "dw"]
     prepare_device(device)
     print(environment_line(describe_environment(device)))
     print(
@@ -85,24 +98,26 @@ def run(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|")
     cases = list(itertools.product(options.products, options.tokens, options.block_sizes))
     splits = (1, 2, 4) if has_clusters(torch.cuda.current_device()) else (1,)
-    compile_all({p for op, n, size in cases for p in candidates(op, n, size, splits)})
+    nm = options.nm is not None
+    compile_all({p for op, n, size in cases for p in candidates(op, n, size, splits, nm=nm)})
     for op, tokens, block_size in cases:
         for density in options.densities:
             measure(op, tokens, block_size, density, splits, options, device)
 
 
 def candidates(
-    op: str, tokens: int, block_size: int, splits: Sequence[int]
+    op: str, tokens: int, block_size: int, splits: Sequence[int], *, nm: bool = False
 ) -> Iterator[TiledProgram]:
     """Yield the programs that can compute a product of a number of tokens.
 
-    `splits` are the numbers of thread blocks that may share a tile of the forward and of dX.
+    `splits` are the numbers of thread blocks that may share a tile of the forward and of dX; with
+    `nm`, programs take the kept weights of 2:4 sparse blocks.
     """
     if op == "dw":
         yield from _dw_candidates(tokens, block_size)
         return
     forward = op == "fwd"
-    program = partial(tiled_linear_program, _DTYPE, block_size, forward=forward)
+    program = partial(tiled_linear_program, _DTYPE, block_size, forward=forward, nm=nm)
     outputs = [tn for tn in (16, 32, 64, 128) if tn <= block_size]
     if tokens <= _MOST_SKINNY_TOKENS:
         fits = [tm for tm in (8, 16, 32) if tm >= min(tokens, 32) and tm <= max(8, 2 * tokens)]
@@ -114,7 +129,7 @@ def candidates(
             fits_shared = 4 * warps * tm * (tn + 4) <= _MOST_SHARED_BYTES
             if (forward or tn >= min(32, block_size)) and registers <= 160 and fits_shared:
                 yield program(tiling=Tiling(tm, tn, 32, stages, 1, 1, warps, shares))
-    if tokens > 16:
+    if tokens > 16 and not nm:
         pipelines = ((64, 3), (64, 4), (128, 2), (128, 3), (128, 4))
         groups = ((2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 2, 2))
         for tm, tn, (tk, stages), (m, n, k), shares in itertools.product(
@@ -176,6 +191,9 @@ def measure(
     operands = Operands(shape, [density], device)
     products = Products(operands, tokens)
     [(density, (topology, values))] = operands.sparse.items()
+    if options.nm is not None:
+        topology = topology.with_random_positions(options.nm)
+        values = [topology.compress(blocks) for blocks in values]
     x, dy, y = products.x, products.dy, products.dx if op == "dx" else products.y
     index = x.get_device()
 
@@ -188,7 +206,10 @@ def measure(
         lists = BlockLists.of(topology.indices, forward=op == "fwd")
         n_out = lists.offsets.shape[0] - 1
         most, shares = linear_variant(_DTYPE, block_size, tokens, topology.capacity, n_out, index)
-        used = linear_program(_DTYPE, block_size, forward=op == "fwd", tokens=most, splits=shares)
+        used = linear_program(
+            *(_DTYPE, block_size), forward=op == "fwd", tokens=most, splits=shares,
+            nm=options.nm is not None,
+        )  # fmt: skip
 
     def launches(program: TiledProgram) -> list[Function]:
         if op == "dw":
@@ -196,9 +217,11 @@ def measure(
             return [partial(launch_dw, *kernels, dy, x, topology.indices, w) for w in values]
         kernel = Kernel(program, "block_linear", LINEAR_LAYOUT, index)
         left = x if op == "fwd" else dy
-        return [partial(launch_linear, kernel, left, w, None, lists, y) for w in values]
+        launch = partial(launch_linear, positions=topology.positions)
+        return [partial(launch, kernel, left, w, None, lists, y) for w in values]
 
-    programs = list(dict.fromkeys([used, *candidates(op, tokens, block_size, splits)]))
+    nm = options.nm is not None
+    programs = list(dict.fromkeys([used, *candidates(op, tokens, block_size, splits, nm=nm)]))
     contenders = [products.dense(op)]
     for program in programs:
         runs = launches(program)
