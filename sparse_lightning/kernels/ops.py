@@ -726,13 +726,16 @@ def _values_gradient(
     Whole blocks of it are recorded if they are wanted, but not for `autograd.grad`, which does not
     accumulate what it returns. Compiled code cannot tell.
     """
-    is_recorded = (
+    gradient: Tensor
+    if (
         torch.compiler.is_compiling()
         or not block_gradients.is_recording()
         or _is_accumulated(ctx, position)
-    )
-    with contextlib.nullcontext() if is_recorded else block_gradients.paused():
-        gradient: Tensor = block_linear_dw(dy, x, *indices)
+    ):
+        gradient = block_linear_dw(dy, x, *indices)
+        return gradient
+    with block_gradients.paused():
+        gradient = block_linear_dw(dy, x, *indices)
     return gradient
 
 
