@@ -15,6 +15,7 @@ import torch
 
 from sparse_lightning.kernels import cpu
 from sparse_lightning.kernels.hopper import programs as hopper_programs
+from sparse_lightning.kernels.portable.programs import multiplies_kept_weights
 from sparse_lightning.kernels.speedups import (
     DeviceSpeedups,
     Layer,
@@ -153,9 +154,12 @@ def choose_for_step(
     block_size, grid = topology.block_size, topology.grid
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        return {
+        kinds = {
             op: choose(op, dtype, block_size, topology.capacity, grid, tokens, index) for op in STEP
         }
+        if topology.nm is not None and multiplies_kept_weights(dtype, tokens):
+            kinds.update(fwd=PORTABLE, dx=PORTABLE)
+        return kinds
     return {op: cpu.choose(op, tokens, block_size, topology.density, dtype) for op in STEP}
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lightning import BlockSparseLinear
+from sparse_lightning import BlockSparseLinear, BlockTopology
 from sparse_lightning.kernels import choice, cpu, cuda, speedups
 from sparse_lightning.kernels.choice import KINDS
 from sparse_lightning.kernels.hopper import launchers as hopper
@@ -483,3 +483,16 @@ def test_kernel_choice_of_a_layer_on_a_gpu() -> None:
     for kind in ("portable", "dense"):
         with choice.forced(kind):
             assert layer.kernel_choice(x) == {"fwd": kind, "dx": kind, "dw": kind}
+
+
+def test_few_tokens_take_the_kept_weights_of_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "choose", lambda *_: choice.DENSE)
+    whole = BlockTopology.from_mask(torch.ones(2, 2, dtype=torch.bool), 16)
+    pattern = whole.with_random_positions("2:4")
+    for topology, tokens, kinds in (
+        (pattern, 32, [choice.PORTABLE, choice.PORTABLE, choice.DENSE]),
+        (pattern, 33, [choice.DENSE] * 3),
+        (whole, 32, [choice.DENSE] * 3),
+    ):
+        found = choice.choose_for_step(topology, torch.bfloat16, tokens, torch.device("cuda:0"))
+        assert [found[op] for op in ("fwd", "dx", "dw")] == kinds
