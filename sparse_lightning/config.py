@@ -417,41 +417,48 @@ class SparsityConfig:
         return [name for name in grids if final[name] > initial[name]]
 
     @property
+    def exchanges_weights(self) -> bool:
+        """Whether updates exchange weights within 2:4 sparse blocks."""
+        return self.nm is not None and self.regrow_inner
+
+    @property
     def expects_exchange(self) -> bool:
-        """Whether updates are pointless unless the default rule exchanges blocks.
+        """Whether the default rule is to exchange blocks or weights at a constant density.
 
         A drop fraction that is always 0, as in the preset "static", says that the blocks stay.
         """
         is_default = self.rule is None and self.density_is_constant
-        if self.nm is not None and self.regrow_inner:
-            return False  # weights are exchanged within blocks, whether blocks are or not
         return is_default and any(self.drop_fraction_at(k / _SAMPLES) for k in range(_SAMPLES + 1))
 
     def explain_no_exchange(self, budgets: LayerBudgets, timetable: Timetable) -> str | None:
-        """Return why no update exchanges a block although one should, and what helps, or None.
+        """Return why no update exchanges anything although one should, and what helps, or None.
 
         Args:
             budgets: block budgets of the layers.
             timetable: resolved steps of the training.
         """
         first = timetable.next_update(0)
-        if first is None or not self.expects_exchange or not budgets.exchanged(1.0, 1.0):
-            return None  # no update is planned, none is to change a block, or no block is absent
+        if first is None or not self.expects_exchange:
+            return None  # no update is planned, or none is to change anything
+        share = self._largest_exchange(timetable)
+        if self.exchanges_weights and share:
+            return None  # every share of the weights is at least one
+        if not self.exchanges_weights and not budgets.exchanged(1.0, 1.0):
+            return None  # no block is absent
         final = f"{self.density.final:g}"
-        if self.grow_criterion is None:
+        if self.grow_criterion is None and not self.exchanges_weights:
             return (
                 f"the density is constant ({final}) and `grow` is 'none'. For a density that "
                 "falls, as in the presets for pretrained weights, set `density.final` in place of "
                 f"`density`, or density=DensitySchedule(initial=1.0, final={final}); to exchange "
                 "blocks, set `grow` to 'gradient', 'momentum' or 'random'"
             )
-        share = self._largest_exchange(timetable)
         if budgets.exchanged(1.0, share):
             return None
         most = self._largest_exchange(replace(timetable, every_n_steps=1, times=None))
         if not most:
             return None  # a trial of a few steps cannot exchange blocks, whatever the options are
-        if not budgets.exchanged(1.0, most):
+        if not self.exchanges_weights and not budgets.exchanged(1.0, most):
             remedy = "Set a larger `drop_fraction` or a smaller `block_size`"
         elif timetable.times is not None:
             remedy = "Set more and earlier `update.times`"
@@ -460,9 +467,12 @@ class SparsityConfig:
             remedy = f"Set a smaller `update.every_n_steps`, such as {every}"
         length = "" if timetable.total_steps is None else f" of {timetable.total_steps}"
         updates = "the only one is" if timetable.next_update(first) is None else "the first one is"
+        text = f"{updates} after step {first}{length}"
+        if self.exchanges_weights:
+            return f"{text}, when the drop fraction has fallen to 0. {remedy}"
         return (
-            f"{updates} after step {first}{length}, and at most {100 * share:.2g} % of a layer's "
-            f"blocks are to be exchanged, which rounds to no block. {remedy}"
+            f"{text}, and at most {100 * share:.2g} % of a layer's blocks are to be exchanged, "
+            f"which rounds to no block. {remedy}"
         )
 
     def _more_frequent(self, budgets: LayerBudgets, timetable: Timetable) -> int:
@@ -470,7 +480,8 @@ class SparsityConfig:
         last = min(timetable.update_until, timetable.total_steps or timetable.update_until)
         every = max(1, (last - timetable.update_begin) // 10)
         share = self._largest_exchange(replace(timetable, every_n_steps=every))
-        return every if budgets.exchanged(1.0, share) else 1
+        suffices = share > 0 if self.exchanges_weights else budgets.exchanged(1.0, share) > 0
+        return every if suffices else 1
 
     def _largest_exchange(self, timetable: Timetable) -> float:
         """Return the largest share of a layer's blocks that an update is to exchange."""

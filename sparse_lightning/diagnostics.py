@@ -139,7 +139,7 @@ def whole_blocks(names: Sequence[str], nm: str) -> str:
     return (
         f"These layers have whole blocks, although nm={nm!r} is configured: {list_names(names)}. "
         "They were block-sparse before, or got their blocks from a state dict, and keep what they "
-        "have. For the pattern, build the layers anew, or load dense weights."
+        "have. For the pattern, start from dense weights: `sparse-lightning export --to dense`."
     )
 
 
@@ -148,8 +148,9 @@ def unscored_weights(names: Sequence[str]) -> str:
     return (
         "An update could not exchange weights within the 2:4 sparse blocks of these layers: "
         f"{list_names(names)}. The gradient of whole blocks was missing or not finite in its step. "
-        "A step that a CUDA graph replays, as with torch.compile(mode='reduce-overhead'), does not "
-        "pass it on; set `regrow_inner=False` to keep the patterns, or train without CUDA graphs."
+        "It is missing where a CUDA graph replays the step, as with "
+        "torch.compile(mode='reduce-overhead'), and where gradients reach `values` past the layer. "
+        "Set `regrow_inner=False` to keep the patterns as they are."
     )
 
 

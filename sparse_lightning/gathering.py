@@ -56,7 +56,6 @@ class GradientAccumulator:
         layer: layer whose backward computes the norms.
         values: parameter of the layer as the optimizer holds it: sharded under `fully_shard`.
         needs_norms: whether to accumulate norms.
-        needs_blocks: whether to accumulate the gradient of whole blocks of a 2:4 sparse layer.
     """
 
     def __init__(
@@ -64,14 +63,14 @@ class GradientAccumulator:
         layer: BlockSparseLinear,
         values: nn.Parameter,
         needs_norms: bool = True,
-        needs_blocks: bool = False,
     ) -> None:
         self.layer, self.values = layer, values
         self.needs_norms = needs_norms
-        self.needs_blocks = needs_blocks
         self.armed = False
-        # Positions by which the gradient of blocks is recorded, and its sum, at least in fp32.
+        # Positions by whose address the gradient of blocks is recorded, and the sum of it.
+        # Shrinking replaces them, and shared memory changes their address.
         self._positions: Tensor | None = None
+        self._address = 0
         self._blocks: Tensor | None = None
         # What backward passes have recorded but not yet accumulated in `values.grad`, by their
         # number. Reentrant checkpoints run one within another.
@@ -85,21 +84,32 @@ class GradientAccumulator:
         # tensor on the device; None if autograd has passed none to `values` itself.
         self._had_gradient: Tensor | None = None
 
-    def arm(self, is_armed: bool) -> None:
-        """Make the layer's backward compute block norms from now on, or stop it."""
-        positions = self.layer.topology.positions if is_armed and self.needs_blocks else None
-        # Shrinking replaces the positions.
-        if is_armed == self.armed and positions is self._positions:
+    @property
+    def records_blocks(self) -> bool:
+        """Whether the gradient of whole blocks is accumulated."""
+        return self._positions is not None
+
+    def arm(self, is_armed: bool, needs_blocks: bool = False) -> None:
+        """Make the layer's backward compute block norms from now on, or stop it.
+
+        Args:
+            is_armed: whether to accumulate anything.
+            needs_blocks: whether to accumulate the gradient of whole blocks of a 2:4 sparse layer.
+        """
+        positions = self.layer.topology.positions if is_armed and needs_blocks else None
+        address = 0 if positions is None else positions.data_ptr()
+        is_same = positions is self._positions and address == self._address
+        if is_armed == self.armed and is_same:
             return
         self.armed = is_armed
         self.layer.arm(is_armed and self.needs_norms)
         self.layer.block_norms.grad = self._had_gradient = self._blocks = None
         self._unfinished.clear()
         if self._positions is not None:
-            block_gradients.stop(self._positions)
-        self._positions = positions
+            block_gradients.stop(self._address)
+        self._positions, self._address = positions, address
         if positions is not None:
-            block_gradients.start(positions, self)
+            block_gradients.start(address, self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -133,7 +143,7 @@ class GradientAccumulator:
     def record_blocks(self, blocks: Tensor) -> None:
         """Add one product of the gradient of whole blocks, before `values` accumulates its part."""
         self._begin_backward()
-        blocks = blocks.detach().to(torch.promote_types(blocks.dtype, torch.float32))
+        blocks = blocks.detach()
         if is_sharded(self.values):  # backward does not see `values` itself
             self._blocks = _sum_of(self._blocks, blocks)
         else:
@@ -187,7 +197,10 @@ class GradientAccumulator:
 
 
 def _sum_of(before: Tensor | None, new: Tensor) -> Tensor:
-    return new if before is None else before + new
+    """Return a sum, in at least fp32; a single term keeps its dtype, to save memory."""
+    if before is None:
+        return new
+    return before.to(torch.promote_types(before.dtype, torch.float32)) + new
 
 
 class Gatherer:
@@ -201,7 +214,7 @@ class Gatherer:
         layers: layers by name; the dictionary may change later.
         needs: names of the statistics to gather, from `criteria.GATHERED`.
         token_stride: dense gradients are computed from every `token_stride`-th token.
-        needs_blocks: whether to gather the gradient of whole blocks for 2:4 sparse layers.
+        needs_blocks: whether 2:4 sparse layers ever need the gradient of whole blocks.
     """
 
     def __init__(
@@ -240,13 +253,21 @@ class Gatherer:
         # Asked anew each time, as a state dict may have brought or removed a pattern.
         return int(any(layer.topology.positions is not None for layer in self.layers.values()))
 
-    def arm(self, names: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
+    def arm(
+        self,
+        names: Collection[str],
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        blocks: bool = True,
+    ) -> None:
         """Gather dense gradients in the named layers of an optimizer, and stop in its others.
 
         Args:
             names: names of the layers to arm, among `parameters`.
             parameters: parameters of the optimizer, by layer.
+            blocks: whether to gather the gradient of whole blocks of 2:4 sparse layers, too.
         """
+        needs_blocks = blocks and self.needs_blocks
         for name, values in parameters.items():
             accumulator = self._accumulators.get(name)
             if accumulator is None or accumulator.values is not values:
@@ -254,11 +275,14 @@ class Gatherer:
                     accumulator.arm(False)
                 if name not in names:
                     continue
-                accumulator = GradientAccumulator(
-                    self.layers[name], values, self._needs_norms, self.needs_blocks
-                )
+                accumulator = GradientAccumulator(self.layers[name], values, self._needs_norms)
                 self._accumulators[name] = accumulator
-            accumulator.arm(name in names)
+            accumulator.arm(name in names, needs_blocks)
+
+    def records_blocks(self, name: str) -> bool:
+        """Return whether the gradient of whole blocks of a layer is gathered in this step."""
+        accumulator = self._accumulators.get(name)
+        return accumulator is not None and accumulator.records_blocks
 
     def disarm(self) -> None:
         """Stop gathering dense gradients in all layers."""
@@ -450,6 +474,8 @@ class Gatherer:
             capacity, block_size, _ = layer.topology.values_shape
             dtype = torch.promote_types(layer.values.dtype, torch.float32)
             own = torch.zeros(capacity, block_size, block_size, dtype=dtype, device=device)
+        if ranks.world_size() > 1:
+            own = own.to(torch.promote_types(own.dtype, torch.float32))
         blocks = ranks.sum_over_ranks(own)
         return blocks if bool(blocks.isfinite().all()) else None
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_lightning.interrupts import deferred_signals
 from sparse_lightning.kernels import choice, ops
 from sparse_lightning.kernels.operands import LayerOperands
+from sparse_lightning.nm_pattern import check_nm
 from sparse_lightning.policy.criteria import block_magnitudes, dense_block_norms
 from sparse_lightning.policy.updates import TopologyUpdate, difference, first_blocks
 from sparse_lightning.sharding import (
@@ -146,6 +147,11 @@ class BlockSparseLinear(nn.Module):
             raise ValueError("Exactly one of `density` and `topology` must be given.")
         if topology is None:
             topology = BlockTopology.random(out_features, in_features, block_size, density, nm=nm)
+        elif check_nm(nm) not in (None, topology.nm):
+            raise ValueError(
+                f"`nm` must be that of `topology`, {topology.nm!r}, or be left out; got {nm!r}. "
+                "`topology.with_random_positions(nm)` has the pattern."
+            )
         _check_fits(topology, out_features, in_features)
         dtype = dtype or torch.get_default_dtype()
         check_dtype(dtype)
@@ -182,6 +188,8 @@ class BlockSparseLinear(nn.Module):
         """
         if (density is None) == (topology is None):
             raise ValueError("Exactly one of `density` and `topology` must be given.")
+        if topology is not None and nm is not None:
+            raise ValueError("`nm` must be left out with `topology`, which has its own; got both.")
         parameter, bias = cast(nn.Parameter, linear.weight), cast(Tensor | None, linear.bias)
         weight, (out_features, in_features) = dense_weight_of(linear), dense_shape(linear)
         if topology is None:
@@ -681,6 +689,12 @@ class BlockSparseLinear(nn.Module):
             rounded, own = state.round().int(), self.get_extra_state()
             if rounded.shape == own.shape and torch.equal(rounded.to(own.device), own):
                 state = state_dict[prefix + "_extra_state"] = own
+            else:
+                raise ValueError(
+                    "The topologies of averaged state dicts must be equal, and be this layer's; "
+                    "got a mean of others. Average weights whose blocks no longer change, or let "
+                    "AveragedModel or Lightning's callbacks average, whose copies follow updates."
+                )
         values = state_dict.get(prefix + "values")
         weight = state_dict.pop(prefix + "weight", None) if values is None else None
         if weight is not None and weight.dim() == 3:
@@ -746,8 +760,8 @@ class BlockSparseLinear(nn.Module):
                 f"A layer in training must keep its capacity {old.capacity}, block size "
                 f"{self.block_size} and pattern nm={old.nm!r}; the state dict has "
                 f"{topology.capacity}, {topology.block_size} and {topology.nm!r}. Load it before "
-                "the optimizer is built; a training that is to be rolled back while it runs needs "
-                "shrink=False."
+                "the optimizer is built; a training whose capacity is to be rolled back while it "
+                "runs needs shrink=False."
             )
         self._topology_before_load = None
         self.topology = topology.clone()

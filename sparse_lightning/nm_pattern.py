@@ -40,10 +40,9 @@ def check_nm(nm: object) -> str | None:
         nm = _SEXAGESIMAL.get(nm, nm)
     if nm is None or nm in PATTERNS:
         return nm
-    hint = " In YAML, write it in quotes." if isinstance(nm, int) else ""
     raise ValueError(
         "`nm` must be '2:4', which keeps two of each four weights within blocks, or None; got "
-        f"{nm!r}.{hint}"
+        f"{nm!r}."
     )
 
 
@@ -188,9 +187,23 @@ def moved_pairs(tensor: Tensor, moves: Moves, start: float) -> Tensor:
     """Return the contents of the groups that change, `[n, 2]`, after their move.
 
     Args:
-        tensor: contiguous, with one element per kept weight.
+        tensor: one element per kept weight, in the shape of `values`.
         moves: moves of its groups.
         start: content for new weights.
     """
-    pairs = tensor.view(-1, 2)[moves.groups].gather(1, moves.sources.clamp(min=0))
-    return pairs.masked_fill_(moves.is_new, start)
+    pairs, index = pairs_of(tensor, moves)
+    moved = pairs[index].gather(1, moves.sources.clamp(min=0))
+    return moved.masked_fill_(moves.is_new, start)
+
+
+def pairs_of(tensor: Tensor, moves: Moves) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return a view of a tensor by pairs of kept weights, and the index of those that move.
+
+    Args:
+        tensor: one element per kept weight, in the shape of `values`.
+        moves: moves of its groups.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1, 2), (moves.groups,)
+    pairs = tensor.unflatten(-1, (-1, 2))
+    return pairs, torch.unravel_index(moves.groups, pairs.shape[:-1])

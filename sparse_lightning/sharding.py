@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_lightning.nm_pattern import Moves, moved_pairs
+from sparse_lightning.nm_pattern import Moves, moved_pairs, pairs_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -134,17 +134,18 @@ def prepare_slot_change(
         start: content of the slots that are reset, and of new weights.
     """
     part, indices = local_part(tensor), to_local_slots(slots, tensor)
-    pairs, local = None, None
+    moved = None
     if moves is not None and len(moves.groups):
         local = _to_local_moves(moves, tensor)
-        pairs = moved_pairs(part, local, start)
+        moved = (*pairs_of(part, local), moved_pairs(part, local, start))
 
     @torch.no_grad()
     def write() -> None:
         # `part[indices] = start` would synchronise with the GPU.
         part.index_fill_(0, indices, start)
-        if pairs is not None and local is not None:
-            part.view(-1, 2).index_copy_(0, local.groups, pairs)
+        if moved is not None:
+            pairs, index, content = moved
+            pairs.index_put_(index, content)
 
     return write
 

@@ -731,7 +731,11 @@ class Sparsifier:
         if not (is_near or tracked.waiting or tracked.armed):
             return
         names = [name for name in tracked.trainable() if is_near or name in tracked.waiting]
-        self._gatherer.arm(names, tracked.owned)
+        # Whole blocks take memory, so they are gathered only in a step that exchanges weights.
+        step, table = tracked.steps + 1, tracked.timetable
+        is_due = tracked.waiting or (next_update is not None and step >= next_update)
+        blocks = bool(is_due and table is not None and self.config.exchanged_at(step, table))
+        self._gatherer.arm(names, tracked.owned, blocks=blocks)
         tracked.armed = names
 
     # Other blocks, loaded into the model while optimizers are attached.
@@ -933,7 +937,7 @@ class Sparsifier:
             if before is None:
                 continue
             after = before
-            if fraction and self.config.regrow_inner:
+            if fraction and self._gatherer.records_blocks(name):
                 gradient = self._gatherer.gradient_of_blocks(name)
                 if gradient is None:
                     unscored.append(name)
@@ -1243,10 +1247,13 @@ def check_same_training(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
         got = ", ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in differing)
+        remedy = "load only the model's state dict, after `sparsify`"
+        if "nm" in differing:  # a state dict brings its own pattern
+            remedy = "make them dense by `sparse-lightning export --to dense`"
         raise ValueError(
             "The sparsity must be configured as before when a training is resumed; got "
             f"{got}. Restore the earlier values, or start a new training from the saved weights: "
-            "load only the model's state dict, after `sparsify`."
+            f"{remedy}."
         )
 
 

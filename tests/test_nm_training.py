@@ -209,8 +209,8 @@ def test_a_layer_in_and_around_a_reentrant_checkpoint() -> None:
     """The backward of the checkpoint runs, and accumulates, within that of the whole."""
     layer = BlockSparseLinear(64, 64, block_size=16, density=0.5, nm="2:4", dtype=torch.float64)
     weight = layer.dense_weight().requires_grad_()
-    accumulator = GradientAccumulator(layer, layer.values, needs_norms=False, needs_blocks=True)
-    accumulator.arm(True)
+    accumulator = GradientAccumulator(layer, layer.values, needs_norms=False)
+    accumulator.arm(True, needs_blocks=True)
     x = torch.randn(8, 64, dtype=torch.float64, requires_grad=True)
     dense = lambda x: nn.functional.linear(x, weight, layer.bias).tanh()  # noqa: E731
     ours = lambda x: layer(x).tanh()  # noqa: E731
@@ -258,8 +258,8 @@ def test_any_sequence_records_what_a_dense_gradient_would_hold(actions: list[str
     torch.manual_seed(0)
     layer = BlockSparseLinear(32, 32, block_size=16, density=0.5, nm="2:4", dtype=torch.float64)
     weight = layer.dense_weight().requires_grad_()
-    accumulator = GradientAccumulator(layer, layer.values, needs_blocks=True)
-    accumulator.arm(True)
+    accumulator = GradientAccumulator(layer, layer.values)
+    accumulator.arm(True, needs_blocks=True)
     leaves = layer.values, weight
     models = layer, lambda x: nn.functional.linear(x, weight, layer.bias.detach())
     for action in [*actions, "step"]:
@@ -588,3 +588,88 @@ def test_a_pattern_that_loaded_blocks_do_not_have_is_named() -> None:
     model.load_state_dict(plain.state_dict())
     with pytest.warns(UserWarning, match=r"whole blocks, although nm='2:4'.*: 0, 2\."):
         sparsifier.attach(torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_only_steps_that_exchange_weights_hold_whole_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[int] = []
+    recorded: list[int] = []
+    record = GradientAccumulator.record_blocks
+
+    def spy(self: GradientAccumulator, blocks: Tensor) -> None:
+        recorded.append(steps[-1])
+        record(self, blocks)
+
+    monkeypatch.setattr(GradientAccumulator, "record_blocks", spy)
+    for options, expected in (
+        ({"grow": "momentum"}, [11, 23, 29]),  # its norms are those of ten steps
+        ({"grow": "random"}, [11, 23, 29]),
+        ({"drop_fraction": 0}, []),
+        ({"regrow_inner": False}, []),
+    ):
+        recorded.clear()
+        model = nn.Sequential(BlockSparseLinear(32, 64, block_size=16, density=0.5, nm="2:4"))
+        update = {"every_n_steps": 12, "until": 1.0}
+        options = {"drop_fraction": {"schedule": "constant", "final": 0.2}, **options}
+        sparsifier = Sparsifier(
+            *(model, 30), block_size=16, density=0.5, nm="2:4", update=update, **options
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        sparsifier.attach(optimizer)
+        for step in range(30):
+            steps.append(step)
+            model(torch.randn(8, 32)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert recorded == expected, options
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_weights_are_exchanged_after_the_model_is_shared(every: int) -> None:
+    update = {"every_n_steps": every, "until": 1.0}
+    model, sparsifier = make(20, nm="2:4", drop_fraction=0.3, update=update)
+    optimizer = adamw(model.parameters())
+    sparsifier.attach(optimizer)
+    exchanged: list[int] = []
+    sparsifier.register_update_hook(
+        lambda _, update: exchanged.append(sum(u.new_weights for u in update.layers.values()))
+    )
+    train(model, optimizer, range(6))
+    with warnings.catch_warnings():  # the step in which it happens may miss its update
+        warnings.simplefilter("ignore")
+        model.share_memory()
+        train(model, optimizer, range(6, 12))
+    exchanged.clear()
+    train(model, optimizer, range(12, 20))
+    assert exchanged and all(exchanged)
+
+
+@pytest.mark.parametrize("part", ["values", "gradient", "state"])
+def test_tensors_of_any_strides_follow_an_exchange(part: str) -> None:
+    def strided(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+    results = []
+    for is_strided in (False, True):
+        torch.manual_seed(0)
+        update = {"every_n_steps": 2, "until": 1.0}
+        model, sparsifier = make(20, nm="2:4", drop_fraction=0.3, update=update)
+        optimizer = adamw(model.parameters())
+        sparsifier.attach(optimizer)
+        for i in range(6):
+            optimizer.zero_grad()
+            loss_of(model, i).backward()
+            for layer in sparse(model).values() if is_strided else ():
+                if part == "values":
+                    layer.values.data = strided(layer.values.data)
+                elif part == "gradient":
+                    layer.values.grad = strided(layer.values.grad)
+                elif "exp_avg" in optimizer.state[layer.values]:
+                    state = optimizer.state[layer.values]
+                    state["exp_avg"] = strided(state["exp_avg"])
+            optimizer.step()
+        results.append([layer.dense_weight() for layer in sparse(model).values()])
+    for weight, expected in zip(*results, strict=True):
+        assert torch.equal(weight != 0, expected != 0)
+        torch.testing.assert_close(weight, expected)  # AdamW rounds in another order

@@ -133,3 +133,11 @@ def test_it_is_silent_if_blocks_change_or_are_to_stay(run: Any, options: dict[st
 def test_steps_of_an_unknown_length_are_judged_by_the_updates() -> None:
     (text,), _ = said(by_sparsifier, steps=None, update={"until": 18})
     assert "the only one is after step 18, and" in text
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_an_exchange_of_weights_within_blocks_counts(density: float) -> None:
+    (text,), _ = said(by_sparsifier, density=density, nm="2:4", update={"every_n_steps": 100})
+    assert re.search(r"drop fraction has fallen to 0.*every_n_steps`, such as \d", text)
+    texts, _ = said(by_sparsifier, density=density, nm="2:4", update={"every_n_steps": 4})
+    assert not texts

@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
     environment = describe_environment(device)
     sizes = [", ".join(map(str, tokens)), *map(str, shape[1:])]
-    pattern = "" if options.nm is None else f", {options.nm} within blocks"
+    pattern = "" if options.nm is None else f", {options.nm} within blocks, FLOPs of kept weights"
     title = f"{' x '.join(sizes)} (tokens x in x out), {dtype_name}{pattern}"
     print(environment_line(environment))
     print(f"{title}; speed-up: dense time / time, measured in the same run\n\n{table_head(peers)}")

@@ -28,19 +28,19 @@ _recorders: WeakValueDictionary[int, Recorder] = WeakValueDictionary()
 _is_paused = False
 
 
-def start(positions: Tensor, recorder: Recorder) -> None:
+def start(address: int, recorder: Recorder) -> None:
     """Pass the gradients of a layer's blocks to a recorder from now on, in each backward.
 
     Args:
-        positions: positions of the layer, which the recorder must keep alive.
+        address: `positions.data_ptr()` of the layer, whose positions the recorder must keep alive.
         recorder: recorder, to which only a weak reference is held.
     """
-    _recorders[positions.data_ptr()] = recorder
+    _recorders[address] = recorder
 
 
-def stop(positions: Tensor) -> None:
-    """Stop what `start` began."""
-    _recorders.pop(positions.data_ptr(), None)
+def stop(address: int) -> None:
+    """Stop what `start` began for an address."""
+    _recorders.pop(address, None)
 
 
 def is_recording() -> bool:

@@ -75,7 +75,7 @@ class FitSummary(Savings):
         text = f"{self.updates}: {self.dropped:,} blocks dropped, {self.grown:,} grown"
         if self.weight_density is None:
             return text
-        return f"{text}, {self.exchanged:,} weights exchanged within others"
+        return f"{text}, {self.exchanged:,} weights exchanged within blocks"
 
     def _fit(self) -> list[tuple[str, str]]:
         """Return a line about the latest fit, if the other lines cover more than it."""

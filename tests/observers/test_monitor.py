@@ -859,7 +859,7 @@ def test_exchanged_weights_are_counted_over_a_resume(tmp_path: Path) -> None:
     assert summary.exchanged == sum(seen) > 0 and len(seen) == summary.updates
     assert summary.scalars()["weights_exchanged"] == sum(seen)
     assert (
-        f" grown, {sum(seen):,} weights exchanged within others" in dict(summary.rows())["updates"]
+        f" grown, {sum(seen):,} weights exchanged within blocks" in dict(summary.rows())["updates"]
     )
     assert summary.scalars()["weight_density"] == 0.125
 
