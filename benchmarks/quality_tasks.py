@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sparse_lightning import SparsityCallback, sparsify
 from sparse_lightning.bench.environment import prepare_device
+from sparse_lightning.nm_pattern import kept_share
 from sparse_lightning.policy.updates import ModelUpdate, choose_blocks
 from sparse_lightning.savings import count_parameters
 from sparse_lightning.selection import sparse_layers
@@ -38,31 +39,26 @@ STATIC_NM, WEIGHTS_NM = "static, 2:4", "static blocks, evolving 2:4"
 BLOCKS_NM, RIGL_NM = "rigl, fixed 2:4", "rigl, evolving 2:4"
 
 # Keywords of `SparsityCallback` for each sparse method; `callback_keywords` adds the shared ones.
+_STATIC: dict[str, Any] = {
+    "density": {"schedule": "constant"},
+    "grow": "none",
+    "drop_fraction": 0,
+}
+_RIGL: dict[str, Any] = {"density": {"schedule": "constant"}, "grow": "gradient"}
 METHODS: dict[str, dict[str, Any]] = {
-    "static": {"density": {"schedule": "constant"}, "grow": "none", "drop_fraction": 0},
+    "static": _STATIC,
     "set": {"density": {"schedule": "constant"}, "grow": "random"},
-    "rigl": {"density": {"schedule": "constant"}, "grow": "gradient"},
-    COLD_START: {"density": {"schedule": "constant"}, "grow": "gradient"},
+    "rigl": _RIGL,
+    COLD_START: _RIGL,
     LARGE_DROPS: {
-        "density": {"schedule": "constant"},
-        "grow": "gradient",
+        **_RIGL,
         "drop_fraction": {"schedule": "cosine", "initial": 0.3, "final": 0.0},
     },
     "granet": {"density": {"schedule": "cubic", "initial": 0.5}, "grow": "gradient"},
-    STATIC_NM: {
-        "density": {"schedule": "constant"},
-        "grow": "none",
-        "drop_fraction": 0,
-        "nm": "2:4",
-    },
+    STATIC_NM: {**_STATIC, "nm": "2:4"},
     WEIGHTS_NM: {"density": {"schedule": "constant"}, "grow": "none", "nm": "2:4"},
-    BLOCKS_NM: {
-        "density": {"schedule": "constant"},
-        "grow": "gradient",
-        "nm": "2:4",
-        "regrow_inner": False,
-    },
-    RIGL_NM: {"density": {"schedule": "constant"}, "grow": "gradient", "nm": "2:4"},
+    BLOCKS_NM: {**_RIGL, "nm": "2:4", "regrow_inner": False},
+    RIGL_NM: {**_RIGL, "nm": "2:4"},
 }
 # The same for pretrained networks. "finetune" is the preset of that name.
 RANDOM, LARGEST, FINETUNE = "random blocks", "largest blocks", "finetune"
@@ -228,7 +224,7 @@ def callback_keywords(run: Run) -> dict[str, Any]:
         **method,
         "density": {
             **method["density"],
-            "final": run.density * (2 if method.get("nm") == "2:4" else 1),
+            "final": run.density / kept_share(method.get("nm")),
         },
         "block_size": run.block_size,
         "distribution": "uniform",
@@ -387,9 +383,10 @@ class GPTSize:
         return max(1, round(steps * self.flops(density) / self.flops(1.0)))
 
 
+_GPT_SIZE = GPTSize(width=512, layers=8, heads=8, context=512, batch=16, windows=1024)
 GPT_SIZES = {
-    "gpt": GPTSize(width=512, layers=8, heads=8, context=512, batch=16, windows=1024),
-    "gpt-nm": GPTSize(width=512, layers=8, heads=8, context=512, batch=16, windows=1024),
+    "gpt": _GPT_SIZE,
+    "gpt-nm": _GPT_SIZE,
     "gpt-tiny": GPTSize(width=128, layers=2, heads=2, context=64, batch=8, windows=64),
 }
 _MLPS = ("blocks.*.mlp.*",)

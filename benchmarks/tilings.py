@@ -187,11 +187,11 @@ def measure(
     Raises:
         AssertionError: if a result is wrong.
     """
-    shape = (_DTYPE, block_size, *options.features)
+    shape, nm = (_DTYPE, block_size, *options.features), options.nm is not None
     operands = Operands(shape, [density], device)
     products = Products(operands, tokens)
     [(density, (topology, values))] = operands.sparse.items()
-    if options.nm is not None:
+    if nm:
         topology = topology.with_random_positions(options.nm)
         values = [topology.compress(blocks) for blocks in values]
     x, dy, y = products.x, products.dy, products.dx if op == "dx" else products.y
@@ -208,7 +208,7 @@ def measure(
         most, shares = linear_variant(_DTYPE, block_size, tokens, topology.capacity, n_out, index)
         used = linear_program(
             *(_DTYPE, block_size), forward=op == "fwd", tokens=most, splits=shares,
-            nm=options.nm is not None,
+            nm=nm,
         )  # fmt: skip
 
     def launches(program: TiledProgram) -> list[Function]:
@@ -220,7 +220,6 @@ def measure(
         launch = partial(launch_linear, positions=topology.positions)
         return [partial(launch, kernel, left, w, None, lists, y) for w in values]
 
-    nm = options.nm is not None
     programs = list(dict.fromkeys([used, *candidates(op, tokens, block_size, splits, nm=nm)]))
     contenders = [products.dense(op)]
     for program in programs:

@@ -438,13 +438,8 @@ class SparsityConfig:
             timetable: resolved steps of the training.
         """
         first = timetable.next_update(0)
-        if first is None or not self.expects_exchange:
-            return None  # no update is planned, or none is to change anything
-        share = self._largest_exchange(timetable)
-        if self.exchanges_weights and share:
-            return None  # every share of the weights is at least one
-        if not self.exchanges_weights and not budgets.exchanged(1.0, 1.0):
-            return None  # no block is absent
+        if first is None or not self.expects_exchange or not self._exchanges(budgets, 1.0):
+            return None  # no update is planned, none is to change anything, or no block is absent
         final = f"{self.density.final:g}"
         if self.grow_criterion is None and not self.exchanges_weights:
             return (
@@ -453,12 +448,13 @@ class SparsityConfig:
                 f"`density`, or density=DensitySchedule(initial=1.0, final={final}); to exchange "
                 "blocks, set `grow` to 'gradient', 'momentum' or 'random'"
             )
-        if budgets.exchanged(1.0, share):
+        share = self._largest_exchange(timetable)
+        if self._exchanges(budgets, share):
             return None
         most = self._largest_exchange(replace(timetable, every_n_steps=1, times=None))
         if not most:
             return None  # a trial of a few steps cannot exchange blocks, whatever the options are
-        if not self.exchanges_weights and not budgets.exchanged(1.0, most):
+        if not self._exchanges(budgets, most):
             remedy = "Set a larger `drop_fraction` or a smaller `block_size`"
         elif timetable.times is not None:
             remedy = "Set more and earlier `update.times`"
@@ -480,8 +476,11 @@ class SparsityConfig:
         last = min(timetable.update_until, timetable.total_steps or timetable.update_until)
         every = max(1, (last - timetable.update_begin) // 10)
         share = self._largest_exchange(replace(timetable, every_n_steps=every))
-        suffices = share > 0 if self.exchanges_weights else budgets.exchanged(1.0, share) > 0
-        return every if suffices else 1
+        return every if self._exchanges(budgets, share) else 1
+
+    def _exchanges(self, budgets: LayerBudgets, share: float) -> bool:
+        """Return whether an update at a drop fraction exchanges a block, or weights within them."""
+        return budgets.exchanged(1.0, share) > 0 or (self.exchanges_weights and share > 0)
 
     def _largest_exchange(self, timetable: Timetable) -> float:
         """Return the largest share of a layer's blocks that an update is to exchange."""

@@ -745,7 +745,7 @@ class BlockSparseLinear(nn.Module):
             if not old.equals(topology):
                 before = old.clone().to_(torch.device("cpu"))
                 update = difference(before, topology)
-                writes = [old._prepare_assign(*_on_device(topology, old.device))]
+                writes = [old._prepare_assign(topology.coords, topology.positions)]
                 if self.values.grad is not None:  # of the weights that are replaced
                     grad = self.values.grad
                     writes.append(prepare_slot_change(grad, update.changed, update.moves))
@@ -935,12 +935,6 @@ def largest_blocks(
         floor: minimum number of blocks of (each row, each column), as in `exchange_blocks`.
     """
     return first_blocks(dense_block_norms(weight, grid).cpu(), n_blocks, floor=floor)
-
-
-def _on_device(topology: BlockTopology, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the coordinates and the positions of a topology on a device."""
-    positions = topology.positions
-    return topology.coords.to(device), None if positions is None else positions.to(device)
 
 
 def _zero_norms(grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -214,7 +214,7 @@ class Sparsifier:
             has_values = layer.values.device.type != "meta" and not is_sharded(layer.values)
             own = layer.topology.to_state(), layer.values.detach().cpu() if has_values else None
             state, values = ranks.broadcast_from_rank_zero((own[0].cpu(), own[1]))
-            topology = BlockTopology.from_state(state).to_(layer.topology.device)
+            topology = BlockTopology.from_state(state)
             layer.topology.assign_(topology.coords, topology.positions)
             if values is not None:
                 layer.values.copy_(values)
@@ -952,7 +952,9 @@ class Sparsifier:
                 after = after.index_copy(0, update.grown.to(after.device), drawn.to(after.device))
             chosen[name] = with_positions(update, before, after)
         self._warn_about(unscored, diagnostics.unscored_weights, once="unscored weights")
-        self._check_ranks((u.positions for u in chosen.values() if u.positions is not None), step)
+        positions = [u.positions for u in chosen.values() if u.positions is not None]
+        if positions:  # without them, ranks need not wait for each other once more
+            self._check_ranks(positions, step)
         return chosen
 
     def _is_only_dropping(

@@ -74,6 +74,21 @@ def sparse(model: nn.Module) -> dict[str, BlockSparseLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
 
 
+def dense_gradients(model: Net, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of each layer's dense weight, by autograd on dense weights."""
+    layers = sparse(model)
+    weights = {name: layer.dense_weight().requires_grad_() for name, layer in layers.items()}
+
+    def forward(x: Tensor) -> Tensor:
+        for name, layer in layers.items():
+            x = nn.functional.linear(x, weights[name], layer.bias).relu()
+        return model.head(x)  # type: ignore[no-any-return]
+
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(forward), [*weights.values()])
+    return dict(zip(weights, gradients, strict=True))
+
+
 def masks(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.topology.mask for name, layer in sparse(model).items()}
 

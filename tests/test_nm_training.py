@@ -25,7 +25,18 @@ from sparse_lightning.gathering import GradientAccumulator
 from sparse_lightning.kernels import block_gradients
 from sparse_lightning.policy.updates import ModelUpdate
 from tests.callbacks.test_resume import assert_identical
-from tests.loops import FALLING, Net, adamw, batch, everything, loss_of, make, sparse, train
+from tests.loops import (
+    FALLING,
+    Net,
+    adamw,
+    batch,
+    dense_gradients,
+    everything,
+    loss_of,
+    make,
+    sparse,
+    train,
+)
 from tests.test_interrupts import Interrupted, is_identical
 from tests.test_sparsifier import load, saved, updates_of
 from tests.test_sparsifier_faults import Averaged, Starved
@@ -90,20 +101,6 @@ def test_a_pattern_that_a_state_dict_brings_evolves(grow: str) -> None:
     updates = updates_of(sparsifier)
     train(model, optimizer, range(4))
     assert len(updates) == 2 and all(all(new_weights(update).values()) for update in updates)
-
-
-def dense_gradients(model: Net, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of each layer's dense weight, by autograd on dense weights."""
-    layers = sparse(model)
-    weights = {name: layer.dense_weight().requires_grad_() for name, layer in layers.items()}
-
-    def forward(x: Tensor) -> Tensor:
-        for name, layer in layers.items():
-            x = nn.functional.linear(x, weights[name], layer.bias).relu()
-        return model.head(x)  # type: ignore[no-any-return]
-
-    gradients = torch.autograd.grad(loss(forward), [*weights.values()])
-    return dict(zip(weights, gradients, strict=True))
 
 
 class Step:

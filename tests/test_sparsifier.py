@@ -31,6 +31,7 @@ from tests.loops import (
     assert_all_valid,
     batch,
     blocks,
+    dense_gradients,
     everything,
     loss_of,
     make,
@@ -68,19 +69,9 @@ class SeeingGradients(Seeing):
 
 def dense_norms(model: Net, loss: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> dict[str, Any]:
     """Return block norms of the dense weight gradients, by autograd on a dense model."""
-    layers = sparse(model)
-    weights = {name: layer.dense_weight().requires_grad_() for name, layer in layers.items()}
-
-    def forward(x: Tensor) -> Tensor:
-        for name, layer in layers.items():
-            x = nn.functional.linear(x, weights[name], layer.bias).relu()
-        return model.head(x)  # type: ignore[no-any-return]
-
-    with torch.enable_grad():
-        grads = torch.autograd.grad(loss(forward), [*weights.values()])
     return {
         name: g.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).square().sum((1, 3)).sqrt()
-        for name, g in zip(weights, grads, strict=True)
+        for name, g in dense_gradients(model, loss).items()
     }
 
 
